@@ -1,0 +1,118 @@
+"""`python -m npo_kernels.env [--json]`: what an issue report has to say about the machine.
+
+Nothing here needs a GPU, Triton or any optional package; whatever is missing is reported as missing.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+
+import torch
+
+from npo_kernels import __version__
+from npo_kernels.inputs import resolve_impl
+
+# distributions, not modules: flash-attn and flash-attn-4 install the same module, so an import proves nothing
+PACKAGES = (
+    "triton",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "liger-kernel",
+    "flash-attn",
+    "flash-attn-4",
+    "torchao",
+    "bitsandbytes",
+    "numpy",
+)
+
+
+def installed_version(distribution: str) -> str | None:
+    """The installed version, or None. Nothing is imported: a broken package must not break the report."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def driver_version() -> str | None:
+    """The NVIDIA driver's version, asked of nvidia-smi because torch does not know it."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.split("\n")[0].strip() or None if answer.returncode == 0 else None
+
+
+def gpus() -> list[str]:
+    """One line a device, such as "NVIDIA H200, capability 9.0, 140 GiB"."""
+    lines = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        device = torch.cuda.get_device_properties(index)
+        gib = device.total_memory / 2**30
+        lines.append(f"{device.name}, capability {device.major}.{device.minor}, {gib:.0f} GiB")
+    return lines
+
+
+def triton_interpreter() -> bool:
+    """Whether Triton interprets kernels on the CPU. It reads the variable when a kernel is decorated."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def auto_impl() -> tuple[str, str]:
+    """What impl="auto" picks for tensors on the best device here, and why."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    impl = resolve_impl("auto", torch.device(device))
+    if device == "cpu":
+        return impl, "no CUDA device"
+    return impl, "a CUDA device and triton" if impl == "triton" else "triton is not installed"
+
+
+def report() -> dict[str, object]:
+    """Everything as plain values, ready for JSON. Absent packages are None."""
+    impl, reason = auto_impl()
+    return {
+        "npo_kernels": __version__,
+        "python": platform.python_version(),
+        "os": platform.platform(),
+        "torch": torch.__version__,
+        "cuda runtime": torch.version.cuda,
+        "rocm runtime": torch.version.hip,
+        "gpu driver": driver_version(),
+        "gpus": gpus(),
+        **{name: installed_version(name) for name in PACKAGES},
+        "triton interpreter": triton_interpreter(),
+        "impl auto": impl,
+        "impl auto because": reason,
+    }
+
+
+def as_text(values: dict[str, object]) -> str:
+    """One line an entry, aligned; lists take a line an element."""
+    width = max(map(len, values))
+    lines = []
+    for name, value in values.items():
+        elements = value if isinstance(value, list) and value else [value if value != [] else None]
+        for element in elements:
+            shown = {None: "none", True: "on", False: "off"}.get(element, element)
+            lines.append(f"{name:<{width}}  {shown}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m npo_kernels.env", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    values = report()
+    print(json.dumps(values, indent=2) if parser.parse_args(arguments).json else as_text(values))
+
+
+if __name__ == "__main__":
+    main()

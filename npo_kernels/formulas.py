@@ -1,0 +1,73 @@
+"""The loss formulas, on (B,) vectors: the one place where each of them is written.
+
+The fused path, the torch path and the oracle all call these; the Triton epilogue
+(`csrc_triton/sequence_epilogue.py`) is tested against them.
+
+Both losses are one function of a per-sequence log-ratio r:
+
+    loss_s = (2/beta) softplus(beta * r_s)      d loss_s / d r_s = weight_s = 2 sigmoid(beta * r_s)
+
+    NPO     r_s = logp_s - ref_s                (arXiv 2404.05868, equation 3)
+    SimNPO  r_s = logp_s / |y_s| + gamma        (arXiv 2410.07163; gamma inside the factor beta, as its code has it)
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def log_ratio(logps: Tensor, num_tokens: Tensor, offset: Tensor, length_normalized: bool) -> Tensor:
+    """r_s = logp_s - offset_s (NPO: offset = ref_logps), or logp_s / |y_s| - offset_s (SimNPO: offset = -gamma)."""
+    if length_normalized:
+        logps = logps / num_tokens.clamp(min=1)
+    return logps - offset
+
+
+def ratio_loss(log_ratio: Tensor, beta: float) -> Tensor:
+    """(2/beta) softplus(beta * r), the negative log-sigmoid of both papers; -logsigmoid is exact for every r."""
+    return (-2.0 / beta) * F.logsigmoid(-beta * log_ratio)
+
+
+def ratio_weight(log_ratio: Tensor, beta: float) -> Tensor:
+    """d ratio_loss / d r = 2 sigmoid(beta * r): 1 at the reference, 0 for a forgotten sequence."""
+    return 2.0 * torch.sigmoid(beta * log_ratio)
+
+
+def sequence_scale(num_tokens: Tensor, reduction: str, normalizer: Tensor | float | None) -> Tensor:
+    """(B,) float32 c_s such that the reduced loss is sum_s c_s loss_s.
+
+    A sequence without a scored token has c_s = 0. "mean" divides by the number of the others, or by
+    `normalizer` when one is given (the count over an accumulated or distributed batch).
+    """
+    scored = (num_tokens > 0).float()
+    if reduction != "mean":
+        return scored
+    if normalizer is None:
+        return scored / scored.sum().clamp(min=1)
+    return scored / normalizer
+
+
+@dataclass(frozen=True)
+class RatioLoss:
+    """A loss sum_s scale_s loss_s(r_s) of B sequences: which one, and its constants."""
+
+    offset: Tensor  # (B,) float32: ref_logps (NPO) or -gamma (SimNPO)
+    scale: Tensor  # (B,) float32: c_s of `sequence_scale`
+    num_tokens: Tensor  # (B,) int64
+    beta: float
+    length_normalized: bool  # SimNPO
+
+    def value_and_grad(self, logps: Tensor) -> tuple[Tensor, Tensor]:
+        """(losses (B,), d sum_s scale_s loss_s / d logps (B,))."""
+        ratio = log_ratio(logps, self.num_tokens, self.offset, self.length_normalized)
+        grad = self.scale * ratio_weight(ratio, self.beta)
+        if self.length_normalized:
+            grad = grad / self.num_tokens.clamp(min=1)
+        return ratio_loss(ratio, self.beta), grad
+
+    def sequences(self, first: int, last: int) -> "RatioLoss":
+        """The part of the sequences [first, last)."""
+        part = slice(first, last)
+        return RatioLoss(self.offset[part], self.scale[part], self.num_tokens[part], self.beta, self.length_normalized)

@@ -1,0 +1,99 @@
+"""`fused_logprob_loss`: the gradients of a user's loss of sequence log-probabilities, formed in the forward."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from npo_kernels import modes, ops
+from npo_kernels.head import Head
+from npo_kernels.inputs import Inputs
+from npo_kernels.layout import compact
+from npo_kernels.logprobs import sequence_logps
+from npo_kernels.modes import Statistics, Task
+from npo_kernels.rowmath import gradient_coefficients
+from npo_kernels.validation import check_values
+
+LossFn = Callable[[Tensor, Tensor], Tensor]
+
+
+def logprob_loss(call: Inputs, loss_fn: LossFn) -> Tensor:
+    """loss_fn(logps, num_tokens) of a checked call.
+
+    A Python function cannot be the argument of an operator, so under torch.compile, and where no gradient is wanted,
+    the log-probabilities are an operator and `loss_fn` is traced after it.
+    """
+    if call.impl == "reference" or torch.compiler.is_compiling() or not any(call.needs):
+        loss = loss_fn(*sequence_logps(call))
+        _check_scalar(loss)
+        return loss
+    return _LogprobLoss.apply(call.positions.hidden, call.weight, call.bias, call, loss_fn)[0]
+
+
+class _LogprobLoss(torch.autograd.Function):
+    """(loss, dHidden, dWeight, dBias): runs the loss inside the forward, where the slab of exponentials still exists.
+
+    The gradients are outputs so that they hang on the graph: who differentiates them again gets an error, not zeros.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Inputs, loss_fn: LossFn):
+        positions, vocab_size = call.positions, weight.shape[0]
+        check_values(positions.targets, positions.offsets, vocab_size, call.ignore_index, call.num_rows)
+        rows = compact(positions.targets, positions.offsets, vocab_size, call.ignore_index, call.num_rows)
+        head = Head(weight, bias, call.logit_scale, call.softcap)
+        task = Task(hidden, head, rows, *ctx.needs_input_grad[:3], ops.backend_of(call.impl))
+        loss = None
+
+        def weigh(stats: Statistics, chunk: slice, first: int, last: int) -> tuple[Tensor, Tensor]:
+            nonlocal loss
+            logps = task.backend.sequence_sums(stats.logp, rows.sequence, rows.starts)
+            loss, grad = _value_and_grad(loss_fn, logps, rows.num_tokens)
+            return gradient_coefficients(stats, torch.cat((grad, grad.new_zeros(1)))[rows.sequence], head)
+
+        plan = ops.plan_of(task, call.workspace_bytes, gradient_in_forward=True, separable=False)
+        with torch.autocast(hidden.device.type, enabled=False):
+            _, grads = modes.value_and_gradients(task, plan, weigh)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
+        return loss, grads.hidden, grads.weight, grads.bias
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor, *_):
+        grads = (None if g is None else ops.scale_gradient(g, upstream) for g in ctx.saved_tensors)
+        return *grads, None, None
+
+
+def _value_and_grad(loss_fn: LossFn, logps: Tensor, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, dloss/dlogps), both detached."""
+    with torch.enable_grad():
+        leaf = logps.detach().requires_grad_()
+        loss = loss_fn(leaf, num_tokens)
+        _check_scalar(loss)
+        _check_only_leaf(loss, leaf)
+        if not loss.requires_grad:  # a loss that does not depend on logps, or depends on all of them ignored
+            return loss.detach(), torch.zeros_like(logps)
+        (grad,) = torch.autograd.grad(loss, leaf, allow_unused=True)
+    return loss.detach(), torch.zeros_like(logps) if grad is None else grad
+
+
+def _check_scalar(loss) -> None:
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        came = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn: expected it to return a 0-d tensor, got {came}; reduce it with .mean() or .sum()")
+
+
+def _check_only_leaf(loss: Tensor, leaf: Tensor) -> None:
+    """Refuse a loss whose graph reaches another tensor that requires grad: its gradient would be lost."""
+    pending, seen = [loss.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", leaf) is not leaf:
+            raise ValueError(
+                f"loss_fn uses a tensor {tuple(node.variable.shape)} that requires grad besides logps: its gradient "
+                "would be lost here; detach it, or apply the loss to the result of sequence_logprobs"
+            )
+        pending += [parent for parent, _ in node.next_functions]

@@ -1,0 +1,120 @@
+"""Sequence and token log-probabilities: the primitives under every loss, differentiable, no logits kept."""
+
+import torch
+from torch import Tensor
+
+from npo_kernels import ops, reference
+from npo_kernels.inputs import Inputs, prepare
+from npo_kernels.validation import check_values
+
+
+def sequence_logprobs(
+    hidden: Tensor,  # (B, S, H) or (T, H)
+    lm_head_weight: Tensor,  # (V, H)
+    labels: Tensor,  # (B, S) or (T,)
+    *,
+    bias: Tensor | None = None,
+    shift: bool = True,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    impl: str = "auto",
+    workspace_mb: float | None = None,
+    num_rows: int | None = None,
+    **unknown,
+) -> tuple[Tensor, Tensor]:
+    """Summed log-probability of each sequence's scored tokens, and their number.
+
+    Replaces::
+
+        logits = logit_scale * F.linear(hidden, lm_head_weight, bias).float()       # then softcap * tanh(./softcap)
+        logps = torch.log_softmax(logits[:, :-1], -1).gather(-1, labels[:, 1:, None]).squeeze(-1)
+        scored = labels[:, 1:] != ignore_index
+        return (logps * scored).sum(-1), scored.sum(-1)
+
+    without the (B, S, V) logits ever existing.
+
+    Args:
+        hidden: last hidden states, float32, bfloat16 or float16; padded (B, S, H), or packed (T, H) with `cu_seqlens`.
+        lm_head_weight: (V, H), of the dtype of `hidden` (torch.autocast casts both).
+        labels: int64 of the shape of hidden without H; `ignore_index` where nothing is scored.
+        bias: (V,) or None.
+        shift: labels are aligned with the inputs, as a Hugging Face model takes them: position t is scored on
+            labels[t+1], never across a sequence boundary. False: labels are already shifted.
+        cu_seqlens: (B+1,) int32 cumulative lengths of a packed batch, from 0 to T; empty sequences allowed.
+        logit_scale: factor of the logits (Cohere: logit_scale; Granite: 1/logits_scaling).
+        softcap: logits become softcap * tanh(logits / softcap), after the scale (Gemma-2).
+        impl: "triton", "torch", "reference", or "auto" (Triton on a GPU, torch elsewhere). A name never falls back.
+        workspace_mb: MiB that may be used beyond inputs and gradients; `npo_kernels.plan` has the defaults.
+        num_rows: number of scored positions, or a bound above it. Passing it removes the one host sync of the call.
+
+    Returns:
+        logps (B,) float32 in nats, differentiable in hidden, lm_head_weight and bias; 0 for a sequence without a
+        scored token. num_tokens (B,) int64.
+
+    Raises:
+        ValueError, TypeError: bad input; the message says what came, what is expected and what to do. A label outside
+            [0, V) raises for tensors on the CPU and gives NaN elsewhere, without a sync (`set_debug` makes it raise).
+    """
+    call = prepare(
+        "sequence_logprobs", hidden, lm_head_weight, labels, unknown=unknown,
+        bias=bias, shift=shift, cu_seqlens=cu_seqlens, ignore_index=ignore_index, logit_scale=logit_scale,
+        softcap=softcap, impl=impl, workspace_mb=workspace_mb, num_rows=num_rows,
+    )  # fmt: skip
+    return sequence_logps(call)
+
+
+def token_logprobs(
+    hidden: Tensor,  # (B, S, H) or (T, H)
+    lm_head_weight: Tensor,  # (V, H)
+    labels: Tensor,  # (B, S) or (T,)
+    *,
+    bias: Tensor | None = None,
+    shift: bool = True,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    impl: str = "auto",
+    workspace_mb: float | None = None,
+    num_rows: int | None = None,
+    **unknown,
+) -> Tensor:
+    """Log-probability of each scored token, (B, S) or (T,) float32, 0 where nothing is scored; differentiable.
+
+    With `shift`, entry t is the log-probability of labels[t+1], so the last position of a sequence holds 0. Arguments
+    and errors as in `sequence_logprobs`.
+    """
+    call = prepare(
+        "token_logprobs", hidden, lm_head_weight, labels, unknown=unknown,
+        bias=bias, shift=shift, cu_seqlens=cu_seqlens, ignore_index=ignore_index, logit_scale=logit_scale,
+        softcap=softcap, impl=impl, workspace_mb=workspace_mb, num_rows=num_rows,
+    )  # fmt: skip
+    if call.impl == "reference":
+        tokens = _reference_tokens(call)
+    else:
+        tokens = ops.token_logps(*call.batch_args, *call.option_args)[0]
+    return tokens.reshape(call.positions.shape)
+
+
+def sequence_logps(call: Inputs) -> tuple[Tensor, Tensor]:
+    """(logps, num_tokens) of a checked call."""
+    if call.impl == "reference":
+        logps = reference.sum_by_sequence(_reference_tokens(call), call.positions.offsets)
+    else:
+        logps = ops.token_logps(*call.batch_args, *call.option_args)[1]
+    return logps, num_tokens(call)
+
+
+def num_tokens(call: Inputs) -> Tensor:
+    """(B,) int64 number of scored positions of each sequence."""
+    positions = call.positions
+    scored = torch.nn.functional.pad((positions.targets != call.ignore_index).cumsum(0), (1, 0))
+    return scored[positions.offsets.clamp(0, positions.targets.shape[0])].diff()
+
+
+def _reference_tokens(call: Inputs) -> Tensor:
+    positions = call.positions
+    check_values(positions.targets, positions.offsets, call.weight.shape[0], call.ignore_index, call.num_rows)
+    return reference.token_logps(positions.hidden, call.weight, positions.targets, **call.reference_options)

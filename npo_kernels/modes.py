@@ -1,0 +1,211 @@
+"""The modes of `plan.py` as loops over the primitives of a backend (`torch_backend`, `triton_backend`).
+
+A mode answers two questions about N rows: their log-probabilities, and, once the gradient of the loss with respect to
+them is known, dHidden, dWeight and dBias. The one object of size V it ever holds is a slab of anchored exponentials
+E_iv = exp(z_iv - a_i), v != y_i, free of any loss weight: the weight of a row enters as a factor of O(NH) operands
+
+    dHidden_i = target_coef_i W[y_i] - row_coef_i (E W)_i        dWeight = scatter(target_coef_i x_i) - E^T (row_coef X)
+
+which is why a loss that is known only after a whole sequence costs no second pass (`rowmath.gradient_coefficients`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from npo_kernels.head import Head
+from npo_kernels.layout import DEAD_ROW, Rows
+from npo_kernels.plan import GRAD_SLICE, Plan
+from npo_kernels.products import matmul
+from npo_kernels.rowmath import Statistics, exact_anchor
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call: the batch, the head, the scored rows, and which gradients are wanted."""
+
+    hidden: Tensor  # (T, H)
+    head: Head
+    rows: Rows
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
+    backend: ModuleType
+
+    @property
+    def need_head(self) -> bool:
+        return self.need_weight or self.need_bias
+
+    def gather(self) -> Tensor:
+        """(N, H) the scored rows; filling rows are zero, whatever the position they point at holds."""
+        rows = self.rows
+        if rows.index.shape[0] == self.hidden.shape[0] and rows.host_starts is not None:
+            return self.hidden
+        x = self.hidden[rows.index]
+        return x if rows.host_starts is not None else x.masked_fill_((rows.target == DEAD_ROW).unsqueeze(1), 0)
+
+
+@dataclass
+class Gradients:
+    """Of the shapes and dtypes of the inputs; None where not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+# (statistics of some rows, which rows, their sequences [first, last)) -> (row_coef, target_coef) of those rows
+Weigh = Callable[[Statistics, slice, int, int], tuple[Tensor, Tensor]]
+
+
+def value_and_gradients(task: Task, plan: Plan, weigh: Weigh) -> tuple[Statistics, Gradients]:
+    """The whole of a loss whose gradient with respect to logps `weigh` knows, in the mode of the plan."""
+    x = task.gather()
+    if plan.mode == "slab":
+        return slab_gradients(task, plan, x, weigh)
+    everything = (slice(0, x.shape[0]), 0, task.rows.starts.shape[0] - 1)
+    if plan.mode == "frozen":
+        stats, product = expectation(task, plan, x)
+        return stats, expectation_backward(task, product, weigh(stats, *everything))
+    stats = log_probabilities(task, x)
+    coefs = weigh(stats, *everything)
+    if plan.mode == "no_grad":
+        return stats, Gradients(None, None, None)
+    return stats, recompute_backward(task, plan, x, stats, coefs)
+
+
+def log_probabilities(task: Task, x: Tensor) -> Statistics:
+    """The forward with nothing kept: one product."""
+    target = task.rows.target
+    z = task.backend.target_logits(x, task.head, target)
+    logp, miss = task.backend.statistics(x, task.head, target, z)
+    return Statistics(z, logp, miss, exact_anchor(z, logp, task.backend.slab_dtype(x)))
+
+
+def expectation(task: Task, plan: Plan, x: Tensor) -> tuple[Statistics, Tensor]:
+    """The frozen-head forward: statistics, and E W (N, H) in float32, which is all its backward needs. Two products."""
+    target = task.rows.target
+    z = task.backend.target_logits(x, task.head, target)
+    anchor, sums = z, torch.zeros_like(z)
+    product = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for begin, end in plan.slices:
+        slab, part, raised = task.backend.exp_logits(x, task.head, target, anchor, (begin, end), store=True)
+        if begin > 0:  # an anchor raised by this slice rescales what the earlier ones left
+            factor = torch.where(raised > anchor, torch.exp(anchor - raised), 1.0)
+            sums *= factor
+            product *= factor.unsqueeze(1)
+        sums, anchor = sums + part, raised
+        matmul(slab, task.head.weight[begin:end], out=product)
+    logp, miss = task.backend.row_statistics(sums, anchor, z)
+    return Statistics(z, logp, miss, anchor), product
+
+
+def expectation_backward(task: Task, product: Tensor, coefs: tuple[Tensor, Tensor]) -> Gradients:
+    """The frozen-head backward: O(NH)."""
+    grad = task.hidden.new_zeros(task.hidden.shape)
+    row_coef, target_coef = coefs
+    task.backend.finish_hidden_grad(product, row_coef, target_coef, task.head, task.rows.target, task.rows.index, grad)
+    return Gradients(grad, None, None)
+
+
+def recompute_backward(task: Task, plan: Plan, x: Tensor, stats: Statistics, coefs: tuple[Tensor, Tensor]) -> Gradients:
+    """Gradients from the statistics: exponentials formed again, a vocabulary slice at a time. Three products."""
+    row_coef, target_coef = coefs
+    target = task.rows.target
+    product = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if task.need_hidden else None
+    head_grads = HeadGradients(task, accumulate=False)
+    head_grads.take_rows(x, row_coef, target_coef, target)
+    for begin, end in plan.slices:
+        slab, _, _ = task.backend.exp_logits(
+            x, task.head, target, stats.anchor, (begin, end), store=True, reanchor=False
+        )
+        if product is not None:
+            matmul(slab, task.head.weight[begin:end], out=product)
+        head_grads.add(slab, begin, end)
+    hidden_grad = None
+    if product is not None:
+        hidden_grad = expectation_backward(task, product, coefs).hidden
+    return Gradients(hidden_grad, *head_grads.result())
+
+
+def slab_gradients(task: Task, plan: Plan, x: Tensor, weigh: Weigh) -> tuple[Statistics, Gradients]:
+    """Forward and gradients in one sweep over chunks of whole sequences. Three products."""
+    rows, backend, head = task.rows, task.backend, task.head
+    hidden_grad = task.hidden.new_zeros(task.hidden.shape) if task.need_hidden else None
+    head_grads = HeadGradients(task, plan.accumulate)
+    chunk_stats = []
+    for first, last in plan.chunks:
+        if rows.host_starts is None:  # one chunk of everything
+            first, last, chunk = 0, rows.starts.shape[0] - 1, slice(0, x.shape[0])
+        else:
+            chunk = slice(rows.host_starts[first], rows.host_starts[last])
+        target = rows.target[chunk]
+        z = backend.target_logits(x[chunk], head, target)
+        slab, sums, anchor = backend.exp_logits(x[chunk], head, target, z, (0, head.weight.shape[0]), store=True)
+        stats = Statistics(z, *backend.row_statistics(sums, anchor, z), anchor)
+        chunk_stats.append(stats)
+        row_coef, target_coef = weigh(stats, chunk, first, last)
+        if hidden_grad is not None:
+            product = matmul(slab, head.weight)
+            backend.finish_hidden_grad(product, row_coef, target_coef, head, target, rows.index[chunk], hidden_grad)
+            del product
+        head_grads.take_rows(x[chunk], row_coef, target_coef, target)
+        for begin in range(0, head.weight.shape[0], GRAD_SLICE):
+            end = min(begin + GRAD_SLICE, head.weight.shape[0])
+            head_grads.add(slab[:, begin:end], begin, end)
+        del slab  # before the next chunk's is made
+    whole = (torch.cat(parts) for parts in zip(*(vars(stats).values() for stats in chunk_stats), strict=True))
+    return Statistics(*whole), Gradients(hidden_grad, *head_grads.result())
+
+
+class HeadGradients:
+    """dWeight and dBias, summed in float32 and rounded once.
+
+    With `accumulate`, or where the gradient is float32 anyway, the sum over chunks lives in a full float32 buffer.
+    Otherwise there is one set of rows, and each vocabulary slice is finished in a float32 buffer of its own width.
+    The bias is the weight of a feature that is always 1, kept 8 wide because matrix products want aligned rows.
+    """
+
+    def __init__(self, task: Task, accumulate: bool):
+        self.backend = task.backend
+        self.dtype = task.head.weight.dtype
+        self.in_place = accumulate or self.dtype == torch.float32
+        vocab_size, hidden_size = task.head.weight.shape
+        device = task.head.weight.device
+        make = torch.zeros if self.in_place else torch.empty
+        dtype = torch.float32 if self.in_place else self.dtype
+        self.weight = make(vocab_size, hidden_size, dtype=dtype, device=device) if task.need_weight else None
+        self.bias = make(vocab_size, 8, dtype=dtype, device=device) if task.need_bias else None
+
+    def take_rows(self, x: Tensor, row_coef: Tensor, target_coef: Tensor, target: Tensor) -> None:
+        """The rows that the next calls of `add` are about."""
+        # float16 ends at 6e-8: the largest coefficient is taken out of the operand and put back in float32
+        self.unit = None
+        if not self.in_place and self.dtype == torch.float16 and row_coef.numel():
+            largest = row_coef.abs().amax()
+            self.unit = torch.where(largest > 0, largest, 1.0)
+            row_coef, target_coef = row_coef / self.unit, target_coef / self.unit
+        self.target_coef = target_coef
+        self.targets = self.backend.group_targets(target) if self.weight is not None or self.bias is not None else None
+        self.parts = []
+        for features, grad in ((x, self.weight), (x.new_ones(x.shape[0], 8), self.bias)):
+            if grad is not None:
+                self.parts.append((features, self.backend.scale_rows(features, -row_coef), grad))
+
+    def add(self, slab: Tensor, begin: int, end: int) -> None:
+        """Take in the exponentials of the vocabulary slice [begin, end)."""
+        for features, scaled, grad in self.parts:
+            part = grad[begin:end] if self.in_place else None
+            part = matmul(slab.t(), scaled, out=part)
+            self.backend.add_targets(part, features, self.target_coef, self.targets, (begin, end))
+            if not self.in_place:
+                grad[begin:end] = part if self.unit is None else part * self.unit
+
+    def result(self) -> tuple[Tensor | None, Tensor | None]:
+        """(dWeight, dBias) in the dtype of the weight."""
+        weight = None if self.weight is None else self.weight.to(self.dtype)
+        bias = None if self.bias is None else self.bias[:, 0].to(self.dtype).contiguous()
+        return weight, bias

@@ -1,0 +1,322 @@
+"""The custom operators: what torch.compile, export and selective checkpointing see of this package.
+
+    npo_kernels::token_logps           (hidden, head, targets) -> log-probabilities; differentiable, any loss outside
+    npo_kernels::token_logps_backward
+    npo_kernels::ratio_loss            (..., offset) -> NPO or SimNPO loss with its gradients formed in the forward
+    npo_kernels::scale_gradient        those gradients times the upstream scalar
+
+All are functional: no state, no mutation, no aliasing, plain tensors out (an unwanted gradient is an empty one). The
+sizes that depend on data (the number of scored rows) are unbacked in the fakes.
+"""
+
+from functools import wraps
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from npo_kernels import modes, torch_backend
+from npo_kernels.formulas import RatioLoss, sequence_scale
+from npo_kernels.head import Head
+from npo_kernels.layout import Rows, compact
+from npo_kernels.modes import Gradients, Statistics, Task
+from npo_kernels.plan import GRAD_SLICE, Plan, make_plan
+from npo_kernels.rowmath import gradient_coefficients
+from npo_kernels.validation import check_values
+
+SECOND_DERIVATIVE = (
+    "npo_kernels has no second derivatives: the kernels form first gradients only. Use impl='reference' where "
+    "create_graph=True is needed, or detach the loss from the part that is differentiated twice"
+)
+
+
+def plain_dtypes(op):
+    """Autocast has done its work on the inputs; inside an operator it would round the float32 sums."""
+
+    @wraps(op)
+    def run(first: Tensor, *args):
+        with torch.autocast(first.device.type, enabled=False):
+            return op(first, *args)
+
+    return run
+
+
+def backend_of(impl: str) -> ModuleType:
+    """The module of a resolved impl. Triton is imported here and only here."""
+    if impl == "torch":
+        return torch_backend
+    from npo_kernels import triton_backend
+
+    return triton_backend
+
+
+def plan_of(task: Task, limit: int, gradient_in_forward: bool, separable: bool = True) -> Plan:
+    """`make_plan` with the sizes of a task."""
+    return make_plan(
+        num_rows=task.rows.index.shape[0],
+        host_starts=task.rows.host_starts,
+        hidden_size=task.hidden.shape[1],
+        vocab_size=task.head.weight.shape[0],
+        weight_itemsize=task.head.weight.itemsize,
+        slab_itemsize=task.backend.slab_dtype(task.hidden).itemsize,
+        block_v=task.backend.block_v(task.hidden),
+        need_hidden=task.need_hidden,
+        need_head=task.need_head,
+        gradient_in_forward=gradient_in_forward,
+        limit=limit,
+        separable=separable,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# token_logps: log-probabilities, with a backward for any upstream gradient
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("npo_kernels::token_logps", mutates_args=())
+@plain_dtypes
+def token_logps(
+    hidden: Tensor,  # (T, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (T,) int64
+    offsets: Tensor,  # (B+1,) int64
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    num_rows: int | None,
+    workspace_bytes: int,
+    impl: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> token_logps (T,), logps (B,), then what the backward needs: row index, target, sequence (N,), starts (B+1,),
+    statistics (4, N), and the expectation (N, H) of the frozen-head mode."""
+    check_values(targets, offsets, weight.shape[0], ignore_index, num_rows)
+    rows = compact(targets, offsets, weight.shape[0], ignore_index, num_rows)
+    head = Head(weight, bias, logit_scale, softcap)
+    task = Task(hidden, head, rows, need_hidden, need_weight, need_bias, backend_of(impl))
+    plan = plan_of(task, workspace_bytes, gradient_in_forward=False)
+    x = task.gather()
+    if plan.mode == "frozen":
+        stats, product = modes.expectation(task, plan, x)
+    else:
+        stats = modes.log_probabilities(task, x)
+        product = hidden.new_empty(0, hidden.shape[1], dtype=torch.float32)
+    tokens = torch.zeros(hidden.shape[0] + 1, dtype=torch.float32, device=hidden.device)
+    live = rows.target >= 0  # filling rows write past the end
+    tokens[torch.where(live, rows.index, hidden.shape[0])] = stats.logp
+    logps = task.backend.sequence_sums(stats.logp, rows.sequence, rows.starts)
+    packed = torch.stack((stats.target_logit, stats.logp, stats.miss, stats.anchor))
+    return tokens[:-1].clone(), logps, rows.index, rows.target, rows.sequence, rows.starts, packed, product
+
+
+@token_logps.register_fake
+def _(hidden, weight, bias, targets, offsets, ignore_index, logit_scale, softcap, num_rows, workspace_bytes, impl,
+      need_hidden, need_weight, need_bias):  # fmt: skip
+    size = torch.library.get_ctx().new_dynamic_size() if num_rows is None else min(num_rows, hidden.shape[0])
+    frozen = need_hidden and not need_weight and not need_bias
+    ints = [targets.new_empty(size) for _ in range(3)]
+    return (
+        hidden.new_empty(hidden.shape[0], dtype=torch.float32),
+        hidden.new_empty(offsets.shape[0] - 1, dtype=torch.float32),
+        *ints,
+        targets.new_empty(offsets.shape[0]),
+        hidden.new_empty(4, size, dtype=torch.float32),
+        hidden.new_empty(size if frozen else 0, hidden.shape[1], dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("npo_kernels::token_logps_backward", mutates_args=())
+@plain_dtypes
+def token_logps_backward(
+    grad_tokens: Tensor,  # (T,)
+    grad_logps: Tensor,  # (B,)
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    target: Tensor,
+    sequence: Tensor,
+    starts: Tensor,
+    statistics: Tensor,
+    product: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    workspace_bytes: int,
+    impl: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dHidden (T, H), dWeight (V, H), dBias (V,); empty where not needed."""
+    head = Head(weight, bias, logit_scale, softcap)
+    rows = Rows(index, target, sequence, starts, host_starts=None)
+    task = Task(hidden, head, rows, need_hidden, need_weight, need_bias, backend_of(impl))
+    plan = plan_of(task, workspace_bytes, gradient_in_forward=False)
+    stats = Statistics(*statistics)
+    live = target >= 0
+    # a filling row reads the zero past the last sequence
+    grad = torch.where(live, grad_tokens[index], 0.0) + torch.cat((grad_logps, grad_logps.new_zeros(1)))[sequence]
+    coefs = gradient_coefficients(stats, grad, head)
+    if plan.mode == "frozen":
+        grads = modes.expectation_backward(task, product, coefs)
+    else:
+        grads = modes.recompute_backward(task, plan, task.gather(), stats, coefs)
+    return all_tensors(grads, hidden, weight)
+
+
+@token_logps_backward.register_fake
+def _(grad_tokens, grad_logps, hidden, weight, bias, index, target, sequence, starts, statistics, product, logit_scale,
+      softcap, workspace_bytes, impl, need_hidden, need_weight, need_bias):  # fmt: skip
+    return fake_gradients(hidden, weight, need_hidden, need_weight, need_bias)
+
+
+def all_tensors(grads: Gradients, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    empty = (hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0))
+    found = (grads.hidden, grads.weight, grads.bias)
+    return tuple(e if g is None else g for g, e in zip(found, empty, strict=True))
+
+
+def fake_gradients(hidden, weight, need_hidden, need_weight, need_bias) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape) if need_hidden else hidden.new_empty(0),
+        weight.new_empty(weight.shape) if need_weight else weight.new_empty(0),
+        weight.new_empty(weight.shape[0]) if need_bias else weight.new_empty(0),
+    )
+
+
+def _setup_token_logps(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    (
+        hidden,
+        weight,
+        bias,
+        _,
+        _,
+        _,
+        ctx.logit_scale,
+        ctx.softcap,
+        _,
+        ctx.workspace_bytes,
+        ctx.impl,
+        *ctx.needs,
+    ) = inputs
+    ctx.save_for_backward(hidden, weight, bias, *output[2:])
+
+
+def _backward_token_logps(ctx, grad_tokens, grad_logps, *_):
+    hidden, weight, bias, index, target, sequence, starts, statistics, product = ctx.saved_tensors
+    if grad_tokens is None:
+        grad_tokens = statistics.new_zeros(hidden.shape[0])
+    if grad_logps is None:
+        grad_logps = statistics.new_zeros(starts.shape[0] - 1)
+    grads = token_logps_backward(
+        grad_tokens, grad_logps, hidden, weight, bias, index, target, sequence, starts, statistics, product,
+        ctx.logit_scale, ctx.softcap, ctx.workspace_bytes, ctx.impl, *ctx.needs,
+    )  # fmt: skip
+    return *(g if need else None for g, need in zip(grads, ctx.needs, strict=True)), *[None] * 11
+
+
+token_logps.register_autograd(_backward_token_logps, setup_context=_setup_token_logps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ratio_loss: NPO and SimNPO with gradients formed in the forward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("npo_kernels::ratio_loss", mutates_args=())
+@plain_dtypes
+def ratio_loss(
+    hidden: Tensor,  # (T, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (T,) int64
+    offsets: Tensor,  # (B+1,) int64
+    offset: Tensor,  # (B,) float32: ref_logps, or -gamma
+    normalizer: Tensor | None,  # 0-d
+    beta: float,
+    length_normalized: bool,
+    reduction: str,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    num_rows: int | None,
+    workspace_bytes: int,
+    impl: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> loss (), logps (B,), num_tokens (B,), dHidden (T, H), dWeight (V, H), dBias (V,) of a "mean" or "sum" loss."""
+    check_values(targets, offsets, weight.shape[0], ignore_index, num_rows)
+    rows = compact(targets, offsets, weight.shape[0], ignore_index, num_rows)
+    head = Head(weight, bias, logit_scale, softcap)
+    task = Task(hidden, head, rows, need_hidden, need_weight, need_bias, backend_of(impl))
+    scale = sequence_scale(rows.num_tokens, reduction, normalizer)
+    ratio = RatioLoss(offset, scale, rows.num_tokens, beta, length_normalized)
+    logps, losses = torch.empty_like(offset), torch.empty_like(offset)
+
+    def weigh(stats: Statistics, chunk: slice, first: int, last: int) -> tuple[Tensor, Tensor]:
+        starts = rows.starts[first : last + 1] - rows.starts[first]
+        part = task.backend.ratio_epilogue(
+            stats, rows.sequence[chunk] - first, starts, ratio.sequences(first, last), head
+        )
+        logps[first:last], losses[first:last], row_coef, target_coef = part
+        return row_coef, target_coef
+
+    plan = plan_of(task, workspace_bytes, gradient_in_forward=True)
+    _, grads = modes.value_and_gradients(task, plan, weigh)
+    # where: an empty sequence has scale 0, and 0 * inf of a far reference would be NaN
+    loss = torch.where(scale > 0, scale * losses, 0.0).sum()
+    return loss, logps, rows.num_tokens, *all_tensors(grads, hidden, weight)
+
+
+@ratio_loss.register_fake
+def _(hidden, weight, bias, targets, offsets, offset, normalizer, beta, length_normalized, reduction, ignore_index,
+      logit_scale, softcap, num_rows, workspace_bytes, impl, need_hidden, need_weight, need_bias):  # fmt: skip
+    gradients = fake_gradients(hidden, weight, need_hidden, need_weight, need_bias)
+    return offset.new_empty(()), torch.empty_like(offset), targets.new_empty(offset.shape), *gradients
+
+
+def _setup_ratio_loss(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # no zeros of the size of dWeight for outputs nobody differentiates
+    ctx.needs = inputs[-3:]
+    ctx.save_for_backward(*output[-3:])
+
+
+def _backward_ratio_loss(ctx, upstream, *_):
+    grads = (
+        scale_gradient(g, upstream) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+    )
+    return *grads, *[None] * 16
+
+
+ratio_loss.register_autograd(_backward_ratio_loss, setup_context=_setup_ratio_loss)
+
+
+@torch.library.custom_op("npo_kernels::scale_gradient", mutates_args=())
+@plain_dtypes
+def scale_gradient(grad: Tensor, upstream: Tensor) -> Tensor:
+    """grad * upstream (0-d) in float32, a slice of rows at a time; never in place: the graph may be kept."""
+    if grad.dtype == torch.float32:
+        return grad * upstream
+    out = torch.empty_like(grad)
+    for i in range(0, grad.shape[0], GRAD_SLICE):
+        out[i : i + GRAD_SLICE] = grad[i : i + GRAD_SLICE].float() * upstream
+    return out
+
+
+@scale_gradient.register_fake
+def _(grad, upstream):
+    return torch.empty_like(grad)
+
+
+def no_second_derivative(ctx, *_):
+    raise NotImplementedError(SECOND_DERIVATIVE)
+
+
+for op in (token_logps_backward, scale_gradient):
+    op.register_autograd(no_second_derivative)

@@ -1,0 +1,205 @@
+"""impl="torch": the primitives of `modes.py` in plain PyTorch, for CPU, MPS and any GPU without Triton.
+
+Everything is done in vocabulary blocks of fixed width, aligned to multiples of that width, whatever the workspace:
+the partial sums, and with them the log-probabilities, do not depend on it. A block is also what stays in a CPU's
+cache between the product, the exponential and the sum.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from npo_kernels.formulas import RatioLoss
+from npo_kernels.head import Head
+from npo_kernels.products import matmul
+from npo_kernels.rowmath import (
+    Statistics,
+    anchor_headroom,
+    gradient_coefficients,
+    row_statistics,
+)
+
+BLOCK_V = 8192  # columns of one block
+BLOCK_N = 256  # rows of one block when nothing has to be kept
+
+
+def block_v(x: Tensor) -> int:
+    """Vocabulary slices begin at multiples of this."""
+    return BLOCK_V
+
+
+def slab_dtype(hidden: Tensor) -> torch.dtype:
+    """What the exponentials are stored in: the input dtype where float32-accumulating products of it exist."""
+    return hidden.dtype if hidden.is_cuda else torch.float32
+
+
+def target_logits(x: Tensor, head: Head, target: Tensor) -> Tensor:
+    """(N,) float32 logit of each row's target; NaN for a poisoned row (target == V), the anchor of the exponentials."""
+    vocab_size = head.weight.shape[0]
+    label = target.clamp(0, vocab_size - 1)
+    z = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    for i in range(0, x.shape[0], BLOCK_N):
+        rows = slice(i, i + BLOCK_N)
+        z[rows] = (x[rows].float() * head.weight[label[rows]].float()).sum(1)
+    if head.bias is not None:
+        z += head.bias[label].float()
+    z *= head.logit_scale
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    return torch.where(target == vocab_size, torch.nan, z)
+
+
+def logits_block(x: Tensor, head: Head, out: Tensor) -> Tensor:
+    """Logits of one block into `out` (rows, columns) float32, before the softcap."""
+    if x.dtype == torch.float32:
+        torch.mm(x, head.weight.t(), out=out)
+    else:
+        out.copy_(matmul(x, head.weight.t()))
+    if head.bias is not None:
+        out += head.bias.float()
+    if head.logit_scale != 1.0:
+        out *= head.logit_scale
+    return out
+
+
+def exp_logits(
+    x: Tensor,  # (n, H)
+    head: Head,  # of the whole vocabulary
+    target: Tensor,  # (n,)
+    anchor: Tensor,  # (n,) float32
+    columns: tuple[int, int],  # the vocabulary slice, its begin a multiple of BLOCK_V
+    store: bool,
+    reanchor: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """E = exp(z - anchor) of a vocabulary slice, its target column 0; the row sums; the anchor it ended with.
+
+    The sums are of the exponentials; what is stored carries the derivative of the softcap, dz/draw = 1 - (z/softcap)^2,
+    as the gradient products need it. Where a logit exceeds the anchor by more than the headroom of the dtype, the
+    anchor of that row is raised and what was already computed is rescaled (the overflow repair).
+    """
+    begin, end = columns
+    dtype = slab_dtype(x)
+    slab = torch.empty(x.shape[0], end - begin, dtype=dtype, device=x.device) if store else None
+    direct = slab is not None and dtype == torch.float32
+    block = None if direct else torch.empty(x.shape[0], BLOCK_V, dtype=torch.float32, device=x.device)
+    sums = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
+    headroom = anchor_headroom(dtype)
+    for b in range(begin, end, BLOCK_V):
+        stop = min(b + BLOCK_V, end)
+        z = logits_block(
+            x, head.columns(b, stop), slab[:, b - begin : stop - begin] if direct else block[:, : stop - b]
+        )
+        t = None
+        if head.softcap is not None:
+            t = torch.tanh(z / head.softcap)
+            torch.mul(t, head.softcap, out=z)
+        if reanchor:
+            raised = z.amax(1) - headroom
+            if bool((raised > anchor).any()):
+                raised = torch.where(raised > anchor, raised, anchor)
+                factor = torch.exp(anchor - raised)
+                anchor = raised
+                sums *= factor
+                if slab is not None:
+                    slab[:, : b - begin] *= factor.unsqueeze(1).to(dtype)
+        e = z.sub_(anchor.unsqueeze(1)).exp_()
+        _zero_target(e, target - b)
+        sums += e.sum(1)
+        if slab is not None:
+            if t is not None:
+                e.mul_(t.square_().neg_().add_(1.0))
+            if not direct:
+                slab[:, b - begin : stop - begin] = e
+    return slab, sums, anchor
+
+
+def _zero_target(e: Tensor, column: Tensor) -> None:
+    """e[i, column_i] = 0 where column_i lies inside the block."""
+    inside = (column >= 0) & (column < e.shape[1])
+    column = column.clamp(0, e.shape[1] - 1).unsqueeze(1)
+    kept = e.gather(1, column).squeeze(1)
+    e.scatter_(1, column, torch.where(inside, 0.0, kept).unsqueeze(1))
+
+
+def statistics(x: Tensor, head: Head, target: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
+    """(logp, miss = 1 - p_target), both (N,) float32, with nothing of size V kept."""
+    logp, miss = torch.empty_like(target_logit), torch.empty_like(target_logit)
+    for i in range(0, x.shape[0], BLOCK_N):
+        rows = slice(i, i + BLOCK_N)
+        _, sums, anchor = exp_logits(
+            x[rows], head, target[rows], target_logit[rows], (0, head.weight.shape[0]), store=False
+        )
+        logp[rows], miss[rows] = row_statistics(sums, anchor, target_logit[rows])
+    return logp, miss
+
+
+def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
+    """scale_i * x_i, rounded once to the dtype the gradient products take; a row of scale 0 is exactly 0."""
+    scaled = x * scale.unsqueeze(1)
+    return torch.where(scale.unsqueeze(1) == 0, 0.0, scaled).to(slab_dtype(x))
+
+
+def finish_hidden_grad(
+    product: Tensor,  # (n, H) float32: E @ W
+    row_coef: Tensor,  # (n,)
+    target_coef: Tensor,  # (n,)
+    head: Head,
+    target: Tensor,  # (n,)
+    index: Tensor,  # (n,) rows of `out`
+    out: Tensor,  # (T, H)
+) -> None:
+    """out[index_i] = target_coef_i W[target_i] - row_coef_i product_i; filling rows are not written."""
+    label = target.clamp(0, head.weight.shape[0] - 1)
+    for i in range(0, product.shape[0], BLOCK_N):
+        rows = slice(i, i + BLOCK_N)
+        grad = target_coef[rows].unsqueeze(1) * head.weight[label[rows]].float()
+        grad -= row_coef[rows].unsqueeze(1) * product[rows]
+        # filling rows share index 0 with a real one: add zero instead of overwriting
+        live = (target[rows] >= 0).unsqueeze(1)
+        out.index_add_(0, index[rows], torch.where(live, grad, 0.0).to(out.dtype))
+
+
+def group_targets(target: Tensor) -> Tensor:
+    """What `add_targets` needs to know about the labels; computed once a call."""
+    return target
+
+
+def add_targets(grad: Tensor, x: Tensor, coef: Tensor, targets: Tensor, columns: tuple[int, int]) -> None:
+    """grad[y_i - begin] += coef_i x_i in float32 for the rows whose target lies in the slice [begin, end)."""
+    begin, end = columns
+    inside = (targets >= begin) & (targets < end)
+    column = (targets - begin).clamp(0, end - begin - 1)
+    for i in range(0, x.shape[0], BLOCK_N):
+        rows = slice(i, i + BLOCK_N)
+        update = torch.where(inside[rows], coef[rows], 0.0).unsqueeze(1) * x[rows].float()
+        _add_rows(grad, column[rows], update)
+
+
+def sequence_sums(values: Tensor, sequence: Tensor, starts: Tensor) -> Tensor:
+    """(n,) row values -> (B,) sums in row order; rows of sequence B (filling) are left out."""
+    num_sequences = starts.shape[0] - 1
+    sums = torch.zeros(num_sequences + 1, dtype=torch.float32, device=values.device)
+    _add_rows(sums, sequence, values)
+    return sums[:num_sequences]
+
+
+def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
+    """out[index_i] += rows_i, in row order on every device: on CUDA index_add_ promises no order, index_put_ does."""
+    if out.is_cuda:
+        out.index_put_((index,), rows, accumulate=True)
+    else:
+        out.index_add_(0, index, rows)
+
+
+def ratio_epilogue(
+    stats: Statistics,
+    sequence: Tensor,  # (n,) sequence of each row, counted from the first of the chunk
+    starts: Tensor,  # (B+1,) first row of each sequence, counted from the first of the chunk
+    ratio: RatioLoss,  # of the sequences of the chunk
+    head: Head,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logps (B,), losses (B,), row_coef (n,), target_coef (n,)): from rows to sequences, the loss, and back."""
+    logps = sequence_sums(stats.logp, sequence, starts)
+    losses, grad = ratio.value_and_grad(logps)
+    row_coef, target_coef = gradient_coefficients(stats, F.pad(grad, (0, 1))[sequence], head)
+    return logps, losses, row_coef, target_coef

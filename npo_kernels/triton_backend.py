@@ -1,0 +1,227 @@
+"""impl="triton": the primitives of `modes.py` on the kernels of `csrc_triton`; plain products go to cuBLAS.
+
+The same code runs in the Triton interpreter on CPU tensors (TRITON_INTERPRET=1 before the first import), which is how
+the tests check every kernel without a GPU. Importing this module imports Triton; nothing else in the package does.
+"""
+
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from csrc_triton import exp_logits as exp_logits_kernels
+from csrc_triton import gradient_rows, sequence_epilogue, target_logit
+from csrc_triton import row_statistics as row_kernels
+from csrc_triton.tiles import BLOCK_HIDDEN, BLOCK_ROWS, BLOCK_RUN, ROW_WARPS, TILES, Tile
+from npo_kernels.formulas import RatioLoss
+from npo_kernels.head import Head
+from npo_kernels.rowmath import Statistics, anchor_headroom
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+@cache
+def _architecture(device: torch.device) -> str:
+    """The row of the tile table that a device uses."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) == (8, 0):
+        return "sm_80"
+    return {9: "sm_90", 10: "sm_100", 12: "sm_120"}.get(major, "sm_86")
+
+
+def tile_for(x: Tensor) -> Tile:
+    """The tile of `exp_logits` for operands like x."""
+    return TILES[_architecture(x.device), 8 * x.itemsize]
+
+
+def block_v(x: Tensor) -> int:
+    """Vocabulary slices begin at multiples of this: the width of one split."""
+    return tile_for(x).split
+
+
+def slab_dtype(x: Tensor) -> torch.dtype:
+    """What the exponentials are stored in: the dtype of the operands."""
+    return x.dtype
+
+
+def target_logits(x: Tensor, head: Head, target: Tensor) -> Tensor:
+    """(N,) float32 logit of each row's target, the anchor; NaN for a poisoned row."""
+    x = _rows_contiguous(x)
+    z = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    if x.shape[0]:
+        target_logit.target_logit[(x.shape[0],)](
+            x, _rows_contiguous(head.weight), head.bias, target, z, head.weight.shape[0], x.shape[1],
+            x.stride(0), head.weight.stride(0), head.logit_scale, head.softcap or 0.0,
+            HAS_BIAS=head.bias is not None, HAS_SOFTCAP=head.softcap is not None,
+            BLOCK_H=_hidden_block(x.shape[1]), num_warps=ROW_WARPS,
+        )  # fmt: skip
+    return z
+
+
+def exp_logits(
+    x: Tensor,  # (n, H)
+    head: Head,  # of the whole vocabulary
+    target: Tensor,  # (n,)
+    anchor: Tensor,  # (n,) float32
+    columns: tuple[int, int],  # the vocabulary slice
+    store: bool,
+    reanchor: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """E = exp(z - anchor) of a vocabulary slice, its target column 0; the row sums; the anchor it ended with.
+
+    As `torch_backend.exp_logits`. With reanchor=False the anchor is exact and no sums are taken.
+    """
+    x = _rows_contiguous(x)
+    begin, end = columns
+    part = head.columns(begin, end)
+    weight = _rows_contiguous(part.weight)
+    rows, width = x.shape[0], end - begin
+    tile = tile_for(x)
+    row_blocks, splits = triton.cdiv(rows, tile.block_n), triton.cdiv(width, tile.split)
+    slab = _aligned_empty(rows, width, x) if store else None
+    sums, maxima = torch.empty(2, splits, rows, dtype=torch.float32, device=x.device) if reanchor else (None, None)
+    dirty = torch.empty(row_blocks, dtype=torch.int32, device=x.device) if reanchor else None
+    if rows == 0:
+        return slab, anchor.clone(), anchor
+
+    def launch(anchor: Tensor, repair: bool) -> None:
+        exp_logits_kernels.exp_logits[(row_blocks * splits,)](
+            x, weight, part.bias, target, anchor, dirty, slab, sums, maxima, rows, width, x.shape[1], begin,
+            x.stride(0), weight.stride(0), slab.stride(0) if store else 0, head.logit_scale, head.softcap or 0.0,
+            HAS_BIAS=part.bias is not None, HAS_SOFTCAP=head.softcap is not None, STORE=store, SUMS=reanchor,
+            MAXIMA=reanchor and not repair, REPAIR=repair, EVEN_H=x.shape[1] % tile.block_h == 0,
+            BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h, SPLIT_TILES=tile.split_tiles,
+            GROUP=tile.group, UPCAST=INTERPRETED and x.dtype == torch.bfloat16, PRECISION=_precision(x),
+            PIECES=tile.pieces, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+
+    launch(anchor, repair=False)
+    if not reanchor:
+        return slab, None, anchor
+    raised, total = torch.empty_like(anchor), torch.empty_like(anchor)
+    row_kernels.reanchor[(row_blocks,)](
+        maxima, anchor, raised, dirty, rows, splits, anchor_headroom(slab_dtype(x)), BLOCK_N=tile.block_n
+    )
+    launch(raised, repair=True)
+    row_kernels.reduce_splits[_row_grid(rows)](sums, total, rows, splits, BLOCK_N=BLOCK_ROWS, num_warps=ROW_WARPS)
+    return slab, total, raised
+
+
+def row_statistics(sums: Tensor, anchor: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
+    """(logp, miss) from the sums of exponentials and the anchor they were taken at."""
+    logp, miss = torch.empty_like(sums), torch.empty_like(sums)
+    if sums.shape[0]:
+        row_kernels.row_statistics[_row_grid(sums.shape[0])](
+            sums, anchor, target_logit, logp, miss, sums.shape[0], BLOCK_N=BLOCK_ROWS, num_warps=ROW_WARPS
+        )
+    return logp, miss
+
+
+def statistics(x: Tensor, head: Head, target: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
+    """(logp, miss) with nothing of size V written."""
+    _, sums, anchor = exp_logits(x, head, target, target_logit, (0, head.weight.shape[0]), store=False)
+    return row_statistics(sums, anchor, target_logit)
+
+
+def sequence_sums(values: Tensor, sequence: Tensor, starts: Tensor) -> Tensor:
+    """(n,) row values -> (B,) sums."""
+    logps = torch.empty(starts.shape[0] - 1, dtype=torch.float32, device=values.device)
+    if logps.shape[0]:
+        sequence_epilogue.sequence_sums[logps.shape](values, starts, logps, BLOCK_N=BLOCK_ROWS, num_warps=ROW_WARPS)
+    return logps
+
+
+def ratio_epilogue(
+    stats: Statistics, sequence: Tensor, starts: Tensor, ratio: RatioLoss, head: Head
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logps (B,), losses (B,), row_coef (n,), target_coef (n,)) in one launch."""
+    logps, losses = torch.empty_like(ratio.offset), torch.empty_like(ratio.offset)
+    coefs = torch.zeros(2, stats.logp.shape[0], dtype=torch.float32, device=logps.device)  # 0 for filling rows
+    if logps.shape[0]:
+        sequence_epilogue.ratio_epilogue[logps.shape](
+            stats.target_logit, stats.logp, stats.miss, stats.anchor, starts, ratio.offset, ratio.scale,
+            logps, losses, coefs[0], coefs[1], ratio.beta, head.logit_scale, head.softcap or 0.0,
+            LENGTH_NORMALIZED=ratio.length_normalized, HAS_SOFTCAP=head.softcap is not None,
+            BLOCK_N=BLOCK_ROWS, num_warps=ROW_WARPS,
+        )  # fmt: skip
+    return logps, losses, coefs[0], coefs[1]
+
+
+def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
+    """scale_i * x_i, rounded once to the dtype of x."""
+    x = _rows_contiguous(x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.shape[0]:
+        block = _hidden_block(x.shape[1])
+        gradient_rows.scale_rows[_hidden_grid(x.shape)](
+            x, scale, out, x.shape[1], x.stride(0), BLOCK_H=block, num_warps=ROW_WARPS
+        )
+    return out
+
+
+def finish_hidden_grad(
+    product: Tensor,  # (n, H) float32: E @ W
+    row_coef: Tensor,  # (n,)
+    target_coef: Tensor,  # (n,)
+    head: Head,
+    target: Tensor,  # (n,)
+    index: Tensor,  # (n,) rows of `out`
+    out: Tensor,  # (T, H)
+) -> None:
+    """out[index_i] = target_coef_i W[target_i] - row_coef_i product_i; filling rows are not written."""
+    if product.shape[0]:
+        weight = _rows_contiguous(head.weight)
+        gradient_rows.finish_hidden_grad[_hidden_grid(product.shape)](
+            product, row_coef, target_coef, target, index, weight, out, weight.shape[0], product.shape[1],
+            weight.stride(0), BLOCK_H=_hidden_block(product.shape[1]), num_warps=ROW_WARPS,
+        )  # fmt: skip
+
+
+def group_targets(target: Tensor) -> tuple[Tensor, Tensor]:
+    """(targets in ascending order, rows in that order), so that each label is summed by one program."""
+    return torch.sort(target, stable=True)
+
+
+def add_targets(
+    grad: Tensor, x: Tensor, coef: Tensor, targets: tuple[Tensor, Tensor], columns: tuple[int, int]
+) -> None:
+    """grad[y_i - begin] += coef_i x_i in float32 for the rows whose target lies in the slice [begin, end)."""
+    if x.shape[0]:
+        x = _rows_contiguous(x)
+        gradient_rows.add_targets[_hidden_grid(x.shape)](
+            grad, x, coef, *targets, x.shape[0], columns[1] - columns[0], x.shape[1], columns[0],
+            x.stride(0), grad.stride(0), BLOCK_RUN=BLOCK_RUN, BLOCK_H=_hidden_block(x.shape[1]), num_warps=ROW_WARPS,
+        )  # fmt: skip
+
+
+def _aligned_empty(rows: int, width: int, x: Tensor) -> Tensor:
+    """A slab whose rows start at multiples of 128 bytes, which the products that read it are fastest with."""
+    unit = 128 // slab_dtype(x).itemsize
+    return torch.empty(rows, triton.cdiv(width, unit) * unit, dtype=slab_dtype(x), device=x.device)[:, :width]
+
+
+def _rows_contiguous(t: Tensor) -> Tensor:
+    """The kernels take any row stride, but elements of a row side by side."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _precision(x: Tensor) -> str:
+    """How float32 products are done: as PyTorch is told to do them."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _hidden_block(hidden_size: int) -> int:
+    return min(BLOCK_HIDDEN, triton.next_power_of_2(hidden_size))
+
+
+def _hidden_grid(shape: torch.Size) -> tuple[int, int]:
+    return shape[0], triton.cdiv(shape[1], _hidden_block(shape[1]))
+
+
+def _row_grid(rows: int) -> tuple[int]:
+    return (triton.cdiv(rows, BLOCK_ROWS),)

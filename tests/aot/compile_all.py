@@ -1,0 +1,362 @@
+"""Every kernel compiled ahead of time for every target, without a GPU: registers, spills, shared memory, tensor cores.
+
+    python -m tests.aot.compile_all                     # the representative set that the test compiles, about 3 minutes
+    python -m tests.aot.compile_all --all               # every variant, about 15 minutes on two cores
+    python -m tests.aot.compile_all --update            # write what is compiled down in golden.json
+    python -m tests.aot.compile_all --target sm_90      # one target; can be combined with the others
+
+The kernels are specialised as Triton's JIT would specialise them for a call at the shape N=8191, H=4096, V=128256: an
+argument that is 1 is a constant, pointers and other integers divisible by 16 are marked as such.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+GOLDEN = Path(__file__).with_name("golden.json")
+KIB = 1024
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What there is to compile
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU, the row of the tile table it uses, and what of a processor (SM, CU) its programs share."""
+
+    backend: str
+    arch: int | str
+    warp: int  # threads
+    tiles: str
+    program_shared: int  # bytes of shared memory, of one program
+    shared: int  # bytes, of all programs
+    threads: int
+    programs: int
+
+
+# CUDA C++ Programming Guide, table of technical specifications per compute capability; CDNA3 ISA guide
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, "sm_80", 163 * KIB, 164 * KIB, 2048, 32),
+    "sm_86": Target("cuda", 86, 32, "sm_86", 99 * KIB, 100 * KIB, 1536, 16),
+    "sm_89": Target("cuda", 89, 32, "sm_86", 99 * KIB, 100 * KIB, 1536, 24),
+    "sm_90": Target("cuda", 90, 32, "sm_90", 227 * KIB, 228 * KIB, 2048, 32),
+    "sm_100": Target("cuda", 100, 32, "sm_100", 227 * KIB, 228 * KIB, 2048, 32),
+    "sm_120": Target("cuda", 120, 32, "sm_120", 99 * KIB, 100 * KIB, 1536, 24),
+    "gfx942": Target("hip", "gfx942", 64, "gfx942", 64 * KIB, 64 * KIB, 2048, 32),
+}
+
+# tf32 is float32 whose products may use the tensor cores (torch.set_float32_matmul_precision)
+DTYPES = ("bf16", "fp16", "fp32", "tf32")
+
+# Arguments are called the same in all kernels. Pointers: "T" is the dtype of the operands.
+ARGUMENTS = {
+    "x_ptr": "*T", "w_ptr": "*T", "bias_ptr": "*T", "slab_ptr": "*T", "out_ptr": "*T",
+    "target_ptr": "*i64", "index_ptr": "*i64", "sorted_ptr": "*i64", "order_ptr": "*i64", "starts_ptr": "*i64",
+    "dirty_ptr": "*i32",
+    "anchor_ptr": "*fp32", "raised_ptr": "*fp32", "sum_ptr": "*fp32", "max_ptr": "*fp32", "part_ptr": "*fp32",
+    "z_ptr": "*fp32", "logp_ptr": "*fp32", "miss_ptr": "*fp32", "logps_ptr": "*fp32", "loss_ptr": "*fp32",
+    "offset_ptr": "*fp32", "scale_ptr": "*fp32", "coef_ptr": "*fp32", "row_coef_ptr": "*fp32",
+    "target_coef_ptr": "*fp32", "product_ptr": "*fp32", "grad_ptr": "*fp32",
+    "logit_scale": "fp32", "softcap": "fp32", "headroom": "fp32", "beta": "fp32",
+    "N": 8191, "V": 128256, "H": 4096, "begin": 16384, "splits": 126,
+    "stride_x": 4096, "stride_w": 4096, "stride_slab": 128256, "stride_grad": 4096,
+}  # fmt: skip
+# A row length that no tile divides, 16-byte aligned or not; a batch of one row, a vocabulary of one split.
+SHAPES = {
+    "": {},
+    "ragged": {"H": 4112, "stride_x": 4112, "stride_w": 4112, "V": 50257, "stride_slab": 50304, "stride_grad": 4112},
+    "odd": {"H": 4097, "stride_x": 4097, "stride_w": 4097, "V": 50257, "stride_slab": 50304, "stride_grad": 4097},
+    "one": {"N": 1, "splits": 1, "V": 1, "H": 1, "stride_x": 1, "stride_w": 1, "begin": 0, "stride_slab": 64},
+}
+# Beyond 2 GB at that shape, so that AMD's buffer instructions are out of the question.
+LARGE = ("slab_ptr", "grad_ptr")
+
+# what exp_logits is launched for -> (STORE, SUMS, MAXIMA, REPAIR)
+USES = {
+    "statistics": (False, True, True, False),
+    "slab": (True, True, True, False),
+    "repair": (True, True, False, True),
+    "repair-statistics": (False, True, False, True),
+    "recompute": (True, False, False, False),
+}
+ROW_KERNELS = {  # module, kernel -> variants
+    ("target_logit", "target_logit"): ("", "bias", "bias+softcap"),
+    ("row_statistics", "reanchor"): ("",),
+    ("row_statistics", "reduce_splits"): ("",),
+    ("row_statistics", "row_statistics"): ("",),
+    ("sequence_epilogue", "sequence_sums"): ("",),
+    ("sequence_epilogue", "ratio_epilogue"): ("", "softcap", "normalized"),
+    ("gradient_rows", "scale_rows"): ("",),
+    ("gradient_rows", "finish_hidden_grad"): ("",),
+    ("gradient_rows", "add_targets"): ("",),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation. `variant` joins a use and options with "+", such as "slab+bias+ragged"."""
+
+    target: str
+    module: str
+    kernel: str
+    variant: str
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return " ".join((self.target, self.kernel, self.variant or "-", self.dtype))
+
+    def has(self, option: str) -> bool:
+        return option in self.variant.split("+")
+
+
+def cases(target: str, everything: bool) -> list[Case]:
+    """Of one target: every variant, or the ones that need most of a tile."""
+    found = []
+    for dtype, shape, use, bias, softcap in product(DTYPES, SHAPES, USES, ("", "bias"), ("", "softcap")):
+        variant = "+".join(filter(None, (use, bias, softcap, shape)))
+        representative = bool(bias) == bool(softcap) and shape == "" and use == "slab"
+        if dtype == "bf16":
+            representative |= bool(bias) == bool(softcap) and shape == "" and use == "statistics"
+            representative |= variant in ("recompute", "repair", "slab+ragged", "slab+bias+softcap+odd")
+            representative |= variant in ("statistics+one", "slab+bias+softcap+one") and target == "sm_90"
+        chosen = representative or (everything and shape != "one" and (shape == "" or dtype == "bf16"))
+        if chosen:
+            found.append(Case(target, "exp_logits", "exp_logits", variant, dtype))
+    for (module, kernel), variants in ROW_KERNELS.items():
+        for variant, dtype in product(variants, ("bf16", "fp32")):
+            found.append(Case(target, module, kernel, variant, dtype))
+        if target == "sm_90":
+            found.append(Case(target, module, kernel, "one", "bf16"))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def constants(case: Case, parameters: list[str]) -> tuple[dict, dict]:
+    """(values of the constexpr parameters of the kernel, options of the compiler)."""
+    from csrc_triton import tiles
+
+    bits = 16 if case.dtype in ("bf16", "fp16") else 32
+    tile = tiles.TILES[TARGETS[case.target].tiles, bits]
+    shape = {**ARGUMENTS, **next((SHAPES[s] for s in SHAPES if s and case.has(s)), {})}
+    values = {
+        "HAS_BIAS": case.has("bias"),
+        "HAS_SOFTCAP": case.has("softcap"),
+        "LENGTH_NORMALIZED": case.has("normalized"),
+        "BLOCK_H": min(tiles.BLOCK_HIDDEN, 1 << (shape["H"] - 1).bit_length()),
+        "BLOCK_N": tiles.BLOCK_ROWS,
+        "BLOCK_RUN": tiles.BLOCK_RUN,
+    }
+    options = {"num_warps": tiles.ROW_WARPS}
+    if case.kernel == "reanchor":
+        values["BLOCK_N"] = tile.block_n
+    if case.kernel == "exp_logits":
+        flags = USES[case.variant.split("+")[0]]
+        values |= dict(zip(("STORE", "SUMS", "MAXIMA", "REPAIR"), flags, strict=True))
+        values |= {
+            "BLOCK_N": tile.block_n,
+            "BLOCK_V": tile.block_v,
+            "BLOCK_H": tile.block_h,
+            "EVEN_H": shape["H"] % tile.block_h == 0,
+            "SPLIT_TILES": tile.split_tiles,
+            "GROUP": tile.group,
+            "PIECES": tile.pieces,
+            "UPCAST": False,
+            "PRECISION": "tf32" if case.dtype == "tf32" else "ieee",
+        }
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    for pointer, present in (("bias_ptr", "HAS_BIAS"), ("slab_ptr", "STORE"), ("max_ptr", "SUMS"), ("sum_ptr", "SUMS")):
+        if pointer in parameters and present in parameters and not values[present]:
+            values[pointer] = None
+    values |= {name: 1 for name in parameters if shape.get(name) == 1}
+    return {name: value for name, value in values.items() if name in parameters}, options
+
+
+def compile_kernel(case: Case):
+    """What the JIT would compile: triton.compiler.CompiledKernel, not loaded."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    target = TARGETS[case.target]
+    function = getattr(__import__(f"csrc_triton.{case.module}", fromlist=[case.kernel]), case.kernel)
+    parameters = list(function.arg_names)
+    constexprs, options = constants(case, parameters)
+    shape = {**ARGUMENTS, **next((SHAPES[s] for s in SHAPES if s and case.has(s)), {})}
+    operand = {"tf32": "fp32"}.get(case.dtype, case.dtype)
+    signature, attributes = {}, {}
+    for position, name in enumerate(parameters):
+        kind = "constexpr" if name in constexprs else shape[name]
+        if isinstance(kind, int):
+            divisible, kind = kind % 16 == 0, "i32"
+        else:
+            divisible = kind.startswith("*")
+        signature[name] = kind.replace("*T", "*" + operand)
+        if divisible:
+            attributes[position,] = [["tt.divisibility", 16]]
+            if target.backend == "hip" and kind.startswith("*") and name not in LARGE:
+                attributes[position,].append(["tt.pointer_range", 32])
+    source = ASTSource(function, signature, {(parameters.index(k),): v for k, v in constexprs.items()}, attributes)
+    return triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp), options=options)
+
+
+def measure(case: Case) -> dict:
+    """What a compiled kernel needs. `spills` in bytes (NVIDIA: of stack and local memory) or registers (AMD)."""
+    compiled = compile_kernel(case)
+    found = {
+        "warps": compiled.metadata.num_warps,
+        "stages": compiled.metadata.num_stages,
+        **(amd_usage if TARGETS[case.target].backend == "hip" else nvidia_usage)(compiled),
+        "shared": compiled.metadata.shared,
+    }
+    found["programs"] = occupancy(TARGETS[case.target], found, getattr(compiled.metadata, "tmem_size", 0) or 0)
+    return found
+
+
+def nvidia_usage(compiled) -> dict:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+
+        def cuobjdump(*flags: str) -> str:
+            command = [tools / "cuobjdump", *flags, cubin.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", cuobjdump("-res-usage")))
+        instructions = re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b[\w.]*", cuobjdump("-sass"))
+    spills = int(usage["STACK"]) + int(usage["LOCAL"])
+    return {"registers": int(usage["REG"]), "spills": spills, "tensor_cores": distinct(instructions)}
+
+
+def amd_usage(compiled) -> dict:
+    assembly = compiled.asm["amdgcn"]
+    usage = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE)}
+    spills = usage["vgpr_spill_count"] + usage["sgpr_spill_count"] + usage["private_segment_fixed_size"]
+    instructions = re.findall(r"\bv_mfma_\w+", assembly)
+    return {"registers": usage["vgpr_count"], "spills": spills, "tensor_cores": distinct(instructions)}
+
+
+def distinct(instructions: list[str]) -> str:
+    return " ".join(sorted(set(instructions)))
+
+
+def occupancy(target: Target, usage: dict, tensor_memory: int) -> int:
+    """Programs that fit one processor at a time: registers, threads, shared memory, tensor memory."""
+    warps, registers = usage["warps"], usage["registers"]
+    if target.backend == "hip":  # 4 SIMDs of 512 registers a thread, 8 waves each
+        by_registers = 4 * min(8, 512 // -(-registers // 8 * 8)) // warps
+        by_shared = target.shared // max(1, usage["shared"])
+    else:  # 4 quarters of 16384 registers; every program reserves 1 KiB of shared memory
+        by_registers = 4 * (16384 // (-(-registers // 8) * 8 * 32)) // warps
+        by_shared = target.shared // (usage["shared"] + KIB)
+    by_threads = target.threads // (warps * target.warp)
+    by_tensor_memory = 512 // tensor_memory if tensor_memory else target.programs
+    return min(by_registers, by_shared, by_threads, by_tensor_memory, target.programs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judging
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def needs_tensor_cores(case: Case) -> bool:
+    """Products of 16-bit operands always; those of float32 where tf32 is allowed, on NVIDIA."""
+    if case.kernel != "exp_logits":
+        return False
+    return case.dtype in ("bf16", "fp16") or (case.dtype == "tf32" and TARGETS[case.target].backend == "cuda")
+
+
+def complaints(case: Case, found: dict, golden: dict | None) -> list[str]:
+    """What is wrong with a compiled kernel. `golden` is None where it is of another Triton version.
+
+    Rows that are not 16-byte aligned ("odd") come element by element through registers and may spill some: no model
+    in use has them, and what counts there is that they work.
+    """
+    wrong = []
+    if found["spills"] and not case.has("odd"):
+        wrong.append(f"{found['spills']} spilled")
+    if found["shared"] > TARGETS[case.target].program_shared:
+        wrong.append(f"{found['shared']} bytes of shared memory, there are {TARGETS[case.target].program_shared}")
+    if needs_tensor_cores(case) and not found["tensor_cores"]:
+        wrong.append("no tensor-core instruction")
+    for what in ("registers", "spills", "shared") if golden is not None else ():
+        if found[what] > golden[what]:
+            wrong.append(f"{found[what]} {what}, recorded were {golden[what]}")
+    return [f"{case.name}: {w}" for w in wrong]
+
+
+def read_golden() -> dict:
+    """{"triton": version, "cases": {name of a case: what `measure` found}}."""
+    return json.loads(GOLDEN.read_text())
+
+
+def write_golden(version: str, found: dict[str, dict]) -> None:
+    """One case a line, so that a change can be read as a difference."""
+    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(found[name])}" for name in sorted(found))
+    GOLDEN.write_text(f'{{\n  "triton": {json.dumps(version)},\n  "cases": {{\n{lines}\n  }}\n}}\n')
+
+
+COLUMNS = ("warps", "stages", "registers", "spills", "shared", "programs", "tensor_cores")
+
+
+def row(name: str, found: dict) -> str:
+    target, kernel, variant, dtype = name.split(" ")
+    values = " ".join(f"{found[c]:>9}" for c in COLUMNS[:-1])
+    return f"{target:7} {kernel:18} {variant:36} {dtype:5} {values}  {found['tensor_cores']}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.aot.compile_all", description=__doc__.split("\n")[0])
+    parser.add_argument("--all", action="store_true", help="every variant, not the representative ones")
+    parser.add_argument("--update", action="store_true", help="record the results in golden.json")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="this target only; may be repeated")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
+    parser.add_argument("--json", type=Path, help="write the results to this file as well")
+    options = parser.parse_args(arguments)
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
+    chosen = [c for t in options.target or TARGETS for c in cases(t, options.all)]
+    golden = read_golden() if GOLDEN.exists() else {"triton": None, "cases": {}}
+    comparable = golden["triton"] == triton.__version__ and not options.update
+    print(f"triton {triton.__version__}, golden.json has {golden['triton']}; {len(chosen)} kernels")
+    print(f"{'target':7} {'kernel':18} {'variant':36} {'dtype':5} {' '.join(f'{c:>9}' for c in COLUMNS[:-1])}")
+    found, wrong = {}, []
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # before the workers start: nothing compiled earlier, nothing left
+        with ProcessPoolExecutor(options.jobs) as workers:
+            for case, result in zip(chosen, workers.map(measure, chosen), strict=True):
+                found[case.name] = result
+                wrong += complaints(case, result, golden["cases"].get(case.name) if comparable else None)
+                print(row(case.name, result), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({"triton": triton.__version__, "cases": found}))
+    if options.update:
+        known = {case.name for t in TARGETS for case in cases(t, True)}
+        kept = {
+            name: g for name, g in golden["cases"].items() if name in known and golden["triton"] == triton.__version__
+        }
+        write_golden(triton.__version__, {**kept, **found})
+    print("\n".join(wrong) if wrong else "no spills, no missing tensor cores, nothing grown")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Every tile of the table compiles for its architecture without spills, with tensor cores, and has not grown.
+
+The representative variants of `compile_all` in a process of its own: kernels decorated under the interpreter, which the
+other tests run in, cannot be compiled. `python -m tests.aot.compile_all --all` does every variant.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.aot.compile_all import TARGETS, cases, read_golden
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
+]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_tile_compiles_without_spills_and_with_tensor_cores(target, tmp_path):
+    results = tmp_path / "results.json"
+    command = [sys.executable, "-m", "tests.aot.compile_all", "--target", target, "--jobs", "1", "--json", str(results)]
+    run = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = json.loads(results.read_text())["cases"]
+    assert set(found) == {case.name for case in cases(target, everything=False)}
+    products = [r for name, r in found.items() if " exp_logits " in name and name.endswith(("bf16", "fp16"))]
+    assert products
+    assert all(r["tensor_cores"] for r in products)
+
+
+def test_every_representative_case_is_on_record():
+    recorded = read_golden()["cases"]
+    assert {case.name for t in TARGETS for case in cases(t, everything=False)} <= set(recorded)

@@ -1,0 +1,91 @@
+"""What holds for every test: Triton kernels run in its interpreter, and uninitialised memory can be made to show."""
+
+import os
+
+import torch
+
+# make gpu-check sets NPO_GPU_TESTS=1: there the kernels are compiled
+ON_GPU = os.environ.get("NPO_GPU_TESTS") == "1" and torch.cuda.is_available()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before anything imports one
+
+import sys
+from importlib.util import find_spec
+
+import hypothesis
+import pytest
+
+if find_spec("triton") is not None:
+    import triton
+
+    assert bool(triton.knobs.runtime.interpret) != ON_GPU, "TRITON_INTERPRET was set after Triton had read it"
+    if not ON_GPU:
+        from tests import interpreter
+
+        interpreter.adjust()
+
+hypothesis.settings.register_profile(
+    "repeatable",
+    derandomize=True,  # a test that passed once passes again
+    deadline=None,  # the interpreter is slow the first time
+    database=None,
+    print_blob=False,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],  # --hypothesis-profile=shrink takes minutes
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile(
+    "shrink", parent=hypothesis.settings.get_profile("repeatable"), phases=tuple(hypothesis.Phase)
+)
+hypothesis.settings.load_profile("repeatable")
+
+
+def _poisoned(create):
+    """`create`, but what npo_kernels allocates with it holds NaN (or a large integer) until it is written."""
+
+    def wrapper(*args, **kwargs):
+        made = create(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if type(made) is torch.Tensor and caller.split(".")[0] == "npo_kernels":
+            made.detach().fill_(torch.nan if made.is_floating_point() else 2**30)
+        return made
+
+    return wrapper
+
+
+@pytest.fixture
+def poisoned_allocations():
+    """A result that a kernel forgets to write is NaN instead of whatever the allocator left there."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            patch.setattr(owner, name, _poisoned(getattr(owner, name)))
+        yield
+
+
+@pytest.fixture
+def small_blocks():
+    """The torch path cut into blocks that small tests have several of, ragged ones included."""
+    from npo_kernels import modes, ops, products, torch_backend
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_backend, "BLOCK_V", 64)
+        patch.setattr(torch_backend, "BLOCK_N", 16)
+        patch.setattr(products, "BLOCK_K", 24)
+        patch.setattr(modes, "GRAD_SLICE", 72)
+        patch.setattr(ops, "GRAD_SLICE", 72)
+        yield
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """The plans made during the test, in order: what mode really ran."""
+    from npo_kernels import ops
+
+    made = []
+    make_plan = ops.make_plan
+
+    def spy(**sizes):
+        made.append(make_plan(**sizes))
+        return made[-1]
+
+    monkeypatch.setattr(ops, "make_plan", spy)
+    return made

@@ -1,0 +1,126 @@
+"""`exp_logits`, `reanchor` and `reduce_splits` launched by hand: every flag, and not an element outside the outputs."""
+
+import itertools
+
+import pytest
+import torch
+import triton
+
+from csrc_triton import row_statistics
+from tests.kernels import launch
+from tests.kernels.launch import SENTINEL, SPLITS, TILE, H, Outputs, V
+from tests.support import DEVICE, relative_error
+
+N = 35  # three row blocks, the last of three rows, in groups of two
+ROW_BLOCKS = triton.cdiv(N, TILE.block_n)
+
+
+def draw(*shape, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).to(DEVICE)
+
+
+@pytest.fixture
+def problem():
+    """(x, w, target, anchor, exact logits, exact exponentials)."""
+    x, w = draw(N, H), draw(V, H, seed=1, scale=H**-0.5)
+    target = (torch.arange(N) * 41 % V).to(DEVICE)
+    target[0], target[1] = V - 1, 0
+    z = x.double() @ w.double().t()
+    anchor = z.gather(1, target[:, None]).squeeze(1).float()
+    e = torch.exp(z - anchor.double()[:, None]).scatter(1, target[:, None], 0.0)
+    return x, w, target, anchor, z, e
+
+
+def by_split(values, reduce):
+    return torch.stack([reduce(part) for part in values.split(TILE.split, dim=1)])
+
+
+@pytest.mark.parametrize(("store", "sums", "maxima"), list(itertools.product([False, True], repeat=3)))
+def test_each_flag_writes_its_output_and_nothing_else(problem, store, sums, maxima):
+    x, w, target, anchor, z, e = problem
+    out = Outputs(N)
+    launch.exp_logits(out, x, w, target, anchor, store=store, sums=sums, maxima=maxima)
+    assert out.untouched(store, sums, maxima)
+    if store:
+        assert relative_error(out.slab, e) < 1e-6
+        assert (out.slab.gather(1, target[:, None]) == 0).all()
+    if sums:
+        assert relative_error(out.sums, by_split(e, lambda part: part.sum(1))) < 1e-6
+    if maxima:
+        assert relative_error(out.maxima, by_split(z, lambda part: part.amax(1))) < 1e-6
+
+
+def test_a_repair_does_the_dirty_row_blocks_again_and_returns_from_the_others(problem):
+    x, w, target, anchor, _, e = problem
+    out = Outputs(N)
+    dirty = torch.tensor([0, 1, 0], dtype=torch.int32, device=DEVICE)
+    launch.exp_logits(out, x, w, target, anchor, dirty=dirty, maxima=False)
+    redone = slice(TILE.block_n, 2 * TILE.block_n)
+    assert relative_error(out.slab[redone], e[redone]) < 1e-6
+    assert relative_error(out.sums[:, redone], by_split(e[redone], lambda part: part.sum(1))) < 1e-6
+    for rest in (slice(0, TILE.block_n), slice(2 * TILE.block_n, N)):
+        assert (out.slab[rest] == SENTINEL).all() and (out.sums[:, rest] == SENTINEL).all()
+    assert out.untouched(maxima=False)
+
+
+@pytest.mark.parametrize("begin", [0, 128, 256])
+def test_targets_count_from_the_beginning_of_the_vocabulary(problem, begin):
+    """Of a slice that begins later, exactly the labels inside it have a zero column."""
+    x, w, target, anchor, *_ = problem
+    out = Outputs(N)
+    launch.exp_logits(out, x, w, target, anchor, begin=begin)
+    zero = (out.slab == 0).nonzero().tolist()
+    expected = [[i, y - begin] for i, y in enumerate(target.tolist()) if begin <= y < begin + V]
+    assert zero == expected
+
+
+def reanchor(maxima, anchor, headroom):
+    raised = torch.full((N + 10,), SENTINEL, device=DEVICE)
+    dirty = torch.full((ROW_BLOCKS + 1,), 77, dtype=torch.int32, device=DEVICE)
+    row_statistics.reanchor[(ROW_BLOCKS,)](
+        maxima, anchor, raised, dirty, N, maxima.shape[0], headroom, BLOCK_N=TILE.block_n
+    )
+    assert (raised[N:] == SENTINEL).all() and dirty[ROW_BLOCKS] == 77
+    return raised[:N], dirty[:ROW_BLOCKS]
+
+
+@pytest.mark.parametrize("split", range(SPLITS))
+def test_reanchor_finds_the_maximum_in_any_split(split):
+    anchor = draw(N)
+    maxima = (anchor - 1).repeat(SPLITS, 1)
+    maxima[split, N - 1] = anchor[N - 1] + 55.0
+    raised, dirty = reanchor(maxima, anchor, 40.0)
+    assert dirty.tolist() == [0, 0, 1]
+    assert torch.equal(raised[:-1], anchor[:-1])
+    assert raised[-1] == maxima[split, N - 1] - 40.0
+
+
+def test_reanchor_leaves_what_is_within_the_headroom_and_nan():
+    anchor = torch.zeros(N, device=DEVICE)
+    anchor[20] = torch.nan
+    maxima = torch.full((SPLITS, N), 40.0, device=DEVICE)
+    raised, dirty = reanchor(maxima, anchor, 40.0)
+    assert dirty.tolist() == [0, 0, 0]
+    assert raised.isnan().nonzero().flatten().tolist() == [20]
+    raised, dirty = reanchor(maxima + 1, anchor, 40.0)
+    assert dirty.tolist() == [1, 1, 1]
+    assert raised.isnan().sum() == 1 and raised.nansum() == N - 1
+
+
+def test_reduce_splits_takes_every_split_once():
+    parts = draw(5, N)
+    total = torch.full((N + 4,), SENTINEL, device=DEVICE)
+    row_statistics.reduce_splits[(2,)](parts, total, N, 5, BLOCK_N=32)
+    assert relative_error(total[:N], parts.double().sum(0)) < 1e-6
+    assert (total[N:] == SENTINEL).all()
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 8])
+def test_row_blocks_in_groups_of_any_size_cover_every_split(problem, group):
+    """The order of the programs is for the caches alone: it may lose or repeat no block."""
+    x, w, target, anchor, _, e = problem
+    out = Outputs(N)
+    launch.exp_logits(out, x, w, target, anchor, tile=TILE._replace(group=group))
+    assert relative_error(out.slab, e) < 1e-6
+    assert relative_error(out.sums, by_split(e, lambda part: part.sum(1))) < 1e-6

@@ -1,0 +1,128 @@
+"""A wheel built from this tree, installed in an empty environment and run from another folder, works."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# in the root; so is whatever begins with a dot
+LEFT_BEHIND = {"build", "dist", "shared", "data", "runs", "outputs"}
+
+# What a user does first, for every implementation that runs without a GPU, against float64.
+FIRST_CALL = """
+import importlib.metadata, importlib.util, json, torch
+import npo_kernels
+from npo_kernels import fused_npo_loss
+
+generator = torch.Generator().manual_seed(0)
+def draw(*shape): return torch.randn(*shape, generator=generator, dtype=torch.float64)
+hidden, weight = draw(2, 6, 16), draw(40, 16) / 4
+labels = torch.randint(0, 40, (2, 6), generator=generator)
+labels[:, :2] = -100
+ref_logps = draw(2) - 15
+
+def loss_and_gradients(impl, dtype):
+    h, w = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight))
+    loss = fused_npo_loss(h, w, labels, ref_logps=ref_logps.float(), impl=impl)
+    loss.backward()
+    return [x.detach().double() for x in (loss, h.grad, w.grad)]
+
+def error(impl):  # the largest, relative to the largest entry
+    pairs = zip(loss_and_gradients(impl, torch.float32), oracle, strict=True)
+    return max(((got - wanted).abs().max() / wanted.abs().max()).item() for got, wanted in pairs)
+
+oracle = loss_and_gradients("reference", torch.float64)
+impls = ["torch"] + (["triton"] if importlib.util.find_spec("triton") else [])
+print(json.dumps({
+    "files": [npo_kernels.__file__, importlib.util.find_spec("csrc_triton").origin],
+    "versions": [npo_kernels.__version__, importlib.metadata.version("npo-kernels")],
+    "plain": error("reference"),
+    "errors": {impl: error(impl) for impl in impls},
+}))
+"""
+
+
+def run(*command: str | Path, **options) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, **options)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def not_in_a_build(folder: str, names: list[str]) -> set[str]:
+    if Path(folder) != ROOT:
+        return {"__pycache__"}
+    return {name for name in names if name[0] == "." or name in LEFT_BEHIND or name.endswith(".egg-info")}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from a copy: a build leaves `build/` behind, and the next wheel takes stale files from there."""
+    if not all(map(importlib.util.find_spec, ("pip", "setuptools"))):
+        pytest.skip("building a wheel needs pip and setuptools")
+    source = tmp_path_factory.mktemp("source") / "npo"
+    shutil.copytree(ROOT, source, ignore=not_in_a_build)
+    out = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    run(*pip, "--wheel-dir", out, source)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory) -> Path:
+    """The interpreter of a new environment: the wheel, and the packages of this one (torch) behind it."""
+    folder = tmp_path_factory.mktemp("venv")
+    venv.create(folder, symlinks=True)
+    interpreter = folder / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", interpreter, "install", "--no-deps", "--no-index", wheel)
+    (site_packages,) = folder.glob("lib/python*/site-packages")
+    borrowed = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    # Path files in a borrowed folder are not followed: an editable installation of this tree is out of reach.
+    (site_packages / "borrowed.pth").write_text("\n".join(borrowed))
+    return interpreter
+
+
+def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    modules = [name for name in names if ".dist-info/" not in name]
+    assert {name.split("/")[0] for name in modules} == {"npo_kernels", "csrc_triton"}
+    assert "npo_kernels/py.typed" in names
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    for package in ("npo_kernels", "csrc_triton"):
+        here = {path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py")}
+        assert here == {name for name in modules if name.startswith(package + "/") and name.endswith(".py")}
+
+
+def test_the_wheel_needs_only_torch(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        lines = archive.read(name).decode().splitlines()
+    required = [line for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    assert [line.split()[1].split(">")[0] for line in required] == ["torch"]
+    extras = {line.split()[1] for line in lines if line.startswith("Provides-Extra:")}
+    assert extras >= {"hf", "training", "bench", "flash", "liger", "quant"}
+    assert "License-Expression: Apache-2.0" in lines
+
+
+def test_an_installed_wheel_works_from_another_folder(python, tmp_path):
+    # -I: no PYTHONPATH, no user packages, no current folder. The interpreter, because there may be no GPU.
+    environment = os.environ | {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    answer = json.loads(run(python, "-I", "-c", FIRST_CALL, cwd=tmp_path, env=environment))
+    home = python.parents[1]
+    assert [Path(file).is_relative_to(home) for file in answer["files"]] == [True, True]
+    assert answer["versions"][0] == answer["versions"][1]
+    for impl, error in answer["errors"].items():
+        # float32 against float64: a few times what the plain float32 computation loses, no more
+        assert error <= 8 * answer["plain"] + 1e-6, (impl, answer)
+
+
+def test_the_report_runs_as_installed(python, tmp_path):
+    assert json.loads(run(python, "-I", "-m", "npo_kernels.env", "--json", cwd=tmp_path))["impl auto"]

@@ -1,0 +1,90 @@
+"""What the README's composability table promises of a training loop on one process; tests/distributed has the rest."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from npo_kernels import explain, fused_logprob_loss, fused_npo_loss, sequence_logprobs
+
+B, S, V, H = 6, 9, 150, 16
+
+
+def make():
+    """Hidden states and head that require grad, labels with a ragged prompt ignored, a reference."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(B, S, H, generator=g, requires_grad=True)
+    weight = torch.randn(V, H, generator=g, requires_grad=True)
+    labels = torch.randint(V, (B, S), generator=g)
+    labels[torch.arange(S) < torch.arange(B)[:, None]] = -100
+    return hidden, weight, labels, torch.randn(B, generator=g) - 30
+
+
+def gradients(loss, *leaves):
+    return torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_accumulating_ragged_micro_batches_with_a_normalizer_is_the_whole_batch(impl):
+    hidden, weight, labels, ref_logps = make()
+    whole = gradients(fused_npo_loss(hidden, weight, labels, ref_logps=ref_logps, impl=impl), hidden, weight)
+    parts = [slice(0, 1), slice(1, 4), slice(4, B)]
+    total = sum(
+        fused_npo_loss(hidden[p], weight, labels[p], ref_logps=ref_logps[p], normalizer=B, impl=impl) for p in parts
+    )
+    for a, b in zip(whole, gradients(total, hidden, weight), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_inside_activation_checkpointing_the_gradients_are_the_same():
+    hidden, weight, labels, ref_logps = make()
+    layer = nn.Linear(H, H)
+
+    def block(x, w):
+        return fused_npo_loss(torch.tanh(layer(x)), w, labels, ref_logps=ref_logps)
+
+    plain = gradients(block(hidden, weight), hidden, weight, *layer.parameters())
+    kept = gradients(checkpoint(block, hidden, weight, use_reentrant=False), hidden, weight, *layer.parameters())
+    for a, b in zip(plain, kept, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_frozen_head_gets_the_same_hidden_gradient_in_the_cheap_mode():
+    hidden, weight, labels, ref_logps = make()
+    expected = gradients(fused_npo_loss(hidden, weight, labels, ref_logps=ref_logps), hidden)
+    frozen = weight.detach()
+    found = gradients(fused_npo_loss(hidden, frozen, labels, ref_logps=ref_logps), hidden)
+    assert explain(fused_npo_loss, hidden, frozen, labels).mode == "frozen"
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_forget_and_retain_rows_in_one_call_are_the_two_losses_apart(impl):
+    hidden, weight, labels, ref_logps = make()
+    n = B // 2
+
+    def loss_fn(logps, num_tokens):
+        forget = -20 * nn.functional.logsigmoid(-0.1 * (logps[:n] - ref_logps[:n])).mean()
+        return forget - logps[n:].sum() / num_tokens[n:].sum()
+
+    logps, num_tokens = sequence_logprobs(hidden[n:], weight, labels[n:], impl=impl)
+    apart = fused_npo_loss(hidden[:n], weight, labels[:n], ref_logps=ref_logps[:n], impl=impl)
+    apart = apart - logps.sum() / num_tokens.sum()
+    together = fused_logprob_loss(hidden, weight, labels, loss_fn, impl=impl)
+    torch.testing.assert_close(together, apart)
+    for a, b in zip(gradients(together, hidden, weight), gradients(apart, hidden, weight), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_explain_says_which_mode_and_why():
+    hidden, weight, labels, _ = make()
+    assert explain(fused_npo_loss, hidden, weight, labels).mode == "slab"
+    assert explain(sequence_logprobs, hidden, weight, labels).mode == "recompute"
+    assert explain(fused_npo_loss, hidden, weight, labels, reduction="none").mode == "recompute"
+    small = explain(fused_npo_loss, hidden, weight, labels, workspace_mb=0.001)
+    assert small.mode == "recompute"
+    assert "longest sequence" in str(small)
+    with torch.no_grad():
+        assert explain(fused_npo_loss, hidden, weight, labels).mode == "no_grad"
+    with pytest.raises(ValueError, match="no plan"):
+        explain(fused_npo_loss, hidden, weight, labels, impl="reference")

@@ -1,0 +1,111 @@
+"""The shift rule and the compaction of rows, against a loop that anybody can check."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from npo_kernels.layout import DEAD_ROW, compact, flatten
+
+IGNORE = -100
+V = 10
+
+
+def flat_targets(labels, cu_seqlens=None, shift=True):
+    hidden = torch.zeros(*labels.shape, 1)
+    positions = flatten(hidden, labels, cu_seqlens, shift, IGNORE)
+    assert positions.shape == labels.shape
+    assert positions.hidden.shape == (labels.numel(), 1)
+    return positions.targets.tolist(), positions.offsets.tolist()
+
+
+def test_a_padded_position_is_scored_on_the_next_label_and_the_last_on_nothing():
+    labels = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    assert flat_targets(labels) == ([2, 3, IGNORE, 5, 6, IGNORE], [0, 3, 6])
+    assert flat_targets(labels, shift=False) == ([1, 2, 3, 4, 5, 6], [0, 3, 6])
+
+
+def test_no_pair_crosses_a_packed_boundary_even_where_the_first_label_is_in_place():
+    labels, cu_seqlens = torch.tensor([1, 2, 3, 4, 5, 6]), torch.tensor([0, 2, 2, 5, 6, 6], dtype=torch.int32)
+    assert flat_targets(labels, cu_seqlens) == ([2, IGNORE, 4, 5, IGNORE, IGNORE], [0, 2, 2, 5, 6, 6])
+    assert flat_targets(labels, cu_seqlens, shift=False) == ([1, 2, 3, 4, 5, 6], [0, 2, 2, 5, 6, 6])
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_batches_of_nothing_are_flat_batches_of_nothing(shift):
+    for shape in ((0, 4), (3, 0), (0, 0)):
+        targets, offsets = flat_targets(torch.zeros(shape, dtype=torch.int64), shift=shift)
+        assert targets == []
+        assert offsets == [0] * (shape[0] + 1)
+    assert flat_targets(torch.zeros(0, dtype=torch.int64), torch.tensor([0, 0]), shift) == ([], [0, 0])
+    assert flat_targets(torch.zeros(0, dtype=torch.int64), torch.tensor([0]), shift) == ([], [0])
+
+
+batches = st.lists(st.lists(st.sampled_from([IGNORE, IGNORE, 0, 3, V - 1]), max_size=6), max_size=5)
+
+
+@given(batches, st.booleans())
+def test_packed_targets_are_the_padded_ones_without_the_padding(batch, shift):
+    length = max(map(len, batch), default=0)
+    padded = torch.tensor([seq + [IGNORE] * (length - len(seq)) for seq in batch], dtype=torch.int64)
+    packed = torch.tensor([label for seq in batch for label in seq], dtype=torch.int64)
+    cu_seqlens = torch.tensor([0, *map(len, batch)]).cumsum(0)
+    padded_targets, _ = flat_targets(padded.view(len(batch), length), shift=shift)
+    targets, offsets = flat_targets(packed, cu_seqlens, shift)
+    expected = []
+    for s, seq in enumerate(batch):
+        expected += padded_targets[s * length : s * length + len(seq)]
+    assert targets == expected
+    assert offsets == cu_seqlens.tolist()
+
+
+def compacted(batch, num_rows=None):
+    offsets = torch.tensor([0, *map(len, batch)]).cumsum(0)
+    targets = torch.tensor([label for seq in batch for label in seq], dtype=torch.int64)
+    return compact(targets, offsets, V, IGNORE, num_rows)
+
+
+@given(batches, st.none() | st.integers(0, 5))
+def test_rows_are_the_scored_positions_in_order(batch, extra):
+    index, target, sequence, starts = [], [], [], [0]
+    position = 0
+    for s, seq in enumerate(batch):
+        for label in seq:
+            if label != IGNORE:
+                index.append(position)
+                target.append(label)
+                sequence.append(s)
+            position += 1
+        starts.append(len(index))
+    rows = compacted(batch, None if extra is None else len(index) + extra)
+    scored, filling = slice(len(index)), slice(len(index), None)
+    assert rows.index[scored].tolist() == index
+    assert rows.target[scored].tolist() == target
+    assert rows.sequence[scored].tolist() == sequence
+    assert rows.starts.tolist() == starts
+    assert rows.num_tokens.tolist() == torch.tensor(starts).diff().tolist()
+    assert rows.host_starts == (tuple(starts) if extra is None else None)
+    filled = min(extra or 0, position - len(index))  # never more rows than there are positions
+    assert rows.target[filling].tolist() == [DEAD_ROW] * filled
+    assert rows.sequence[filling].tolist() == [len(batch)] * filled
+    assert (rows.index[filling] < max(1, position)).all()
+
+
+@pytest.mark.parametrize("label", [-1, V, V + 5, 2**40])
+def test_a_label_outside_the_vocabulary_poisons_its_row(label):
+    assert compacted([[1, label], [2]]).target.tolist() == [1, V, 2]
+
+
+def test_too_few_rows_poison_all_of_them():
+    rows = compacted([[1, 2, IGNORE], [3]], num_rows=2)
+    assert rows.target.tolist() == [V, V]
+    assert rows.starts.tolist() == [0, 2, 2]
+
+
+@pytest.mark.parametrize("offsets", [[1, 4], [0, 3], [0, 5], [0, 3, 2, 4], [0, -1, 4]])
+def test_broken_offsets_poison_every_row_and_read_nothing_outside(offsets):
+    rows = compact(torch.tensor([1, 2, 3, 4]), torch.tensor(offsets), V, IGNORE, num_rows=4)
+    assert rows.target.tolist() == [V] * 4
+    assert flatten(
+        torch.zeros(4, 1), torch.tensor([1, 2, 3, 4]), torch.tensor(offsets), True, IGNORE
+    ).targets.shape == (4,)

@@ -1,0 +1,141 @@
+"""fused_linear_kl against its float64 oracle: value, gradients, memory-bounded chunks, and the ways to misuse it."""
+
+import itertools
+
+import pytest
+import torch
+
+from npo_kernels import fused_linear_kl, linear_kl
+
+B, S, H, V, H_REF = 3, 7, 24, 300, 40
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def make(dtype, seed=0):
+    """hidden, weight, bias, reference hidden and weight, all rounded to the dtype under test, in float64."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((B, S, H), (V, H), (V,), (B, S, H_REF), (V, H_REF))
+    scales = (1, H**-0.5, 0.5, 1, H_REF**-0.5)
+    return [
+        (torch.randn(shape, generator=g, dtype=torch.float64) * 1.5 * scale).to(dtype).double()
+        for shape, scale in zip(shapes, scales, strict=True)
+    ]
+
+
+def run(tensors, dtype, impl, upstream, **kwargs):
+    """(value, dHidden, dWeight, dBias) in float64, for a non-uniform upstream gradient."""
+    hidden, weight, bias, ref_hidden, ref_weight = (t.detach().to(dtype) for t in tensors)
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    kl = fused_linear_kl(hidden, weight, ref_hidden, ref_weight, bias=bias, impl=impl, **kwargs)
+    grads = torch.autograd.grad((kl * upstream[: kl.numel()].view(kl.shape)).sum(), leaves)
+    return [kl.detach().double(), *(g.double() for g in grads)]
+
+
+def plain(tensors, dtype, upstream, mask, reduction, logit_scale=1.0, softcap=None):
+    """What a careful loop does in the dtype under test: logits in it, float32 log-softmax."""
+    hidden, weight, bias, ref_hidden, ref_weight = (t.detach().to(dtype) for t in tensors)
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+
+    def logps(x, w, b):
+        z = torch.nn.functional.linear(x, w, b).float() * logit_scale
+        return (z if softcap is None else softcap * torch.tanh(z / softcap)).log_softmax(-1)
+
+    logp, ref = logps(hidden, weight, bias), logps(ref_hidden, ref_weight, None)
+    kl = torch.where(mask, (ref.exp() * (ref - logp)).sum(-1), 0.0)
+    kl = {"none": kl, "sum": kl.sum(), "mean": kl.sum() / mask.sum()}[reduction]
+    grads = torch.autograd.grad((kl * upstream[: kl.numel()].view(kl.shape)).sum(), leaves)
+    return [kl.detach().double(), *(g.double() for g in grads)]
+
+
+CASES = itertools.product(DTYPES, ("mean", "sum", "none"), (None, 0.01), ({}, {"logit_scale": 0.7, "softcap": 4.0}))
+
+
+@pytest.mark.parametrize(("dtype", "reduction", "workspace_mb", "options"), list(CASES))
+def test_value_and_gradients_are_no_worse_than_plain(dtype, reduction, workspace_mb, options):
+    tensors = make(dtype)
+    mask = torch.rand(B, S, generator=torch.Generator().manual_seed(1)) > 0.4
+    upstream = torch.linspace(0.5, 2.0, B * S)
+    exact = run(tensors, torch.float64, "reference", upstream.double(), mask=mask, reduction=reduction, **options)
+    ours = run(tensors, dtype, "torch", upstream, mask=mask, reduction=reduction, workspace_mb=workspace_mb, **options)
+    theirs = plain(tensors, dtype, upstream, mask, reduction, **options)
+    for name, a, b, c in zip(("kl", "hidden", "weight", "bias"), ours, theirs, exact, strict=True):
+        floor = 2e-6 * c.norm()  # float32 against float32 is a draw
+        assert (a - c).norm() <= 1.1 * (b - c).norm() + floor, name
+
+
+def test_the_same_model_has_zero_kl_and_zero_gradient():
+    hidden, weight, *_ = (t.float() for t in make(torch.float32))
+    hidden.requires_grad_()
+    kl = fused_linear_kl(hidden, weight, hidden, weight)
+    kl.backward()
+    assert kl == 0
+    assert (hidden.grad == 0).all()
+
+
+def test_an_empty_mask_gives_zero_with_connected_zero_gradients():
+    hidden, weight, _, ref_hidden, ref_weight = (t.float() for t in make(torch.float32))
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    kl = fused_linear_kl(hidden, weight, ref_hidden, ref_weight, mask=torch.zeros(B, S, dtype=torch.bool))
+    kl.backward()
+    assert kl == 0
+    assert all((t.grad == 0).all() for t in leaves)
+
+
+def test_positions_outside_the_mask_reach_nothing():
+    hidden, weight, _, ref_hidden, ref_weight = (t.float() for t in make(torch.float32))
+    mask = torch.ones(B, S, dtype=torch.bool)
+    mask[1, 3] = False
+    hidden[1, 3], ref_hidden[1, 3] = torch.nan, torch.inf
+    hidden.requires_grad_()
+    kl = fused_linear_kl(hidden, weight, ref_hidden, ref_weight, mask=mask)
+    kl.backward()
+    assert kl.isfinite()
+    assert hidden.grad.isfinite().all()
+
+
+def test_opcheck_and_compile():
+    hidden, weight, bias, ref_hidden, ref_weight = (t.float() for t in make(torch.float32))
+    x, ref_x = hidden.reshape(-1, H).requires_grad_(), ref_hidden.reshape(-1, H_REF)
+    counted = torch.arange(B * S) % 3 > 0
+    args = (x, weight.requires_grad_(), bias, ref_x, ref_weight, None, counted, 1.0, None, 10**6, True, True, False)
+    torch.library.opcheck(linear_kl.linear_kl, args)
+
+    def loss(h, w):
+        return fused_linear_kl(h, w, ref_hidden, ref_weight, mask=counted.view(B, S))
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    eager = torch.autograd.grad(loss(hidden.requires_grad_(), weight), (hidden, weight))
+    traced = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
+    for a, b in zip(eager, traced, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_second_derivatives_raise():
+    hidden, weight, _, ref_hidden, ref_weight = (t.float() for t in make(torch.float32))
+    hidden.requires_grad_()
+    kl = fused_linear_kl(hidden, weight, ref_hidden, ref_weight)
+    (grad,) = torch.autograd.grad(kl, hidden, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"reduction": "average"}, ValueError, "reduction"),
+        ({"impl": "triton"}, ValueError, "use 'torch' on a GPU"),
+        ({"mask": torch.ones(B, S)}, ValueError, "bool"),
+        ({"ref_lm_head_weight": torch.zeros(V + 1, H_REF)}, ValueError, "one vocabulary"),
+        ({"ref_hidden": torch.zeros(B, S + 1, H_REF)}, ValueError, "positions of hidden"),
+        ({"hidden": torch.zeros(B, S, H, dtype=torch.bfloat16)}, TypeError, "one dtype"),
+        ({"hidden": torch.zeros(B, S, H + 1)}, ValueError, "lm_head_weight"),
+        ({"temperature": 2.0}, TypeError, "logit_scale"),
+    ],
+)
+def test_bad_input_says_what_to_do(change, error, message):
+    hidden, weight, _, ref_hidden, ref_weight = (t.float() for t in make(torch.float32))
+    call = {
+        "hidden": hidden, "lm_head_weight": weight, "ref_hidden": ref_hidden, "ref_lm_head_weight": ref_weight,
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        fused_linear_kl(**{**call, **change})

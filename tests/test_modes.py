@@ -1,0 +1,59 @@
+"""impl="torch" in every mode against float64; which mode runs when; what a mode may allocate."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from npo_kernels import ops
+from tests import matrix, support
+from tests.support import IMPLS, TINY, evaluate, make_batch
+
+pytestmark = pytest.mark.usefixtures("poisoned_allocations", "small_blocks")
+
+
+@pytest.mark.parametrize("case", matrix.cases(), ids=matrix.case_id)
+def test_torch_is_no_worse_than_plain_pytorch(case, plans):
+    matrix.check("torch", case, plans)
+
+
+class Allocations(TorchDispatchMode):
+    """The sizes in bytes of the storages that operators create."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(t, torch.Tensor):
+                self.sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return result
+
+
+@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids=support.name_of)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=support.name_of)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_logits_never_exist(impl, dtype, needs):
+    """100 rows of 500 columns with room for the smallest slice: nothing of half the size of the logits is created."""
+    N, V = 100, 500
+    leaves = make_batch(dtype, lengths=(N + 2,), prompts=(0,), H=4, V=V).leaves(needs)
+    with Allocations() as made:  # the autograd.Function of a user's loss is no operator: what it does can be seen
+        support.user_loss(leaves, impl=impl, workspace_mb=TINY).backward()
+    slice_bytes = (
+        N * ops.backend_of(impl).block_v(leaves.hidden) * ops.backend_of(impl).slab_dtype(leaves.hidden).itemsize
+    )
+    assert slice_bytes <= max(made.sizes.values()) < N * V * dtype.itemsize / 1.9
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_more_workspace_never_means_a_dearer_mode(impl, plans):
+    order = {"slab": 0, "recompute": 1}
+    batch = make_batch()
+    found = []
+    for workspace_mb in (TINY, 0.02, 0.05, 0.1, 1.0):
+        evaluate(support.npo, batch, ("hidden", "weight"), impl=impl, workspace_mb=workspace_mb)
+        found.append((order[plans[-1].mode], len(plans[-1].chunks) or len(plans[-1].slices)))
+    assert found == sorted(found, reverse=True)
+    assert found[0][0] == 1 and found[-1] == (0, 1)
+    assert (0, 2) in found or (0, 3) in found

@@ -1,0 +1,185 @@
+"""The operators as PyTorch's own machinery sees them: opcheck, torch.compile, checkpointing, fake tensors."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from npo_kernels import (
+    fused_linear_kl,
+    fused_logprob_loss,
+    fused_npo_loss,
+    fused_simnpo_loss,
+    ops,
+    sequence_logprobs,
+    token_logprobs,
+)
+from tests.support import DTYPES, IMPLS, evaluate, make_batch, mixed_loss, name_of, npo, relative_error
+
+SMALL = {"lengths": (6, 1, 0, 9), "prompts": (2, 0, 0, 0), "H": 20, "V": 150}
+NEEDS = [(), ("hidden",), ("weight",), ("hidden", "weight", "bias")]
+
+
+def flat(batch, needs):
+    """The leading arguments of the operators, for a packed batch."""
+    batch = batch.leaves(needs)
+    return batch.hidden, batch.weight, batch.bias, batch.labels, batch.cu_seqlens.long()
+
+
+def flags(needs):
+    return tuple(name in needs for name in ("hidden", "weight", "bias"))
+
+
+@pytest.mark.parametrize("num_rows", [None, 15])
+@pytest.mark.parametrize("needs", NEEDS, ids=name_of)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_opcheck_token_logps(impl, needs, num_rows):
+    batch = make_batch(head="bias", layout="packed", **SMALL)
+    args = (*flat(batch, needs), -100, 0.5, 20.0, num_rows, 2**20, impl, *flags(needs))
+    torch.library.opcheck(ops.token_logps, args)
+
+
+@pytest.mark.parametrize("needs", NEEDS[1:], ids=name_of)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_opcheck_token_logps_backward(impl, needs):
+    batch = make_batch(head="bias", layout="packed", **SMALL)
+    hidden, weight, bias, targets, offsets = flat(batch, ())
+    saved = ops.token_logps(hidden, weight, bias, targets, offsets, -100, 1.0, None, None, 2**20, impl, *flags(needs))[
+        2:
+    ]
+    grads = torch.ones(hidden.shape[0]), torch.ones(offsets.shape[0] - 1)
+    args = (*grads, hidden, weight, bias, *saved, 1.0, None, 2**20, impl, *flags(needs))
+    torch.library.opcheck(ops.token_logps_backward, args)
+
+
+@pytest.mark.parametrize("num_rows", [None, 15])
+@pytest.mark.parametrize("needs", NEEDS, ids=name_of)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_opcheck_ratio_loss(impl, needs, num_rows):
+    batch = make_batch(torch.bfloat16, head="bias", layout="packed", **SMALL)
+    normalizer = None if num_rows is None else torch.tensor(3.0)
+    args = (
+        *flat(batch, needs), batch.ref_logps, normalizer, 0.1, False, "mean",
+        -100, 0.5, 20.0, num_rows, 2**20, impl, *flags(needs),
+    )  # fmt: skip
+    torch.library.opcheck(ops.ratio_loss, args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_opcheck_scale_gradient(dtype):
+    torch.library.opcheck(ops.scale_gradient, (torch.randn(5, 3).to(dtype), torch.tensor(0.3)))
+
+
+@pytest.mark.parametrize("shape", [(1,), (72,), (73, 5), (200, 3)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_a_gradient_is_scaled_in_float32_and_rounded_once(small_blocks, dtype, shape):
+    grad, upstream = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype), torch.tensor(-0.3)
+    before = grad.clone()
+    assert torch.equal(ops.scale_gradient(grad, upstream), (grad.float() * upstream).to(dtype))
+    assert torch.equal(grad, before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch.compile
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kl(batch, **options):
+    """The model against a reference that is the model of reversed hidden states."""
+    options.pop("num_rows", None)
+    return fused_linear_kl(batch.hidden, batch.weight, batch.hidden.detach().flip(-1), batch.weight.detach())
+
+
+COMPILED = {
+    "fused_npo_loss": lambda b, **o: b(fused_npo_loss, ref_logps=b.ref_logps, **o),
+    "fused_npo_loss, by sequence": lambda b, **o: b(fused_npo_loss, ref_logps=b.ref_logps, reduction="none", **o).sum(),
+    "fused_npo_loss, statistics": lambda b, **o: sum(
+        v.sum() if isinstance(v, torch.Tensor) else v.weight.sum() + v.logps.sum()
+        for v in b(fused_npo_loss, ref_logps=b.ref_logps, return_stats=True, **o)
+    ),
+    "fused_simnpo_loss": lambda b, **o: b(fused_simnpo_loss, gamma=1.0, reduction="sum", **o),
+    "fused_logprob_loss": lambda b, **o: b(fused_logprob_loss, mixed_loss, **o),
+    "sequence_logprobs": lambda b, **o: b(sequence_logprobs, **o)[0].square().sum(),
+    "token_logprobs": lambda b, **o: b(token_logprobs, **o).square().sum(),
+    "fused_linear_kl": kl,
+}
+
+
+def ragged(seed, layout):
+    """Batches of one kind in sizes of their own."""
+    lengths = [(7, 1, 0, 9), (5, 12, 3), (4, 4, 4, 4, 10), (2, 30)][seed]
+    return make_batch(lengths=lengths, prompts=[0] * len(lengths), H=20, V=150, seed=seed, layout=layout, head="bias")
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [*((name, "packed") for name in COMPILED), ("fused_npo_loss", "padded"), ("fused_linear_kl", "padded")],
+)
+def test_compiled_without_breaks_it_is_the_same_and_ragged_batches_share_the_graphs(fresh_compiler, name, layout):
+    counter = CompileCounterWithBackend("aot_eager")
+    objective, needs = COMPILED[name], ("hidden", "weight")
+    compiled = torch.compile(objective, fullgraph=True, dynamic=True, backend=counter)
+    for seed in range(4):
+        batch = ragged(seed, layout)
+        expected = evaluate(objective, batch, needs, impl="torch")
+        for part, value in evaluate(compiled, batch, needs, impl="torch").items():
+            assert relative_error(value, expected[part]) < 1e-6, part
+    # one more where the first batch has a size that stands for itself
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.skipif("triton" not in IMPLS, reason="Triton is not installed")
+@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bias")], ids=name_of)
+def test_the_operators_of_the_triton_path_compile_as_well(fresh_compiler, needs):
+    batch = ragged(0, "packed")
+    for num_rows in (None, batch.num_scored):
+        compiled = torch.compile(npo, fullgraph=True, dynamic=True, backend="aot_eager")
+        expected = evaluate(npo, batch, needs, impl="triton", num_rows=num_rows)
+        for part, value in evaluate(compiled, batch, needs, impl="triton", num_rows=num_rows).items():
+            assert relative_error(value, expected[part]) < 1e-6, part
+
+
+def test_autocast_survives_compilation(fresh_compiler):
+    batch, needs = ragged(0, "padded"), ("hidden", "weight")
+    compiled = torch.compile(npo, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = evaluate(npo, batch, needs, impl="torch")
+        values = evaluate(compiled, batch, needs, impl="torch")
+    for part, value in values.items():
+        assert value.dtype == torch.float32
+        assert relative_error(value, expected[part]) < 1e-6, part
+
+
+@pytest.mark.parametrize("name", ["fused_npo_loss", "fused_logprob_loss", "sequence_logprobs", "token_logprobs"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_under_checkpointing_the_gradients_are_the_same(impl, name):
+    def checkpointed(batch, **options):
+        def run(hidden, weight):
+            return COMPILED[name](batch, **options)
+
+        return checkpoint(run, batch.hidden, batch.weight, use_reentrant=False)
+
+    batch, needs = make_batch(**SMALL), ("hidden", "weight")
+    expected = evaluate(COMPILED[name], batch, needs, impl=impl)
+    for part, value in evaluate(checkpointed, batch, needs, impl=impl).items():
+        assert torch.equal(value, expected[part]), part
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_forward_of_a_loss_without_gradients_makes_none(impl, monkeypatch):
+    """An unwanted gradient is an empty tensor, not one of zeros."""
+    batch = make_batch(head="bias", layout="packed", **SMALL)
+    for needs in NEEDS:
+        *_, hidden, weight, bias = ops.ratio_loss(
+            *flat(batch, ()), batch.ref_logps, None, 0.1, False, "mean",
+            -100, 1.0, None, None, 2**20, impl, *flags(needs),
+        )  # fmt: skip
+        found = {"hidden": hidden, "weight": weight, "bias": bias}
+        assert {name for name, grad in found.items() if grad.numel()} == set(needs)

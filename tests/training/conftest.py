@@ -1,0 +1,24 @@
+"""A model small enough to train in a test: four generated authors, one layer."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from training.authors import PAIRS_PER_AUTHOR, generate_authors
+from training.data import encode, train_tokenizer
+from training.model import build_model
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    """Rows, tokenizer and examples; the last author is the one to forget."""
+    rows = generate_authors(4, seed=0)
+    tokenizer = train_tokenizer(rows, vocab_size=500)
+    examples = encode(rows, tokenizer)
+    cut = len(rows) - PAIRS_PER_AUTHOR
+    return SimpleNamespace(rows=rows, tokenizer=tokenizer, retain=examples[:cut], forget=examples[cut:])
+
+
+@pytest.fixture
+def model(corpus):
+    return build_model(len(corpus.tokenizer), hidden_size=64, num_layers=1, special_ids={}, seed=0)

@@ -1,0 +1,67 @@
+"""The settings of a run: one dataclass, from which the command line and its help are made."""
+
+import argparse
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+
+@dataclass(frozen=True)
+class Config:
+    """`Annotated[type, help]`; None is filled in from `PRESETS`."""
+
+    data_dir: Annotated[Path, "folder with TOFU's JSON lines; without it, fictitious authors are generated"] = None
+    out: Annotated[Path, "folder for the results, the fine-tuned model and the reference cache"] = Path("runs/demo")
+    fresh: Annotated[bool, "run every stage again, whatever is in --out"] = False
+    device: Annotated[str, "auto, cuda, mps or cpu"] = "auto"
+    seed: Annotated[int, "seed of the authors, the weights, the batches and the retain rows"] = 0
+    # data
+    authors: Annotated[int, "number of authors, 20 pairs each; 0: all of --data_dir (TOFU has 200)"] = None
+    forget_percent: Annotated[int, "share of the authors to forget; selects forgetXX.json and retainYY.json"] = 10
+    retain_eval_authors: Annotated[int, "authors to keep on whom keeping is measured, a seeded sample"] = 8
+    vocab_size: Annotated[int, "entries of the tokenizer, which is trained on the text"] = 4096
+    # model and fine-tuning
+    hidden_size: Annotated[int, "width of the model, a multiple of 64"] = 512
+    layers: Annotated[int, "decoder layers"] = 1
+    finetune_epochs: Annotated[int, "epochs over all authors, until they are known"] = None
+    finetune_lr: Annotated[float, "peak learning rate of fine-tuning"] = 2e-3
+    batch_size: Annotated[int, "sequences a step, in fine-tuning and of the forget set in unlearning"] = 16
+    # unlearning, the same for every method
+    epochs: Annotated[int, "unlearning epochs over the forget set"] = 10
+    lr: Annotated[float, "peak learning rate of unlearning"] = 3e-4
+    beta: Annotated[float, "inverse temperature of NPO; towards 0 it becomes gradient ascent"] = 0.1
+    retain_weight: Annotated[float, "weight of the retain likelihood in NPO + retain"] = 1.0
+
+
+# What takes about four minutes on two CPU cores, by where the data comes from.
+PRESETS = {
+    "generated": {"authors": 60, "finetune_epochs": 8},
+    "tofu": {"authors": 40, "finetune_epochs": 8},
+}
+
+
+def with_presets(config: Config) -> Config:
+    preset = PRESETS["generated" if config.data_dir is None else "tofu"]
+    return replace(config, **{name: value for name, value in preset.items() if getattr(config, name) is None})
+
+
+def from_command_line(arguments: list[str] | None, description: str) -> Config:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.demo", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    hints = get_type_hints(Config, include_extras=True)
+    for f in fields(Config):
+        kind, text = get_args(hints[f.name])
+        if kind is bool:
+            parser.add_argument(f"--{f.name}", action="store_true", help=text)
+            continue
+        by_source = [f"{preset[f.name]} {source}" for source, preset in PRESETS.items() if f.name in preset]
+        default = ", ".join(by_source) or f.default
+        shown = "" if default is None else f" (default: {default})"
+        parser.add_argument(f"--{f.name}", type=kind, default=f.default, help=text + shown, metavar=f.name[:1].upper())
+    return with_presets(Config(**vars(parser.parse_args(arguments))))
+
+
+def public(config: Config) -> dict[str, Any]:
+    """The settings that determine the results, without this machine's paths."""
+    return {name: value for name, value in asdict(config).items() if name not in ("out", "fresh", "data_dir")}

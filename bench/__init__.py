@@ -1,0 +1,1 @@
+"""The benchmark suite, run from the checkout: `python -m bench --help`."""

@@ -4,7 +4,7 @@
 |-------------------|---------------------------------------------|-------------------------------------------|
 | target_logit      | target_logit                                | z_y of each row, a gathered dot           |
 | exp_logits        | exp_logits                                  | product, exponentials, partial sums       |
-| row_statistics    | reanchor, reduce_splits, row_statistics     | overflow repair; logp and 1 - p_y         |
+| row_statistics    | reanchor, row_statistics                    | overflow repair; logp and 1 - p_y         |
 | sequence_epilogue | sequence_sums, ratio_epilogue               | segment sum, NPO log-sigmoid, row factors |
 | gradient_rows     | scale_rows, finish_hidden_grad, add_targets | O(NH) parts of dHidden and dWeight        |
 | common            | log1p, softplus, sigmoid, tanh              | device functions                          |

@@ -1,19 +1,22 @@
-"""From partial sums and maxima to the log-probability of each row, on (N,) vectors.
+"""From partial sums and maxima to what is known of each row, on (N,) vectors.
 
-With a the anchor, z_y the target logit and s = sum_{v != y} exp(z_v - a), reduced over the splits in order:
+With a the anchor, z_y the target logit and s = sum_{v != y} exp(z_v - a), summed over the splits in order, so that
+the vocabulary slices in which they were formed leave no trace:
 
-    log S = (a - z_y) + log s,    logp = -log1p(S),    miss = 1 - p_y = S / (1 + S)
+    p_v = prob_scale exp(z_v - a),    prob_scale = 1 / (s + exp(z_y - a))
+    miss = 1 - p_y = s prob_scale
+    logp = -log1p(s) at a = z_y;  (z_y - a) + log prob_scale at an anchor raised by the overflow repair
 
-An anchor is z_y, where S = s and both results keep their relative precision down to the smallest float; or, after the
-overflow repair, higher, where S may exceed the float range and only its logarithm is used.
+Nothing cancels: at a = z_y both results keep their relative precision down to the smallest float, and prob_scale does
+not go through logp, which at -160 is known to 1e-5 only.
 
-Grid: one program per block of rows. Moves 4-8N * splits bytes in, 8N out.
+Grid: one program per block of rows. Moves 4N * splits bytes in, 8-12N out.
 """
 
 import triton
 import triton.language as tl
 
-from .common import log1p, sigmoid
+from .common import log1p
 
 
 @triton.jit
@@ -43,40 +46,26 @@ def reanchor(
 
 
 @triton.jit
-def reduce_splits(
-    part_ptr,  # (splits, N) float32
-    sum_ptr,  # (N,) float32, out
-    N,
-    splits,
-    BLOCK_N: tl.constexpr,
-):
-    """Sum over the splits, in order."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = rows < N
-    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for split in range(0, splits):
-        total += tl.load(part_ptr + tl.cast(split, tl.int64) * N + rows, mask=inside, other=0.0)
-    tl.store(sum_ptr + rows, total, mask=inside)
-
-
-@triton.jit
 def row_statistics(
-    sum_ptr,  # (N,) float32
+    part_ptr,  # (splits, N) float32
     anchor_ptr,  # (N,) float32
     z_ptr,  # (N,) float32 target logits
     logp_ptr,  # (N,) float32, out
     miss_ptr,  # (N,) float32, out
+    prob_scale_ptr,  # (N,) float32, out
     N,
+    splits,
     BLOCK_N: tl.constexpr,
 ):
-    """logp and miss of each row."""
+    """logp, miss and prob_scale of each row."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N
-    s = tl.load(sum_ptr + rows, mask=inside, other=1.0)
-    gap = tl.load(anchor_ptr + rows, mask=inside, other=0.0) - tl.load(z_ptr + rows, mask=inside, other=0.0)
-    log_odds = gap + tl.log(s)
-    repaired = gap > 0
-    logp = tl.where(repaired, -(log_odds + log1p(tl.exp(-tl.abs(log_odds)))), -log1p(s))
-    miss = tl.where(repaired, sigmoid(log_odds), s / (1.0 + s))
+    s = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for split in range(0, splits):
+        s += tl.load(part_ptr + tl.cast(split, tl.int64) * N + rows, mask=inside, other=1.0)
+    below = tl.load(z_ptr + rows, mask=inside, other=0.0) - tl.load(anchor_ptr + rows, mask=inside, other=0.0)
+    total = s + tl.exp(below)
+    logp = tl.where(below < 0, below - tl.log(total), -log1p(s))
     tl.store(logp_ptr + rows, logp, mask=inside)
-    tl.store(miss_ptr + rows, miss, mask=inside)
+    tl.store(miss_ptr + rows, s / total, mask=inside)
+    tl.store(prob_scale_ptr + rows, 1.0 / total, mask=inside)

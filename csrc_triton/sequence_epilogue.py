@@ -8,11 +8,11 @@
 
 and for each row of s, what the gradient products take (`npo_kernels.rowmath.gradient_coefficients`):
 
-    row_coef_i    = g_s logit_scale exp(a_i - z_i + logp_i)
+    row_coef_i    = g_s logit_scale prob_scale_i
     target_coef_i = g_s logit_scale miss_i (1 - (z_i / softcap)^2)
 
 Grid: one program per sequence, its rows in blocks of BLOCK_N from its own first row on, so that the sum does not
-depend on where in the batch the sequence lies. Moves 24N + 20B bytes. A sequence without rows has logps 0.
+depend on where in the batch the sequence lies. Moves 24N + 36B bytes. A sequence without rows has logps 0.
 """
 
 import triton
@@ -48,7 +48,7 @@ def ratio_epilogue(
     z_ptr,  # (N,) float32 target logits
     logp_ptr,  # (N,) float32
     miss_ptr,  # (N,) float32
-    anchor_ptr,  # (N,) float32
+    prob_scale_ptr,  # (N,) float32
     starts_ptr,  # (B+1,) int64
     offset_ptr,  # (B,) float32
     scale_ptr,  # (B,) float32
@@ -81,13 +81,10 @@ def ratio_epilogue(
     for first in range(start, end, BLOCK_N):
         rows = first + tl.arange(0, BLOCK_N)
         inside = rows < end
-        z = tl.load(z_ptr + rows, mask=inside, other=0.0)
-        logp = tl.load(logp_ptr + rows, mask=inside, other=0.0)
-        miss = tl.load(miss_ptr + rows, mask=inside, other=0.0)
-        anchor = tl.load(anchor_ptr + rows, mask=inside, other=0.0)
-        row_coef = grad * logit_scale * tl.exp(anchor - z + logp)
-        target_coef = grad * logit_scale * miss
+        row_coef = grad * logit_scale * tl.load(prob_scale_ptr + rows, mask=inside, other=0.0)
+        target_coef = grad * logit_scale * tl.load(miss_ptr + rows, mask=inside, other=0.0)
         if HAS_SOFTCAP:
+            z = tl.load(z_ptr + rows, mask=inside, other=0.0)
             target_coef *= 1.0 - (z / softcap) * (z / softcap)
         # a sequence whose weight has vanished contributes exactly 0
         tl.store(row_coef_ptr + rows, tl.where(grad == 0.0, 0.0, row_coef), mask=inside)

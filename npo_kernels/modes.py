@@ -20,7 +20,7 @@ from npo_kernels.head import Head
 from npo_kernels.layout import DEAD_ROW, Rows
 from npo_kernels.plan import GRAD_SLICE, Plan
 from npo_kernels.products import matmul
-from npo_kernels.rowmath import Statistics, exact_anchor
+from npo_kernels.rowmath import Statistics, concatenate
 
 
 @dataclass(frozen=True)
@@ -81,26 +81,27 @@ def log_probabilities(task: Task, x: Tensor) -> Statistics:
     """The forward with nothing kept: one product."""
     target = task.rows.target
     z = task.backend.target_logits(x, task.head, target)
-    logp, miss = task.backend.statistics(x, task.head, target, z)
-    return Statistics(z, logp, miss, exact_anchor(z, logp, task.backend.slab_dtype(x)))
+    return task.backend.statistics(x, task.head, target, z)
 
 
 def expectation(task: Task, plan: Plan, x: Tensor) -> tuple[Statistics, Tensor]:
     """The frozen-head forward: statistics, and E W (N, H) in float32, which is all its backward needs. Two products."""
     target = task.rows.target
     z = task.backend.target_logits(x, task.head, target)
-    anchor, sums = z, torch.zeros_like(z)
+    anchor, parts = z, []
     product = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for begin, end in plan.slices:
         slab, part, raised = task.backend.exp_logits(x, task.head, target, anchor, (begin, end), store=True)
         if begin > 0:  # an anchor raised by this slice rescales what the earlier ones left
-            factor = torch.where(raised > anchor, torch.exp(anchor - raised), 1.0)
-            sums *= factor
-            product *= factor.unsqueeze(1)
-        sums, anchor = sums + part, raised
+            product *= torch.where(raised > anchor, torch.exp(anchor - raised), 1.0).unsqueeze(1)
+        anchor = raised
+        parts.append(part)
         matmul(slab, task.head.weight[begin:end], out=product)
-    logp, miss = task.backend.row_statistics(sums, anchor, z)
-    return Statistics(z, logp, miss, anchor), product
+        del slab  # before the next slice's is made
+    parts = torch.cat(parts)
+    if len(plan.slices) > 1:  # as if the anchor had been known from the start: the bits of logp do not show the slices
+        task.backend.resum(x, task.head, target, anchor, anchor > z, parts)
+    return task.backend.row_statistics(parts, anchor, z), product
 
 
 def expectation_backward(task: Task, product: Tensor, coefs: tuple[Tensor, Tensor]) -> Gradients:
@@ -144,8 +145,8 @@ def slab_gradients(task: Task, plan: Plan, x: Tensor, weigh: Weigh) -> tuple[Sta
             chunk = slice(rows.host_starts[first], rows.host_starts[last])
         target = rows.target[chunk]
         z = backend.target_logits(x[chunk], head, target)
-        slab, sums, anchor = backend.exp_logits(x[chunk], head, target, z, (0, head.weight.shape[0]), store=True)
-        stats = Statistics(z, *backend.row_statistics(sums, anchor, z), anchor)
+        slab, parts, anchor = backend.exp_logits(x[chunk], head, target, z, (0, head.weight.shape[0]), store=True)
+        stats = backend.row_statistics(parts, anchor, z)
         chunk_stats.append(stats)
         row_coef, target_coef = weigh(stats, chunk, first, last)
         if hidden_grad is not None:
@@ -157,8 +158,12 @@ def slab_gradients(task: Task, plan: Plan, x: Tensor, weigh: Weigh) -> tuple[Sta
             end = min(begin + GRAD_SLICE, head.weight.shape[0])
             head_grads.add(slab[:, begin:end], begin, end)
         del slab  # before the next chunk's is made
-    whole = (torch.cat(parts) for parts in zip(*(vars(stats).values() for stats in chunk_stats), strict=True))
-    return Statistics(*whole), Gradients(hidden_grad, *head_grads.result())
+    return concatenate(chunk_stats), Gradients(hidden_grad, *head_grads.result())
+
+
+def _power_of_two(value: Tensor) -> Tensor:
+    """The smallest above `value` > 0: to divide and multiply by it changes no mantissa."""
+    return torch.ldexp(torch.ones_like(value), torch.frexp(value).exponent)
 
 
 class HeadGradients:
@@ -184,9 +189,9 @@ class HeadGradients:
         """The rows that the next calls of `add` are about."""
         # float16 ends at 6e-8: the largest coefficient is taken out of the operand and put back in float32
         self.unit = None
-        if not self.in_place and self.dtype == torch.float16 and row_coef.numel():
+        if self.dtype == torch.float16 and row_coef.numel():
             largest = row_coef.abs().amax()
-            self.unit = torch.where(largest > 0, largest, 1.0)
+            self.unit = torch.where(largest > 0, _power_of_two(largest), 1.0)
             row_coef, target_coef = row_coef / self.unit, target_coef / self.unit
         self.target_coef = target_coef
         self.targets = self.backend.group_targets(target) if self.weight is not None or self.bias is not None else None
@@ -199,10 +204,14 @@ class HeadGradients:
         """Take in the exponentials of the vocabulary slice [begin, end)."""
         for features, scaled, grad in self.parts:
             part = grad[begin:end] if self.in_place else None
+            if part is not None and self.unit is not None:
+                part /= self.unit
             part = matmul(slab.t(), scaled, out=part)
             self.backend.add_targets(part, features, self.target_coef, self.targets, (begin, end))
+            if self.unit is not None:
+                part *= self.unit
             if not self.in_place:
-                grad[begin:end] = part if self.unit is None else part * self.unit
+                grad[begin:end] = part
 
     def result(self) -> tuple[Tensor | None, Tensor | None]:
         """(dWeight, dBias) in the dtype of the weight."""

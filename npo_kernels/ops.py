@@ -92,7 +92,7 @@ def token_logps(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> token_logps (T,), logps (B,), then what the backward needs: row index, target, sequence (N,), starts (B+1,),
-    statistics (4, N), and the expectation (N, H) of the frozen-head mode."""
+    statistics (5, N), and the expectation (N, H) of the frozen-head mode."""
     check_values(targets, offsets, weight.shape[0], ignore_index, num_rows)
     rows = compact(targets, offsets, weight.shape[0], ignore_index, num_rows)
     head = Head(weight, bias, logit_scale, softcap)
@@ -108,7 +108,7 @@ def token_logps(
     live = rows.target >= 0  # filling rows write past the end
     tokens[torch.where(live, rows.index, hidden.shape[0])] = stats.logp
     logps = task.backend.sequence_sums(stats.logp, rows.sequence, rows.starts)
-    packed = torch.stack((stats.target_logit, stats.logp, stats.miss, stats.anchor))
+    packed = torch.stack(tuple(vars(stats).values()))
     return tokens[:-1].clone(), logps, rows.index, rows.target, rows.sequence, rows.starts, packed, product
 
 
@@ -123,7 +123,7 @@ def _(hidden, weight, bias, targets, offsets, ignore_index, logit_scale, softcap
         hidden.new_empty(offsets.shape[0] - 1, dtype=torch.float32),
         *ints,
         targets.new_empty(offsets.shape[0]),
-        hidden.new_empty(4, size, dtype=torch.float32),
+        hidden.new_empty(5, size, dtype=torch.float32),
         hidden.new_empty(size if frozen else 0, hidden.shape[1], dtype=torch.float32),
     )
 

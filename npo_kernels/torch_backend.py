@@ -15,6 +15,7 @@ from npo_kernels.products import matmul
 from npo_kernels.rowmath import (
     Statistics,
     anchor_headroom,
+    concatenate,
     gradient_coefficients,
     row_statistics,
 )
@@ -71,18 +72,19 @@ def exp_logits(
     store: bool,
     reanchor: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """E = exp(z - anchor) of a vocabulary slice, its target column 0; the row sums; the anchor it ended with.
+    """E = exp(z - anchor) of a vocabulary slice, its target column 0; partial sums; the anchor it ended with.
 
-    The sums are of the exponentials; what is stored carries the derivative of the softcap, dz/draw = 1 - (z/softcap)^2,
-    as the gradient products need it. Where a logit exceeds the anchor by more than the headroom of the dtype, the
-    anchor of that row is raised and what was already computed is rescaled (the overflow repair).
+    The partial sums (blocks, n), one for every BLOCK_V columns whatever the slices, are of the exponentials; what is
+    stored carries the derivative of the softcap, dz/draw = 1 - (z/softcap)^2, as the gradient products need it.
+    Where a logit exceeds the anchor by more than the headroom of the dtype, the anchor of that row is raised and what
+    was already computed is rescaled (the overflow repair).
     """
     begin, end = columns
     dtype = slab_dtype(x)
     slab = torch.empty(x.shape[0], end - begin, dtype=dtype, device=x.device) if store else None
     direct = slab is not None and dtype == torch.float32
     block = None if direct else torch.empty(x.shape[0], BLOCK_V, dtype=torch.float32, device=x.device)
-    sums = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
+    parts = []
     headroom = anchor_headroom(dtype)
     for b in range(begin, end, BLOCK_V):
         stop = min(b + BLOCK_V, end)
@@ -99,18 +101,27 @@ def exp_logits(
                 raised = torch.where(raised > anchor, raised, anchor)
                 factor = torch.exp(anchor - raised)
                 anchor = raised
-                sums *= factor
+                parts = [part * factor for part in parts]
                 if slab is not None:
                     slab[:, : b - begin] *= factor.unsqueeze(1).to(dtype)
         e = z.sub_(anchor.unsqueeze(1)).exp_()
         _zero_target(e, target - b)
-        sums += e.sum(1)
+        parts.append(e.sum(1))
         if slab is not None:
             if t is not None:
                 e.mul_(t.square_().neg_().add_(1.0))
             if not direct:
                 slab[:, b - begin : stop - begin] = e
-    return slab, sums, anchor
+    return slab, torch.stack(parts), anchor
+
+
+def resum(x: Tensor, head: Head, target: Tensor, anchor: Tensor, raised: Tensor, parts: Tensor) -> None:
+    """Overwrite the partial sums of the rows in `raised` (n,) bool by those at their anchor."""
+    rows = raised.nonzero().squeeze(1)
+    for some in rows.split(BLOCK_N):
+        columns = (0, head.weight.shape[0])
+        _, exact, _ = exp_logits(x[some], head, target[some], anchor[some], columns, store=False, reanchor=False)
+        parts[:, some] = exact
 
 
 def _zero_target(e: Tensor, column: Tensor) -> None:
@@ -121,16 +132,16 @@ def _zero_target(e: Tensor, column: Tensor) -> None:
     e.scatter_(1, column, torch.where(inside, 0.0, kept).unsqueeze(1))
 
 
-def statistics(x: Tensor, head: Head, target: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
-    """(logp, miss = 1 - p_target), both (N,) float32, with nothing of size V kept."""
-    logp, miss = torch.empty_like(target_logit), torch.empty_like(target_logit)
-    for i in range(0, x.shape[0], BLOCK_N):
+def statistics(x: Tensor, head: Head, target: Tensor, target_logit: Tensor) -> Statistics:
+    """`row_statistics` of all rows, with nothing of size V kept."""
+    found = []
+    for i in range(0, max(1, x.shape[0]), BLOCK_N):
         rows = slice(i, i + BLOCK_N)
-        _, sums, anchor = exp_logits(
+        _, parts, anchor = exp_logits(
             x[rows], head, target[rows], target_logit[rows], (0, head.weight.shape[0]), store=False
         )
-        logp[rows], miss[rows] = row_statistics(sums, anchor, target_logit[rows])
-    return logp, miss
+        found.append(row_statistics(parts, anchor, target_logit[rows]))
+    return concatenate(found)
 
 
 def scale_rows(x: Tensor, scale: Tensor) -> Tensor:

@@ -72,60 +72,84 @@ def exp_logits(
     store: bool,
     reanchor: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """E = exp(z - anchor) of a vocabulary slice, its target column 0; the row sums; the anchor it ended with.
+    """E = exp(z - anchor) of a vocabulary slice, its target column 0; partial sums; the anchor it ended with.
 
     As `torch_backend.exp_logits`. With reanchor=False the anchor is exact and no sums are taken.
     """
-    x = _rows_contiguous(x)
-    begin, end = columns
-    part = head.columns(begin, end)
-    weight = _rows_contiguous(part.weight)
-    rows, width = x.shape[0], end - begin
+    rows, width = x.shape[0], columns[1] - columns[0]
     tile = tile_for(x)
-    row_blocks, splits = triton.cdiv(rows, tile.block_n), triton.cdiv(width, tile.split)
+    splits = triton.cdiv(width, tile.split)
     slab = _aligned_empty(rows, width, x) if store else None
-    sums, maxima = torch.empty(2, splits, rows, dtype=torch.float32, device=x.device) if reanchor else (None, None)
-    dirty = torch.empty(row_blocks, dtype=torch.int32, device=x.device) if reanchor else None
-    if rows == 0:
-        return slab, anchor.clone(), anchor
+    if not reanchor:
+        _launch_exp_logits(x, head, target, anchor, columns, slab)
+        return slab, None, anchor
+    parts, maxima = torch.empty(2, splits, rows, dtype=torch.float32, device=x.device)
+    _launch_exp_logits(x, head, target, anchor, columns, slab, parts, maxima)
+    raised = torch.empty_like(anchor)
+    row_blocks = triton.cdiv(rows, tile.block_n)
+    dirty = torch.empty(row_blocks, dtype=torch.int32, device=x.device)
+    if rows:
+        row_kernels.reanchor[(row_blocks,)](
+            maxima, anchor, raised, dirty, rows, splits, anchor_headroom(slab_dtype(x)), BLOCK_N=tile.block_n
+        )
+    _launch_exp_logits(x, head, target, raised, columns, slab, parts, dirty=dirty)
+    return slab, parts, raised
 
-    def launch(anchor: Tensor, repair: bool) -> None:
-        exp_logits_kernels.exp_logits[(row_blocks * splits,)](
-            x, weight, part.bias, target, anchor, dirty, slab, sums, maxima, rows, width, x.shape[1], begin,
-            x.stride(0), weight.stride(0), slab.stride(0) if store else 0, head.logit_scale, head.softcap or 0.0,
-            HAS_BIAS=part.bias is not None, HAS_SOFTCAP=head.softcap is not None, STORE=store, SUMS=reanchor,
-            MAXIMA=reanchor and not repair, REPAIR=repair, EVEN_H=x.shape[1] % tile.block_h == 0,
-            BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h, SPLIT_TILES=tile.split_tiles,
-            GROUP=tile.group, UPCAST=INTERPRETED and x.dtype == torch.bfloat16, PRECISION=_precision(x),
-            PIECES=tile.pieces, num_warps=tile.num_warps, num_stages=tile.num_stages,
+
+def resum(x: Tensor, head: Head, target: Tensor, anchor: Tensor, raised: Tensor, parts: Tensor) -> None:
+    """Overwrite the partial sums of the rows in `raised` (n,) bool by those at their anchor, in one launch.
+
+    It does the row blocks of `exp_logits` that hold such a row; the others are found unchanged.
+    """
+    block_n = tile_for(x).block_n
+    filled = torch.nn.functional.pad(raised, (0, -raised.shape[0] % block_n))
+    dirty = filled.view(-1, block_n).any(1).int()
+    _launch_exp_logits(x, head, target, anchor, (0, head.weight.shape[0]), None, parts, dirty=dirty)
+
+
+def _launch_exp_logits(
+    x: Tensor,
+    head: Head,
+    target: Tensor,
+    anchor: Tensor,
+    columns: tuple[int, int],
+    slab: Tensor | None = None,  # written if given, as are
+    parts: Tensor | None = None,  # (splits, n) and
+    maxima: Tensor | None = None,  # (splits, n)
+    dirty: Tensor | None = None,  # (row blocks,) int32; if given only these are done
+) -> None:
+    x, part = _rows_contiguous(x), head.columns(*columns)
+    weight = _rows_contiguous(part.weight)
+    rows, width = x.shape[0], columns[1] - columns[0]
+    tile = tile_for(x)
+    grid = (triton.cdiv(rows, tile.block_n) * triton.cdiv(width, tile.split),)
+    if rows:
+        exp_logits_kernels.exp_logits[grid](
+            x, weight, part.bias, target, anchor, dirty, slab, parts, maxima, rows, width, x.shape[1], columns[0],
+            x.stride(0), weight.stride(0), 0 if slab is None else slab.stride(0), head.logit_scale, head.softcap or 0.0,
+            HAS_BIAS=part.bias is not None, HAS_SOFTCAP=head.softcap is not None, STORE=slab is not None,
+            SUMS=parts is not None, MAXIMA=maxima is not None, REPAIR=dirty is not None,
+            EVEN_H=x.shape[1] % tile.block_h == 0, BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h,
+            SPLIT_TILES=tile.split_tiles, GROUP=tile.group, UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
+            PRECISION=_precision(x), PIECES=tile.pieces, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
-    launch(anchor, repair=False)
-    if not reanchor:
-        return slab, None, anchor
-    raised, total = torch.empty_like(anchor), torch.empty_like(anchor)
-    row_kernels.reanchor[(row_blocks,)](
-        maxima, anchor, raised, dirty, rows, splits, anchor_headroom(slab_dtype(x)), BLOCK_N=tile.block_n
-    )
-    launch(raised, repair=True)
-    row_kernels.reduce_splits[_row_grid(rows)](sums, total, rows, splits, BLOCK_N=BLOCK_ROWS, num_warps=ROW_WARPS)
-    return slab, total, raised
+
+def row_statistics(parts: Tensor, anchor: Tensor, target_logit: Tensor) -> Statistics:
+    """From the partial sums of exponentials (splits, n) and the anchor they were taken at."""
+    logp, miss, prob_scale = (torch.empty_like(anchor) for _ in range(3))
+    if anchor.shape[0]:
+        row_kernels.row_statistics[_row_grid(anchor.shape[0])](
+            parts, anchor, target_logit, logp, miss, prob_scale, anchor.shape[0], parts.shape[0],
+            BLOCK_N=BLOCK_ROWS, num_warps=ROW_WARPS,
+        )  # fmt: skip
+    return Statistics(target_logit, logp, miss, anchor, prob_scale)
 
 
-def row_statistics(sums: Tensor, anchor: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
-    """(logp, miss) from the sums of exponentials and the anchor they were taken at."""
-    logp, miss = torch.empty_like(sums), torch.empty_like(sums)
-    if sums.shape[0]:
-        row_kernels.row_statistics[_row_grid(sums.shape[0])](
-            sums, anchor, target_logit, logp, miss, sums.shape[0], BLOCK_N=BLOCK_ROWS, num_warps=ROW_WARPS
-        )
-    return logp, miss
-
-
-def statistics(x: Tensor, head: Head, target: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
-    """(logp, miss) with nothing of size V written."""
-    _, sums, anchor = exp_logits(x, head, target, target_logit, (0, head.weight.shape[0]), store=False)
-    return row_statistics(sums, anchor, target_logit)
+def statistics(x: Tensor, head: Head, target: Tensor, target_logit: Tensor) -> Statistics:
+    """`row_statistics` of all rows, with nothing of size V written."""
+    _, parts, anchor = exp_logits(x, head, target, target_logit, (0, head.weight.shape[0]), store=False)
+    return row_statistics(parts, anchor, target_logit)
 
 
 def sequence_sums(values: Tensor, sequence: Tensor, starts: Tensor) -> Tensor:
@@ -144,7 +168,7 @@ def ratio_epilogue(
     coefs = torch.zeros(2, stats.logp.shape[0], dtype=torch.float32, device=logps.device)  # 0 for filling rows
     if logps.shape[0]:
         sequence_epilogue.ratio_epilogue[logps.shape](
-            stats.target_logit, stats.logp, stats.miss, stats.anchor, starts, ratio.offset, ratio.scale,
+            stats.target_logit, stats.logp, stats.miss, stats.prob_scale, starts, ratio.offset, ratio.scale,
             logps, losses, coefs[0], coefs[1], ratio.beta, head.logit_scale, head.softcap or 0.0,
             LENGTH_NORMALIZED=ratio.length_normalized, HAS_SOFTCAP=head.softcap is not None,
             BLOCK_N=BLOCK_ROWS, num_warps=ROW_WARPS,

@@ -7,7 +7,7 @@ from npo_kernels import ops, products
 from npo_kernels.formulas import RatioLoss
 from npo_kernels.head import Head
 from npo_kernels.layout import DEAD_ROW
-from npo_kernels.rowmath import Statistics, gradient_coefficients
+from npo_kernels.rowmath import Statistics, anchor_headroom, gradient_coefficients
 from tests.support import DEVICE, DTYPES, HEADS, IMPLS, name_of, relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned_allocations", "small_blocks")
@@ -63,7 +63,7 @@ def exact_exponentials(x, head, target, anchor):
 
 def exact_anchor(x, head, anchor, columns, dtype):
     """The anchor where no logit of the slice exceeds it by more than the headroom, else the largest logit less that."""
-    lowest = exact_logits(x, head)[:, slice(*columns)].amax(1) - (8.0 if dtype == torch.float16 else 40.0)
+    lowest = exact_logits(x, head)[:, slice(*columns)].amax(1) - anchor_headroom(dtype)
     return torch.where(lowest > anchor, lowest, anchor.double())
 
 
@@ -106,13 +106,13 @@ def test_target_logits_of_any_hidden_size(backend, hidden_size):
 def test_exponentials_and_their_sums(backend, head, dtype, columns):
     x, head, target = make_rows(dtype, head)
     anchor = exact_logits(x, head).gather(1, target[:, None]).squeeze(1).float() + 0.5
-    slab, sums, raised = backend.exp_logits(x, head, target, anchor, columns, store=True)
+    slab, parts, raised = backend.exp_logits(x, head, target, anchor, columns, store=True)
     torch.testing.assert_close(
         raised.double(), exact_anchor(x, head, anchor, columns, slab.dtype), rtol=1e-6, atol=1e-6
     )
     e, capped = (part[:, slice(*columns)] for part in exact_exponentials(x, head, target, raised))
     assert slab.dtype == backend.slab_dtype(x)
-    assert relative_error(sums, e.sum(1)) < 2e-6
+    assert relative_error(parts.sum(0), e.sum(1)) < 2e-6
     assert ((slab.double() - capped).abs() <= (ROUNDING[slab.dtype] + 4e-6) * capped + 1e-7).all()
     assert slab.shape == e.shape
 
@@ -122,9 +122,9 @@ def test_sums_do_not_need_a_slab(backend, head):
     x, head, target = make_rows(head=head)
     anchor = backend.target_logits(x, head, target)
     _, expected, _ = backend.exp_logits(x, head, target, anchor, (0, V), store=True)
-    slab, sums, _ = backend.exp_logits(x, head, target, anchor, (0, V), store=False)
+    slab, parts, _ = backend.exp_logits(x, head, target, anchor, (0, V), store=False)
     assert slab is None
-    assert torch.equal(sums, expected)
+    assert torch.equal(parts, expected)
 
 
 @pytest.mark.parametrize("head", ["plain", "all"])
@@ -146,13 +146,13 @@ def test_an_overflowing_row_is_reanchored_and_its_neighbours_are_not(backend, dt
     x[18, 0], head.weight[competitor] = 16.0, 0
     head.weight[competitor, 0], head.weight[7, 0] = 10.0, -2.5  # logits 160 and -40
     anchor = backend.target_logits(x, head, target)
-    slab, sums, raised = backend.exp_logits(x, head, target, anchor, (0, V), store=True)
+    slab, parts, raised = backend.exp_logits(x, head, target, anchor, (0, V), store=True)
     expected = exact_anchor(x, head, anchor, (0, V), slab.dtype)
     torch.testing.assert_close(raised.double(), expected, rtol=1e-6, atol=1e-6)
-    assert raised[18] >= 120
+    assert raised[18] > 119
     assert torch.equal(raised[expected == anchor], anchor[expected == anchor])
     e, _ = exact_exponentials(x, head, target, raised)
-    assert (sums.double() / e.sum(1) - 1).abs().max() < 2e-6
+    assert (parts.double().sum(0) / e.sum(1) - 1).abs().max() < 2e-6
     assert ((slab.double() - e).abs() <= (ROUNDING[slab.dtype] + 4e-6) * e + 1e-7).all()
 
 
@@ -163,26 +163,51 @@ def test_a_row_is_reanchored_beyond_the_headroom_and_not_before(backend, dtype, 
     weight[200] = gap
     anchor, target = torch.zeros(1, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
     _, _, raised = backend.exp_logits(x, Head(weight), target, anchor, (0, V), store=True)
-    headroom = 8.0 if backend.slab_dtype(x) == torch.float16 else 40.0
-    assert raised.item() == max(0.0, gap - headroom)
+    headroom = torch.tensor(anchor_headroom(backend.slab_dtype(x)))  # 8.3 or 40.2
+    assert raised.item() == max(0.0, (gap - headroom).item())
 
 
 def test_a_nan_anchor_stays_and_poisons_its_row_alone(backend):
     x, head, target = make_rows()
     target[4] = V
     anchor = backend.target_logits(x, head, target)
-    slab, sums, raised = backend.exp_logits(x, head, target, anchor, (0, V), store=True)
-    for values in (slab, sums[:, None], raised[:, None]):
+    slab, parts, raised = backend.exp_logits(x, head, target, anchor, (0, V), store=True)
+    for values in (slab, parts.t(), raised[:, None]):
         assert values.isnan().any(1).nonzero().flatten().tolist() == [4]
+
+
+def test_partial_sums_are_of_fixed_columns_whatever_the_slices(backend):
+    """With an anchor known from the start, and with one that a later slice raises and `resum` accounts for."""
+    x, head, target = make_rows(head="bias")
+    z = backend.target_logits(x, head, target)
+    z[7] = -60.0
+    _, whole, raised = backend.exp_logits(x, head, target, z, (0, V), store=True)
+    assert raised[7] > z[7]
+    parts, anchor = [], z
+    for columns in ((0, 128), (128, V)):
+        _, part, anchor = backend.exp_logits(x, head, target, anchor, columns, store=True)
+        parts.append(part)
+    parts = torch.cat(parts)
+    assert torch.equal(anchor, raised)
+    backend.resum(x, head, target, anchor, anchor > z, parts)
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=0)
+    logp = backend.row_statistics(parts, anchor, z).logp
+    expected = z.double() - torch.logaddexp(z.double(), exact_others(x, head, target).logsumexp(1))
+    assert relative_error(logp, expected) < FLOAT32
+
+
+def exact_others(x, head, target):
+    return exact_logits(x, head).scatter(1, target[:, None], -torch.inf)
 
 
 def test_statistics_are_the_log_softmax(backend):
     x, head, target = make_rows(head="all")
     z = backend.target_logits(x, head, target)
-    logp, miss = backend.statistics(x, head, target, z)
+    stats = backend.statistics(x, head, target, z)
     expected = exact_logits(x, head).log_softmax(1).gather(1, target[:, None]).squeeze(1)
-    assert relative_error(logp, expected) < FLOAT32
-    assert relative_error(miss, -torch.expm1(expected)) < FLOAT32
+    assert relative_error(stats.logp, expected) < FLOAT32
+    assert relative_error(stats.miss, -torch.expm1(expected)) < FLOAT32
+    assert relative_error(stats.prob_scale, (expected - z + stats.anchor).exp()) < FLOAT32
 
 
 def test_exponentials_of_row_slices_of_a_wider_tensor(backend):
@@ -214,17 +239,18 @@ def test_row_statistics_keep_their_relative_precision_over_the_whole_range(backe
     gap[200:] = torch.linspace(1, 280, 60)
     anchor = z + gap.to(DEVICE)
     odds = (anchor - z).double() + sums.double().log()
-    logp, miss = backend.row_statistics(sums, anchor, z)
+    stats = backend.row_statistics(sums[None], anchor, z)
     exact_logp, exact_miss = -torch.nn.functional.softplus(odds, threshold=1e4), torch.sigmoid(odds)
     exact_logp = torch.where(odds < -30, -odds.exp(), exact_logp)
-    assert (logp / exact_logp - 1).abs().max() < 5e-7
-    assert (miss / exact_miss - 1).abs().max() < 1e-6
+    assert (stats.logp / exact_logp - 1).abs().max() < 5e-7
+    assert (stats.miss / exact_miss - 1).abs().max() < 5e-7
+    assert (stats.prob_scale * (sums.double() + torch.exp((z - anchor).double())) - 1).abs().max() < 5e-7
 
 
 def test_nothing_but_the_target_is_a_certain_row(backend):
     zero = torch.zeros(3, device=DEVICE)
-    logp, miss = backend.row_statistics(zero, zero + 5, zero + 5)
-    assert (logp == 0).all() and (miss == 0).all()
+    stats = backend.row_statistics(zero[None], zero + 5, zero + 5)
+    assert (stats.logp == 0).all() and (stats.miss == 0).all() and (stats.prob_scale == 1).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,7 +295,7 @@ def test_the_ratio_epilogue_is_the_formula(backend, length_normalized, head):
     n = len(sequence)
     logp = -draw(n, scale=0.05).abs()  # small sums: a float32 sum near -1000 is off by 1e-4 whoever forms it
     z = draw(n, seed=1)
-    stats = Statistics(z, logp, -torch.expm1(logp), z + draw(n, seed=2).abs())
+    stats = Statistics(z, logp, -torch.expm1(logp), z, draw(n, seed=2).abs())
     offset = draw(len(LENGTHS), seed=3, scale=4.0)
     scale = draw(len(LENGTHS), seed=4).abs()
     ratio = RatioLoss(offset, scale, starts.diff(), 0.7, length_normalized)
@@ -287,8 +313,8 @@ def test_the_epilogue_gives_filling_rows_and_forgotten_sequences_no_gradient(bac
     starts = torch.tensor([0, 2, 4], device=DEVICE)
     sequence = torch.tensor([0, 0, 1, 1, 2, 2], device=DEVICE)  # the last two are filling
     ones = torch.ones(6, device=DEVICE)
-    stats = Statistics(ones, -ones, ones / 2, ones.clone())
-    stats.anchor[2:4] = torch.inf  # whatever the exponentials of a forgotten row are
+    stats = Statistics(ones, -ones, ones / 2, ones, ones.clone())
+    stats.prob_scale[2:4] = torch.inf  # whatever the exponentials of a forgotten row are
     ratio = RatioLoss(torch.tensor([0.0, 1e6], device=DEVICE), ones[:2], starts.diff(), 1.0, False)
     _, losses, row_coef, target_coef = backend.ratio_epilogue(stats, sequence, starts, ratio, Head(ones[:1, None]))
     assert losses.isfinite().all()
@@ -363,10 +389,10 @@ def test_no_rows_are_no_error(backend):
     x, head, target = make_rows()
     x, target = x[:0], target[:0]
     z = backend.target_logits(x, head, target)
-    slab, sums, anchor = backend.exp_logits(x, head, target, z, (0, V), store=True)
-    logp, miss = backend.row_statistics(sums, anchor, z)
-    assert slab.shape == (0, V)
-    assert all(values.shape == (0,) for values in (z, sums, anchor, logp, miss))
+    slab, parts, anchor = backend.exp_logits(x, head, target, z, (0, V), store=True)
+    assert slab.shape == (0, V) and parts.shape[1:] == (0,)
+    for stats in (backend.row_statistics(parts, anchor, z), backend.statistics(x, head, target, z)):
+        assert all(values.shape == (0,) for values in vars(stats).values())
     assert backend.scale_rows(x, z).shape == (0, H)
     grad, out = torch.zeros(V, H, device=DEVICE), torch.zeros(4, H, device=DEVICE)
     backend.add_targets(grad, x, z, backend.group_targets(target), (0, V))

@@ -4,23 +4,15 @@ import pytest
 import torch
 
 from npo_kernels.head import Head
-from npo_kernels.rowmath import Statistics, anchor_headroom, exact_anchor, gradient_coefficients
+from npo_kernels.rowmath import Statistics, anchor_headroom, gradient_coefficients
 from tests.support import DTYPES, name_of
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_the_headroom_of_a_dtype_leaves_room_for_a_sum_over_a_vocabulary(dtype):
     largest = torch.tensor(anchor_headroom(dtype), dtype=torch.float64).exp()
-    assert largest < torch.finfo(dtype).max / 16
+    assert largest < torch.finfo(dtype).max / 15
     assert largest * 262144 < torch.finfo(torch.float32).max
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_at_the_exact_anchor_the_exponentials_are_the_probabilities_times_a_constant_that_fits(dtype):
-    z, logp = torch.tensor([2.0, -30.0]), torch.tensor([-1e-9, -200.0])
-    constant = torch.exp(z.double() - logp.double() - exact_anchor(z, logp, dtype).double())
-    expected = torch.e**8 if dtype == torch.float16 else 1.0
-    torch.testing.assert_close(constant, torch.full((2,), expected, dtype=torch.float64), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -38,7 +30,7 @@ def test_coefficients_reassemble_the_gradient_of_the_log_probability(logit_scale
     z, logp = z.detach(), logp.detach()
     z_target = z.gather(1, target[:, None]).squeeze(1)
     anchor = z_target + torch.tensor([0.0, 1.0, 5.0, torch.inf], dtype=torch.float64)  # a row of weight 0 may overflow
-    stats = Statistics(z_target, logp, -torch.expm1(logp), anchor)
+    stats = Statistics(z_target, logp, -torch.expm1(logp), anchor, torch.exp(anchor - z_target + logp))
     row_coef, target_coef = gradient_coefficients(stats, grad, Head(torch.zeros(9, 1), None, logit_scale, softcap))
     e = torch.exp(z - anchor[:, None])
     if softcap is not None:

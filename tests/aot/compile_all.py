@@ -63,8 +63,9 @@ ARGUMENTS = {
     "target_ptr": "*i64", "index_ptr": "*i64", "sorted_ptr": "*i64", "order_ptr": "*i64", "starts_ptr": "*i64",
     "dirty_ptr": "*i32",
     "anchor_ptr": "*fp32", "raised_ptr": "*fp32", "sum_ptr": "*fp32", "max_ptr": "*fp32", "part_ptr": "*fp32",
-    "z_ptr": "*fp32", "logp_ptr": "*fp32", "miss_ptr": "*fp32", "logps_ptr": "*fp32", "loss_ptr": "*fp32",
-    "offset_ptr": "*fp32", "scale_ptr": "*fp32", "coef_ptr": "*fp32", "row_coef_ptr": "*fp32",
+    "z_ptr": "*fp32", "logp_ptr": "*fp32", "miss_ptr": "*fp32", "prob_scale_ptr": "*fp32",
+    "logps_ptr": "*fp32", "loss_ptr": "*fp32", "offset_ptr": "*fp32",
+    "scale_ptr": "*fp32", "coef_ptr": "*fp32", "row_coef_ptr": "*fp32",
     "target_coef_ptr": "*fp32", "product_ptr": "*fp32", "grad_ptr": "*fp32",
     "logit_scale": "fp32", "softcap": "fp32", "headroom": "fp32", "beta": "fp32",
     "N": 8191, "V": 128256, "H": 4096, "begin": 16384, "splits": 126,
@@ -80,6 +81,13 @@ SHAPES = {
 # Beyond 2 GB at that shape, so that AMD's buffer instructions are out of the question.
 LARGE = ("slab_ptr", "grad_ptr")
 
+OPTIONAL = {
+    "bias_ptr": "HAS_BIAS",
+    "slab_ptr": "STORE",
+    "sum_ptr": "SUMS",
+    "max_ptr": "MAXIMA",
+    "dirty_ptr": "REPAIR",
+}
 # what exp_logits is launched for -> (STORE, SUMS, MAXIMA, REPAIR)
 USES = {
     "statistics": (False, True, True, False),
@@ -91,7 +99,6 @@ USES = {
 ROW_KERNELS = {  # module, kernel -> variants
     ("target_logit", "target_logit"): ("", "bias", "bias+softcap"),
     ("row_statistics", "reanchor"): ("",),
-    ("row_statistics", "reduce_splits"): ("",),
     ("row_statistics", "row_statistics"): ("",),
     ("sequence_epilogue", "sequence_sums"): ("",),
     ("sequence_epilogue", "ratio_epilogue"): ("", "softcap", "normalized"),
@@ -178,7 +185,7 @@ def constants(case: Case, parameters: list[str]) -> tuple[dict, dict]:
             "PRECISION": "tf32" if case.dtype == "tf32" else "ieee",
         }
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    for pointer, present in (("bias_ptr", "HAS_BIAS"), ("slab_ptr", "STORE"), ("max_ptr", "SUMS"), ("sum_ptr", "SUMS")):
+    for pointer, present in OPTIONAL.items():
         if pointer in parameters and present in parameters and not values[present]:
             values[pointer] = None
     values |= {name: 1 for name in parameters if shape.get(name) == 1}

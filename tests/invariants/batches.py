@@ -19,7 +19,7 @@ def batches(dtypes=DTYPES, heads=tuple(HEADS), max_sequences=4):
         st.sampled_from(heads),
         st.lists(st.tuples(st.integers(0, 10), st.integers(0, 3)), min_size=1, max_size=max_sequences),
         H=st.integers(1, 40),
-        V=st.sampled_from((2, 63, 129, 200)),
+        V=st.sampled_from((2, 63, 129, 450)),
         spread=st.sampled_from((0.1, 2.0, 6.0)),
         seed=st.integers(0, 2**16),
     )

@@ -1,4 +1,4 @@
-"""`exp_logits`, `reanchor` and `reduce_splits` launched by hand: every flag, and not an element outside the outputs."""
+"""`exp_logits`, `reanchor` and `row_statistics` launched by hand: every flag, not an element outside the outputs."""
 
 import itertools
 
@@ -108,12 +108,14 @@ def test_reanchor_leaves_what_is_within_the_headroom_and_nan():
     assert raised.isnan().sum() == 1 and raised.nansum() == N - 1
 
 
-def test_reduce_splits_takes_every_split_once():
-    parts = draw(5, N)
-    total = torch.full((N + 4,), SENTINEL, device=DEVICE)
-    row_statistics.reduce_splits[(2,)](parts, total, N, 5, BLOCK_N=32)
-    assert relative_error(total[:N], parts.double().sum(0)) < 1e-6
-    assert (total[N:] == SENTINEL).all()
+def test_row_statistics_take_every_split_once():
+    parts, zero = draw(5, N).abs(), torch.zeros(N, device=DEVICE)
+    outputs = torch.full((3, N + 4), SENTINEL, device=DEVICE)
+    row_statistics.row_statistics[(2,)](parts, zero, zero, *outputs, N, 5, BLOCK_N=32)
+    sums = parts.double().sum(0)
+    for out, expected in zip(outputs, (-sums.log1p(), sums / (1 + sums), 1 / (1 + sums)), strict=True):
+        assert relative_error(out[:N], expected) < 1e-6
+        assert (out[N:] == SENTINEL).all()
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 8])

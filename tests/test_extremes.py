@@ -82,7 +82,7 @@ def test_gradients_through_an_overflowing_row_are_right_in_every_mode(impl, way,
         workspace_mb = support.workspace_for(batch, impl, chunks=True)
     plain, oracle = evaluate_plain_and_oracle(objective, batch, needs)
     ours = evaluate(objective, batch, needs, impl=impl, workspace_mb=workspace_mb)
-    support.assert_no_worse_than_plain(ours, plain, oracle, ceiling=False)
+    support.assert_no_worse_than_plain(ours, plain, oracle, slack=1.05, ceiling=False)
     forgotten = ours["hidden"][0, 2], oracle["hidden"][0, 2]
     assert relative_error(*forgotten) < {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
 

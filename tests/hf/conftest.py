@@ -1,0 +1,5 @@
+"""These tests need the `hf` extra."""
+
+import pytest
+
+pytest.importorskip("transformers", reason="the hf extra is not installed")

@@ -1,0 +1,185 @@
+"""Log-probabilities and losses inside a Hugging Face model's own forward, without logits.
+
+    from npo_kernels.hf import add_fused_unlearning_head
+
+    model = add_fused_unlearning_head(AutoModelForCausalLM.from_pretrained(...))  # before any wrapper
+    out = model(input_ids, attention_mask=mask, labels=labels, fused_unlearning=True)
+    out.logps, out.num_tokens  # (B,), (B,)
+
+    npo = partial(fused_npo_loss, ref_logps=ref_logps, beta=0.1)  # gradients formed in the forward
+    model(input_ids, attention_mask=mask, labels=labels, fused_unlearning=npo).loss.backward()
+
+Being part of the forward is what makes wrappers work: DDP's reducer is armed, FSDP2 and ZeRO-3 gather the head's weight
+in hooks that run when it is called. Without `fused_unlearning` the model does what it did: `model(...)`, `generate`,
+`state_dict` and `save_pretrained` are untouched.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from npo_kernels.hf_batch import take_batch
+from npo_kernels.hf_head import computing, plain_linears, probed
+from npo_kernels.logprobs import sequence_logprobs, token_logprobs
+from npo_kernels.losses import LossStats
+
+
+@dataclass
+class FusedUnlearningOutput(ModelOutput):
+    """What `model(..., fused_unlearning=...)` returns. There are no logits, and asking for them says so."""
+
+    loss: Tensor | None = None  # of a loss function; with the router's auxiliary loss where the model adds it
+    logps: Tensor | None = None  # (B,) float32, of fused_unlearning=True
+    num_tokens: Tensor | None = None  # (B,) int64
+    token_logps: Tensor | None = None  # (B, S) or (T,), of fused_unlearning=token_logprobs
+    stats: LossStats | None = None  # of a loss with return_stats=True
+    aux_loss: Tensor | None = None  # the router's, where output_router_logits is on
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+    @property
+    def logits(self):
+        raise AttributeError("no logits were formed: call the model without fused_unlearning where they are needed")
+
+
+def add_fused_unlearning_head(model: nn.Module) -> nn.Module:
+    """Let `model(..., labels=labels, fused_unlearning=...)` return log-probabilities or a loss, and no logits.
+
+    Replaces::
+
+        logits = model(input_ids, attention_mask=attention_mask).logits.float()          # (B, S, V)
+        logps, num_tokens = ...log_softmax, gathered at labels[:, 1:], summed where they are not -100...
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model around one. It is changed in place; add the
+            head before DDP, FSDP, DeepSpeed or accelerate wrap the model.
+
+    Returns:
+        `model`. Its forward takes, besides its own arguments,
+
+        fused_unlearning: True for the sequence log-probabilities (`logps`, `num_tokens`), `token_logprobs` for those
+            of tokens (`token_logps`), or a loss: a function called as `sequence_logprobs` is, most often a
+            `functools.partial` of `fused_npo_loss`, `fused_simnpo_loss` or `fused_logprob_loss` (`loss`, `stats`).
+            A loss forms its gradients in the forward, where they cost least, and survives wrappers that round
+            outputs. Its tensors (`ref_logps`) travel in the function, where no wrapper casts them.
+        labels, or shift_labels: (B, S) int64, aligned with the inputs, or already shifted.
+        cu_seqlens: (B+1,) int32, for a packed batch (1, T); `cu_seq_lens_q` and position_ids that restart do as well.
+            position_ids are made where they are missing.
+        ignore_index: -100.
+
+        A bias, a scale and a tanh softcap of the logits, whatever their names, are those of the model's own forward.
+        Where the model adds its router's auxiliary loss to a loss, so does this; `aux_loss` has it, too.
+
+    Raises:
+        TypeError: not a causal language model of transformers.
+        ValueError: a head that is not a plain linear layer: an adapter on it (LoRA), or quantised weights. A call
+            raises the same, and NotImplementedError where the model does to its logits what has no fused form.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "config"):
+        hint = "; add the head before wrapping, to the model inside" if hasattr(model, "module") else ""
+        raise TypeError(f"expected a causal language model of transformers, got {type(model).__name__}{hint}")
+    if getattr(inner.config, "is_encoder_decoder", False):
+        raise TypeError(f"{type(inner).__name__} is an encoder-decoder: expected a decoder-only language model")
+    plain_linears(inner.get_output_embeddings())
+    if not hasattr(inner, "_unfused_class"):
+        inner.__class__ = _fused_class(type(inner))
+    return model
+
+
+@functools.cache
+def _fused_class(cls: type) -> type:
+    """The class with a forward that knows `fused_unlearning`.
+
+    A class, not an attribute of the instance: a deep copy or a replica then runs its own weights, not the original's.
+    It keeps the name, which `save_pretrained` writes, and the signature, which `generate` and the Trainer read.
+    """
+
+    @functools.wraps(cls.forward)
+    def forward(self, *args, fused_unlearning: bool | Callable = False, **kwargs):
+        if fused_unlearning is False or fused_unlearning is None:
+            return cls.forward(self, *args, **kwargs)
+        function = sequence_logprobs if fused_unlearning is True else fused_unlearning
+        kwargs.update(zip(list(inspect.signature(cls.forward).parameters)[1:], args, strict=False))
+        return _fused_forward(self, functools.partial(cls.forward, self), function, kwargs)
+
+    def reduce(self, protocol):  # pickled as the class that can be imported
+        return _new, (cls,), self.__getstate__()
+
+    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls.__name__, (cls,), {**names, "forward": forward, "__reduce_ex__": reduce, "_unfused_class": cls})
+
+
+def _new(cls: type) -> nn.Module:
+    cls = _fused_class(cls)
+    return cls.__new__(cls)
+
+
+def _fused_forward(model: nn.Module, forward: Callable, function: Callable, kwargs: dict) -> FusedUnlearningOutput:
+    """The model's forward up to the head's input, then `function` inside the head."""
+    if not callable(function):
+        raise TypeError(f"fused_unlearning: expected True or a function such as fused_npo_loss, got {function!r}")
+    _check_arguments(kwargs)
+    batch = take_batch(kwargs)
+    head = model.get_output_embeddings()
+    with probed(model, head) as probe:
+        outputs = forward(**{**kwargs, "use_cache": False, "return_dict": True})
+    scale, softcap = probe.logit_function(outputs.logits)
+
+    def fused(hidden: Tensor, weight: Tensor, bias: Tensor | None):
+        return function(
+            batch.rows(hidden), weight, batch.labels, bias=bias, logit_scale=scale, softcap=softcap, **batch.options
+        )
+
+    with computing(head, fused):
+        result = head(probe.hidden)
+    found = FusedUnlearningOutput(
+        aux_loss=getattr(outputs, "aux_loss", None),
+        hidden_states=getattr(outputs, "hidden_states", None),
+        attentions=getattr(outputs, "attentions", None),
+    )
+    kind = function.func if isinstance(function, functools.partial) else function
+    if kind is sequence_logprobs:
+        found.logps, found.num_tokens = result
+    elif kind is token_logprobs:
+        found.token_logps = result
+    else:
+        found.loss, found.stats = result if isinstance(result, tuple) else (result, None)
+        if found.aux_loss is not None:
+            found.loss = found.loss + model.config.get_text_config().router_aux_loss_coef * found.aux_loss
+    if found.loss is None:
+        _check_not_rounded(model, found)
+    return found
+
+
+def _check_arguments(kwargs: dict) -> None:
+    refused = {
+        "past_key_values": "it scores whole sequences, without a cache (PEFT's prefix tuning is such a cache: use "
+        "LoRA or prompt tuning)",
+        "num_items_in_batch": "a loss over sequences is divided by their number: pass normalizer= to the loss",
+        "logits_to_keep": "labels of ignore_index leave positions out, at no cost",
+        "use_cache": "it scores whole sequences, without a cache",
+    }
+    for name, hint in refused.items():
+        value = kwargs.pop(name, None)
+        if value is not None and value is not False and not (isinstance(value, int) and value == 0):
+            raise ValueError(f"fused_unlearning does not take {name}: {hint}")
+
+
+def _check_not_rounded(model: nn.Module, found: FusedUnlearningOutput) -> None:
+    """FSDP2 can round what leaves a forward to 16 bits, and a sum near -1000 would be off by several nats."""
+    state = getattr(model, "_get_fsdp_state", None)
+    policy = getattr(state(), "_mp_policy", None) if state is not None else None
+    dtypes = {getattr(policy, "output_dtype", None)}
+    dtypes |= {t.dtype for t in (found.logps, found.token_logps) if t is not None}
+    if dtypes & {torch.bfloat16, torch.float16}:
+        raise ValueError(
+            "log-probabilities would leave the forward rounded to 16 bits, because FSDP2's MixedPrecisionPolicy has "
+            "such an output_dtype (accelerate sets one): compute the loss inside, fused_unlearning=partial("
+            "fused_npo_loss, ...), or set output_dtype=torch.float32"
+        )

@@ -1,0 +1,88 @@
+"""Where the sequences are in the keyword arguments of a Hugging Face forward.
+
+| what comes                                             | what it is                                            |
+|--------------------------------------------------------|-------------------------------------------------------|
+| (B, S), with or without attention_mask                 | padded: B sequences                                   |
+| (1, T) and cu_seqlens (B+1,), or cu_seq_lens_q         | packed: B sequences, empty ones allowed               |
+| (1, T), position_ids that restart, no attention_mask   | packed, as transformers itself reads position_ids     |
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HeadBatch:
+    """Labels and layout, as the functions of `npo_kernels` take them."""
+
+    labels: Tensor  # (B, S), or (T,) with cu_seqlens
+    shift: bool
+    cu_seqlens: Tensor | None  # (B+1,) int32
+    ignore_index: int
+
+    def rows(self, hidden: Tensor) -> Tensor:
+        """The model's (B, S, H) hidden states in this layout: (T, H) if packed."""
+        return hidden if self.cu_seqlens is None else hidden.flatten(0, 1)
+
+    @property
+    def options(self) -> dict:
+        return {"shift": self.shift, "cu_seqlens": self.cu_seqlens, "ignore_index": self.ignore_index}
+
+
+def take_batch(kwargs: dict) -> HeadBatch:
+    """Take labels and `cu_seqlens` out of `kwargs`, and complete `position_ids`, so that attention sees the same."""
+    labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+    cu_seqlens, ignore_index = kwargs.pop("cu_seqlens", None), kwargs.pop("ignore_index", -100)
+    shift = shift_labels is None
+    labels = labels if shift else shift_labels
+    if labels is None:
+        raise ValueError(
+            "fused_unlearning scores labels and got none: pass labels=, or shift_labels= if already shifted"
+        )
+    if labels.dim() != 2:
+        raise ValueError(f"labels: expected (B, S), or (1, T) for a packed batch, got {tuple(labels.shape)}")
+    cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
+    position_ids, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if cu_seqlens is not None:
+        _check_packed(labels, mask)
+        if position_ids is None:  # without them attention would reach into the neighbours
+            kwargs["position_ids"] = _positions(cu_seqlens, labels.shape[1])[None]
+        cu_seqlens = cu_seqlens.int()
+    elif position_ids is not None and position_ids.dim() == 2 and mask is None:
+        cu_seqlens = _boundaries(position_ids, labels.shape)
+    if cu_seqlens is not None:
+        labels = labels.flatten()
+    return HeadBatch(labels, shift, cu_seqlens, ignore_index)
+
+
+def _check_packed(labels: Tensor, mask) -> None:
+    if labels.shape[0] != 1:
+        raise ValueError(
+            f"cu_seqlens is for a packed batch (1, T), got labels {tuple(labels.shape)}: drop cu_seqlens of a padded "
+            "batch, or concatenate its sequences into one row"
+        )
+    if mask is not None:
+        raise ValueError(
+            "a packed batch with cu_seqlens takes no attention_mask: a mask makes transformers read the row as one "
+            "sequence, and attention crosses the boundaries; drop it"
+        )
+
+
+def _positions(cu_seqlens: Tensor, total: int) -> Tensor:
+    """(T,) position of each token in its sequence."""
+    index = torch.arange(total, device=cu_seqlens.device)
+    starts = cu_seqlens[:-1].long()
+    return index - starts[torch.bucketize(index, cu_seqlens[1:].long(), right=True).clamp(max=len(starts) - 1)]
+
+
+def _boundaries(position_ids: Tensor, shape: torch.Size) -> Tensor | None:
+    """(B+1,) int32 cu_seqlens of the flattened rows: a sequence begins with a row and where a position is not the last
+    one plus 1, the rule of transformers' masks. None where each row is one sequence."""
+    starts = F.pad(position_ids.expand(shape).diff() != 1, (1, 0), value=True)
+    index = starts.flatten().nonzero().flatten()
+    if index.shape[0] == shape[0]:
+        return None
+    return F.pad(index, (0, 1), value=starts.numel()).int()

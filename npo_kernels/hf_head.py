@@ -1,0 +1,145 @@
+"""The output head of a Hugging Face model: what it is, and what the model does to its logits.
+
+No table of architectures: the model's own forward runs with a stand-in for its head, which keeps the hidden states
+that it is called with and returns a few numbers instead of logits. What has become of them at the end is what the
+model does to logits, whatever its configuration calls it: logit_scale, logits_scaling, lm_head_multiplier, softcaps.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+# What logits are replaced by: a slope at 0, the limit, and points in between that have to agree with both.
+PROBE = (1e-6, 1e30, -40.0, -3.0, 0.5, 7.0, 60.0)
+
+
+class HeadProbe(nn.Module):
+    """Stands in for the head during the model's forward: (B, S, H) -> (1, 1, V) numbers on the CPU, no logits.
+
+    On the CPU, so that reading them at the end waits for no device; V of them, so that a model that cuts or masks
+    the vocabulary is noticed.
+    """
+
+    def __init__(self, head: nn.Module, vocab_size: int):
+        super().__init__()
+        vars(self)["head"] = head  # not a submodule: its parameters are not this module's
+        self.hidden: Tensor | None = None
+        self.logits = torch.ones(1, 1, vocab_size, dtype=torch.float64)
+        self.logits[..., : len(PROBE)] = torch.tensor(PROBE[:vocab_size], dtype=torch.float64)
+
+    def __getattr__(self, name: str):
+        """A model may look at its head's weight, for the dtype."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(vars(self)["head"], name)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.hidden = hidden
+        return self.logits.clone()  # models scale in place
+
+    def logit_function(self, logits: Tensor | None) -> tuple[float, float | None]:
+        """(logit_scale, softcap) that turned the stand-in into what came out: softcap tanh(scale z / softcap).
+
+        Raises:
+            NotImplementedError: the model does something else to its logits.
+        """
+        z = self.logits
+        if self.hidden is None:
+            raise NotImplementedError("the model's forward did not call its output head: it has no fused form here")
+        if not isinstance(logits, Tensor) or logits.shape != z.shape:
+            came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise NotImplementedError(
+                f"the model turned logits (..., {z.shape[-1]}) into {came}: a head whose logits are cut or rearranged "
+                "has no fused form here; use npo_kernels.sequence_logprobs on its hidden states"
+            )
+        logits = logits.detach().to("cpu", torch.float64)
+        scale = (logits.flatten()[0] / z.flatten()[0]).item()
+        limit = logits.flatten()[1].item() if z.shape[-1] > 1 else scale * PROBE[1]
+        softcap = None if abs(limit) > 1e-3 * abs(scale) * PROBE[1] else abs(limit)
+        expected = z * scale if softcap is None else softcap * torch.tanh(z * (scale / (softcap or 1.0)))
+        if not torch.allclose(logits, expected, rtol=1e-5, atol=1e-12):
+            raise NotImplementedError(
+                f"the model turned logits {z.flatten()[2:7].tolist()} into {logits.flatten()[2:7].tolist()}: a scale "
+                "and a tanh softcap have a fused form, this has not; use npo_kernels.sequence_logprobs"
+            )
+        return scale, softcap
+
+
+@contextmanager
+def probed(model: nn.Module, head: nn.Module) -> Iterator[HeadProbe]:
+    """The model with a probe for a head."""
+    probe = HeadProbe(head, plain_linears(head)[0].out_features)
+    model.set_output_embeddings(probe)
+    try:
+        yield probe
+    finally:
+        model.set_output_embeddings(head)
+
+
+@contextmanager
+def computing(head: nn.Module, function) -> Iterator[None]:
+    """The head computing `function(hidden, weight, bias)` when it is called.
+
+    It is still called as a module: FSDP2 gathers its weight in a hook, so does DeepSpeed ZeRO-3 in forward and
+    backward, accelerate moves it to the device, and PEFT picks the copy that is trained.
+    """
+    linears = plain_linears(head)
+    for linear in linears:
+        name = "_old_forward" if hasattr(linear, "_hf_hook") else "forward"  # accelerate's hooks replace forward
+        saved = vars(linear).get(name)
+        vars(linear)[name] = _forward_of(linear, function)
+        vars(linear)["_npo_saved"] = (name, saved)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            name, saved = vars(linear).pop("_npo_saved")
+            if saved is None:
+                del vars(linear)[name]
+            else:
+                vars(linear)[name] = saved
+
+
+def _forward_of(linear: nn.Linear, function):
+    return lambda hidden: function(hidden, linear.weight, linear.bias)
+
+
+def plain_linears(head: nn.Module | None) -> list[nn.Linear]:
+    """The linear layers that a call of the head may run: itself, or the copies in PEFT's ModulesToSaveWrapper.
+
+    Raises:
+        ValueError: there is no head, or it is no plain x W' + b; the message names the way out.
+    """
+    if head is None:
+        raise ValueError("the model has no output embeddings: expected a causal language model (AutoModelForCausalLM)")
+    names = {cls.__name__ for cls in type(head).__mro__}
+    if "BaseTunerLayer" in names:
+        raise ValueError(
+            f"the output head carries an adapter ({type(head).__name__}), which a fused head would train as if it were "
+            "not there: remove 'lm_head' from target_modules, train the head itself with modules_to_save=['lm_head'], "
+            "or merge the adapter first (merge_and_unload())"
+        )
+    linears = [head]
+    if "ModulesToSaveWrapper" in names:
+        linears = [head.original_module, *head.modules_to_save.values()]
+    for linear in linears:
+        if getattr(type(linear), "forward", None) is not nn.Linear.forward:
+            raise ValueError(
+                f"the output head is a {type(linear).__name__}: expected torch.nn.Linear. Keep the head of a quantised "
+                "model out of quantisation (llm_int8_skip_modules=['lm_head'], modules_to_not_convert=['lm_head']), or "
+                "replace it by a plain one (model.set_output_embeddings)"
+            )
+        if type(linear.weight) not in (Tensor, nn.Parameter, DTensor) and not _deepspeed(linear.weight):
+            raise ValueError(
+                f"the output head's weight is a {type(linear.weight).__name__}, quantised or packed: expected a plain "
+                "tensor. Keep 'lm_head' out of quantisation, or dequantise it"
+            )
+    return linears
+
+
+def _deepspeed(weight: Tensor) -> bool:
+    return hasattr(weight, "ds_id")

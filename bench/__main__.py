@@ -1,101 +1,104 @@
-"""`python -m bench`: the torch path against plain PyTorch, loss and both gradients; results as JSON lines.
+"""The benchmark suite.
 
-python -m bench                                    # the CPU cases, printed
-python -m bench --out bench/results/torch_path_cpu.jsonl
-python -m bench --case wide --dtype bfloat16 --workspace_mb 64
+    python -m bench run --suite head [--providers ...] [--device cuda] [--out FILE]
+    python -m bench compare A.jsonl B.jsonl
+    python -m bench report
+    python -m bench tune --arch sm_90 --dtype bfloat16 --H 4096
+    python -m bench roofline --N 8192 --H 4096 --V 128256 --gpu h200
+
+On a CPU every suite but `cpu` runs at toy sizes, which test the harness and measure nothing.
 """
 
 import argparse
-import datetime
-import json
-import os
-import platform
-import statistics
-import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from bench.cases import CASES
-from bench.measure import Job, interleaved
+from bench import compare, report, roofline, tune
+from bench.options import Options, default_reps, default_threads
+from bench.records import Record, write
+from bench.suites import SUITES, suite
+from bench.tables import results_table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", nargs="+", choices=CASES, default=["wide", "wide-long", "smollm2"], help="shapes")
-    parser.add_argument("--providers", nargs="+", default=["npo_kernels/torch", "plain"], help="what to compare")
-    parser.add_argument("--dtype", default="float32", help="dtype of hidden states and head")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument(
-        "--workspace_mb", type=float, default=None, help="limit for ours; the library's default if not given"
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
-    parser.add_argument("--reps", type=int, default=5, help="repetitions, after one of warm-up")
-    parser.add_argument("--out", type=Path, help="write the results here, as JSON lines")
-    args = parser.parse_args()
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_run(commands.add_parser("run", help="measure", description="\n".join(f"{k}: {v}" for k, v in SUITES.items())))
+    for module in (compare, report, tune, roofline):
+        name = module.__name__.rpartition(".")[2]
+        command = commands.add_parser(
+            name, help=module.HELP, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.main)
+    args = parser.parse_args(arguments)
+    return args.run(args) or 0
 
-    records = []
-    for name in args.case:
-        jobs = [
-            Job(name, provider, args.dtype, args.device, args.workspace_mb, args.threads, args.reps)
-            for provider in args.providers
-        ]
-        for job, measured in interleaved(jobs).items():
-            times, peaks = zip(*measured, strict=True)
-            records.append(_record(job, "ms", times))
-            records.append(_record(job, "peak_mb", peaks))
-        _print([record for record in records if record["case"] == name])
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    gpu = torch.cuda.is_available()
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--suite", required=True, choices=SUITES)
+    parser.add_argument("--providers", nargs="+", default=["*"], metavar="NAME", help="names or patterns: 'liger/*'")
+    parser.add_argument("--case", nargs="+", default=["*"], metavar="NAME", help="names or patterns of cases")
+    parser.add_argument("--device", default="cuda" if gpu else "cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", help="default: bfloat16 on a GPU and for accuracy, else float32")
+    parser.add_argument("--toy", action=argparse.BooleanOptionalAction, help="default: on a CPU, but for suite cpu")
+    parser.add_argument("--reps", type=int, help="default: 20 on a GPU, 5 on a CPU, 3 for toys")
+    parser.add_argument("--threads", type=int, default=default_threads(), help="CPU threads")
+    parser.add_argument("--data_dir", type=Path, help="folder with TOFU's JSON lines")
+    parser.add_argument("--out", type=Path, help="JSON lines; for a real GPU or CPU result, under bench/results/")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    toy = args.device.startswith("cpu") and args.suite != "cpu" if args.toy is None else args.toy
+    reps, warmup = default_reps(args.device, toy)
+    low_precision = args.device.startswith("cuda") or args.suite == "accuracy"
+    options = Options(
+        suite=args.suite,
+        device=args.device,
+        dtype=args.dtype or ("bfloat16" if low_precision else "float32"),
+        toy=toy,
+        providers=tuple(args.providers),
+        cases=tuple(args.case),
+        reps=args.reps or reps,
+        warmup=warmup,
+        threads=args.threads,
+        data_dir=args.data_dir,
+    )
+    torch.set_num_threads(args.threads)
+    if options.on_gpu:
+        torch.cuda.init()
+    try:
+        options.provider_names  # noqa: B018  # a misspelt name is told before an hour of measuring
+        records = list(_printed(suite(args.suite)(options)))
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    if not records:
+        print("bench: no case matched", file=sys.stderr)
+        return 2
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = args.out.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in records))
-        partial.replace(args.out)
+        write(args.out, records)
+    return 0
 
 
-def _record(job: Job, metric: str, values: tuple[float, ...]) -> dict:
-    case = CASES[job.case]
-    cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else [values[0]] * 4
-    return {
-        "case": job.case, "provider": job.provider, "what": "fwd_bwd", "dtype": job.dtype,
-        "N": case.N, "H": case.H, "V": case.V, "B": case.B, "workspace_mb": job.workspace_mb,
-        "metric": metric, "value": statistics.median(values), "p20": cuts[0], "p80": cuts[-1], "reps": len(values),
-        "exact": True, "computes": "npo", "device": _device(job.device), "threads": job.threads,
-        "torch": torch.__version__, "python": platform.python_version(), "commit": _commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
-
-
-def _device(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    models = (
-        [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
-    )
-    return models[0].split(":")[1].strip() if models else platform.processor()
-
-
-def _commit() -> str:
-    """The commit measured, with a mark when the tree differs from it; "unknown" outside a checkout."""
-    run = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return run.stdout.strip() or "unknown"
-
-
-def _print(records: list[dict]) -> None:
-    first = records[0]
-    table = Table(
-        title=f"{first['case']}: N={first['N']} H={first['H']} V={first['V']} B={first['B']} {first['dtype']}"
-    )
-    for column in ("provider", "metric", "median", "p20", "p80"):
-        table.add_column(column, justify="left" if column in ("provider", "metric") else "right")
-    for r in records:
-        table.add_row(r["provider"], r["metric"], *(f"{r[key]:.0f}" for key in ("value", "p20", "p80")))
-    Console().print(table)
+def _printed(records: Iterator[Record]) -> Iterator[Record]:
+    """The records, with a table on the terminal after each case."""
+    console = Console()
+    for _, group in groupby(records, key=lambda r: (r["case"], r["mode"], r["l2"])):
+        group = list(group)
+        console.print(results_table(group))
+        yield from group
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,100 +1,180 @@
-"""Time and peak memory of one provider on one case, each measured in a process of its own.
+"""Time of providers on one batch, in one process, taking turns, so that clocks and temperature are the same for all.
 
-A CPU has no allocator statistics worth the name: memory is the peak resident set of the process during one loss with
-both gradients, minus what was resident when its inputs were made and its libraries warm. It counts the gradients.
+CUDA events on a GPU, perf_counter on a CPU. Every turn gives three times: forward, backward, both. Warm-up turns are
+left out; the reported times are medians. On a GPU the L2 cache is hot (an untimed turn of the same provider comes right
+before) or cold (overwritten before).
+
+Rates count the useful products of a mode, whatever a provider does: full 6NHV, frozen head 4NHV, log-probabilities
+2NHV, with N scored tokens.
 """
 
-import multiprocessing
-import resource
-import sys
+import gc
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from bench.cases import CASES, Case
-from bench.providers import PROVIDERS
+from bench.cases import Batch, Case
+from bench.options import Options
+from bench.providers import PROVIDERS, Provider, UnsupportedError, plan_of
+from bench.records import Record, record, summary
+from npo_kernels.env import installed_version
 
-MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Job:
-    """One provider on one case."""
-
-    case: str
-    provider: str
-    dtype: str
-    device: str
-    workspace_mb: float | None
-    threads: int
-    reps: int
+PRODUCTS = {"full": 6, "frozen": 4, "logprobs": 2}  # operations in units of NHV, forward and backward
+WHOLE = {"full": "fwd_bwd", "frozen": "fwd_bwd", "logprobs": "logprobs"}
 
 
-def _step(job: Job, inputs) -> float:
-    hidden, weight, *_ = inputs
-    hidden.grad = weight.grad = None
-    start = time.perf_counter()
-    PROVIDERS[job.provider](*inputs, job.workspace_mb).backward()
-    if job.device == "cuda":
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
+class Clock:
+    """Marks in the stream of work of a device, and the milliseconds between two of them."""
+
+    def __init__(self, device: str):
+        self.on_gpu = torch.device(device).type == "cuda"
+        self.l2 = None
+        if self.on_gpu:
+            size = torch.cuda.get_device_properties(device).L2_cache_size
+            self.l2 = torch.empty(2 * max(size, 2**20), dtype=torch.int8, device=device)
+
+    def mark(self):
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def milliseconds(self, start, end) -> float:
+        return start.elapsed_time(end) if self.on_gpu else 1e3 * (end - start)
+
+    def flush(self) -> None:
+        """Overwrite the L2 cache."""
+        if self.on_gpu:
+            self.l2.zero_()
 
 
-def _peak_resident() -> int:
-    """Bytes: the high-water mark of the resident set, since the last reset where the system can reset it."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def turn(provider: Provider, batch: Batch, clock: Clock) -> dict[str, float]:
+    """One run: {what: milliseconds}."""
+    clock.wait()
+    start = clock.mark()
+    if batch.mode == "logprobs":
+        with torch.no_grad():
+            provider.run(batch)
+        end = clock.mark()
+        clock.wait()
+        return {"logprobs": clock.milliseconds(start, end)}
+    loss = provider.run(batch)
+    middle = clock.mark()
+    torch.autograd.grad(loss, batch.leaves)
+    end = clock.mark()
+    clock.wait()
+    milliseconds = clock.milliseconds
+    return {
+        "fwd": milliseconds(start, middle),
+        "bwd": milliseconds(middle, end),
+        "fwd_bwd": milliseconds(start, end),
+    }
 
 
-def _reset_peak() -> None:
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")
+@dataclass
+class Failure:
+    """Why there is no value: a status of the schema and what was said."""
+
+    status: str
+    error: str
 
 
-def _work(job: Job, connection) -> None:
-    torch.set_num_threads(job.threads)
-    inputs = CASES[job.case].inputs(getattr(torch, job.dtype), job.device)
-    warm: Case = CASES["toy"]
-    PROVIDERS[job.provider](*warm.inputs(getattr(torch, job.dtype), job.device), job.workspace_mb).backward()
-    if job.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        _reset_peak()
-        before = _peak_resident()
-    connection.send(("start", None))
-    for _ in range(job.reps + 1):
-        connection.recv()  # the parent interleaves the providers
-        milliseconds = _step(job, inputs)
-        peak = torch.cuda.max_memory_allocated() if job.device == "cuda" else _peak_resident()
-        connection.send((milliseconds, (peak - before) / MIB))
+def failure(error: BaseException) -> Failure:
+    kinds = {
+        UnsupportedError: "unsupported",
+        NotImplementedError: "unsupported",
+        ImportError: "missing",
+        torch.OutOfMemoryError: "oom",
+        MemoryError: "oom",
+    }
+    status = next((status for kind, status in kinds.items() if isinstance(error, kind)), "failed")
+    text = f"{error}" if status in ("unsupported", "missing") else f"{type(error).__name__}: {error}"
+    return Failure(status, (text.strip() or type(error).__name__).splitlines()[0][:300])
 
 
-def interleaved(jobs: list[Job]) -> dict[Job, list[tuple[float, float]]]:
-    """(milliseconds, peak MiB) of each repetition of each job, the jobs taking turns; the first turn is warm-up."""
-    context = multiprocessing.get_context("spawn")
-    workers = {}
-    for job in jobs:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(job, theirs), daemon=True)
-        process.start()
-        theirs.close()
-        workers[job] = (process, ours)
-    for _, ours in workers.values():
-        ours.recv()
-    results = {job: [] for job in jobs}
-    for turn in range(1 + max(job.reps for job in jobs)):
-        for job, (_, ours) in workers.items():
-            ours.send("go")
-            measured = ours.recv()
-            if turn > 0:
-                results[job].append(measured)
-    for process, _ in workers.values():
-        process.join()
+def interleaved(
+    names: Iterable[str], batch: Batch, reps: int, warmup: int, cold: bool = False
+) -> dict[str, list[dict[str, float]] | Failure]:
+    """The times of each provider's turns after `warmup` of them, or its failure."""
+    clock = Clock(str(batch.hidden.device))
+    results: dict[str, list[dict[str, float]] | Failure] = {name: [] for name in names}
+    for number in range(warmup + reps):
+        order = list(results)
+        offset = number % max(1, len(order))
+        for name in order[offset:] + order[:offset]:
+            if isinstance(results[name], Failure):
+                continue
+            try:
+                if cold:
+                    clock.flush()
+                elif clock.on_gpu and number >= warmup:
+                    turn(PROVIDERS[name], batch, clock)
+                times = turn(PROVIDERS[name], batch, clock)
+            except Exception as error:  # whatever a peer raises is its result
+                results[name] = failure(error)
+                release(batch)
+                continue
+            if number >= warmup:
+                results[name].append(times)
     return results
+
+
+def release(batch: Batch) -> None:
+    """Give back what a failed provider held."""
+    gc.collect()
+    if batch.hidden.is_cuda:
+        torch.cuda.empty_cache()
+
+
+def time_case(options: Options, case: Case, mode: str = "full", l2: str = "hot", **fields) -> Iterator[Record]:
+    """Milliseconds of fwd, bwd and fwd_bwd (or logprobs) of every provider, and TFLOP/s of the whole."""
+    batch = case.batch(options.torch_dtype, options.device, mode)
+    yield from time_batch(options, case, batch, l2, **fields)
+    del batch
+    if options.on_gpu:
+        torch.cuda.empty_cache()
+
+
+def time_batch(options: Options, case: Case, batch: Batch, l2: str = "hot", **fields) -> Iterator[Record]:
+    """`time_case` on a batch that is there already."""
+    results = interleaved(options.provider_names, batch, options.reps, options.warmup, cold=l2 == "cold")
+    products = PRODUCTS[batch.mode] * case.N * case.head.H * case.head.V
+    whole = WHOLE[batch.mode]
+    for name, turns in results.items():
+        common = described(options, case, name, batch.mode) | {"l2": l2 if options.on_gpu else None} | fields
+        if isinstance(turns, Failure):
+            yield record(options.device, **common, what=whole, metric="ms", status=turns.status, error=turns.error)
+            continue
+        plan = plan_of(name, batch)
+        common["plan"] = None if plan is None else str(plan)
+        for what in turns[0]:
+            milliseconds = [times[what] for times in turns]
+            yield record(options.device, **common, what=what, metric="ms", **summary(milliseconds))
+            if what == whole:
+                rates = [products / ms / 1e9 for ms in milliseconds]
+                yield record(options.device, **common, what=what, metric="tflops", **summary(rates))
+
+
+def described(options: Options, case: Case, name: str, mode: str) -> Record:
+    """The fields of a record that are known before anything is run."""
+    provider = PROVIDERS[name]
+    return {
+        "suite": options.suite,
+        "case": case.name,
+        "provider": name,
+        "provider_version": installed_version(provider.package),
+        "mode": mode,
+        "dtype": options.dtype,
+        **case.shape,
+        "exact": provider.exact,
+        "computes": provider.computes,
+        "threads": None if options.on_gpu else torch.get_num_threads(),
+        "data": case.data,
+    }

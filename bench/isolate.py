@@ -1,0 +1,160 @@
+"""Time and peak memory of steps that each live in a process of their own, the processes taking turns.
+
+A CPU has no allocator statistics worth the name: its memory is the peak resident set during a step, minus what was
+resident before. Where `whole` is false, "before" is when the inputs were made and the libraries warm, so that what is
+left is workspace and gradients; where it is true, before anything was made.
+"""
+
+import multiprocessing
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+
+from bench.measure import Failure, failure
+
+MIB = 2**20
+
+
+class Turn(NamedTuple):
+    """One run of a step."""
+
+    milliseconds: float
+    peak_mb: float
+    answer: int | None  # what the step returned, if it was a number
+
+
+class Job(Protocol):
+    """What a process is started with: it can be pickled and hashed."""
+
+    device: str
+    threads: int | None
+    warmup: int
+    reps: int
+    whole: bool
+
+    def prepare(self) -> Callable[[], object]:
+        """Make the inputs and warm up the libraries, in the new process; returns the step."""
+
+
+def peak_resident() -> int:
+    """Bytes: the high-water mark of the resident set, since the last reset where the system can reset it."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak() -> None:
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")
+
+
+def _memory(device: str, reset: bool) -> int:
+    """Bytes at the peak since the last reset; with `reset` a new peak begins now."""
+    if not device.startswith("cuda"):
+        if reset:
+            reset_peak()
+        return peak_resident()
+    torch.cuda.synchronize()
+    if reset:
+        torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.max_memory_allocated()
+
+
+def _work(job: Job, connection) -> None:
+    try:
+        if job.threads:
+            torch.set_num_threads(job.threads)
+        before = _memory(job.device, reset=True)
+        step = job.prepare()
+        if not job.whole:
+            before = _memory(job.device, reset=True)
+        connection.send("ready")
+        while connection.recv() == "go":
+            _memory(job.device, reset=True)
+            start = time.perf_counter()
+            answer = step()
+            if job.device.startswith("cuda"):
+                torch.cuda.synchronize()
+            milliseconds = 1e3 * (time.perf_counter() - start)
+            peak_mb = (_memory(job.device, reset=False) - before) / MIB
+            answer = answer if isinstance(answer, int) else None
+            connection.send(Turn(milliseconds, peak_mb, answer))
+    except EOFError:
+        pass  # the parent is gone
+    except BaseException as error:
+        connection.send(failure(error))
+        if not isinstance(error, Exception):
+            traceback.print_exc()
+
+
+@cache
+def start_context() -> multiprocessing.context.BaseContext:
+    """Processes that share nothing but imported modules: forked from a server that never ran anything."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.memory", "bench.suites.step", "bench.report"])
+    return context
+
+
+class Worker:
+    """A process with one job."""
+
+    def __init__(self, job: Job):
+        context = start_context()
+        self.job, self.failure = job, None
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(job, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+        self._receive()  # "ready"
+
+    def _receive(self):
+        try:
+            answer = self.connection.recv()
+        except EOFError:
+            self.process.join()
+            answer = Failure("oom" if self.process.exitcode == -9 else "failed", f"ended with {self.process.exitcode}")
+        if isinstance(answer, Failure):
+            self.failure = answer
+        return answer
+
+    def step(self) -> Turn:
+        self.connection.send("go")
+        return self._receive()
+
+    def stop(self) -> None:
+        if self.process.is_alive() and self.failure is None:
+            self.connection.send("stop")
+        self.process.join(timeout=60)
+        self.connection.close()
+
+
+def take_turns(jobs: Iterable[Job], together: bool = True) -> dict[Job, list[Turn] | Failure]:
+    """The turns of each job after its warm-up. `together`: all processes live at once; else one after the other."""
+    jobs = list(jobs)
+    if not together:
+        return {job: turns for job in jobs for turns in take_turns([job]).values()}
+    results: dict[Job, list[Turn] | Failure] = {job: [] for job in jobs}
+    workers = [Worker(job) for job in jobs]
+    for number in range(max((job.warmup + job.reps for job in jobs), default=0)):
+        for worker in workers:
+            if worker.failure is None and number < worker.job.warmup + worker.job.reps:
+                measured = worker.step()
+                if worker.failure is None and number >= worker.job.warmup:
+                    results[worker.job].append(measured)
+    for worker in workers:
+        worker.stop()
+        if worker.failure is not None:
+            results[worker.job] = worker.failure
+    return results

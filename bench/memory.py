@@ -1,0 +1,88 @@
+"""One provider on one case, in a process of its own: what `isolate.py` runs for time and peak memory."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from bench.cases import HEADS, Batch, Case, even
+from bench.isolate import take_turns
+from bench.measure import WHOLE, Failure, described, failure
+from bench.options import Options
+from bench.providers import PROVIDERS, plan_of
+from bench.records import Record, record, summary
+
+
+@dataclass(frozen=True)
+class LossJob:
+    """Loss and gradients of the mode, once a turn."""
+
+    provider: str
+    case: Case
+    dtype: str
+    device: str
+    mode: str
+    threads: int | None
+    reps: int
+    warmup: int = 1
+    whole: bool = False
+
+    def prepare(self) -> Callable[[], object]:
+        self.try_out()
+        batch = self.case.batch(getattr(torch, self.dtype), self.device, self.mode)
+        return lambda: step(self.provider, batch)
+
+    def try_out(self) -> None:
+        """A small batch of the same kind: raises what the provider raises, and warms its libraries up."""
+        small = even("small", HEADS["toy"]._replace(softcap=self.case.head.softcap), 32, 2)
+        step(self.provider, small.batch(getattr(torch, self.dtype), self.device, self.mode))
+
+
+def attempt(job: LossJob) -> Failure | None:
+    """Why the job need not be given a process."""
+    try:
+        job.try_out()
+    except Exception as error:  # whatever a peer raises is its result
+        why = failure(error)
+        return why if why.status in ("missing", "unsupported") else None
+    return None
+
+
+def step(provider: str, batch: Batch):
+    if batch.mode == "logprobs":
+        with torch.no_grad():
+            return PROVIDERS[provider].run(batch)
+    return torch.autograd.grad(PROVIDERS[provider].run(batch), batch.leaves)
+
+
+def isolated(
+    options: Options,
+    cases: Iterable[Case],
+    modes: Iterable[str] = ("full",),
+    times: bool = False,
+    reps: int = 3,
+    **fields,
+) -> Iterator[Record]:
+    """Peak MiB beyond the inputs, gradients included, of every provider; with `times` the milliseconds as well."""
+    for case in cases:
+        for mode in modes:
+            jobs = {
+                LossJob(name, case, options.dtype, options.device, mode, options.threads, reps): name
+                for name in options.provider_names
+            }
+            hopeless = {job: why for job in jobs if (why := attempt(job)) is not None}
+            results = hopeless | take_turns([job for job in jobs if job not in hopeless], together=times)
+            for job in jobs:
+                turns = results[job]
+                common = described(options, case, jobs[job], mode) | {"what": WHOLE[mode]} | fields
+                common["threads"] = options.threads
+                if isinstance(turns, Failure):
+                    why = {"status": turns.status, "error": turns.error}
+                    yield record(options.device, **common, metric="ms" if times else "peak_mb", **why)
+                    continue
+                plan = plan_of(jobs[job], case.unfilled(options.torch_dtype, options.device, mode))
+                common["plan"] = None if plan is None else str(plan)
+                milliseconds, peaks, _ = zip(*turns, strict=True)
+                if times:
+                    yield record(options.device, **common, metric="ms", **summary(milliseconds))
+                yield record(options.device, **common, metric="peak_mb", **summary(peaks))

@@ -1,0 +1,65 @@
+"""What a provider is: a name, where it comes from, what it computes, and the function that does it.
+
+Peers are imported inside these functions, so one that is absent costs a row that says so and nothing else. All get the
+same batch, and with it the same gradient at the log-probabilities: a provider of token log-probabilities applies the
+NPO loss outside, by autograd, and one that only knows cross-entropy computes that and is marked so.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.cases import Batch
+
+
+class UnsupportedError(Exception):
+    """The provider has no way to do this case; the message says what it lacks."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`loss(batch)` is the scalar whose gradients are taken, `logprobs(batch)` the (B,) sums or None."""
+
+    name: str
+    package: str  # the distribution whose version is recorded
+    computes: str
+    exact: bool
+    loss: Callable[[Batch], Tensor] | None
+    logprobs: Callable[[Batch], Tensor] | None = None
+
+    def run(self, batch: Batch) -> Tensor:
+        """The forward of the mode of the batch."""
+        function, what = (self.logprobs, "log-probabilities") if batch.mode == "logprobs" else (self.loss, "a loss")
+        if function is None:
+            raise UnsupportedError(f"{self.name} does not give {what}")
+        return function(batch)
+
+
+def from_tokens(name: str, package: str, tokens: Callable[[Batch], Tensor], exact: bool = True) -> Provider:
+    """A provider of token log-probabilities (B, S), 0 where nothing is scored, differentiable with any upstream."""
+
+    def logprobs(batch: Batch) -> Tensor:
+        return tokens(batch).float().sum(1)
+
+    def loss(batch: Batch) -> Tensor:
+        return batch.objective("npo", logprobs(batch))
+
+    return Provider(name, package, "npo", exact, loss, logprobs)
+
+
+def without_softcap(batch: Batch, name: str) -> None:
+    if batch.softcap is not None:
+        raise UnsupportedError(f"{name} has no softcap")
+
+
+def on_gpu(batch: Batch, name: str) -> None:
+    """Asked before a GPU-only peer is imported: its own errors on a CPU do not say so."""
+    if not batch.hidden.is_cuda:
+        raise UnsupportedError(f"{name} needs a GPU")
+
+
+def accumulator(batch: Batch) -> torch.dtype | None:
+    """float32 for the sums of 16-bit gradients, where a peer lets one choose."""
+    return torch.float32 if batch.hidden.dtype in (torch.bfloat16, torch.float16) else None

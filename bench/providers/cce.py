@@ -1,0 +1,45 @@
+"""Cut Cross Entropy: as it comes (gradients below a threshold are dropped: inexact), and without that filter."""
+
+from typing import Any
+
+from torch import Tensor
+
+from bench.cases import IGNORED, Batch
+from bench.providers.base import from_tokens, on_gpu
+
+
+def _tokens(batch: Batch, **options: Any) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    nll = linear_cross_entropy(
+        batch.hidden,
+        batch.weight,
+        batch.labels,
+        ignore_index=IGNORED,
+        softcap=batch.softcap,
+        reduction="none",
+        **options,
+    )
+    return -nll.view(batch.labels.shape)
+
+
+def default_tokens(batch: Batch) -> Tensor:
+    on_gpu(batch, "Cut Cross Entropy")
+    return _tokens(batch)
+
+
+def exact_tokens(batch: Batch) -> Tensor:
+    """Releases with presets have one for this; before, the filter could only be turned off."""
+    on_gpu(batch, "Cut Cross Entropy")
+    try:
+        import cut_cross_entropy.cce_utils as presets  # noqa: F401
+    except ImportError:
+        return _tokens(batch, filter_eps=None)
+    return _tokens(batch, impl="cce_exact")
+
+
+PACKAGE = "cut-cross-entropy"
+PROVIDERS = [
+    from_tokens("cce/default", PACKAGE, default_tokens, exact=False),
+    from_tokens("cce/exact", PACKAGE, exact_tokens),
+]

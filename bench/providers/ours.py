@@ -1,0 +1,49 @@
+"""npo_kernels itself, per implementation, and with a workspace of 256 MiB."""
+
+from torch import Tensor
+
+from bench.cases import Batch
+from bench.objectives import BETA
+from bench.providers.base import Provider
+from npo_kernels import explain, fused_logprob_loss, fused_npo_loss, sequence_logprobs
+from npo_kernels.plan import Plan
+
+SMALL_WORKSPACE_MB = 256
+
+
+def provider(impl: str, workspace_mb: float | None = None) -> Provider:
+    options = {"shift": False, "impl": impl, "workspace_mb": workspace_mb}
+
+    def loss(batch: Batch) -> Tensor:
+        tensors = batch.hidden, batch.weight, batch.labels
+        if batch.num_forget == batch.labels.shape[0]:
+            return fused_npo_loss(*tensors, ref_logps=batch.ref_logps, beta=BETA, softcap=batch.softcap, **options)
+
+        def npo_and_retain(logps: Tensor, num_tokens: Tensor) -> Tensor:
+            return batch.objective("npo", logps)
+
+        return fused_logprob_loss(*tensors, npo_and_retain, softcap=batch.softcap, **options)
+
+    def logprobs(batch: Batch) -> Tensor:
+        return sequence_logprobs(batch.hidden, batch.weight, batch.labels, softcap=batch.softcap, **options)[0]
+
+    name = f"npo_kernels/{impl}" + (f"/{workspace_mb}MiB" if workspace_mb else "")
+    return Provider(name, "npo-kernels", "npo", True, loss, logprobs)
+
+
+def plan_of(name: str, batch: Batch) -> Plan | None:
+    """What one of our providers will do; None for everybody else."""
+    package, _, rest = name.partition("/")
+    if package != "npo_kernels":
+        return None
+    impl, _, workspace = rest.partition("/")
+    function = fused_npo_loss if batch.num_forget == batch.labels.shape[0] else fused_logprob_loss
+    if batch.mode == "logprobs":
+        function = sequence_logprobs
+    workspace_mb = SMALL_WORKSPACE_MB if workspace else None
+    return explain(
+        function, batch.hidden, batch.weight, batch.labels, shift=False, impl=impl, workspace_mb=workspace_mb
+    )
+
+
+PROVIDERS = [provider(impl, mb) for impl in ("triton", "torch") for mb in (None, SMALL_WORKSPACE_MB)]

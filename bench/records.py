@@ -1,0 +1,111 @@
+"""Results: one JSON line a measurement, with everything needed to repeat it.
+
+    case, provider, provider_version, mode (full, frozen, logprobs), what (fwd, bwd, fwd_bwd, logprobs), dtype, N, H, V,
+    B, metric (ms, tflops, peak_mb, rel_err, ...), value, p20, p80, reps, exact, computes (npo, ce, ...), gpu, driver,
+    torch, triton, commit, date
+
+`value` is a median. `status` is "ok" or why there is no value: "missing" (not installed), "unsupported" (cannot do the
+case), "oom", "failed"; `error` has the message. On a CPU `gpu` is null and `device` names the processor. `computes`
+beyond npo and ce is a preference loss (dpo, kto) or a bare matrix product (product).
+"""
+
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from npo_kernels.env import driver_version, installed_version
+
+RESULTS = Path(__file__).parent / "results"
+
+SCHEMA = (
+    "case", "provider", "provider_version", "mode", "what", "dtype", "N", "H", "V", "B", "metric", "value", "p20",
+    "p80", "reps", "exact", "computes", "gpu", "driver", "torch", "triton", "commit", "date",
+)  # fmt: skip
+EXTRA = ("suite", "status", "error", "device", "threads", "python", "l2", "data", "plan", "tensor", "note")
+# What makes two records measurements of the same thing.
+KEY = ("suite", "case", "provider", "mode", "what", "dtype", "metric", "l2", "tensor", "device")
+
+Record = dict[str, Any]
+
+
+def summary(values: Sequence[float]) -> Record:
+    """Median and the 20 % and 80 % quantiles."""
+    cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else [values[0]] * 4
+    return {"value": statistics.median(values), "p20": cuts[0], "p80": cuts[-1], "reps": len(values)}
+
+
+def record(device: str, **fields: Any) -> Record:
+    """A complete record of this machine and moment; fields not given are null."""
+    unknown = set(fields) - set(SCHEMA) - set(EXTRA)
+    if unknown:
+        raise ValueError(f"record: unknown fields {sorted(unknown)}; bench/records.py has the schema")
+    made = dict.fromkeys((*SCHEMA, *EXTRA)) | {"status": "ok"} | environment(device) | fields
+    return made | {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+
+
+@cache
+def environment(device: str) -> Record:
+    """What is the same for all records of a run."""
+    on_gpu = torch.device(device).type == "cuda"
+    return {
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "driver": driver_version() if on_gpu else None,
+        "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
+        "torch": torch.__version__,
+        "triton": installed_version("triton"),
+        "python": platform.python_version(),
+        "commit": commit(),
+    }
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The commit measured, with a mark when the tree differs from it; "unknown" outside a checkout."""
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+        )
+    except OSError:
+        return "unknown"
+    return run.stdout.strip() or "unknown"
+
+
+def key(r: Record) -> tuple:
+    return tuple(r.get(name) for name in KEY)
+
+
+def write(path: Path, records: Iterable[Record]) -> None:
+    """Under a temporary name first, so that an interrupted run leaves no half file."""
+    write_text(path, "".join(json.dumps(r) + "\n" for r in records))
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def read(path: Path) -> list[Record]:
+    """Records of a file; fields that files of an earlier format lack are null, and their mode is "full"."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    defaults = dict.fromkeys((*SCHEMA, *EXTRA)) | {"status": "ok", "mode": "full", "suite": "cpu"}
+    return [defaults | json.loads(line) for line in lines if line.strip()]
+
+
+def read_all(folder: Path = RESULTS) -> list[Record]:
+    return [r for path in sorted(folder.glob("*.jsonl")) for r in read(path)]

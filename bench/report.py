@@ -1,0 +1,116 @@
+"""Tables and figures of all committed results: bench/results/report.md, *.png, and the target table bench/RESULTS.md.
+
+Everything is computed from bench/results/*.jsonl; nothing is measured here.
+"""
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+
+from bench import figures
+from bench.records import RESULTS, Record, read_all, write_text
+from bench.tables import UNITS, markdown, number
+from bench.targets import TARGETS, Results, Target
+
+HELP = "tables and figures of the committed results"
+NOT_MEASURED = "not measured"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+
+
+def main(args: argparse.Namespace) -> int:
+    records = read_all(args.results)
+    images = figures.draw(records, args.results)
+    write_text(args.results / "report.md", "\n\n".join(sections(records, images)) + "\n")
+    # the target table stands beside the folder that it was computed from
+    write_text(args.results.parent / "RESULTS.md", targets_page(records))
+    print(f"{len(records)} records: {args.results / 'report.md'}, {args.results.parent / 'RESULTS.md'}")
+    return 0
+
+
+def sections(records: list[Record], images: dict[str, list[str]]) -> Iterator[str]:
+    """report.md: a section a suite and machine, a table a case."""
+    yield (
+        "# Benchmark results\n\nMade by `python -m bench report` from the JSON lines beside it. Medians; less is "
+        "better but for TFLOP/s and\ntokens/s. Rows whose `computes` is not npo do less or other work."
+    )
+    machine = lambda r: (r["suite"], r["gpu"] or r["device"])  # noqa: E731
+    for (suite, device), of_machine in groupby(sorted(records, key=machine), key=machine):
+        of_machine = list(of_machine)
+        yield f"## {suite}, {device}"
+        yield provenance(of_machine)
+        yield from (f"![{suite}]({name})" for name in images.get(suite, ()))
+        cases = dict.fromkeys((r["case"], r["mode"], r["dtype"], r["l2"]) for r in of_machine)
+        for case, mode, dtype, l2 in cases:
+            rows = [r for r in of_machine if (r["case"], r["mode"], r["dtype"], r["l2"]) == (case, mode, dtype, l2)]
+            yield case_table(rows)
+        yield from failures(of_machine)
+
+
+def provenance(records: list[Record]) -> str:
+    """What all records of a section have in common, and from when to when."""
+    first = records[0]
+    dates = sorted(r["date"][:10] for r in records)
+    facts = [f"torch {first['torch']}"]
+    facts += [f"{name} {first[name]}" for name in ("triton", "driver") if first[name]]
+    facts += [f"{first['threads']} threads"] if first["threads"] else []
+    commits = ", ".join(sorted({str(r["commit"]) for r in records}))
+    return f"{', '.join(facts)}; commit {commits}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
+
+
+def case_table(records: list[Record]) -> str:
+    """Providers down, measurements across."""
+    first = records[0]
+    columns = list(dict.fromkeys(column(r) for r in records if r["status"] == "ok"))
+    values: dict[str, dict[str, str]] = defaultdict(dict)
+    for r in records:
+        if r["status"] == "ok":
+            values[r["provider"]][column(r)] = number(r["value"])
+    computes = {r["provider"]: r["computes"] + ("" if r["exact"] else ", inexact") for r in records}
+    rows = [[name, computes[name], *(found.get(c, "") for c in columns)] for name, found in values.items()]
+    shape = ", ".join(f"{axis}={first[axis]}" for axis in "NHVB")
+    l2 = f", {first['l2']} L2" if first["l2"] else ""
+    title = f"**{first['case']}** ({first['mode']}, {shape}, {first['dtype']}{l2})"
+    if not rows:
+        return f"{title}: no provider gave a value."
+    return title + "\n\n" + markdown(["provider", "computes", *columns], rows, "ll" + "r" * len(columns))
+
+
+def column(r: Record) -> str:
+    unit = UNITS.get(r["metric"], r["metric"])
+    return " ".join(filter(None, (r["what"], r["tensor"], unit)))
+
+
+def failures(records: Iterable[Record]) -> Iterator[str]:
+    """Who gave no value and why, once each."""
+    reasons = dict.fromkeys((r["provider"], r["status"], r["error"] or "") for r in records if r["status"] != "ok")
+    if reasons:
+        rows = ([name, status, error.replace("|", "\\|")] for name, status, error in reasons)
+        yield markdown(["no value", "status", "why"], rows)
+
+
+def targets_page(records: list[Record]) -> str:
+    """RESULTS.md. Only measurements on a GPU count; what is missing says so."""
+    results = Results(records)
+    rows = [[target.what, target.target, *outcome_cells(target, results)] for target in TARGETS]
+    heading = ["what", "target", "measured", "machine", "command", "date"]
+    return (
+        "# Targets\n\n"
+        "Shape R: N=8192, H=4096, V=128256, bfloat16; ratios are of medians of providers that took turns in one "
+        "process on one GPU.\nMade by `python -m bench report` from `bench/results/*.jsonl`; an estimate is never "
+        "entered as a measurement (`python -m bench\nroofline` prints the model). What was measured on a CPU is in "
+        "[results/report.md](results/report.md).\n\n" + markdown(heading, rows) + "\n"
+    )
+
+
+def outcome_cells(target: Target, results: Results) -> list[str]:
+    command = "; ".join(f"`python -m bench run --suite {suite}`" for suite in target.suites)
+    outcome = target.measure(results)
+    if outcome is None:
+        return [NOT_MEASURED, "no GPU at hand" if not results.records else "", command, ""]
+    first = outcome.records[0]
+    return [outcome.text, f"{first['gpu']}, driver {first['driver']}", command, first["date"][:10]]

@@ -1,0 +1,48 @@
+"""How records look on the terminal and in Markdown."""
+
+from collections.abc import Iterable, Sequence
+
+from rich.table import Table
+
+from bench.records import Record
+
+UNITS = {"ms": "ms", "tflops": "TFLOP/s", "peak_mb": "MiB", "tokens_per_s": "tokens/s"}
+
+
+def results_table(records: Sequence[Record]) -> Table:
+    """Of one case."""
+    first = records[0]
+    shape = " ".join(f"{axis}={first[axis]}" for axis in "NHVB")
+    l2 = f", {first['l2']} L2" if first["l2"] else ""
+    table = Table(title=f"{first['suite']}: {first['case']}, {first['mode']}, {shape}, {first['dtype']}{l2}")
+    for column in ("provider", "computes", "what", "metric"):
+        table.add_column(column, no_wrap=column == "provider")
+    for column in ("median", "p20", "p80"):
+        table.add_column(column, justify="right")
+    for r in records:
+        if r["status"] == "ok":
+            what = r["what"] + (f" {r['tensor']}" if r["tensor"] else "")
+            values = [number(r[name]) for name in ("value", "p20", "p80")]
+            table.add_row(r["provider"], r["computes"], what, r["metric"], *values)
+    # one line each reason, not a row each provider
+    reasons: dict[str, list[str]] = {}
+    for r in records:
+        if r["status"] != "ok":
+            reasons.setdefault(f"{r['status']}: {r['error']}", []).append(r["provider"])
+    table.caption = "\n".join(f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in reasons.items())
+    table.caption_justify = "left"
+    return table
+
+
+def number(value: float) -> str:
+    """Four significant digits, without exponents between 0.001 and a million."""
+    if value == 0 or 1e-3 <= abs(value) < 1e6:
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:.2e}"
+
+
+def markdown(heading: Sequence[str], rows: Iterable[Sequence[str]], align: str | None = None) -> str:
+    """A table; `align` has a letter a column, l or r."""
+    rules = {"l": "---", "r": "---:"}
+    lines = [heading, [rules[letter] for letter in align or "l" * len(heading)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

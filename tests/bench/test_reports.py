@@ -1,0 +1,157 @@
+"""Records on disk, comparisons, the report and the target table, the roofline, tuning, the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import roofline, tune
+from bench.__main__ import main
+from bench.cases import R
+from bench.compare import common, verdict
+from bench.measure import Failure
+from bench.records import RESULTS, read, record, summary, write
+from bench.report import targets_page
+from bench.targets import OURS, SMALL, TARGETS, Results
+
+
+def made(value, **fields):
+    spread = {"value": value, "p20": 0.9 * value, "p80": 1.1 * value, "reps": 20}
+    known = {"suite": "head", "case": R.name, "provider": OURS, "mode": "full", "what": "fwd_bwd", "dtype": "bfloat16"}
+    return record("cpu", **{**known, **R.shape, "metric": "ms", "exact": True, "computes": "npo", **spread, **fields})
+
+
+def test_write_and_read(tmp_path):
+    path = tmp_path / "deep" / "results.jsonl"
+    records = [made(1.0), made(2.0, provider="plain/eager")]
+    write(path, records)
+    assert read(path) == records and [p.name for p in path.parent.iterdir()] == ["results.jsonl"]
+    with pytest.raises(ValueError, match="unknown fields"):
+        record("cpu", colour="red")
+
+
+def test_committed_results_can_be_read():
+    """The first format had no status, mode or version of the provider."""
+    files = sorted(RESULTS.glob("*.jsonl"))
+    assert files
+    for path in files:
+        for r in read(path):
+            assert r["status"] != "ok" or (r["value"] > 0 or r["metric"] != "ms"), path
+            assert r["mode"] in ("full", "frozen", "logprobs") and r["commit"]
+
+
+def test_summary():
+    assert summary([3.0]) == {"value": 3.0, "p20": 3.0, "p80": 3.0, "reps": 1}
+    assert summary([0.0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]) == {"value": 5, "p20": 2, "p80": 8, "reps": 11}
+
+
+def test_compare(tmp_path, capsys):
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    write(a, [made(10.0), made(10.0, provider="plain/eager"), made(5.0, metric="tflops")])
+    write(b, [made(5.0), made(10.5, provider="plain/eager"), made(1.0, case="other")])
+    pairs = list(common(read(a), read(b), ["ms"]))
+    assert [(x["provider"], verdict(x, y)) for x, y in pairs] == [(OURS, "less"), ("plain/eager", "same")]
+    assert main(["compare", str(a), str(b)]) == 0
+    assert "0.500" in capsys.readouterr().out
+    write(b, [made(1.0, case="other")])
+    assert main(["compare", str(a), str(b)]) == 1
+
+
+def test_targets_need_a_gpu_and_are_computed_from_records():
+    page = targets_page([made(1.0), made(2.0, provider="plain/eager")])
+    assert page.count("not measured") == len(TARGETS) and "no GPU" in page
+    gpu = {"gpu": "NVIDIA H200", "driver": "1"}
+    frozen, logprobs = {"mode": "frozen"}, {"mode": "logprobs", "what": "logprobs"}
+    memory = {"suite": "memory", "metric": "peak_mb"}
+    gradients = 2 * (8192 + 128256) * 4096 / 2**20
+    records = [
+        made(30.0, **gpu),
+        made(36.0, provider=SMALL, **gpu),
+        made(60.0, provider="trl/chunked", **gpu),
+        made(20.0, provider="cce/default", exact=False, **gpu),  # inexact: does not count
+        made(31.0, provider="quack/base", computes="ce", **gpu),
+        made(700.0, metric="tflops", **gpu),
+        made(20.0, **frozen, **gpu),
+        made(50.0, provider="liger/scaled", **frozen, **gpu),
+        made(12.0, **logprobs, **gpu),
+        made(11.0, provider="plain/product", computes="product", **logprobs, **gpu),
+        made(1000 + gradients, **memory, **gpu),
+        made(200 + gradients, provider=SMALL, **memory, **gpu),
+        made(10000 + gradients, provider="plain/eager", **memory, **gpu),
+    ]
+    results = Results([r | {"gpu": r["gpu"]} for r in records])
+    texts = [outcome and outcome.text for outcome in (target.measure(results) for target in TARGETS)]
+    assert texts[0].startswith("0.50x") and "trl/chunked" in texts[0]
+    assert texts[1].startswith("0.97x") and "quack/base" in texts[1]
+    assert texts[2].startswith("91%") and texts[3].startswith("0.40x") and texts[4].startswith("1.09x")
+    assert texts[5] is None
+    assert texts[6].startswith("10.0% (1000 MiB") and texts[7] == "2.0% (200 MiB of 10000) at 1.20x the time"
+    assert targets_page(records).count("NVIDIA H200") == 7
+
+
+def test_report(tmp_path):
+    folder = tmp_path / "results"
+    rows = [made(v, case=f"toy/N={n}", N=n, metric=m) for n, v in ((64, 1.0), (128, 2.0)) for m in ("ms", "tflops")]
+    rows += [record("cpu", suite="head", case="toy/N=64", provider="trl/chunked", mode="full", what="fwd_bwd",
+                    dtype="bfloat16", **R.shape, metric="ms", exact=True, computes="npo", status="missing",
+                    error="No module named 'trl'")]  # fmt: skip
+    rows += [made(1e-3, suite="accuracy", case=c, metric="rel_err", tensor="logps") for c in ("random", "peaked")]
+    write(folder / "x.jsonl", rows)
+    assert main(["report", "--results", str(folder)]) == 0
+    text = (folder / "report.md").read_text()
+    assert "toy/N=128" in text and "No module named 'trl'" in text
+    images = sorted(folder.glob("*.png"))
+    assert len(images) == 2 and all(f"({image.name})" in text for image in images)
+    assert "not measured" in (tmp_path / "RESULTS.md").read_text()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_roofline_counts_what_the_design_counts():
+    """6NHV = 25.8 TFLOP, 8NHV = 34.4 TFLOP at R; 4NHV frozen, 2NHV log-probabilities."""
+    N, H, V = R.shape["N"], R.shape["H"], R.shape["V"]
+    counted, predicted = {}, {}
+    for wanted, workspace in (("full", 4608), ("full", 256), ("frozen", 4608), ("logprobs", 4608)):
+        plan = roofline.plan_for(wanted, N, H, V, 32, workspace)
+        steps = roofline.launches(plan, N, H, V)
+        counted[plan.mode] = sum(step.operations for step in steps) / 1e12
+        predicted[plan.mode] = sum(step.seconds(roofline.CEILINGS["h200"]) for step in steps)
+        assert predicted[plan.mode] > roofline.floor(wanted, N, H, V, roofline.CEILINGS["h200"])
+    assert counted == pytest.approx({"slab": 25.82, "recompute": 34.43, "frozen": 17.21, "no_grad": 8.607}, rel=1e-3)
+    assert sorted(predicted, key=predicted.get) == ["no_grad", "frozen", "slab", "recompute"]
+
+
+def test_roofline_says_that_it_is_a_model(capsys):
+    assert main(["roofline", "--N", "1024"]) == 0
+    printed = capsys.readouterr().out
+    assert "MODEL, not a measurement" in printed and "slab" in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tuning_without_a_gpu_says_so(capsys):
+    assert main(["tune"]) == 1
+    assert "no GPU" in capsys.readouterr().err
+
+
+def test_sweep_times_what_runs_and_lists_what_does_not():
+    pytest.importorskip("triton")
+    from csrc_triton.tiles import Tile
+
+    good, bad = Tile(16, 32, 32, 2, 4, 1), Tile(15, 32, 32, 2, 4, 1)  # a block that is no power of two
+    hidden, weight = torch.randn(16, 32), torch.randn(64, 32)
+    results = tune.sweep([good, bad], hidden, weight, torch.randint(64, (16,)), reps=1)
+    assert results[good] > 0 and isinstance(results[bad], Failure)
+    assert tune.suggestion("sm_90", 16, 4096, good).startswith('("sm_90", 16, 4096): Tile(block_n=16')
+    assert len(set(tune.candidates())) > 50
+
+
+def test_command_line(tmp_path, capsys):
+    out = tmp_path / "r.jsonl"
+    command = ["run", "--suite", "accuracy", "--case", "random", "--providers", "plain/eager", "--device", "cpu"]
+    threads = ["--threads", str(torch.get_num_threads())]
+    assert main([*command, *threads, "--out", str(out)]) == 0
+    assert {json.loads(line)["dtype"] for line in Path(out).read_text().splitlines()} == {"bfloat16"}
+    assert "rel_err" in capsys.readouterr().out
+    assert main(["run", "--suite", "head", "--providers", "nobody", "--device", "cpu", *threads]) == 2
+    assert "nothing is called 'nobody'" in capsys.readouterr().err
+    assert main([*command[:3], "--case", "nowhere", "--device", "cpu", *threads]) == 2

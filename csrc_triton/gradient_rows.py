@@ -34,7 +34,7 @@ def finish_hidden_grad(
     product_ptr,  # (N, H) float32, contiguous: E @ W
     row_coef_ptr,  # (N,) float32
     target_coef_ptr,  # (N,) float32
-    target_ptr,  # (N,) int64
+    target_ptr,  # (N,) int64; -1: a filling row; other negative ones: a row whose label has no column here
     index_ptr,  # (N,) int64: the row of `out`
     w_ptr,  # (V, H)
     out_ptr,  # (T, H) dtype of the hidden states, contiguous, out
@@ -50,11 +50,12 @@ def finish_hidden_grad(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     target = tl.load(target_ptr + row)
-    inside = (columns < H) & (target >= 0)
+    inside = (columns < H) & (target != -1)
     label = tl.minimum(tl.maximum(target, 0), V - 1)
     product = tl.load(product_ptr + row * H + columns, mask=inside, other=0.0)
     w = tl.load(w_ptr + label * stride_w + columns, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(target_coef_ptr + row) * w - tl.load(row_coef_ptr + row) * product
+    target_coef = tl.where(target >= 0, tl.load(target_coef_ptr + row), 0.0)
+    grad = target_coef * w - tl.load(row_coef_ptr + row) * product
     out = out_ptr + tl.load(index_ptr + row) * H + columns
     tl.store(out, grad.to(out_ptr.dtype.element_ty), mask=inside)
 

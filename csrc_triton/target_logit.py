@@ -7,8 +7,8 @@ The anchor of the exponentials and the only logit that has to exist in memory. I
     z = (x.float() * W[y].float()).sum(1)
 
 Grid: one program per row. Moves 2NH elements in and 4N bytes out. Sums in float32.
-A row whose target is V (poisoned) gives NaN, which then reaches everything computed from it; a filling row
-(target < 0) gives a finite value that nothing uses.
+A row whose target is V (poisoned) gives NaN, which then reaches everything computed from it; a row without a target
+here (target < 0) gives a finite value that nothing uses.
 """
 
 import triton

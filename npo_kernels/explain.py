@@ -2,15 +2,13 @@
 
 from collections.abc import Callable
 
+import torch.distributed as dist
 from torch import Tensor
 
-from npo_kernels import ops
-from npo_kernels.head import Head
 from npo_kernels.inputs import prepare
-from npo_kernels.layout import compact
 from npo_kernels.losses import fused_logprob_loss, fused_npo_loss, fused_simnpo_loss
-from npo_kernels.modes import Task
 from npo_kernels.plan import Plan
+from npo_kernels.tasks import plan_of, task_of
 
 
 def explain(
@@ -27,6 +25,7 @@ def explain(
     impl: str = "auto",
     workspace_mb: float | None = None,
     num_rows: int | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
     **_,
 ) -> Plan:
     """The plan that `function`, one of the losses or log-probability functions, would follow for these arguments.
@@ -43,12 +42,11 @@ def explain(
         "explain", hidden, lm_head_weight, labels, unknown={},
         bias=bias, shift=shift, cu_seqlens=cu_seqlens, ignore_index=ignore_index, logit_scale=1.0,
         softcap=None, impl=impl, workspace_mb=workspace_mb, num_rows=num_rows,
+        process_group=process_group,
     )  # fmt: skip
-    positions = call.positions
-    rows = compact(positions.targets, positions.offsets, call.weight.shape[0], ignore_index, num_rows)
-    task = Task(positions.hidden, Head(call.weight, call.bias), rows, *call.needs, ops.backend_of(call.impl))
+    task = task_of(*call.batch_args, *call.option_args)
     fused = function in (fused_npo_loss, fused_simnpo_loss) and reduction != "none"
-    return ops.plan_of(
+    return plan_of(
         task,
         call.workspace_bytes,
         gradient_in_forward=fused or function is fused_logprob_loss,

@@ -4,11 +4,13 @@ import importlib.util
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from npo_kernels.layout import Positions, flatten
 from npo_kernels.plan import workspace_bytes
 from npo_kernels.validation import check_batch, check_options, refuse_unknown
+from npo_kernels.vocab_parallel import Shard, local_head
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Inputs:
     num_rows: int | None
     workspace_bytes: int
     impl: str  # "triton" | "torch" | "reference"
+    shard: Shard | None
 
     @property
     def num_sequences(self) -> int:
@@ -45,7 +48,8 @@ class Inputs:
     def option_args(self) -> tuple:
         """The trailing arguments of the operators."""
         numbers = (self.ignore_index, self.logit_scale, self.softcap, self.num_rows, self.workspace_bytes)
-        return (*numbers, self.impl, *self.needs)
+        group, sizes = (None, ()) if self.shard is None else (self.shard.group, self.shard.sizes)
+        return (*numbers, group, sizes, self.impl, *self.needs)
 
     @property
     def reference_options(self) -> dict:
@@ -74,9 +78,11 @@ def prepare(
     impl: str,
     workspace_mb: float | None,
     num_rows: int | None,
+    process_group: "dist.ProcessGroup | None",
 ) -> Inputs:
     """Check and normalise the arguments that all public functions share."""
     refuse_unknown(function, unknown)
+    lm_head_weight, bias, shard = local_head(lm_head_weight, bias, process_group)
     hidden, lm_head_weight, bias = autocast_inputs(hidden, lm_head_weight, bias)
     check_batch(hidden, lm_head_weight, labels, bias, cu_seqlens, impl)
     check_options(
@@ -86,6 +92,8 @@ def prepare(
         workspace_mb=workspace_mb,
         num_rows=num_rows,
     )
+    if shard is not None and impl == "reference":
+        raise ValueError("impl='reference' takes the whole head: gather it, or use impl='torch' with process_group")
     positions = flatten(_rows_contiguous(hidden), labels.contiguous(), cu_seqlens, shift, ignore_index)
     return Inputs(
         positions=positions,
@@ -97,6 +105,7 @@ def prepare(
         num_rows=num_rows,
         workspace_bytes=workspace_bytes(workspace_mb, hidden.device),
         impl=resolve_impl(impl, hidden.device),
+        shard=shard,
     )
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 # Target of a row that exists only to fill up to `num_rows`: it scores nothing and receives no gradient.
 DEAD_ROW = -1
+# Target of a row whose label lies in another rank's part of the vocabulary (`vocab_parallel`).
+ELSEWHERE = -2
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Rows:
     """The N scored positions, in order, so that a sequence is a contiguous range of rows."""
 
     index: Tensor  # (N,) int64 position of each row in the flat batch
-    target: Tensor  # (N,) int64 label in [0, V); V = poisoned (the row gives NaN); DEAD_ROW = filling
+    target: Tensor  # (N,) int64 label in [0, V); V = poisoned (the row gives NaN); DEAD_ROW = filling; ELSEWHERE
     sequence: Tensor  # (N,) int64 sequence of each row; B for filling rows
     starts: Tensor  # (B+1,) int64: rows starts[s] to starts[s+1] belong to sequence s
     host_starts: tuple[int, ...] | None  # the same on the host; None when the caller passed num_rows (no sync)

@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from npo_kernels import modes, ops
-from npo_kernels.head import Head
 from npo_kernels.inputs import Inputs
-from npo_kernels.layout import compact
 from npo_kernels.logprobs import sequence_logps
-from npo_kernels.modes import Statistics, Task
+from npo_kernels.modes import Statistics
 from npo_kernels.rowmath import gradient_coefficients
-from npo_kernels.validation import check_values
+from npo_kernels.tasks import plan_of, task_of
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -38,20 +36,17 @@ class _LogprobLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Inputs, loss_fn: LossFn):
-        positions, vocab_size = call.positions, weight.shape[0]
-        check_values(positions.targets, positions.offsets, vocab_size, call.ignore_index, call.num_rows)
-        rows = compact(positions.targets, positions.offsets, vocab_size, call.ignore_index, call.num_rows)
-        head = Head(weight, bias, call.logit_scale, call.softcap)
-        task = Task(hidden, head, rows, *ctx.needs_input_grad[:3], ops.backend_of(call.impl))
-        loss = None
+        options = call.option_args[:-3]  # grad mode is off in here: what is needed the context knows
+        task = task_of(hidden, weight, bias, *call.batch_args[3:], *options, *ctx.needs_input_grad[:3])
+        rows, loss = task.rows, None
 
         def weigh(stats: Statistics, chunk: slice, first: int, last: int) -> tuple[Tensor, Tensor]:
             nonlocal loss
             logps = task.backend.sequence_sums(stats.logp, rows.sequence, rows.starts)
             loss, grad = _value_and_grad(loss_fn, logps, rows.num_tokens)
-            return gradient_coefficients(stats, torch.cat((grad, grad.new_zeros(1)))[rows.sequence], head)
+            return gradient_coefficients(stats, torch.cat((grad, grad.new_zeros(1)))[rows.sequence], task.head)
 
-        plan = ops.plan_of(task, call.workspace_bytes, gradient_in_forward=True, separable=False)
+        plan = plan_of(task, call.workspace_bytes, gradient_in_forward=True, separable=False)
         with torch.autocast(hidden.device.type, enabled=False):
             _, grads = modes.value_and_gradients(task, plan, weigh)
         ctx.set_materialize_grads(False)

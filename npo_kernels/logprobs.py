@@ -1,6 +1,7 @@
 """Sequence and token log-probabilities: the primitives under every loss, differentiable, no logits kept."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from npo_kernels import ops, reference
@@ -22,6 +23,7 @@ def sequence_logprobs(
     impl: str = "auto",
     workspace_mb: float | None = None,
     num_rows: int | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
     **unknown,
 ) -> tuple[Tensor, Tensor]:
     """Summed log-probability of each sequence's scored tokens, and their number.
@@ -48,6 +50,9 @@ def sequence_logprobs(
         impl: "triton", "torch", "reference", or "auto" (Triton on a GPU, torch elsewhere). A name never falls back.
         workspace_mb: MiB that may be used beyond inputs and gradients; `npo_kernels.plan` has the defaults.
         num_rows: number of scored positions, or a bound above it. Passing it removes the one host sync of the call.
+        process_group: ranks that hold the same batch and a part of the vocabulary each, in the order of the ranks:
+            lm_head_weight and bias are this rank's rows, plain tensors of any sizes or DTensors with (Shard(0),) on
+            the mesh of the group. Results and the gradient of hidden are those of the whole head, on every rank.
 
     Returns:
         logps (B,) float32 in nats, differentiable in hidden, lm_head_weight and bias; 0 for a sequence without a
@@ -61,6 +66,7 @@ def sequence_logprobs(
         "sequence_logprobs", hidden, lm_head_weight, labels, unknown=unknown,
         bias=bias, shift=shift, cu_seqlens=cu_seqlens, ignore_index=ignore_index, logit_scale=logit_scale,
         softcap=softcap, impl=impl, workspace_mb=workspace_mb, num_rows=num_rows,
+        process_group=process_group,
     )  # fmt: skip
     return sequence_logps(call)
 
@@ -79,6 +85,7 @@ def token_logprobs(
     impl: str = "auto",
     workspace_mb: float | None = None,
     num_rows: int | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
     **unknown,
 ) -> Tensor:
     """Log-probability of each scored token, (B, S) or (T,) float32, 0 where nothing is scored; differentiable.
@@ -90,6 +97,7 @@ def token_logprobs(
         "token_logprobs", hidden, lm_head_weight, labels, unknown=unknown,
         bias=bias, shift=shift, cu_seqlens=cu_seqlens, ignore_index=ignore_index, logit_scale=logit_scale,
         softcap=softcap, impl=impl, workspace_mb=workspace_mb, num_rows=num_rows,
+        process_group=process_group,
     )  # fmt: skip
     if call.impl == "reference":
         tokens = _reference_tokens(call)

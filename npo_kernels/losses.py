@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from npo_kernels import formulas, ops
@@ -41,6 +42,7 @@ def fused_npo_loss(
     impl: str = "auto",
     workspace_mb: float | None = None,
     num_rows: int | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
     return_stats: bool = False,
     **unknown,
 ) -> Tensor | tuple[Tensor, LossStats]:
@@ -53,7 +55,7 @@ def fused_npo_loss(
 
     Args:
         hidden, lm_head_weight, labels, bias, shift, cu_seqlens, ignore_index, logit_scale, softcap, impl,
-            workspace_mb, num_rows: as in `sequence_logprobs`.
+            workspace_mb, num_rows, process_group: as in `sequence_logprobs`.
         ref_logps: (B,) float32, the reference model's summed log-probability of the same labels, best cached from
             `sequence_logprobs` itself: then the first loss is (2/beta) ln 2. No gradient flows to it.
         beta: inverse temperature; towards 0 the gradient becomes that of gradient ascent.
@@ -75,6 +77,7 @@ def fused_npo_loss(
         "fused_npo_loss", hidden, lm_head_weight, labels, unknown=unknown,
         bias=bias, shift=shift, cu_seqlens=cu_seqlens, ignore_index=ignore_index, logit_scale=logit_scale,
         softcap=softcap, impl=impl, workspace_mb=workspace_mb, num_rows=num_rows,
+        process_group=process_group,
     )  # fmt: skip
     check_ref_logps(ref_logps, call.num_sequences, hidden.device)
     return _ratio_loss(call, ref_logps.detach(), beta, False, reduction, normalizer, return_stats)
@@ -98,6 +101,7 @@ def fused_simnpo_loss(
     impl: str = "auto",
     workspace_mb: float | None = None,
     num_rows: int | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
     return_stats: bool = False,
     **unknown,
 ) -> Tensor | tuple[Tensor, LossStats]:
@@ -116,6 +120,7 @@ def fused_simnpo_loss(
         "fused_simnpo_loss", hidden, lm_head_weight, labels, unknown=unknown,
         bias=bias, shift=shift, cu_seqlens=cu_seqlens, ignore_index=ignore_index, logit_scale=logit_scale,
         softcap=softcap, impl=impl, workspace_mb=workspace_mb, num_rows=num_rows,
+        process_group=process_group,
     )  # fmt: skip
     offset = torch.full((call.num_sequences,), -float(gamma), dtype=torch.float32, device=hidden.device)
     return _ratio_loss(call, offset, beta, True, reduction, normalizer, return_stats)
@@ -136,6 +141,7 @@ def fused_logprob_loss(
     impl: str = "auto",
     workspace_mb: float | None = None,
     num_rows: int | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
     **unknown,
 ) -> Tensor:
     """Any scalar loss of sequence log-probabilities, `loss_fn(logps, num_tokens)`, at the cost of the fused losses.
@@ -155,6 +161,7 @@ def fused_logprob_loss(
         "fused_logprob_loss", hidden, lm_head_weight, labels, unknown=unknown,
         bias=bias, shift=shift, cu_seqlens=cu_seqlens, ignore_index=ignore_index, logit_scale=logit_scale,
         softcap=softcap, impl=impl, workspace_mb=workspace_mb, num_rows=num_rows,
+        process_group=process_group,
     )  # fmt: skip
     return logprob_loss(call, loss_fn)
 

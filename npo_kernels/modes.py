@@ -21,6 +21,7 @@ from npo_kernels.layout import DEAD_ROW, Rows
 from npo_kernels.plan import GRAD_SLICE, Plan
 from npo_kernels.products import matmul
 from npo_kernels.rowmath import Statistics, concatenate
+from npo_kernels.vocab_parallel import Shard, at_anchor
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,12 @@ class Task:
 
     hidden: Tensor  # (T, H)
     head: Head
-    rows: Rows
+    rows: Rows  # targets counted from the first column of the head
     need_hidden: bool
     need_weight: bool
     need_bias: bool
     backend: ModuleType
+    shard: Shard | None = None  # the head is this rank's part of one that a process group shares
 
     @property
     def need_head(self) -> bool:
@@ -55,6 +57,20 @@ class Gradients:
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+
+
+def target_logits(task: Task, x: Tensor, target: Tensor) -> Tensor:
+    """(n,) z_y, the anchor of the exponentials."""
+    z = task.backend.target_logits(x, task.head, target)
+    return z if task.shard is None else task.shard.sum_owned(z, target)
+
+
+def row_statistics(task: Task, x: Tensor, parts: Tensor, anchor: Tensor, z: Tensor) -> Statistics:
+    """What the partial sums of the exponentials at `anchor` say of the rows."""
+    if task.shard is None:
+        return task.backend.row_statistics(parts, anchor, z)
+    stats = task.backend.row_statistics(*task.shard.gather(parts, anchor, task.backend.block_v(x)), z)
+    return at_anchor(stats, anchor)
 
 
 # (statistics of some rows, which rows, their sequences [first, last)) -> (row_coef, target_coef) of those rows
@@ -80,14 +96,14 @@ def value_and_gradients(task: Task, plan: Plan, weigh: Weigh) -> tuple[Statistic
 def log_probabilities(task: Task, x: Tensor) -> Statistics:
     """The forward with nothing kept: one product."""
     target = task.rows.target
-    z = task.backend.target_logits(x, task.head, target)
-    return task.backend.statistics(x, task.head, target, z)
+    z = target_logits(task, x, target)
+    return row_statistics(task, x, *task.backend.partial_sums(x, task.head, target, z), z)
 
 
 def expectation(task: Task, plan: Plan, x: Tensor) -> tuple[Statistics, Tensor]:
     """The frozen-head forward: statistics, and E W (N, H) in float32, which is all its backward needs. Two products."""
     target = task.rows.target
-    z = task.backend.target_logits(x, task.head, target)
+    z = target_logits(task, x, target)
     anchor, parts = z, []
     product = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for begin, end in plan.slices:
@@ -101,15 +117,29 @@ def expectation(task: Task, plan: Plan, x: Tensor) -> tuple[Statistics, Tensor]:
     parts = torch.cat(parts)
     if len(plan.slices) > 1:  # as if the anchor had been known from the start: the bits of logp do not show the slices
         task.backend.resum(x, task.head, target, anchor, anchor > z, parts)
-    return task.backend.row_statistics(parts, anchor, z), product
+    return row_statistics(task, x, parts, anchor, z), product
 
 
 def expectation_backward(task: Task, product: Tensor, coefs: tuple[Tensor, Tensor]) -> Gradients:
     """The frozen-head backward: O(NH)."""
     grad = task.hidden.new_zeros(task.hidden.shape)
-    row_coef, target_coef = coefs
-    task.backend.finish_hidden_grad(product, row_coef, target_coef, task.head, task.rows.target, task.rows.index, grad)
+    finish_hidden_grad(task, product, coefs, task.rows.target, task.rows.index, grad)
     return Gradients(grad, None, None)
+
+
+def finish_hidden_grad(
+    task: Task, product: Tensor, coefs: tuple[Tensor, Tensor], target: Tensor, index: Tensor, out: Tensor
+) -> None:
+    """out[index_i] = target_coef_i W[target_i] - row_coef_i (E W)_i, the sum over the ranks rounded once."""
+    row_coef, target_coef = coefs
+    if task.shard is None:
+        task.backend.finish_hidden_grad(product, row_coef, target_coef, task.head, target, index, out)
+        return
+    partial = torch.zeros_like(product)
+    slots = torch.arange(product.shape[0], device=product.device)
+    task.backend.finish_hidden_grad(product, row_coef, target_coef, task.head, target, slots, partial)
+    task.shard.sum(partial)
+    out.index_add_(0, index, partial.to(out.dtype))  # filling rows add 0 to a row that is not theirs
 
 
 def recompute_backward(task: Task, plan: Plan, x: Tensor, stats: Statistics, coefs: tuple[Tensor, Tensor]) -> Gradients:
@@ -144,14 +174,14 @@ def slab_gradients(task: Task, plan: Plan, x: Tensor, weigh: Weigh) -> tuple[Sta
         else:
             chunk = slice(rows.host_starts[first], rows.host_starts[last])
         target = rows.target[chunk]
-        z = backend.target_logits(x[chunk], head, target)
+        z = target_logits(task, x[chunk], target)
         slab, parts, anchor = backend.exp_logits(x[chunk], head, target, z, (0, head.weight.shape[0]), store=True)
-        stats = backend.row_statistics(parts, anchor, z)
+        stats = row_statistics(task, x[chunk], parts, anchor, z)
         chunk_stats.append(stats)
         row_coef, target_coef = weigh(stats, chunk, first, last)
         if hidden_grad is not None:
             product = matmul(slab, head.weight)
-            backend.finish_hidden_grad(product, row_coef, target_coef, head, target, rows.index[chunk], hidden_grad)
+            finish_hidden_grad(task, product, (row_coef, target_coef), target, rows.index[chunk], hidden_grad)
             del product
         head_grads.take_rows(x[chunk], row_coef, target_coef, target)
         for begin in range(0, head.weight.shape[0], GRAD_SLICE):

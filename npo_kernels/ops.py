@@ -9,20 +9,20 @@ All are functional: no state, no mutation, no aliasing, plain tensors out (an un
 sizes that depend on data (the number of scored rows) are unbacked in the fakes.
 """
 
+from collections.abc import Sequence
 from functools import wraps
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from npo_kernels import modes, torch_backend
+from npo_kernels import modes
 from npo_kernels.formulas import RatioLoss, sequence_scale
 from npo_kernels.head import Head
-from npo_kernels.layout import Rows, compact
+from npo_kernels.layout import DEAD_ROW, Rows
 from npo_kernels.modes import Gradients, Statistics, Task
-from npo_kernels.plan import GRAD_SLICE, Plan, make_plan
+from npo_kernels.plan import GRAD_SLICE
 from npo_kernels.rowmath import gradient_coefficients
-from npo_kernels.validation import check_values
+from npo_kernels.tasks import backend_of, plan_of, shard_of, task_of
 
 SECOND_DERIVATIVE = (
     "npo_kernels has no second derivatives: the kernels form first gradients only. Use impl='reference' where "
@@ -39,33 +39,6 @@ def plain_dtypes(op):
             return op(first, *args)
 
     return run
-
-
-def backend_of(impl: str) -> ModuleType:
-    """The module of a resolved impl. Triton is imported here and only here."""
-    if impl == "torch":
-        return torch_backend
-    from npo_kernels import triton_backend
-
-    return triton_backend
-
-
-def plan_of(task: Task, limit: int, gradient_in_forward: bool, separable: bool = True) -> Plan:
-    """`make_plan` with the sizes of a task."""
-    return make_plan(
-        num_rows=task.rows.index.shape[0],
-        host_starts=task.rows.host_starts,
-        hidden_size=task.hidden.shape[1],
-        vocab_size=task.head.weight.shape[0],
-        weight_itemsize=task.head.weight.itemsize,
-        slab_itemsize=task.backend.slab_dtype(task.hidden).itemsize,
-        block_v=task.backend.block_v(task.hidden),
-        need_hidden=task.need_hidden,
-        need_head=task.need_head,
-        gradient_in_forward=gradient_in_forward,
-        limit=limit,
-        separable=separable,
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,6 +59,8 @@ def token_logps(
     softcap: float | None,
     num_rows: int | None,
     workspace_bytes: int,
+    group: str | None,
+    sizes: Sequence[int],
     impl: str,
     need_hidden: bool,
     need_weight: bool,
@@ -93,11 +68,11 @@ def token_logps(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> token_logps (T,), logps (B,), then what the backward needs: row index, target, sequence (N,), starts (B+1,),
     statistics (5, N), and the expectation (N, H) of the frozen-head mode."""
-    check_values(targets, offsets, weight.shape[0], ignore_index, num_rows)
-    rows = compact(targets, offsets, weight.shape[0], ignore_index, num_rows)
-    head = Head(weight, bias, logit_scale, softcap)
-    task = Task(hidden, head, rows, need_hidden, need_weight, need_bias, backend_of(impl))
-    plan = plan_of(task, workspace_bytes, gradient_in_forward=False)
+    task = task_of(
+        hidden, weight, bias, targets, offsets, ignore_index, logit_scale, softcap, num_rows, workspace_bytes, group,
+        sizes, impl, need_hidden, need_weight, need_bias,
+    )  # fmt: skip
+    rows, plan = task.rows, plan_of(task, workspace_bytes, gradient_in_forward=False)
     x = task.gather()
     if plan.mode == "frozen":
         stats, product = modes.expectation(task, plan, x)
@@ -105,7 +80,7 @@ def token_logps(
         stats = modes.log_probabilities(task, x)
         product = hidden.new_empty(0, hidden.shape[1], dtype=torch.float32)
     tokens = torch.zeros(hidden.shape[0] + 1, dtype=torch.float32, device=hidden.device)
-    live = rows.target >= 0  # filling rows write past the end
+    live = rows.target != DEAD_ROW  # filling rows write past the end
     tokens[torch.where(live, rows.index, hidden.shape[0])] = stats.logp
     logps = task.backend.sequence_sums(stats.logp, rows.sequence, rows.starts)
     packed = torch.stack(tuple(vars(stats).values()))
@@ -113,8 +88,8 @@ def token_logps(
 
 
 @token_logps.register_fake
-def _(hidden, weight, bias, targets, offsets, ignore_index, logit_scale, softcap, num_rows, workspace_bytes, impl,
-      need_hidden, need_weight, need_bias):  # fmt: skip
+def _(hidden, weight, bias, targets, offsets, ignore_index, logit_scale, softcap, num_rows, workspace_bytes, group,
+      sizes, impl, need_hidden, need_weight, need_bias):  # fmt: skip
     size = torch.library.get_ctx().new_dynamic_size() if num_rows is None else min(num_rows, hidden.shape[0])
     frozen = need_hidden and not need_weight and not need_bias
     ints = [targets.new_empty(size) for _ in range(3)]
@@ -145,6 +120,8 @@ def token_logps_backward(
     logit_scale: float,
     softcap: float | None,
     workspace_bytes: int,
+    group: str | None,
+    sizes: Sequence[int],
     impl: str,
     need_hidden: bool,
     need_weight: bool,
@@ -153,10 +130,10 @@ def token_logps_backward(
     """-> dHidden (T, H), dWeight (V, H), dBias (V,); empty where not needed."""
     head = Head(weight, bias, logit_scale, softcap)
     rows = Rows(index, target, sequence, starts, host_starts=None)
-    task = Task(hidden, head, rows, need_hidden, need_weight, need_bias, backend_of(impl))
+    task = Task(hidden, head, rows, need_hidden, need_weight, need_bias, backend_of(impl), shard_of(group, sizes))
     plan = plan_of(task, workspace_bytes, gradient_in_forward=False)
     stats = Statistics(*statistics)
-    live = target >= 0
+    live = target != DEAD_ROW
     # a filling row reads the zero past the last sequence
     grad = torch.where(live, grad_tokens[index], 0.0) + torch.cat((grad_logps, grad_logps.new_zeros(1)))[sequence]
     coefs = gradient_coefficients(stats, grad, head)
@@ -169,7 +146,7 @@ def token_logps_backward(
 
 @token_logps_backward.register_fake
 def _(grad_tokens, grad_logps, hidden, weight, bias, index, target, sequence, starts, statistics, product, logit_scale,
-      softcap, workspace_bytes, impl, need_hidden, need_weight, need_bias):  # fmt: skip
+      softcap, workspace_bytes, group, sizes, impl, need_hidden, need_weight, need_bias):  # fmt: skip
     return fake_gradients(hidden, weight, need_hidden, need_weight, need_bias)
 
 
@@ -199,10 +176,12 @@ def _setup_token_logps(ctx, inputs, output):
         ctx.logit_scale,
         ctx.softcap,
         _,
-        ctx.workspace_bytes,
-        ctx.impl,
-        *ctx.needs,
+        *ctx.options,
+        need_hidden,
+        need_weight,
+        need_bias,
     ) = inputs
+    ctx.needs = (need_hidden, need_weight, need_bias)
     ctx.save_for_backward(hidden, weight, bias, *output[2:])
 
 
@@ -214,9 +193,9 @@ def _backward_token_logps(ctx, grad_tokens, grad_logps, *_):
         grad_logps = statistics.new_zeros(starts.shape[0] - 1)
     grads = token_logps_backward(
         grad_tokens, grad_logps, hidden, weight, bias, index, target, sequence, starts, statistics, product,
-        ctx.logit_scale, ctx.softcap, ctx.workspace_bytes, ctx.impl, *ctx.needs,
+        ctx.logit_scale, ctx.softcap, *ctx.options, *ctx.needs,
     )  # fmt: skip
-    return *(g if need else None for g, need in zip(grads, ctx.needs, strict=True)), *[None] * 11
+    return *(g if need else None for g, need in zip(grads, ctx.needs, strict=True)), *[None] * 13
 
 
 token_logps.register_autograd(_backward_token_logps, setup_context=_setup_token_logps)
@@ -245,16 +224,19 @@ def ratio_loss(
     softcap: float | None,
     num_rows: int | None,
     workspace_bytes: int,
+    group: str | None,
+    sizes: Sequence[int],
     impl: str,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> loss (), logps (B,), num_tokens (B,), dHidden (T, H), dWeight (V, H), dBias (V,) of a "mean" or "sum" loss."""
-    check_values(targets, offsets, weight.shape[0], ignore_index, num_rows)
-    rows = compact(targets, offsets, weight.shape[0], ignore_index, num_rows)
-    head = Head(weight, bias, logit_scale, softcap)
-    task = Task(hidden, head, rows, need_hidden, need_weight, need_bias, backend_of(impl))
+    task = task_of(
+        hidden, weight, bias, targets, offsets, ignore_index, logit_scale, softcap, num_rows, workspace_bytes, group,
+        sizes, impl, need_hidden, need_weight, need_bias,
+    )  # fmt: skip
+    rows = task.rows
     scale = sequence_scale(rows.num_tokens, reduction, normalizer)
     ratio = RatioLoss(offset, scale, rows.num_tokens, beta, length_normalized)
     logps, losses = torch.empty_like(offset), torch.empty_like(offset)
@@ -262,7 +244,7 @@ def ratio_loss(
     def weigh(stats: Statistics, chunk: slice, first: int, last: int) -> tuple[Tensor, Tensor]:
         starts = rows.starts[first : last + 1] - rows.starts[first]
         part = task.backend.ratio_epilogue(
-            stats, rows.sequence[chunk] - first, starts, ratio.sequences(first, last), head
+            stats, rows.sequence[chunk] - first, starts, ratio.sequences(first, last), task.head
         )
         logps[first:last], losses[first:last], row_coef, target_coef = part
         return row_coef, target_coef
@@ -276,7 +258,8 @@ def ratio_loss(
 
 @ratio_loss.register_fake
 def _(hidden, weight, bias, targets, offsets, offset, normalizer, beta, length_normalized, reduction, ignore_index,
-      logit_scale, softcap, num_rows, workspace_bytes, impl, need_hidden, need_weight, need_bias):  # fmt: skip
+      logit_scale, softcap, num_rows, workspace_bytes, group, sizes, impl, need_hidden, need_weight,
+      need_bias):  # fmt: skip
     gradients = fake_gradients(hidden, weight, need_hidden, need_weight, need_bias)
     return offset.new_empty(()), torch.empty_like(offset), targets.new_empty(offset.shape), *gradients
 
@@ -291,7 +274,7 @@ def _backward_ratio_loss(ctx, upstream, *_):
     grads = (
         scale_gradient(g, upstream) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
     )
-    return *grads, *[None] * 16
+    return *grads, *[None] * 18
 
 
 ratio_loss.register_autograd(_backward_ratio_loss, setup_context=_setup_ratio_loss)

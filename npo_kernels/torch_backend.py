@@ -11,13 +11,13 @@ from torch import Tensor
 
 from npo_kernels.formulas import RatioLoss
 from npo_kernels.head import Head
+from npo_kernels.layout import DEAD_ROW
 from npo_kernels.products import matmul
 from npo_kernels.rowmath import (
     Statistics,
     anchor_headroom,
-    concatenate,
     gradient_coefficients,
-    row_statistics,
+    row_statistics,  # noqa: F401  (a primitive like those below)
 )
 
 BLOCK_V = 8192  # columns of one block
@@ -132,16 +132,15 @@ def _zero_target(e: Tensor, column: Tensor) -> None:
     e.scatter_(1, column, torch.where(inside, 0.0, kept).unsqueeze(1))
 
 
-def statistics(x: Tensor, head: Head, target: Tensor, target_logit: Tensor) -> Statistics:
-    """`row_statistics` of all rows, with nothing of size V kept."""
+def partial_sums(x: Tensor, head: Head, target: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+    """(partial sums of the whole vocabulary, the anchor they ended with), with nothing of size V kept."""
     found = []
     for i in range(0, max(1, x.shape[0]), BLOCK_N):
         rows = slice(i, i + BLOCK_N)
-        _, parts, anchor = exp_logits(
-            x[rows], head, target[rows], target_logit[rows], (0, head.weight.shape[0]), store=False
-        )
-        found.append(row_statistics(parts, anchor, target_logit[rows]))
-    return concatenate(found)
+        columns = (0, head.weight.shape[0])
+        found.append(exp_logits(x[rows], head, target[rows], anchor[rows], columns, store=False)[1:])
+    parts, anchors = zip(*found, strict=True)
+    return torch.cat(parts, 1), torch.cat(anchors)
 
 
 def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
@@ -163,10 +162,10 @@ def finish_hidden_grad(
     label = target.clamp(0, head.weight.shape[0] - 1)
     for i in range(0, product.shape[0], BLOCK_N):
         rows = slice(i, i + BLOCK_N)
-        grad = target_coef[rows].unsqueeze(1) * head.weight[label[rows]].float()
-        grad -= row_coef[rows].unsqueeze(1) * product[rows]
+        here = torch.where(target[rows] >= 0, target_coef[rows], 0.0)
+        grad = here.unsqueeze(1) * head.weight[label[rows]].float() - row_coef[rows].unsqueeze(1) * product[rows]
         # filling rows share index 0 with a real one: add zero instead of overwriting
-        live = (target[rows] >= 0).unsqueeze(1)
+        live = (target[rows] != DEAD_ROW).unsqueeze(1)
         out.index_add_(0, index[rows], torch.where(live, grad, 0.0).to(out.dtype))
 
 

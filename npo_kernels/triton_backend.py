@@ -146,10 +146,9 @@ def row_statistics(parts: Tensor, anchor: Tensor, target_logit: Tensor) -> Stati
     return Statistics(target_logit, logp, miss, anchor, prob_scale)
 
 
-def statistics(x: Tensor, head: Head, target: Tensor, target_logit: Tensor) -> Statistics:
-    """`row_statistics` of all rows, with nothing of size V written."""
-    _, parts, anchor = exp_logits(x, head, target, target_logit, (0, head.weight.shape[0]), store=False)
-    return row_statistics(parts, anchor, target_logit)
+def partial_sums(x: Tensor, head: Head, target: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+    """(partial sums of the whole vocabulary, the anchor they ended with), with nothing of size V written."""
+    return exp_logits(x, head, target, anchor, (0, head.weight.shape[0]), store=False)[1:]
 
 
 def sequence_sums(values: Tensor, sequence: Tensor, starts: Tensor) -> Tensor:

@@ -55,7 +55,8 @@ def _need_tensor(name: str, value) -> None:
     if type(value).__name__ == "DTensor":
         raise TypeError(
             f"{name} is a DTensor: call the loss inside the wrapped model's forward, where the parameter is a plain "
-            "tensor, or unshard the module first (FSDP2: lm_head.unshard())"
+            "tensor, or unshard the module first (FSDP2: lm_head.unshard()); a head whose vocabulary is spread over "
+            "ranks that hold the same batch takes process_group=lm_head_weight.device_mesh.get_group()"
         )
 
 

@@ -78,14 +78,14 @@ def small_blocks():
 @pytest.fixture
 def plans(monkeypatch):
     """The plans made during the test, in order: what mode really ran."""
-    from npo_kernels import ops
+    from npo_kernels import tasks
 
     made = []
-    make_plan = ops.make_plan
+    make_plan = tasks.make_plan
 
     def spy(**sizes):
         made.append(make_plan(**sizes))
         return made[-1]
 
-    monkeypatch.setattr(ops, "make_plan", spy)
+    monkeypatch.setattr(tasks, "make_plan", spy)
     return made

@@ -15,8 +15,8 @@ from npo_kernels import (
     fused_logprob_loss,
     fused_npo_loss,
     fused_simnpo_loss,
-    ops,
     sequence_logprobs,
+    tasks,
     token_logprobs,
 )
 from npo_kernels.plan import MIB, make_plan
@@ -175,7 +175,7 @@ def workspace_for(batch: Batch, impl: str, chunks: bool) -> float:
     """workspace_mb in which all rows fit a slab at once, or, with `chunks`, the longest sequence only."""
     counts = batch(sequence_logprobs, impl="reference")[1].tolist()
     hidden, weight = batch.hidden, batch.weight
-    backend = ops.backend_of(impl)
+    backend = tasks.backend_of(impl)
     plan = make_plan(
         num_rows=max(counts) if chunks else sum(counts),
         host_starts=None,

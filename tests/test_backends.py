@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from npo_kernels import ops, products
+from npo_kernels import products, tasks
 from npo_kernels.formulas import RatioLoss
 from npo_kernels.head import Head
 from npo_kernels.layout import DEAD_ROW
@@ -19,7 +19,7 @@ FLOAT32 = 6e-7  # relative, of a float32 sum
 
 @pytest.fixture(params=IMPLS)
 def backend(request):
-    return ops.backend_of(request.param)
+    return tasks.backend_of(request.param)
 
 
 def draw(*shape, seed=0, scale=1.0, dtype=torch.float32):
@@ -203,7 +203,7 @@ def exact_others(x, head, target):
 def test_statistics_are_the_log_softmax(backend):
     x, head, target = make_rows(head="all")
     z = backend.target_logits(x, head, target)
-    stats = backend.statistics(x, head, target, z)
+    stats = backend.row_statistics(*backend.partial_sums(x, head, target, z), z)
     expected = exact_logits(x, head).log_softmax(1).gather(1, target[:, None]).squeeze(1)
     assert relative_error(stats.logp, expected) < FLOAT32
     assert relative_error(stats.miss, -torch.expm1(expected)) < FLOAT32
@@ -391,8 +391,8 @@ def test_no_rows_are_no_error(backend):
     z = backend.target_logits(x, head, target)
     slab, parts, anchor = backend.exp_logits(x, head, target, z, (0, V), store=True)
     assert slab.shape == (0, V) and parts.shape[1:] == (0,)
-    for stats in (backend.row_statistics(parts, anchor, z), backend.statistics(x, head, target, z)):
-        assert all(values.shape == (0,) for values in vars(stats).values())
+    for sums in ((parts, anchor), backend.partial_sums(x, head, target, z)):
+        assert all(values.shape == (0,) for values in vars(backend.row_statistics(*sums, z)).values())
     assert backend.scale_rows(x, z).shape == (0, H)
     grad, out = torch.zeros(V, H, device=DEVICE), torch.zeros(4, H, device=DEVICE)
     backend.add_targets(grad, x, z, backend.group_targets(target), (0, V))

@@ -62,7 +62,7 @@ def test_the_operator_adds_the_gradients_of_both_of_its_results(impl, needs):
     batch = small(head="bias", layout="packed").leaves(needs)
 
     def both(scale_tokens, scale_logps):
-        fixed = (batch.labels, batch.cu_seqlens.long(), -100, 1.0, None, None, 2**20, impl)
+        fixed = (batch.labels, batch.cu_seqlens.long(), -100, 1.0, None, None, 2**20, None, (), impl)
         flags = [name in needs for name in ("hidden", "weight", "bias")]
         tokens, logps, *_ = ops.token_logps(batch.hidden, batch.weight, batch.bias, *fixed, *flags)
         loss = scale_tokens * (tokens * support.upstream(tokens.shape)).sum()

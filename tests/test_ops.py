@@ -35,7 +35,7 @@ def flags(needs):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck_token_logps(impl, needs, num_rows):
     batch = make_batch(head="bias", layout="packed", **SMALL)
-    args = (*flat(batch, needs), -100, 0.5, 20.0, num_rows, 2**20, impl, *flags(needs))
+    args = (*flat(batch, needs), -100, 0.5, 20.0, num_rows, 2**20, None, (), impl, *flags(needs))
     torch.library.opcheck(ops.token_logps, args)
 
 
@@ -44,11 +44,11 @@ def test_opcheck_token_logps(impl, needs, num_rows):
 def test_opcheck_token_logps_backward(impl, needs):
     batch = make_batch(head="bias", layout="packed", **SMALL)
     hidden, weight, bias, targets, offsets = flat(batch, ())
-    saved = ops.token_logps(hidden, weight, bias, targets, offsets, -100, 1.0, None, None, 2**20, impl, *flags(needs))[
-        2:
-    ]
+    saved = ops.token_logps(
+        hidden, weight, bias, targets, offsets, -100, 1.0, None, None, 2**20, None, (), impl, *flags(needs)
+    )[2:]
     grads = torch.ones(hidden.shape[0]), torch.ones(offsets.shape[0] - 1)
-    args = (*grads, hidden, weight, bias, *saved, 1.0, None, 2**20, impl, *flags(needs))
+    args = (*grads, hidden, weight, bias, *saved, 1.0, None, 2**20, None, (), impl, *flags(needs))
     torch.library.opcheck(ops.token_logps_backward, args)
 
 
@@ -60,7 +60,7 @@ def test_opcheck_ratio_loss(impl, needs, num_rows):
     normalizer = None if num_rows is None else torch.tensor(3.0)
     args = (
         *flat(batch, needs), batch.ref_logps, normalizer, 0.1, False, "mean",
-        -100, 0.5, 20.0, num_rows, 2**20, impl, *flags(needs),
+        -100, 0.5, 20.0, num_rows, 2**20, None, (), impl, *flags(needs),
     )  # fmt: skip
     torch.library.opcheck(ops.ratio_loss, args)
 
@@ -179,7 +179,7 @@ def test_the_forward_of_a_loss_without_gradients_makes_none(impl, monkeypatch):
     for needs in NEEDS:
         *_, hidden, weight, bias = ops.ratio_loss(
             *flat(batch, ()), batch.ref_logps, None, 0.1, False, "mean",
-            -100, 1.0, None, None, 2**20, impl, *flags(needs),
+            -100, 1.0, None, None, 2**20, None, (), impl, *flags(needs),
         )  # fmt: skip
         found = {"hidden": hidden, "weight": weight, "bias": bias}
         assert {name for name, grad in found.items() if grad.numel()} == set(needs)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from npo_kernels import ops, rowmath
+from npo_kernels import rowmath, tasks
 from tests import support
 from tests.support import DTYPES, HEADS, IMPLS, LAYOUTS, make_batch, name_of
 
@@ -34,7 +34,7 @@ def test_memory_of_others_is_left_alone(poisoned_allocations):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_an_unwritten_result_is_noticed(poisoned_allocations, monkeypatch, impl):
     """The tests of a path fail if one of its outputs is allocated and then forgotten."""
-    backend = ops.backend_of(impl)
+    backend = tasks.backend_of(impl)
     monkeypatch.setattr(backend, "finish_hidden_grad", lambda *_: None)
     batch, needs = make_batch(), ("hidden",)
     plain, oracle = support.evaluate_plain_and_oracle(support.npo, batch, needs)

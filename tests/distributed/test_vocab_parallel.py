@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from npo_kernels import fused_logprob_loss, fused_npo_loss, sequence_logprobs, token_logprobs
 from tests import support
@@ -51,12 +51,12 @@ def check(way: str, impl: str, batch: Batch, sizes, rank: int, as_dtensor: bool 
     options = {"impl": impl, "workspace_mb": workspace_mb}
     expected = support.evaluate(objective, batch, needs, dtype=torch.float64, impl="reference")
     mine = batch.leaves(needs)
+    mesh = dist.init_device_mesh("cpu", (len(sizes),)) if as_dtensor else None
     for name in ("weight", "bias"):
         if name in mine.tensors:
             part = mine.tensors[name].detach()[begin:end].clone()
             if as_dtensor:
-                mesh = dist.init_device_mesh("cpu", (len(sizes),))
-                part = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
+                part = distribute_tensor(mine.tensors[name].detach(), mesh, [Shard(0)])
             object.__setattr__(mine, name, part.requires_grad_(name in needs))
     group = mesh.get_group() if as_dtensor else dist.group.WORLD
     loss = objective(mine, process_group=group, **options)

@@ -1,0 +1,135 @@
+"""A head whose vocabulary is spread over the ranks of a process group (tensor parallelism): what the ranks tell each
+other.
+
+Every rank holds the same hidden states and labels and its own rows of the head, in the order of the ranks. The anchored
+form needs no running maximum, so a call takes, per row,
+
+    forward     z_y, known to the rank that owns the label           one SUM all-reduce of N floats
+                the partial sums of the exponentials, anchor         one all-gather of (splits + 1) N floats a rank
+    backward    dHidden, of which every rank has its columns' share  one SUM all-reduce of N H floats
+
+and dWeight and dBias stay where their rows are. The partial sums are gathered rather than added so that every rank
+reduces them in one order: all ranks have the same bits, those of the whole head where shards begin at multiples of a
+split. Anchors may differ between ranks after an overflow repair, so what is gathered carries them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from npo_kernels.layout import DEAD_ROW, ELSEWHERE, Rows
+from npo_kernels.rowmath import Statistics
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of the vocabulary. `group` by name, as operators take it."""
+
+    group: str
+    sizes: tuple[int, ...]  # vocabulary entries of every rank
+
+    @property
+    def process_group(self) -> "dist.ProcessGroup":
+        return dist.distributed_c10d._resolve_process_group(self.group)
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the whole head."""
+        return sum(self.sizes)
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank(self.process_group)
+
+    def localize(self, rows: Rows) -> Rows:
+        """Targets counted from the first vocabulary entry of this rank; ELSEWHERE those of other ranks."""
+        size, begin = self.sizes[self.rank], sum(self.sizes[: self.rank])
+        target = rows.target - begin
+        target = torch.where((target >= 0) & (target < size), target, ELSEWHERE)
+        target = torch.where(rows.target == self.vocab_size, size, target)  # poisoned rows stay so on every rank
+        return replace(rows, target=torch.where(rows.target == DEAD_ROW, DEAD_ROW, target))
+
+    def sum_owned(self, z: Tensor, target: Tensor) -> Tensor:
+        """(n,) the target logit of each row, from the rank that owns its label."""
+        z = torch.where(target == ELSEWHERE, 0.0, z)
+        dist.all_reduce(z, group=self.process_group)
+        return z
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """The sum over the ranks, in place."""
+        dist.all_reduce(partial, group=self.process_group)
+        return partial
+
+    def gather(self, parts: Tensor, anchor: Tensor, block_v: int) -> tuple[Tensor, Tensor]:
+        """(partial sums of all ranks (splits, n), the anchor (n,) that is common to them)."""
+        splits = [-(-size // block_v) for size in self.sizes]
+        mine = parts.new_zeros(max(splits) + 1, parts.shape[1])
+        mine[: parts.shape[0]] = parts
+        mine[-1] = anchor
+        received = [torch.empty_like(mine) for _ in self.sizes]
+        dist.all_gather(received, mine, group=self.process_group)
+        common = torch.stack([message[-1] for message in received]).amax(0)
+        scaled = [m[:n] * torch.exp(m[-1] - common) for m, n in zip(received, splits, strict=True)]
+        return torch.cat(scaled), common
+
+
+def at_anchor(stats: Statistics, anchor: Tensor) -> Statistics:
+    """The same rows, for exponentials that were stored at another anchor."""
+    return replace(stats, anchor=anchor, prob_scale=stats.prob_scale * torch.exp(anchor - stats.anchor))
+
+
+def local_head(
+    weight: Tensor, bias: Tensor | None, process_group: "dist.ProcessGroup | None"
+) -> tuple[Tensor, Tensor | None, Shard | None]:
+    """(weight, bias) as plain tensors of this rank, and what shard they are; as they came without a process group.
+
+    The sizes of a DTensor's shards are known; those of plain tensors the ranks tell each other, at the price of a host
+    sync on a GPU.
+    """
+    if process_group is None:
+        return weight, bias, None
+    if _is_dtensor(weight):
+        _check_dtensor("lm_head_weight", weight, process_group)
+        ranks, vocab_size = weight.device_mesh.size(), weight.shape[0]
+        width = -(-vocab_size // ranks)  # the rule of torch.chunk
+        edges = [min(r * width, vocab_size) for r in range(ranks + 1)]
+        sizes = tuple(b - a for a, b in pairwise(edges))
+        weight = weight.to_local()
+        if weight.shape[0] != sizes[dist.get_rank(process_group)]:
+            raise ValueError(
+                f"lm_head_weight: a DTensor of {vocab_size} rows on {ranks} ranks has {width} on each but the last, "
+                f"got {weight.shape[0]} here; pass the local tensor of an uneven split instead"
+            )
+    else:
+        mine = torch.tensor([weight.shape[0]], device=weight.device)
+        received = [torch.empty_like(mine) for _ in range(dist.get_world_size(process_group))]
+        dist.all_gather(received, mine, group=process_group)
+        sizes = tuple(int(size) for size in received)
+    if _is_dtensor(bias):
+        _check_dtensor("bias", bias, process_group)
+        bias = bias.to_local()
+    if min(sizes) == 0:
+        raise ValueError(f"process_group: a rank has no vocabulary entry (sizes {sizes}): use fewer ranks")
+    return weight, bias, Shard(process_group.group_name, sizes)
+
+
+def _is_dtensor(value) -> bool:
+    return type(value).__name__ == "DTensor"
+
+
+def _check_dtensor(name: str, value, process_group: "dist.ProcessGroup") -> None:
+    mesh, placements = value.device_mesh, value.placements
+    if mesh.ndim != 1 or not placements[0].is_shard(0) or mesh.get_group().group_name != process_group.group_name:
+        raise ValueError(
+            f"{name} is a DTensor {placements} on {mesh}: with process_group it has to be split along the vocabulary, "
+            "(Shard(0),) on the mesh of that group (process_group=mesh.get_group()); redistribute() it, or unshard it"
+        )
+
+
+def clip(slices: Sequence[tuple[int, int]], vocab_size: int) -> tuple[tuple[int, int], ...]:
+    """Vocabulary slices planned for the largest shard, of a smaller one."""
+    return tuple((begin, min(end, vocab_size)) for begin, end in slices if begin < vocab_size)

@@ -1,11 +1,13 @@
 """What the README's composability table promises of a training loop on one process; tests/distributed has the rest."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from npo_kernels import explain, fused_logprob_loss, fused_npo_loss, sequence_logprobs
+from npo_kernels import explain, fused_logprob_loss, fused_npo_loss, modes, sequence_logprobs
 
 B, S, V, H = 6, 9, 150, 16
 
@@ -88,3 +90,61 @@ def test_explain_says_which_mode_and_why():
         assert explain(fused_npo_loss, hidden, weight, labels).mode == "no_grad"
     with pytest.raises(ValueError, match="no plan"):
         explain(fused_npo_loss, hidden, weight, labels, impl="reference")
+
+
+class Scores(torch.nn.Module):
+    """What one exports: log-probabilities of a batch of any size, without logits."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+
+    def forward(self, hidden, labels):
+        return sequence_logprobs(hidden, self.weight, labels, impl="torch")
+
+
+def test_an_exported_program_scores_other_batches_as_well(tmp_path):
+    """The operator stays one node; the number of scored rows is found out at run time."""
+    hidden, weight, labels, _ = make()
+    dims = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    model = Scores(weight.detach())
+    program = torch.export.export(model, (hidden.detach(), labels), dynamic_shapes=(dims, dims))
+    names = [str(node.target) for node in program.graph.nodes if "npo_kernels" in str(node.target)]
+    assert names == ["npo_kernels.token_logps.default"]
+    torch.export.save(program, tmp_path / "scores.pt2")
+    loaded = torch.export.load(tmp_path / "scores.pt2").module()
+    for batch in ((hidden, labels), (hidden[:4, 2:], labels[:4, 2:]), (hidden[:2], torch.full((2, S), -100))):
+        for got, expected in zip(loaded(*batch), model(*batch), strict=True):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_selective_checkpointing_decides_about_the_operators(save, monkeypatch):
+    """A policy that saves them does not run them again in the backward; one that does not, does."""
+    op, runs = torch.ops.npo_kernels.ratio_loss.default, []
+    monkeypatch.setattr(modes, "value_and_gradients", counted(modes.value_and_gradients, runs))
+
+    def policy(ctx, operator, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if save and operator is op else CheckpointPolicy.PREFER_RECOMPUTE
+
+    hidden, weight, labels, ref_logps = make()
+
+    def block(hidden, weight):
+        return fused_npo_loss(torch.tanh(hidden), weight, labels, ref_logps=ref_logps, impl="torch")
+
+    expected = gradients(block(hidden, weight), hidden, weight)
+    runs.clear()
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    loss = checkpoint(block, hidden, weight, use_reentrant=False, context_fn=contexts)
+    grads = gradients(loss, hidden, weight)
+    assert len(runs) == (1 if save else 2)
+    for got, truth in zip(grads, expected, strict=True):
+        assert torch.equal(got, truth)
+
+
+def counted(function, runs):
+    def run(*args, **kwargs):
+        runs.append(function.__name__)
+        return function(*args, **kwargs)
+
+    return run

@@ -6,11 +6,13 @@
 
 `value` is a median. `status` is "ok" or why there is no value: "missing" (not installed), "unsupported" (cannot do the
 case), "oom", "failed"; `error` has the message. On a CPU `gpu` is null and `device` names the processor. `computes`
-beyond npo and ce is a preference loss (dpo, kto) or a bare matrix product (product).
+beyond npo and ce is a preference loss (dpo, kto) or a bare matrix product (product). `load` is the load average of the
+last minute: more than the threads of the run means that other work shared the processor.
 """
 
 import datetime
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -29,7 +31,7 @@ SCHEMA = (
     "case", "provider", "provider_version", "mode", "what", "dtype", "N", "H", "V", "B", "metric", "value", "p20",
     "p80", "reps", "exact", "computes", "gpu", "driver", "torch", "triton", "commit", "date",
 )  # fmt: skip
-EXTRA = ("suite", "status", "error", "device", "threads", "python", "l2", "data", "plan", "tensor", "note")
+EXTRA = ("suite", "status", "error", "device", "threads", "python", "l2", "data", "plan", "tensor", "note", "load")
 # What makes two records measurements of the same thing.
 KEY = ("suite", "case", "provider", "mode", "what", "dtype", "metric", "l2", "tensor", "device")
 
@@ -48,7 +50,8 @@ def record(device: str, **fields: Any) -> Record:
     if unknown:
         raise ValueError(f"record: unknown fields {sorted(unknown)}; bench/records.py has the schema")
     made = dict.fromkeys((*SCHEMA, *EXTRA)) | {"status": "ok"} | environment(device) | fields
-    return made | {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    load = None if made["gpu"] else round(os.getloadavg()[0], 1)
+    return made | {"load": load, "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
 
 
 @cache

@@ -58,6 +58,9 @@ def provenance(records: list[Record]) -> str:
     facts = [f"torch {first['torch']}"]
     facts += [f"{name} {first[name]}" for name in ("triton", "driver") if first[name]]
     facts += [f"{first['threads']} threads"] if first["threads"] else []
+    loads = [r["load"] for r in records if r["load"] is not None]
+    if loads:
+        facts.append(f"load average {min(loads):g} to {max(loads):g}")
     commits = ", ".join(sorted({str(r["commit"]) for r in records}))
     return f"{', '.join(facts)}; commit {commits}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
 

@@ -1,4 +1,4 @@
-"""Tile shapes of `exp_logits` per architecture and operand width: pure data.
+"""Tile shapes of `exp_logits` and `kl_logits` per architecture and operand width: pure data.
 
 Every entry is compiled ahead of time in tests/aot for its architecture; registers, spills and shared memory are on
 record there. An entry never depends on N, so that the log-probability of a row does not either.
@@ -43,6 +43,24 @@ TILES = {
     # small, so that small tests have several row blocks, tiles, splits and pieces
     ("interpreter", 16): Tile(16, 64, 32, 2, 4, 1, 2, 2),
     ("interpreter", 32): Tile(16, 64, 32, 2, 4, 1, 2, 2),
+}
+
+# Of `kl_logits`, which holds two accumulators side by side: narrower.
+PAIR_TILES = {
+    ("sm_80", 16): Tile(128, 64, 64, 16, 8, 4),
+    ("sm_86", 16): Tile(64, 64, 32, 16, 4, 4),
+    ("sm_90", 16): Tile(128, 64, 64, 16, 8, 4),
+    ("sm_100", 16): Tile(128, 64, 64, 16, 8, 4),
+    ("sm_120", 16): Tile(128, 64, 64, 16, 8, 3),
+    ("gfx942", 16): Tile(128, 64, 64, 16, 8, 2),
+    ("sm_80", 32): Tile(64, 64, 32, 16, 8, 3),
+    ("sm_86", 32): Tile(64, 64, 32, 16, 8, 3),
+    ("sm_90", 32): Tile(64, 64, 32, 16, 8, 3),
+    ("sm_100", 32): Tile(64, 64, 32, 16, 8, 3),
+    ("sm_120", 32): Tile(64, 64, 32, 16, 8, 3),
+    ("gfx942", 32): Tile(64, 64, 32, 16, 8, 2),
+    ("interpreter", 16): Tile(16, 32, 32, 4, 4, 1, 2),
+    ("interpreter", 32): Tile(16, 32, 32, 4, 4, 1, 2),
 }
 
 BLOCK_ROWS = 128  # rows a program of the (N,) kernels

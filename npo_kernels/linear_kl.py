@@ -3,20 +3,24 @@
     KL_i = sum_v q_iv (log q_iv - log p_iv),   p = softmax(z), q = softmax(z_ref)
     dKL_i / dz_iv = p_iv - q_iv
 
-A few rows of both logits exist at a time, in float32, as many as the workspace holds; the backward forms them again.
-Plain PyTorch products on every device; positions outside the mask cost nothing.
+The log-sum-exps of both models come first (one product each); a second sweep over the vocabulary, a slice at a time,
+forms the sum and p - q from the difference of the log-probabilities, which keeps their relative precision where the
+models agree (`csrc_triton.linear_kl`), and takes the gradients there. Positions outside the mask cost nothing.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from npo_kernels.head import Head
-from npo_kernels.inputs import autocast_inputs
-from npo_kernels.modes import Gradients
-from npo_kernels.ops import all_tensors, fake_gradients, no_second_derivative, plain_dtypes
+from npo_kernels.inputs import autocast_inputs, resolve_impl
+from npo_kernels.layout import DEAD_ROW, ELSEWHERE, Rows, compact
+from npo_kernels.modes import Gradients, HeadGradients, Task, finish_hidden_grad
+from npo_kernels.ops import all_tensors, fake_gradients, no_second_derivative, plain_dtypes, scale_gradient
 from npo_kernels.plan import workspace_bytes
 from npo_kernels.products import matmul
-from npo_kernels.torch_backend import BLOCK_V, logits_block, slab_dtype
+from npo_kernels.tasks import backend_of, plan_of
 from npo_kernels.validation import check_kl, check_options, refuse_unknown
 
 
@@ -51,11 +55,13 @@ def fused_linear_kl(
         mask: bool, the positions that count (labels != -100, say); None counts all.
         reduction: "mean" over the positions of the mask, "sum", or "none" -> (...) with 0 outside the mask.
         logit_scale, softcap: of both models, as in `sequence_logprobs`.
-        impl: "torch" (bounded memory on any device), "reference" (keeps both logits), "auto" (torch).
-        workspace_mb: MiB for the rows of logits held at a time.
+        impl: "triton", "torch" (bounded memory on any device), "reference" (keeps both logits), "auto" (Triton on a
+            GPU, torch elsewhere). A name never falls back.
+        workspace_mb: MiB for the slice of p - q held at a time and what goes with it.
 
     Returns:
-        float32, in nats. An empty mask gives 0 with zero gradients.
+        float32, in nats. An empty mask gives 0 with zero gradients. With "mean" and "sum" the gradients are formed in
+        the forward (6 products in all), with "none" in the backward (8).
 
     Raises:
         ValueError, TypeError: bad input; the message says what came, what is expected and what to do.
@@ -81,11 +87,12 @@ def fused_linear_kl(
         return kl.sum() / (counted.sum().clamp(min=1) if reduction == "mean" else 1)
 
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, lm_head_weight, bias))
-    limit = workspace_bytes(workspace_mb, device)
-    kl = linear_kl(x, lm_head_weight, bias, ref_x, *ref_head, counted, *numbers, limit, *needs)
+    sides = (x, lm_head_weight, bias, ref_x, *ref_head, counted)
+    options = (*numbers, workspace_bytes(workspace_mb, device), resolve_impl(impl, device), *needs)
     if reduction == "none":
-        return kl.reshape(shape)
-    return kl.sum() / (counted.sum().clamp(min=1) if reduction == "mean" else 1)
+        return linear_kl(*sides, *options)[0].reshape(shape)
+    scale = 1.0 / counted.sum().clamp(min=1) if reduction == "mean" else torch.ones((), device=device)
+    return linear_kl_loss(*sides, scale, *options)[0]
 
 
 def reference_kl(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head) -> Tensor:
@@ -98,6 +105,132 @@ def _all_logits(x: Tensor, head: Head) -> Tensor:
     z = torch.nn.functional.linear(x, head.weight, head.bias)
     z = head.logit_scale * (z if z.dtype == torch.float64 else z.float())
     return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sweep over the vocabulary
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The counted positions of both models."""
+
+    task: Task  # of the model
+    x: Tensor  # (N, H)
+    ref_x: Tensor  # (N, H_ref)
+    ref_head: Head
+
+    def log_sum_exps(self) -> tuple[Tensor, Tensor]:
+        """(N,) of the model and of the reference. Two products."""
+        sides = ((self.x, self.task.head), (self.ref_x, self.ref_head))
+        return tuple(_log_sum_exp(self.task, x, head) for x, head in sides)
+
+    def sweep(self, lse: Tensor, ref_lse: Tensor, row_weight: Tensor | None, limit: int) -> tuple[Tensor, Gradients]:
+        """KL of each row (N,), and the gradients of sum_i row_weight_i KL_i. Two products, and one a gradient."""
+        task = self.task
+        head, target = task.head, task.rows.target
+        plan = plan_of(task, limit, gradient_in_forward=False)
+        product = torch.zeros(self.x.shape, dtype=torch.float32, device=self.x.device) if task.need_hidden else None
+        head_grads = HeadGradients(task, accumulate=False)
+        if row_weight is not None:
+            coefs = -row_weight * head.logit_scale, torch.zeros_like(row_weight)  # no label has a term of its own
+            head_grads.take_rows(self.x, *coefs, target)
+        parts = []
+        for begin, end in plan.slices:
+            slab, part = task.backend.kl_logits(
+                self.x, head, self.ref_x, self.ref_head, lse, ref_lse, (begin, end), store=row_weight is not None
+            )
+            parts.append(part)
+            if product is not None:
+                matmul(slab, head.weight[begin:end], out=product)
+            if row_weight is not None:
+                head_grads.add(slab, begin, end)
+        hidden_grad = None
+        if product is not None:
+            hidden_grad = torch.zeros_like(task.hidden)
+            finish_hidden_grad(task, product, coefs, target, task.rows.index, hidden_grad)
+        return torch.cat(parts).sum(0), Gradients(hidden_grad, *head_grads.result())
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """(..., N) values at their positions (..., T), 0 outside the mask."""
+        out = values.new_zeros(*values.shape[:-1], self.task.hidden.shape[0])
+        return out.index_copy_(-1, self.task.rows.index, values)
+
+
+def _pair(
+    x, weight, bias, ref_x, ref_weight, ref_bias, counted, logit_scale, softcap, impl, needs: tuple[bool, bool, bool]
+) -> Pair:
+    ends = torch.tensor([0, x.shape[0]], device=x.device)
+    rows = compact(torch.where(counted, 0, DEAD_ROW), ends, 1, DEAD_ROW, num_rows=None)
+    rows = Rows(rows.index, torch.full_like(rows.target, ELSEWHERE), rows.sequence, rows.starts, rows.host_starts)
+    task = Task(x, Head(weight, bias, logit_scale, softcap), rows, *needs, backend_of(impl))
+    return Pair(task, task.gather(), ref_x[rows.index], Head(ref_weight, ref_bias, logit_scale, softcap))
+
+
+def _log_sum_exp(task: Task, x: Tensor, head: Head) -> Tensor:
+    """(N,) log sum_v exp z_v: z_0 - log p_0, with token 0 for a target."""
+    target = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    z = task.backend.target_logits(x, head, target)
+    return z - task.backend.row_statistics(*task.backend.partial_sums(x, head, target, z), z).logp
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# linear_kl_loss: a weighted sum, gradients formed in the forward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("npo_kernels::linear_kl_loss", mutates_args=())
+@plain_dtypes
+def linear_kl_loss(
+    x: Tensor,  # (T, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    ref_x: Tensor,  # (T, H_ref)
+    ref_weight: Tensor,  # (V, H_ref)
+    ref_bias: Tensor | None,  # (V,)
+    counted: Tensor,  # (T,) bool
+    scale: Tensor,  # (): of the sum
+    logit_scale: float,
+    softcap: float | None,
+    workspace_bytes: int,
+    impl: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> scale * the sum over the counted positions, dHidden, dWeight, dBias; gradients empty where not needed."""
+    needs = (need_hidden, need_weight, need_bias)
+    pair = _pair(x, weight, bias, ref_x, ref_weight, ref_bias, counted, logit_scale, softcap, impl, needs)
+    row_weight = scale.expand(pair.x.shape[0]).contiguous() if any(needs) else None
+    kl, grads = pair.sweep(*pair.log_sum_exps(), row_weight, workspace_bytes)
+    return kl.sum() * scale, *all_tensors(grads, x, weight)
+
+
+@linear_kl_loss.register_fake
+def _(x, weight, *rest):
+    return x.new_empty((), dtype=torch.float32), *fake_gradients(x, weight, *rest[-3:])
+
+
+def _setup_loss(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.needs = inputs[-3:]
+    ctx.save_for_backward(*output[-3:])
+
+
+def _backward_loss(ctx, upstream, *_):
+    grads = (
+        scale_gradient(g, upstream) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+    )
+    return *grads, *[None] * 12
+
+
+linear_kl_loss.register_autograd(_backward_loss, setup_context=_setup_loss)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# linear_kl: KL of each position, with a backward for any upstream gradient
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("npo_kernels::linear_kl", mutates_args=())
@@ -113,23 +246,22 @@ def linear_kl(
     logit_scale: float,
     softcap: float | None,
     workspace_bytes: int,
+    impl: str,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> Tensor:
-    """(T,) KL of each position, 0 outside the mask."""
-    sides = ((x, Head(weight, bias, logit_scale, softcap)), (ref_x, Head(ref_weight, ref_bias, logit_scale, softcap)))
-    out = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
-    for rows in _chunks(counted, weight.shape[0], workspace_bytes):
-        logp, ref_logp = (_log_softmax(side[rows], head)[0] for side, head in sides)
-        logp.sub_(ref_logp).mul_(ref_logp.exp_())  # q (log p - log q)
-        out[rows] = -logp.sum(1)
-    return out
+) -> tuple[Tensor, Tensor]:
+    """-> (T,) KL of each position, 0 outside the mask; (2, T) the log-sum-exps of both models."""
+    none = (False, False, False)
+    pair = _pair(x, weight, bias, ref_x, ref_weight, ref_bias, counted, logit_scale, softcap, impl, none)
+    lses = pair.log_sum_exps()
+    kl, _ = pair.sweep(*lses, None, workspace_bytes)
+    return pair.scatter(kl), pair.scatter(torch.stack(lses))
 
 
 @linear_kl.register_fake
 def _(x, *_):
-    return x.new_empty(x.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(2, x.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("npo_kernels::linear_kl_backward", mutates_args=())
@@ -143,34 +275,21 @@ def linear_kl_backward(
     ref_weight: Tensor,
     ref_bias: Tensor | None,
     counted: Tensor,
+    lses: Tensor,  # (2, T)
     logit_scale: float,
     softcap: float | None,
     workspace_bytes: int,
+    impl: str,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dHidden, dWeight, dBias; empty where not needed."""
-    head, ref_head = (Head(w, b, logit_scale, softcap) for w, b in ((weight, bias), (ref_weight, ref_bias)))
-    dtype = slab_dtype(x)
-    hidden_grad = torch.zeros_like(x) if need_hidden else None
-    weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if need_weight else None
-    bias_grad = torch.zeros(weight.shape[0], dtype=torch.float32, device=x.device) if need_bias else None
-    for rows in _chunks(counted, weight.shape[0], workspace_bytes):
-        logp, capped = _log_softmax(x[rows], head)
-        slab = logp.exp_().sub_(_log_softmax(ref_x[rows], ref_head)[0].exp_())  # p - q
-        if capped is not None:
-            slab.mul_(capped.square_().neg_().add_(1.0))
-        row_weight = grad[rows] * logit_scale
-        if bias_grad is not None:
-            bias_grad += row_weight @ slab
-        slab = slab.to(dtype)
-        if hidden_grad is not None:
-            hidden_grad[rows] = (matmul(slab, weight) * row_weight.unsqueeze(1)).to(x.dtype)
-        if weight_grad is not None:
-            matmul(slab.t(), (x[rows] * row_weight.unsqueeze(1)).to(dtype), out=weight_grad)
-    found = (t if t is None else t.to(weight.dtype) for t in (weight_grad, bias_grad))
-    return all_tensors(Gradients(hidden_grad, *found), x, weight)
+    needs = (need_hidden, need_weight, need_bias)
+    pair = _pair(x, weight, bias, ref_x, ref_weight, ref_bias, counted, logit_scale, softcap, impl, needs)
+    index = pair.task.rows.index
+    _, grads = pair.sweep(*lses[:, index], grad[index], workspace_bytes)
+    return all_tensors(grads, x, weight)
 
 
 @linear_kl_backward.register_fake
@@ -178,34 +297,16 @@ def _(grad, x, weight, *rest):
     return fake_gradients(x, weight, *rest[-3:])
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:7])
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:7], output[1])
     ctx.options = inputs[7:]
 
 
-def _backward(ctx, grad):
+def _backward(ctx, grad, _):
     needs = ctx.options[-3:]
     grads = linear_kl_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 10
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 11
 
 
-linear_kl.register_autograd(_backward, setup_context=_setup_context)
+linear_kl.register_autograd(_backward, setup_context=_setup)
 linear_kl_backward.register_autograd(no_second_derivative)
-
-
-def _chunks(counted: Tensor, vocab_size: int, limit: int) -> tuple[Tensor, ...]:
-    """Indices of the counted positions, as many at a time as three float32 rows of logits each fit the limit."""
-    return counted.nonzero().squeeze(1).split(max(1, limit // (12 * vocab_size)))
-
-
-def _log_softmax(x: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
-    """(n, V) float32 log-probabilities and, with a softcap, tanh of the capped logits."""
-    z = torch.empty(x.shape[0], head.weight.shape[0], dtype=torch.float32, device=x.device)
-    for begin in range(0, z.shape[1], BLOCK_V):
-        end = min(begin + BLOCK_V, z.shape[1])
-        logits_block(x, head.columns(begin, end), z[:, begin:end])
-    capped = None
-    if head.softcap is not None:
-        capped = torch.tanh(z / head.softcap)
-        z = capped * head.softcap
-    return z.sub_(torch.logsumexp(z, dim=1, keepdim=True)), capped

@@ -124,6 +124,52 @@ def resum(x: Tensor, head: Head, target: Tensor, anchor: Tensor, raised: Tensor,
         parts[:, some] = exact
 
 
+def kl_logits(
+    x: Tensor,  # (n, H)
+    head: Head,  # of the whole vocabulary, as is ref_head
+    ref_x: Tensor,  # (n, H_ref)
+    ref_head: Head,
+    lse: Tensor,  # (n,) log-sum-exp of the model's logits
+    ref_lse: Tensor,  # (n,)
+    columns: tuple[int, int],  # the vocabulary slice
+    store: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """(p - q) of a vocabulary slice, times the derivative of the softcap, if stored; partial sums of KL (blocks, n)."""
+    begin, end = columns
+    slab = torch.empty(x.shape[0], end - begin, dtype=slab_dtype(x), device=x.device) if store else None
+    parts = torch.empty(-(-(end - begin) // BLOCK_V), x.shape[0], dtype=torch.float32, device=x.device)
+    for i in range(0, x.shape[0], BLOCK_N):
+        rows = slice(i, i + BLOCK_N)
+        for number, b in enumerate(range(begin, end, BLOCK_V)):
+            stop = min(b + BLOCK_V, end)
+            logp, slope = _log_probs(x[rows], head.columns(b, stop), lse[rows])
+            ref_logp, _ = _log_probs(ref_x[rows], ref_head.columns(b, stop), ref_lse[rows])
+            d, p, q = logp - ref_logp, logp.exp_(), ref_logp.exp_()
+            gradient = torch.where(d.abs() < 0.5, q * torch.expm1(d), p - q)
+            parts[number, rows] = torch.where(d.abs() < 0.5, q * _expm1_minus(d), gradient - q * d).sum(1)
+            if slab is not None:
+                slab[rows, b - begin : stop - begin] = gradient if slope is None else gradient * slope
+    return slab, parts
+
+
+def _log_probs(x: Tensor, head: Head, lse: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(n, columns) float32 log-probabilities of some columns, and the derivative of the softcap."""
+    z = logits_block(x, head, torch.empty(x.shape[0], head.weight.shape[0], dtype=torch.float32, device=x.device))
+    slope = None
+    if head.softcap is not None:
+        t = torch.tanh(z / head.softcap)
+        z, slope = t * head.softcap, 1 - t * t
+    return z.sub_(lse.unsqueeze(1)), slope
+
+
+def _expm1_minus(d: Tensor) -> Tensor:
+    """exp(d) - 1 - d for |d| < 1/2: its series, truncated below 1e-8 relative."""
+    tail = torch.zeros_like(d)
+    for k in (40320, 5040, 720, 120, 24, 6, 2):
+        tail = tail * d + 1.0 / k
+    return d * d * tail
+
+
 def _zero_target(e: Tensor, column: Tensor) -> None:
     """e[i, column_i] = 0 where column_i lies inside the block."""
     inside = (column >= 0) & (column < e.shape[1])

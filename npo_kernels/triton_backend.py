@@ -12,8 +12,9 @@ from torch import Tensor
 
 from csrc_triton import exp_logits as exp_logits_kernels
 from csrc_triton import gradient_rows, sequence_epilogue, target_logit
+from csrc_triton import linear_kl as kl_kernels
 from csrc_triton import row_statistics as row_kernels
-from csrc_triton.tiles import BLOCK_HIDDEN, BLOCK_ROWS, BLOCK_RUN, ROW_WARPS, TILES, Tile
+from csrc_triton.tiles import BLOCK_HIDDEN, BLOCK_ROWS, BLOCK_RUN, PAIR_TILES, ROW_WARPS, TILES, Tile
 from npo_kernels.formulas import RatioLoss
 from npo_kernels.head import Head
 from npo_kernels.rowmath import Statistics, anchor_headroom
@@ -133,6 +134,40 @@ def _launch_exp_logits(
             SPLIT_TILES=tile.split_tiles, GROUP=tile.group, UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
             PRECISION=_precision(x), PIECES=tile.pieces, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
+
+
+def kl_logits(
+    x: Tensor,  # (n, H)
+    head: Head,  # of the whole vocabulary, as is ref_head
+    ref_x: Tensor,  # (n, H_ref)
+    ref_head: Head,
+    lse: Tensor,  # (n,) log-sum-exp of the model's logits
+    ref_lse: Tensor,  # (n,)
+    columns: tuple[int, int],  # the vocabulary slice
+    store: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """(p - q) of a vocabulary slice, times the derivative of the softcap, if stored; partial sums of KL (splits, n)."""
+    x, ref_x = _rows_contiguous(x), _rows_contiguous(ref_x)
+    part, ref_part = head.columns(*columns), ref_head.columns(*columns)
+    weight, ref_weight = _rows_contiguous(part.weight), _rows_contiguous(ref_part.weight)
+    rows, width = x.shape[0], columns[1] - columns[0]
+    tile = PAIR_TILES[_architecture(x.device), 8 * max(x.itemsize, ref_x.itemsize)]
+    splits = triton.cdiv(width, tile.split)
+    slab = _aligned_empty(rows, width, x) if store else None
+    parts = torch.empty(splits, rows, dtype=torch.float32, device=x.device)
+    if rows:
+        kl_kernels.kl_logits[(triton.cdiv(rows, tile.block_n) * splits,)](
+            x, weight, part.bias, ref_x, ref_weight, ref_part.bias, lse.contiguous(), ref_lse.contiguous(), slab, parts,
+            rows, width, x.shape[1], ref_x.shape[1], x.stride(0), weight.stride(0), ref_x.stride(0),
+            ref_weight.stride(0), 0 if slab is None else slab.stride(0), head.logit_scale, head.softcap or 0.0,
+            HAS_BIAS=part.bias is not None, HAS_REF_BIAS=ref_part.bias is not None,
+            HAS_SOFTCAP=head.softcap is not None, STORE=store,
+            EVEN_H=x.shape[1] % tile.block_h == ref_x.shape[1] % tile.block_h == 0,
+            BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h, SPLIT_TILES=tile.split_tiles,
+            GROUP=tile.group, UPCAST=INTERPRETED and torch.bfloat16 in (x.dtype, ref_x.dtype),
+            PRECISION=_precision(x), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    return slab, parts
 
 
 def row_statistics(parts: Tensor, anchor: Tensor, target_logit: Tensor) -> Statistics:

@@ -135,10 +135,8 @@ def _check_cu_seqlens(cu_seqlens, hidden: Tensor) -> None:
 
 def check_kl(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, reduction: str, impl: str) -> None:
     """The arguments of `fused_linear_kl`."""
-    if impl not in ("auto", "torch", "reference"):
-        raise ValueError(
-            f"impl: fused_linear_kl has 'auto', 'torch' and 'reference', got {impl!r}; use 'torch' on a GPU"
-        )
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
     for side, x, w, b in (("", hidden, weight, bias), ("ref_", ref_hidden, ref_weight, ref_bias)):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from npo_kernels import fused_linear_kl, linear_kl
+from tests.support import IMPLS, relative_error
 
 B, S, H, V, H_REF = 3, 7, 24, 300, 40
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,16 +48,18 @@ def plain(tensors, dtype, upstream, mask, reduction, logit_scale=1.0, softcap=No
     return [kl.detach().double(), *(g.double() for g in grads)]
 
 
-CASES = itertools.product(DTYPES, ("mean", "sum", "none"), (None, 0.01), ({}, {"logit_scale": 0.7, "softcap": 4.0}))
+CASES = itertools.product(
+    IMPLS, DTYPES, ("mean", "sum", "none"), (None, 0.01), ({}, {"logit_scale": 0.7, "softcap": 4.0})
+)
 
 
-@pytest.mark.parametrize(("dtype", "reduction", "workspace_mb", "options"), list(CASES))
-def test_value_and_gradients_are_no_worse_than_plain(dtype, reduction, workspace_mb, options):
+@pytest.mark.parametrize(("impl", "dtype", "reduction", "workspace_mb", "options"), list(CASES))
+def test_value_and_gradients_are_no_worse_than_plain(impl, dtype, reduction, workspace_mb, options):
     tensors = make(dtype)
     mask = torch.rand(B, S, generator=torch.Generator().manual_seed(1)) > 0.4
     upstream = torch.linspace(0.5, 2.0, B * S)
     exact = run(tensors, torch.float64, "reference", upstream.double(), mask=mask, reduction=reduction, **options)
-    ours = run(tensors, dtype, "torch", upstream, mask=mask, reduction=reduction, workspace_mb=workspace_mb, **options)
+    ours = run(tensors, dtype, impl, upstream, mask=mask, reduction=reduction, workspace_mb=workspace_mb, **options)
     theirs = plain(tensors, dtype, upstream, mask, reduction, **options)
     for name, a, b, c in zip(("kl", "hidden", "weight", "bias"), ours, theirs, exact, strict=True):
         floor = 2e-6 * c.norm()  # float32 against float32 is a draw
@@ -70,6 +73,35 @@ def test_the_same_model_has_zero_kl_and_zero_gradient():
     kl.backward()
     assert kl == 0
     assert (hidden.grad == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_models_that_nearly_agree_keep_their_relative_precision(impl):
+    """KL is the square of a small difference: 1e-7 of the logits' size would be all of it."""
+    hidden, weight, *_ = (t.float() for t in make(torch.float32))
+    near = hidden + 1e-3 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(5))
+    exact = [t.double().requires_grad_() for t in (near, weight)]
+    kl64 = fused_linear_kl(*exact, hidden.double(), weight.double(), impl="reference", reduction="none")
+    ours = [t.clone().requires_grad_() for t in (near, weight)]
+    kl = fused_linear_kl(*ours, hidden, weight, impl=impl, reduction="none")
+    plain = fused_linear_kl(near, weight, hidden, weight, impl="reference", reduction="none")
+    assert relative_error(kl.detach(), kl64.detach()) < 2e-3 < 0.1 * relative_error(plain, kl64.detach())
+    grads = torch.autograd.grad(kl.sum(), ours)
+    for got, truth in zip(grads, torch.autograd.grad(kl64.sum(), exact), strict=True):
+        assert relative_error(got, truth) < 2e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_models_that_are_certain_of_different_tokens(impl, dtype):
+    """log p - log q beyond what exp holds, of either sign: KL = 200 nats, the gradient p - q."""
+    hidden = torch.tensor([[10.0], [10.0], [-10.0]], dtype=dtype).requires_grad_()
+    weight = torch.zeros(150, 1, dtype=dtype)
+    weight[3], weight[149] = 10.0, -10.0
+    kl = fused_linear_kl(hidden, weight, -hidden, weight, impl=impl, reduction="none")
+    torch.testing.assert_close(kl, torch.full((3,), 200.0))
+    (grad,) = torch.autograd.grad(kl.sum(), hidden)
+    torch.testing.assert_close(grad.float(), torch.tensor([[20.0], [20.0], [-20.0]]))
 
 
 def test_an_empty_mask_gives_zero_with_connected_zero_gradients():
@@ -97,8 +129,10 @@ def test_opcheck_and_compile():
     hidden, weight, bias, ref_hidden, ref_weight = (t.float() for t in make(torch.float32))
     x, ref_x = hidden.reshape(-1, H).requires_grad_(), ref_hidden.reshape(-1, H_REF)
     counted = torch.arange(B * S) % 3 > 0
-    args = (x, weight.requires_grad_(), bias, ref_x, ref_weight, None, counted, 1.0, None, 10**6, True, True, False)
-    torch.library.opcheck(linear_kl.linear_kl, args)
+    sides = (x, weight.requires_grad_(), bias, ref_x, ref_weight, None, counted)
+    options = (1.0, None, 10**6, "torch", True, True, False)
+    torch.library.opcheck(linear_kl.linear_kl, (*sides, *options))
+    torch.library.opcheck(linear_kl.linear_kl_loss, (*sides, torch.tensor(0.3), *options))
 
     def loss(h, w):
         return fused_linear_kl(h, w, ref_hidden, ref_weight, mask=counted.view(B, S))
@@ -123,7 +157,7 @@ def test_second_derivatives_raise():
     ("change", "error", "message"),
     [
         ({"reduction": "average"}, ValueError, "reduction"),
-        ({"impl": "triton"}, ValueError, "use 'torch' on a GPU"),
+        ({"impl": "cuda"}, ValueError, "impl: expected one of"),
         ({"mask": torch.ones(B, S)}, ValueError, "bool"),
         ({"ref_lm_head_weight": torch.zeros(V + 1, H_REF)}, ValueError, "one vocabulary"),
         ({"ref_hidden": torch.zeros(B, S + 1, H_REF)}, ValueError, "positions of hidden"),

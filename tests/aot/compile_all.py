@@ -59,6 +59,7 @@ DTYPES = ("bf16", "fp16", "fp32", "tf32")
 
 # Arguments are called the same in all kernels. Pointers: "T" is the dtype of the operands.
 ARGUMENTS = {
+    "ref_x_ptr": "*T", "ref_w_ptr": "*T", "ref_bias_ptr": "*T", "lse_ptr": "*fp32", "ref_lse_ptr": "*fp32",
     "x_ptr": "*T", "w_ptr": "*T", "bias_ptr": "*T", "slab_ptr": "*T", "out_ptr": "*T",
     "target_ptr": "*i64", "index_ptr": "*i64", "sorted_ptr": "*i64", "order_ptr": "*i64", "starts_ptr": "*i64",
     "dirty_ptr": "*i32",
@@ -68,21 +69,31 @@ ARGUMENTS = {
     "scale_ptr": "*fp32", "coef_ptr": "*fp32", "row_coef_ptr": "*fp32",
     "target_coef_ptr": "*fp32", "product_ptr": "*fp32", "grad_ptr": "*fp32",
     "logit_scale": "fp32", "softcap": "fp32", "headroom": "fp32", "beta": "fp32",
-    "N": 8191, "V": 128256, "H": 4096, "begin": 16384, "splits": 126,
-    "stride_x": 4096, "stride_w": 4096, "stride_slab": 128256, "stride_grad": 4096,
+    "N": 8191, "V": 128256, "H": 4096, "H_REF": 4096, "begin": 16384, "splits": 126,
+    "stride_x": 4096, "stride_w": 4096, "stride_ref_x": 4096, "stride_ref_w": 4096, "stride_slab": 128256,
+    "stride_grad": 4096,
 }  # fmt: skip
+
+
+def with_rows(length: int, **others: int) -> dict[str, int]:
+    """Hidden states and heads whose rows are `length` long."""
+    names = ("H", "H_REF", "stride_x", "stride_w", "stride_ref_x", "stride_ref_w", "stride_grad")
+    return {**dict.fromkeys(names, length), **others}
+
+
 # A row length that no tile divides, 16-byte aligned or not; a batch of one row, a vocabulary of one split.
 SHAPES = {
     "": {},
-    "ragged": {"H": 4112, "stride_x": 4112, "stride_w": 4112, "V": 50257, "stride_slab": 50304, "stride_grad": 4112},
-    "odd": {"H": 4097, "stride_x": 4097, "stride_w": 4097, "V": 50257, "stride_slab": 50304, "stride_grad": 4097},
-    "one": {"N": 1, "splits": 1, "V": 1, "H": 1, "stride_x": 1, "stride_w": 1, "begin": 0, "stride_slab": 64},
+    "ragged": with_rows(4112, V=50257, stride_slab=50304),
+    "odd": with_rows(4097, V=50257, stride_slab=50304),
+    "one": with_rows(1, N=1, V=1, splits=1, begin=0, stride_slab=64),
 }
 # Beyond 2 GB at that shape, so that AMD's buffer instructions are out of the question.
 LARGE = ("slab_ptr", "grad_ptr")
 
 OPTIONAL = {
     "bias_ptr": "HAS_BIAS",
+    "ref_bias_ptr": "HAS_REF_BIAS",
     "slab_ptr": "STORE",
     "sum_ptr": "SUMS",
     "max_ptr": "MAXIMA",
@@ -106,6 +117,7 @@ ROW_KERNELS = {  # module, kernel -> variants
     ("gradient_rows", "finish_hidden_grad"): ("",),
     ("gradient_rows", "add_targets"): ("",),
 }
+PRODUCTS = ("exp_logits", "kl_logits")
 
 
 @dataclass(frozen=True)
@@ -139,6 +151,9 @@ def cases(target: str, everything: bool) -> list[Case]:
         chosen = representative or (everything and shape != "one" and (shape == "" or dtype == "bf16"))
         if chosen:
             found.append(Case(target, "exp_logits", "exp_logits", variant, dtype))
+    for dtype, use, options in product(DTYPES, ("value", "gradient"), ("", "bias+softcap")):
+        if everything or (use == "gradient" and (dtype == "bf16" or options)):
+            found.append(Case(target, "linear_kl", "kl_logits", "+".join(filter(None, (use, options))), dtype))
     for (module, kernel), variants in ROW_KERNELS.items():
         for variant, dtype in product(variants, ("bf16", "fp32")):
             found.append(Case(target, module, kernel, variant, dtype))
@@ -170,9 +185,13 @@ def constants(case: Case, parameters: list[str]) -> tuple[dict, dict]:
     options = {"num_warps": tiles.ROW_WARPS}
     if case.kernel == "reanchor":
         values["BLOCK_N"] = tile.block_n
+    if case.kernel == "kl_logits":
+        tile = tiles.PAIR_TILES[TARGETS[case.target].tiles, bits]
+        values |= {"HAS_REF_BIAS": case.has("bias"), "STORE": case.has("gradient")}
     if case.kernel == "exp_logits":
         flags = USES[case.variant.split("+")[0]]
         values |= dict(zip(("STORE", "SUMS", "MAXIMA", "REPAIR"), flags, strict=True))
+    if case.kernel in PRODUCTS:
         values |= {
             "BLOCK_N": tile.block_n,
             "BLOCK_V": tile.block_v,
@@ -254,7 +273,8 @@ def nvidia_usage(compiled) -> dict:
 def amd_usage(compiled) -> dict:
     assembly = compiled.asm["amdgcn"]
     usage = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE)}
-    spills = usage["vgpr_spill_count"] + usage["sgpr_spill_count"] + usage["private_segment_fixed_size"]
+    # a scalar register without a place goes to a lane of a vector register, not to memory
+    spills = usage["vgpr_spill_count"] + usage["private_segment_fixed_size"]
     instructions = re.findall(r"\bv_mfma_\w+", assembly)
     return {"registers": usage["vgpr_count"], "spills": spills, "tensor_cores": distinct(instructions)}
 
@@ -284,7 +304,7 @@ def occupancy(target: Target, usage: dict, tensor_memory: int) -> int:
 
 def needs_tensor_cores(case: Case) -> bool:
     """Products of 16-bit operands always; those of float32 where tf32 is allowed, on NVIDIA."""
-    if case.kernel != "exp_logits":
+    if case.kernel not in PRODUCTS:
         return False
     return case.dtype in ("bf16", "fp16") or (case.dtype == "tf32" and TARGETS[case.target].backend == "cuda")
 

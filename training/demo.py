@@ -2,6 +2,7 @@
 
     python -m training.demo                              generated authors
     python -m training.demo --data_dir path/to/tofu      TOFU's JSON lines
+    accelerate launch --config_file training/launch/ddp.yaml -m training.demo      the same by two processes
 
 Fine-tunes a small Llama on all authors, caches its log-probabilities of the authors to forget, unlearns these by each
 method, and writes metrics.json, report.md, figure.png and config.json to --out. A second run with the same settings
@@ -14,6 +15,7 @@ import time
 import torch
 from rich.console import Console
 
+from training import processes
 from training.config import Config, from_command_line, public
 from training.pipeline import Run, versions
 from training.plots import plot_run
@@ -28,13 +30,7 @@ def main(config: Config, console: Console) -> dict:
     data = run.data_summary()
     console.rule(f"{data['name']}: {data['forget_authors']} of {data['authors']} authors to forget, on {run.device}")
     metrics = run.execute()
-    settings = {"settings": public(config), "device": device_name(run.device), "versions": versions()}
-
-    write_json(out / "metrics.json", metrics)
-    write_json(out / "config.json", settings)
-    write_text(out / "report.md", markdown(metrics, settings, run.seconds))
-    title = f"Unlearning {data['forget_authors']} of {data['authors']} authors ({data['name']})"
-    plot_run(metrics["history"], title, out / "figure.png")
+    processes.on_main(lambda: write_results(run, metrics))
 
     console.print(result_table(metrics["history"]))
     console.print(what_to_see(metrics["history"]), soft_wrap=False)
@@ -42,11 +38,24 @@ def main(config: Config, console: Console) -> dict:
     return metrics
 
 
+def write_results(run: Run, metrics: dict) -> None:
+    config, data = run.config, metrics["data"]
+    settings = {"settings": public(config), "device": device_name(run.device), "versions": versions()}
+    write_json(config.out / "metrics.json", metrics)
+    write_json(config.out / "config.json", settings)
+    write_text(config.out / "report.md", markdown(metrics, settings, run.seconds))
+    title = f"Unlearning {data['forget_authors']} of {data['authors']} authors ({data['name']})"
+    plot_run(metrics["history"], title, config.out / "figure.png")
+
+
 def device_name(device: torch.device) -> str:
+    name = f"{device.type} ({os.cpu_count()} cores, {torch.get_num_threads()} threads)"
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({os.cpu_count()} cores, {torch.get_num_threads()} threads)"
+        name = torch.cuda.get_device_name(device)
+    return name if processes.count() == 1 else f"{processes.count()} processes on {name}"
 
 
 if __name__ == "__main__":
-    main(from_command_line(None, __doc__), Console())
+    config = from_command_line(None, __doc__)
+    processes.start(config.device)
+    main(config, Console(quiet=not processes.is_main()))

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from npo_kernels import sequence_logprobs
+from training import processes
 from training.data import PROMPT, Example, collate
-from training.model import autocast, hidden_states
+from training.model import autocast
 
 
 class Scores(NamedTuple):
@@ -24,20 +24,23 @@ class Scores(NamedTuple):
 
 @torch.no_grad()
 def score(model: PreTrainedModel, examples: Sequence[Example], pad_id: int, batch_size: int = 64) -> Scores:
-    """Scores of all examples, in their order; in eval mode (no dropout), the mode of the model is restored."""
+    """Scores of all examples, in their order; in eval mode (no dropout), the mode of the model is restored.
+
+    Several processes share every batch, and all get all scores.
+    """
     was_training, device = model.training, model.device
     model.eval()
-    logps = torch.zeros(len(examples))
-    num_tokens = torch.zeros(len(examples), dtype=torch.int64)
+    logps = torch.zeros(len(examples), device=device)
+    num_tokens = torch.zeros(len(examples), dtype=torch.int64, device=device)
     by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))  # little padding
     for start in range(0, len(by_length), batch_size):
         members = by_length[start : start + batch_size]
-        batch = collate([examples[i] for i in members], pad_id, device)
+        mine, rows = processes.share(examples, members)
         with autocast(device):
-            sums, counts = sequence_logprobs(hidden_states(model, batch), model.lm_head.weight, batch["labels"])
-        logps[members], num_tokens[members] = sums.cpu(), counts.cpu()
+            out = model(**collate(rows, pad_id, device), fused_unlearning=True)
+        logps[mine], num_tokens[mine] = out.logps, out.num_tokens
     model.train(was_training)
-    return Scores(logps, num_tokens)
+    return Scores(processes.total(logps).cpu(), processes.total(num_tokens).cpu())
 
 
 @torch.no_grad()

@@ -1,13 +1,14 @@
-"""The small Llama of the demo, its hidden states, and where it runs."""
+"""The small Llama of the demo, and where it runs. Its forward takes `fused_unlearning`, and then forms no logits."""
 
 import contextlib
 import hashlib
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
+
+from npo_kernels.hf import add_fused_unlearning_head
 
 HEAD_DIM = 64
 MAX_POSITIONS = 1024
@@ -37,17 +38,12 @@ def build_model(
         initializer_range=hidden_size**-0.5,
         **special_ids,
     )
-    return LlamaForCausalLM(config)
+    return add_fused_unlearning_head(LlamaForCausalLM(config))
 
 
 def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
-
-
-def hidden_states(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Last hidden states (B, S, H): the backbone without the head, so no logits are formed."""
-    backbone = model.model
-    return backbone(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).last_hidden_state
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return add_fused_unlearning_head(model).to(device)
 
 
 def pick_device(name: str = "auto") -> torch.device:

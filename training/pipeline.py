@@ -19,6 +19,7 @@ from training.data import Example, data_hash, encode, load_split, sample_authors
 from training.evaluate import Scores, complete, score
 from training.finetune import finetune
 from training.model import build_model, load_model, pick_device, weights_hash
+from training.processes import on_main
 from training.reference_cache import StaleReferenceError, compute_reference, load_reference
 from training.stages import fingerprint, finished, remove, renamed_when_done, write_json
 from training.unlearn import METHODS, check_step_zero, unlearn
@@ -41,8 +42,7 @@ class Run:
         )
         self.seconds: dict[str, float] = {}
         if config.fresh:
-            for path in (self.model_dir, self.cache_path, *map(self.record_path, METHODS)):
-                remove(path)
+            on_main(self.forget_stages)
 
     @property
     def model_dir(self):
@@ -54,6 +54,10 @@ class Run:
 
     def record_path(self, method: str):
         return self.config.out / f"unlearn_{method}.json"
+
+    def forget_stages(self) -> None:
+        for path in (self.model_dir, self.cache_path, *map(self.record_path, METHODS)):
+            remove(path)
 
     def execute(self) -> dict[str, Any]:
         """All stages; returns what metrics.json holds, which is the same whether stages were run or found."""
@@ -92,7 +96,7 @@ class Run:
             with self.progress() as progress:
                 steps = c.finetune_epochs * -(-len(examples) // c.batch_size)
                 task = progress.add_task("Fine-tuning", total=steps, note="")
-                loss = finetune(
+                loss, weights = finetune(
                     model,
                     examples,
                     self.tokenizer.pad_token_id,
@@ -103,10 +107,14 @@ class Run:
                     on_step=lambda loss: progress.update(task, advance=1, note=f"loss {loss:.3f}"),
                 )
             record = {"key": key, "loss": loss, "seconds": time.perf_counter() - started}
-            with renamed_when_done(self.model_dir) as folder:
-                model.save_pretrained(folder)
-                self.tokenizer.save_pretrained(folder)
-                write_json(folder / "stage.json", record)
+
+            def save() -> None:
+                with renamed_when_done(self.model_dir) as folder:
+                    model.save_pretrained(folder, state_dict=weights)
+                    self.tokenizer.save_pretrained(folder)
+                    write_json(folder / "stage.json", record)
+
+            on_main(save)
         else:
             self.console.print(f"Fine-tuned model found in {self.model_dir}")
         self.seconds["fine-tuning"] = record["seconds"]
@@ -153,7 +161,7 @@ class Run:
                     progress.update(task, advance=1, note=note)
             answers = [complete(model, self.tokenizer, row["question"]) for _, row in self.example_rows()]
             record = {"key": key, "history": history, "answers": answers, "seconds": time.perf_counter() - started}
-            write_json(self.record_path(method), record)
+            on_main(lambda: write_json(self.record_path(method), record))
         else:
             self.console.print(f"{METHODS[method].label} found in {self.record_path(method)}")
         self.seconds[METHODS[method].label] = record["seconds"]

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from training.data import Example, data_hash, tokenizer_hash
 from training.evaluate import Scores, score
 from training.model import weights_hash
+from training.processes import on_main
 from training.stages import renamed_when_done
 
 FORMAT = "1"
@@ -41,8 +42,12 @@ def compute_reference(
 ) -> Scores:
     """Score the examples with the loss kernel itself and write the cache."""
     scores = score(model, examples, tokenizer.pad_token_id)
-    with renamed_when_done(path) as temporary:
-        save_file(scores._asdict(), temporary, metadata=header(model, tokenizer, examples))
+
+    def write() -> None:
+        with renamed_when_done(path) as temporary:
+            save_file(scores._asdict(), temporary, metadata=header(model, tokenizer, examples))
+
+    on_main(write)
     return scores
 
 

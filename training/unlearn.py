@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -10,21 +11,25 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from npo_kernels import fused_logprob_loss, fused_npo_loss
+from npo_kernels import fused_npo_loss
 from training.data import Example, collate, shuffled_batches
-from training.finetune import Optimizer, mean_token_nll
-from training.model import autocast, hidden_states
+from training.finetune import Optimizer, token_nll
+from training.model import autocast
+from training.processes import count, scored_tokens, share
 
 # How far the policy may be from the reference before the first step, in nats of a sequence's log-probability.
 STEP_ZERO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 
 
 class Pair(NamedTuple):
-    """A forget batch and retain rows, as many, drawn for it."""
+    """A forget batch and retain rows, as many, drawn for it: this process's share, and what means are divided by."""
 
     forget: dict[str, Tensor]
     retain: dict[str, Tensor]
     ref_logps: Tensor  # (B,) of the forget rows
+    num_forget: float | None = None  # sequences of the whole batch, by processes; None: those that are here
+    forget_tokens: float | None = None
+    retain_tokens: float | None = None
 
 
 @dataclass(frozen=True)
@@ -35,27 +40,14 @@ class Method:
 
 def npo_with_retain(model: PreTrainedModel, pair: Pair, beta: float, retain_weight: float) -> Tensor:
     """(2/beta) mean softplus(beta (logp - ref)) on forget + retain_weight * NLL on retain: arXiv 2404.05868, NPO+RT."""
-    npo = fused_npo_loss(
-        hidden_states(model, pair.forget),
-        model.lm_head.weight,
-        pair.forget["labels"],
-        ref_logps=pair.ref_logps,
-        beta=beta,
-    )
-    retain = fused_logprob_loss(
-        hidden_states(model, pair.retain), model.lm_head.weight, pair.retain["labels"], mean_token_nll
-    )
-    return npo + retain_weight * retain
+    npo = partial(fused_npo_loss, ref_logps=pair.ref_logps, beta=beta, normalizer=pair.num_forget)
+    forget = model(**pair.forget, fused_unlearning=npo).loss
+    return forget + retain_weight * token_nll(model, pair.retain, pair.retain_tokens)
 
 
 def gradient_ascent(model: PreTrainedModel, pair: Pair, beta: float, retain_weight: float) -> Tensor:
     """Minus the NLL on forget, unbounded below; retain rows, beta and the weight are not used."""
-
-    def mean_token_logp(logps: Tensor, num_tokens: Tensor) -> Tensor:
-        return -mean_token_nll(logps, num_tokens)
-
-    hidden = hidden_states(model, pair.forget)
-    return fused_logprob_loss(hidden, model.lm_head.weight, pair.forget["labels"], mean_token_logp)
+    return -token_nll(model, pair.forget, pair.forget_tokens)
 
 
 METHODS = {
@@ -91,15 +83,19 @@ def unlearn(
         losses = []
         partners = _shuffled_forever(len(retain), generator)
         for members in shuffled_batches(forget, batch_size, generator, pool=1):
+            drawn = list(islice(partners, len(members)))
+            mine, rows = share(forget, members)
             pair = Pair(
-                collate([forget[i] for i in members], pad_id, device),
-                collate([retain[i] for i in islice(partners, len(members))], pad_id, device),
-                ref_logps[members].to(device),
+                collate(rows, pad_id, device),
+                collate(share(retain, drawn)[1], pad_id, device),
+                ref_logps[mine].to(device),
+                len(members) / count(),
+                scored_tokens(forget, members) / count(),
+                scored_tokens(retain, drawn) / count(),
             )
             with autocast(device):
-                loss = METHODS[method].loss(model, pair, beta, retain_weight)
-            optimizer.step(loss)
-            losses.append(loss.item())
+                loss = METHODS[method].loss(optimizer.model, pair, beta, retain_weight)
+            losses.append(optimizer.step(loss))
         yield sum(losses) / len(losses)
 
 
@@ -118,22 +114,16 @@ def check_step_zero(
     """
     device, expected = model.device, 2 / beta * math.log(2)
     tolerance = STEP_ZERO_TOLERANCE["bfloat16" if device.type == "cuda" else "float32"]
-    largest = total = 0.0
+    largest = summed = 0.0
     for members in shuffled_batches(forget, batch_size, torch.Generator().manual_seed(0), pool=1):
         batch = collate([forget[i] for i in members], pad_id, device)
+        refs = ref_logps[members].to(device)
+        npo = partial(fused_npo_loss, ref_logps=refs, beta=beta, reduction="sum", return_stats=True)
         with autocast(device):
-            losses, stats = fused_npo_loss(
-                hidden_states(model, batch),
-                model.lm_head.weight,
-                batch["labels"],
-                ref_logps=ref_logps[members].to(device),
-                beta=beta,
-                reduction="sum",
-                return_stats=True,
-            )
-        largest = max(largest, stats.log_ratio.abs().max().item())
-        total += losses.item()
-    loss = total / len(forget)
+            out = model(**batch, fused_unlearning=npo)
+        largest = max(largest, out.stats.log_ratio.abs().max().item())
+        summed += out.loss.item()
+    loss = summed / len(forget)
     if not (largest < tolerance and abs(loss - expected) < tolerance):
         raise RuntimeError(
             f"before the first step the NPO loss is {loss:.6f} and the largest log-ratio {largest:.2e}; expected "

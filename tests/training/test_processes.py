@@ -1,0 +1,84 @@
+"""Two processes, started by `accelerate launch` with each of the launch files, give the numbers of one."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from training import processes
+from training.config import Config, with_presets
+from training.data import Example
+from training.demo import main
+
+ROOT = Path(__file__).resolve().parents[2]
+# 19 sequences a step: ragged shares, and a last batch of the forget set with one row for two processes
+SETTINGS = {"device": "cpu", "authors": 4, "vocab_size": 500, "hidden_size": 64, "layers": 1, "batch_size": 19,
+            "finetune_epochs": 3, "epochs": 2, "retain_eval_authors": 2}  # fmt: skip
+SCRIPTS = {
+    "ddp": ["-m", "training.demo"],
+    "fsdp2": ["tests/training/fsdp2_on_cpu.py"],
+    "zero3": ["-m", "training.demo"],
+}
+
+
+def launch(how: str, out: Path) -> dict:
+    """metrics.json of two processes."""
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", f"training/launch/{how}.yaml"]
+    options = [text for name, value in SETTINGS.items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, *launcher, *SCRIPTS[how], *options, "--out", str(out)]
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Answer probability") == 1  # one process prints
+    return json.loads((out / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    config = with_presets(Config(**SETTINGS, out=tmp_path_factory.mktemp("one")))
+    return main(config, Console(file=StringIO()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", SCRIPTS)
+def test_two_processes_give_the_numbers_of_one(how, one_process, tmp_path):
+    if how == "zero3" and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed; tests/hf/parity_versions.sh runs this")
+    metrics = launch(how, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["device"].startswith("2 processes on cpu")
+    assert metrics["finetune_loss"] == pytest.approx(one_process["finetune_loss"], rel=1e-5)
+    for method, history in one_process["history"].items():
+        assert history[-1]["forget_log_ratio"] < -0.5  # there is something to compare
+        for theirs, ours in zip(history, metrics["history"][method], strict=True):
+            theirs["train_loss"] = theirs["train_loss"] or 0.0  # none before the first epoch
+            ours["train_loss"] = ours["train_loss"] or 0.0
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+    assert metrics["examples"] == one_process["examples"]
+
+
+def test_shares_are_the_batch(monkeypatch):
+    examples = [Example([1, 5, 6], [-100, i, i + 1]) for i in range(5)]
+    taken = []
+    for rank in range(3):
+        state = type("State", (), {"process_index": rank, "num_processes": 3})
+        monkeypatch.setattr(processes, "PartialState", state)
+        mine, rows = processes.share(examples, [4, 0, 2, 3])
+        taken += mine
+        assert rows == [examples[i] for i in mine]
+        _, (row,) = processes.share(examples, [4])
+        assert processes.scored_tokens([row], [0]) == (2 if rank == 0 else 0)
+        assert row.input_ids == examples[4].input_ids
+    assert sorted(taken) == [0, 2, 3, 4]
+    assert processes.scored_tokens(examples, [0, 1]) == 4
+
+
+def test_alone_a_sum_over_processes_is_what_it_was():
+    assert torch.equal(processes.total(torch.tensor([1.0, 2.0])), torch.tensor([1.0, 2.0]))

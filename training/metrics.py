@@ -3,8 +3,9 @@
 A loss here is the mean negative log-likelihood a token of one answer, in nats: nll = -log P(a|q) / |a|, <eos> counted,
 so that exp(-nll) = P(a|q)^(1/|a|) is the geometric mean of the token probabilities.
 
-Sources: TOFU (Maini et al. 2024, arXiv 2401.06121, section 2.2); NPO (Zhang et al. 2024, arXiv 2404.05868, section 5.1);
-extraction strength and exact memorisation (Wang et al. 2025, arXiv 2411.07820; Tirumala et al. 2022, arXiv 2205.10770).
+Sources: TOFU (Maini et al. 2024, arXiv 2401.06121, section 2.2), which NPO (Zhang et al. 2024, arXiv 2404.05868) takes
+over; exact memorisation: Tirumala et al. 2022, arXiv 2205.10770; extraction strength as in OpenUnlearning (Dorna et al.
+2025, arXiv 2506.12618).
 """
 
 import re
@@ -93,7 +94,7 @@ def model_utility(components: Sequence[float]) -> float:
 
 
 def forget_quality(log_ratio: ArrayLike, retain_log_ratio: ArrayLike) -> float:
-    """p-value of the two-sided, exact two-sample Kolmogorov-Smirnov test on the forget set's truth ratios (TOFU, 2.2.2).
+    """p-value of the two-sided, exact Kolmogorov-Smirnov test on the forget set's truth ratios (TOFU, section 2.2.2).
 
     Of the unlearned model against a model that never saw the forget set. Above 0.05: not told apart. The smallest value
     that N against N examples can give is 2 / C(2N, N), so values of different N do not compare. Ranks decide, so log R
@@ -127,7 +128,8 @@ def _hits(predicted: Sequence[int], answer: Sequence[int]) -> Array:
 
 
 def repetition(text: str, n: int = 4) -> float:
-    """seq-rep-n = 1 - distinct / all n-grams of words and punctuation marks, in [0, 1) (Welleck et al. 2020, eq. 10).
+    """seq-rep-n = 1 - distinct / all n-grams of words and punctuation marks, in [0, 1) (Welleck et al. 2020,
+    arXiv 1908.04319).
 
     Human text has about 0; a model stuck in a loop about 1. Texts of fewer than n + 1 such words have none to repeat.
     """

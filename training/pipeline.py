@@ -16,7 +16,8 @@ import npo_kernels
 from training.authors import PAIRS_PER_AUTHOR
 from training.config import Config
 from training.data import Example, data_hash, encode, load_split, sample_authors, tokenizer_hash, train_tokenizer
-from training.evaluate import Scores, complete, score
+from training.generation import complete
+from training.scoring import Scores, score
 from training.finetune import finetune
 from training.model import build_model, load_model, pick_device, weights_hash
 from training.processes import on_main

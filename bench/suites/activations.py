@@ -23,7 +23,7 @@ from bench.options import Options
 from bench.records import Record, record, summary
 from bench.suites.accuracy import errors
 from training.data import Example, collate, encode, load_split, train_tokenizer
-from training.evaluate import score
+from training.scoring import score
 from training.finetune import finetune
 from training.model import build_model, hidden_states
 from training.unlearn import unlearn

@@ -5,7 +5,7 @@ import torch
 
 from training import reference_cache
 from training.data import encode, train_tokenizer
-from training.evaluate import score
+from training.scoring import score
 from training.reference_cache import StaleReferenceError, compute_reference, load_reference
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from training import unlearn as unlearn_module
 from training.data import collate
-from training.evaluate import score
+from training.scoring import score
 from training.finetune import finetune
 from training.unlearn import METHODS, Pair, check_step_zero, unlearn
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from training.evaluate import complete, score
+from training.generation import complete
+from training.scoring import score
 
 
 def test_scores_are_those_of_the_model_itself(corpus, model):

@@ -1,0 +1,60 @@
+"""Greedy answers: one prompt, or many at a time."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from training.data import PROMPT
+
+
+def complete(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, question: str, max_new_tokens: int = 48
+) -> str:
+    """The model's greedy answer to one question."""
+    (answer,) = complete_all(model, tokenizer, [question], max_new_tokens)
+    return answer
+
+
+@torch.no_grad()
+def complete_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    questions: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int = 32,
+    on_batch: Callable[[int], None] = lambda num_questions: None,
+) -> list[str]:
+    """Greedy answers in the order of the questions, each up to <eos>; prompts are padded on the left.
+
+    A chat model's own generation settings (temperature, repetition penalty) are not used, whatever its folder says:
+    ROUGE of sampled text is another number every time.
+    """
+    was_training = model.training
+    model.eval()
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    prompts = [
+        [tokenizer.bos_token_id, *tokenizer.encode(PROMPT.format(question=q), add_special_tokens=False)]
+        for q in questions
+    ]
+    answers = [""] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
+    for start in range(0, len(by_length), batch_size):
+        members = by_length[start : start + batch_size]
+        longest = len(prompts[members[-1]])
+        padding = [longest - len(prompts[i]) for i in members]
+        rows = zip(padding, members, strict=True)
+        input_ids = torch.tensor([[tokenizer.pad_token_id] * p + prompts[i] for p, i in rows], device=model.device)
+        mask = torch.tensor([[0] * p + [1] * (longest - p) for p in padding], device=model.device)
+        output = model.generate(input_ids, attention_mask=mask, generation_config=settings)
+        for i, tokens in zip(members, output[:, longest:], strict=True):
+            answers[i] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        on_batch(len(members))
+    model.train(was_training)
+    return answers

@@ -1,0 +1,75 @@
+"""Command lines from dataclasses: every field is an option, and may come from a YAML file instead."""
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+Options = TypeVar("Options")
+
+
+def parse(options: type[Options], prog: str, description: str, arguments: list[str] | None = None) -> Options:
+    """An instance of the dataclass `options`, whose fields are `Annotated[type, help]` and have defaults.
+
+    `--config file.yaml` supplies {field: value}; what is on the command line counts more. A file with a name that is
+    no field, or a value that is not of the field's type, ends the program with the reason.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {prog}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the options below")
+    hints = get_type_hints(options, include_extras=True)
+    kinds = {}
+    for f in fields(options):
+        kind, text = get_args(hints[f.name])
+        kinds[f.name] = kind
+        if kind is bool:
+            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=None, help=text)
+            continue
+        shown = "" if f.default is None else f" (default: {f.default})"
+        choices = get_args(kind) if get_origin(kind) is Literal else None
+        metavar = None if choices else f.name[:1].upper()
+        parse_one = type(choices[0]) if choices else kind
+        parser.add_argument(
+            f"--{f.name}", type=parse_one, choices=choices, default=None, help=text + shown, metavar=metavar
+        )
+    given = vars(parser.parse_args(arguments))
+    file = given.pop("config")
+    from_file = _from_yaml(parser, file, kinds) if file else {}
+    return options(**(from_file | {name: value for name, value in given.items() if value is not None}))
+
+
+def stop(prog: str, reason: object) -> None:
+    """End the program: the reason on stderr, exit code 2, as argparse does it."""
+    sys.stderr.write(f"python -m {prog}: error: {reason}\n")
+    raise SystemExit(2)
+
+
+def _from_yaml(parser: argparse.ArgumentParser, file: Path, kinds: dict[str, Any]) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"--config {file}: cannot be read: {error}")
+    if not isinstance(content, dict):
+        parser.error(f"--config {file}: expected lines 'option: value', got {content!r}")
+    unknown = sorted(map(str, content.keys() - kinds.keys()))
+    if unknown:
+        parser.error(f"--config {file}: no such option: {', '.join(unknown)}; there are {', '.join(kinds)}")
+    return {name: _cast(parser, file, name, value, kinds[name]) for name, value in content.items()}
+
+
+def _cast(parser: argparse.ArgumentParser, file: Path, name: str, value: Any, kind: Any) -> Any:
+    choices = get_args(kind) if get_origin(kind) is Literal else None
+    if value is None or (choices and value in choices) or (not choices and type(value) is kind):
+        return value
+    number_in_text = kind in (int, float) and isinstance(value, (int, str)) and not isinstance(value, bool)
+    if number_in_text or (kind in (Path, str) and not isinstance(value, (dict, list, bool))):
+        try:
+            return kind(value)  # YAML reads 1e-5 as text, and a path always
+        except ValueError:
+            pass
+    expected = f"one of {', '.join(map(str, choices))}" if choices else f"a value of type {kind.__name__}"
+    parser.error(f"--config {file}, {name}: expected {expected}, got {value!r}")

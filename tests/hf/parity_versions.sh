@@ -31,14 +31,14 @@ print("python", platform.python_version(), *(f"{m.__name__} {m.__version__}" for
 }
 
 python=.venv/bin/python
-report tests/hf
+report tests/hf tests/examples
 for version in "${@:?which releases of transformers, as in: $0 5.0.0 5.17.0}"; do
     overlay "transformers-$version" "transformers==$version"
-    report tests/hf
+    report tests/hf tests/examples
 done
 # DeepSpeed without its dependencies, of which .venv has most: torch is one, and must stay the one of .venv
 overlay deepspeed einops hjson msgpack ninja py-cpuinfo
 site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 DS_BUILD_OPS=0 .venv/bin/python -m pip --python "$python" install --quiet --no-deps --no-build-isolation --target "$site" deepspeed >&2
 "$python" -c 'import importlib.metadata as m; print("deepspeed", m.version("deepspeed"))'
-report tests/distributed/test_zero3.py
+report tests/distributed/test_zero3.py tests/training/test_processes.py

@@ -1,0 +1,12 @@
+"""One process of `transformers_trainer` under `accelerate launch`: the first writes the trained weights."""
+
+import sys
+
+from safetensors.torch import save_file
+
+from examples.transformers_trainer import main
+
+trainer = main(batch_size=2, accumulate=2, use_cpu=True)
+if trainer.accelerator.is_main_process:
+    assert trainer.accelerator.num_processes == 2
+    save_file(dict(trainer.accelerator.unwrap_model(trainer.model).state_dict()), sys.argv[1])

@@ -59,7 +59,7 @@ def log_truth_ratio(
 
 def truth_ratio_kept(log_ratio: ArrayLike) -> Array:
     """(N,) max(0, 1 - R), in [0, 1]: high where the truth is likelier than what is wrong. Retain, real, world sets."""
-    return np.maximum(0.0, -np.expm1(np.asarray(log_ratio)))
+    return -np.expm1(np.minimum(log_ratio, 0.0))
 
 
 def truth_ratio_forgotten(log_ratio: ArrayLike) -> Array:
@@ -67,14 +67,13 @@ def truth_ratio_forgotten(log_ratio: ArrayLike) -> Array:
     return np.exp(-np.abs(log_ratio))
 
 
-def rouge_l_recall(reference: str, generated: str) -> float:
-    """LCS(reference, generated) / |reference| over stemmed words, in [0, 1] (Lin 2004; TOFU, section 2.2.1)."""
-    return _rouge().score(reference, generated)["rougeL"].recall
+def rouge_recall(reference: str, generated: str) -> dict[str, float]:
+    """{"rouge1", "rougeL"}: shares in [0, 1] of the reference's stemmed words that are generated (Lin 2004).
 
-
-def rouge_1_recall(reference: str, generated: str) -> float:
-    """Share of the reference's stemmed words that are generated, in any order, in [0, 1]; published logs carry it."""
-    return _rouge().score(reference, generated)["rouge1"].recall
+    rougeL counts those in the longest common subsequence, which is TOFU's ROUGE (section 2.2.1); rouge1 all of them, in
+    any order. Recall does not punish what is said beyond the reference.
+    """
+    return {name: score.recall for name, score in _rouge().score(reference, generated).items()}
 
 
 @cache

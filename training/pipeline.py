@@ -16,12 +16,12 @@ import npo_kernels
 from training.authors import PAIRS_PER_AUTHOR
 from training.config import Config
 from training.data import Example, data_hash, encode, load_split, sample_authors, tokenizer_hash, train_tokenizer
-from training.generation import complete
-from training.scoring import Scores, score
 from training.finetune import finetune
+from training.generation import complete
 from training.model import build_model, load_model, pick_device, weights_hash
 from training.processes import on_main
 from training.reference_cache import StaleReferenceError, compute_reference, load_reference
+from training.scoring import Scores, score
 from training.stages import fingerprint, finished, remove, renamed_when_done, write_json
 from training.unlearn import METHODS, check_step_zero, unlearn
 

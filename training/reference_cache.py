@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from training.data import Example, data_hash, tokenizer_hash
-from training.scoring import Scores, score
 from training.model import weights_hash
 from training.processes import on_main
+from training.scoring import Scores, score
 from training.stages import renamed_when_done
 
 FORMAT = "1"

@@ -5,8 +5,8 @@ import torch
 
 from training import reference_cache
 from training.data import encode, train_tokenizer
-from training.scoring import score
 from training.reference_cache import StaleReferenceError, compute_reference, load_reference
+from training.scoring import score
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from training import unlearn as unlearn_module
 from training.data import collate
-from training.scoring import score
 from training.finetune import finetune
+from training.scoring import score
 from training.unlearn import METHODS, Pair, check_step_zero, unlearn
 
 CPU = torch.device("cpu")

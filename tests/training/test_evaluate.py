@@ -1,0 +1,169 @@
+"""The command on the published logs, to 1e-9, and on a model: its log against the logits and single generations."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from training.data import encode
+from training.eval_log import SETS, read_log
+from training.eval_sets import load_eval_sets
+from training.evaluate import EvaluateOptions, main
+from training.generation import complete
+from training.options import parse
+
+DATA_DIR = Path(os.environ.get("NPO_DATA_DIR", Path(__file__).parents[3] / "shared/data"))
+LOGS = [DATA_DIR / "eval_logs" / f"{name}_retain99_phi.json" for name in ("npo", "tofu")]
+published = pytest.mark.skipif(
+    not all(log.is_file() for log in LOGS), reason="no eval_logs in NPO_DATA_DIR or ../shared/data"
+)
+COMPONENTS = {f"{s}_{m}" for s in ("retain", "ra", "wf", "forget") for m in ("prob", "rougeL", "tr")}
+
+
+def command(*arguments) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "training.evaluate", *map(str, arguments)]
+    return subprocess.run(line, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+
+
+@published
+def test_published_logs_to_1e_9():
+    done = command("--from_log", LOGS[0], "--retain_log", LOGS[1], "--json")
+    assert done.returncode == 0 and done.stdout.count("\n") == 1
+    result = json.loads(done.stdout)
+    assert result["model_utility_geometric"] == pytest.approx(0.52026913685764653, abs=1e-9)
+    assert result["model_utility_arithmetic"] == pytest.approx(0.50066217565702764, abs=1e-9)
+    assert result["forget_quality"] == pytest.approx(0.91880522141211673, abs=1e-9)
+    assert result.keys() >= COMPONENTS
+    other = main(EvaluateOptions(from_log=LOGS[1], retain_log=LOGS[0], json=True))
+    assert other["model_utility_geometric"] == pytest.approx(0.51820081792739647, abs=1e-9)
+    assert other["forget_quality"] == result["forget_quality"]
+
+
+@published
+def test_rouge_of_the_published_generations():
+    """The recalls in the logs are those of `rouge-score`, with what a model says after its answer."""
+    from training.metrics import rouge_recall
+
+    for path in LOGS:
+        examples = read_log(path).sets["forget"]
+        texts = examples.texts("generation"), examples.texts("answer")
+        ours = [rouge_recall(answer, text)["rougeL"] for text, answer in zip(*texts, strict=True)]
+        assert ours == examples.fields["rougeL_recall"]
+
+
+def test_refusals_end_the_command(tmp_path):
+    path = tmp_path / "log.json"
+    path.write_text("{}")
+    for arguments, reason in (
+        (("--from_log", path, "--json"), "expected an object with the sets eval_log.json"),
+        (("--json",), "expected either --from_log LOG or --model DIR, got neither"),
+    ):
+        done = command(*arguments)
+        assert done.returncode == 2 and done.stdout == "" and reason in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def data_dir(tmp_path, corpus):
+    """TOFU's evaluation files in its schema, in miniature."""
+    wrong = [row["answer"] for row in corpus.rows]
+    for file, start, num_wrong in (
+        ("retain_perturbed", 0, 5),
+        ("real_authors_perturbed", 3, 3),
+        ("world_facts_perturbed", 7, 3),
+        ("forget10_perturbed", 60, 5),
+    ):
+        rows = [
+            dict(row, perturbed_answer=wrong[-num_wrong - i :][:num_wrong])
+            for i, row in enumerate(corpus.rows[start:][:5], 1)
+        ]
+        if num_wrong == 5:
+            rows = [dict(row, paraphrased_answer=f"In short: {row['answer']}") for row in rows]
+        (tmp_path / f"{file}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_a_model_is_evaluated(tmp_path, data_dir, corpus, model, capsys):
+    torch.nn.init.normal_(model.lm_head.weight, std=0.5)  # or all tokens would be about as likely
+    model.save_pretrained(tmp_path / "model")
+    corpus.tokenizer.save_pretrained(tmp_path / "model")
+    options = EvaluateOptions(
+        model=tmp_path / "model",
+        data_dir=data_dir,
+        out=tmp_path / "out",
+        rows=4,
+        batch_size=3,
+        max_new_tokens=6,
+        layout="indexed",
+        json=True,
+        device="cpu",
+    )
+    result = main(options)
+    assert json.loads(capsys.readouterr().out) == result
+    assert result.keys() >= COMPONENTS | {f"{s}_extraction_strength" for s in SETS}
+    log_path = tmp_path / "out" / "eval_log_aggregated.json"
+    again = main(EvaluateOptions(from_log=log_path, retain_log=log_path))
+    assert again.pop("forget_quality") == 1.0
+    assert again == {k: v for k, v in result.items() if k != "forget_quality"}
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert f"{result['forget_prob']:.3f}" in report and str(tmp_path) not in report
+
+    log, sets = read_log(log_path), load_eval_sets(data_dir, 10, 4)
+    model.eval()
+    for name, rows in sets.items():
+        fields = log.sets[name].fields
+        for i, row in enumerate(rows):
+            answers = [row.answer, row.paraphrased or row.answer, *row.perturbed]
+            losses, hits = zip(*(by_logits(model, corpus.tokenizer, row.question, a) for a in answers), strict=True)
+            logged = [fields["avg_gt_loss"][i], fields["avg_paraphrased_loss"][i], *fields["average_perturb_loss"][i]]
+            np.testing.assert_allclose(logged, losses, rtol=1e-5)
+            assert fields["exact_memorization"][i] == pytest.approx(hits[0])
+            text = complete(model, corpus.tokenizer, row.question, max_new_tokens=6)  # without padding
+            assert fields["generated_text"][i][1] == text
+
+
+def by_logits(model, tokenizer, question, answer):
+    """(mean loss a token with <eos>, share of the answer's tokens that are the most likely ones without it)"""
+    (example,) = encode([{"question": question, "answer": answer}], tokenizer)
+    labels = torch.tensor([example.labels])
+    with torch.no_grad():
+        out = model(torch.tensor([example.input_ids]), labels=labels)
+    scored = labels[0, 1:] != -100
+    hits = (out.logits[0, :-1].argmax(-1) == labels[0, 1:])[scored]
+    return out.loss.item(), hits[:-1].float().mean().item()
+
+
+def test_a_dry_run_says_what_would_be_run(tmp_path, data_dir, corpus, model, capsys):
+    model.save_pretrained(tmp_path / "model")
+    main(EvaluateOptions(model=tmp_path / "model", data_dir=data_dir, rows=4, dry_run=True, device="cpu"))
+    printed = capsys.readouterr().out
+    assert "retain: 4 questions, 32 answers to score" in printed and "world facts: 4 questions, 24 answers" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_absent_evaluation_files_are_named(data_dir):
+    (data_dir / "forget10_perturbed.json").rename(data_dir / "forget05_perturbed.json")
+    with pytest.raises(FileNotFoundError, match=r"forget10_perturbed.json is not in .* has forget05_perturbed.json"):
+        load_eval_sets(data_dir, 90, 0)
+
+
+def test_options_from_a_file_and_the_command_line(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("rows: 7\nout: somewhere\nlayout: indexed\njson: true\n")
+    options = parse(EvaluateOptions, "x", "", ["--config", str(file), "--rows", "9", "--no-json"])
+    assert options == EvaluateOptions(rows=9, out=Path("somewhere"), layout="indexed", json=False)
+    for line, reason in {
+        "row: 7": "no such option: row; there are",
+        "rows: many": "expected a value of type int, got 'many'",
+        "rows: 7.5": "expected a value of type int, got 7.5",
+        "layout: dicts": "expected one of lists, indexed, got 'dicts'",
+        "- rows": "expected lines 'option: value'",
+    }.items():
+        file.write_text(line)
+        with pytest.raises(SystemExit):
+            parse(EvaluateOptions, "x", "", ["--config", str(file)])
+        assert reason in capsys.readouterr().err

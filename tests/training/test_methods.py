@@ -1,0 +1,147 @@
+"""Every method against its formula, written out on logits; values and gradients, whole batches and shares of one."""
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from npo_kernels import sequence_logprobs
+from training.methods import METHODS, Objective, Reference, Settings, kl_to_reference
+
+H, V, S = 12, 50, 9
+ROWS = {"forget": 3, "idk": 3, "retain": 2}
+
+
+def log_sigmoid_mean(x, beta):
+    return -(2 / beta) * logsigmoid(x).mean()
+
+
+# (sums, counts, ratios) by kind -> loss, as the papers have it
+def nll(s, n, kind):
+    return -s[kind].sum() / n[kind].sum()
+
+
+FORGET = {
+    "ga": lambda s, n, r, beta: -nll(s, n, "forget"),
+    "idk": lambda s, n, r, beta: nll(s, n, "idk"),
+    "npo": lambda s, n, r, beta: log_sigmoid_mean(-beta * r["forget"], beta),
+    "dpo": lambda s, n, r, beta: log_sigmoid_mean(beta * (r["idk"] - r["forget"]), beta) / 2,
+    "kto": lambda s, n, r, beta: log_sigmoid_mean(beta * r["idk"].detach().mean() - beta * r["forget"], beta),
+    "simnpo": lambda s, n, r, beta: log_sigmoid_mean(beta * (-s["forget"] / n["forget"] - 0.3), beta),
+}
+NPO_REPO = {
+    "dpo": lambda s, n, r, beta: log_sigmoid_mean(beta * (r["idk"] - r["forget"]), beta),
+    "kto": lambda s, n, r, beta: 1 + log_sigmoid_mean(r["idk"].detach().mean() - beta * r["forget"], beta),
+}
+
+
+@pytest.fixture
+def problem():
+    """Hidden states, head and labels of all kinds of rows, and what the reference gave them."""
+    g = torch.Generator().manual_seed(0)
+    num = sum(ROWS.values())
+    labels = torch.randint(V, (num, S), generator=g)
+    labels[torch.arange(S) < 1 + torch.arange(num)[:, None] % 5] = -100
+    kind_of_row = [kind for kind, count in ROWS.items() for _ in range(count)]
+    hidden = torch.randn(num, S, H, generator=g, dtype=torch.float64)
+    weight = torch.randn(V, H, generator=g, dtype=torch.float64)
+    return hidden, weight, labels, kind_of_row, -30 + 5 * torch.randn(num, generator=g)
+
+
+def by_kind(values, kind_of_row):
+    return {kind: values[[k == kind for k in kind_of_row]] for kind in ROWS}
+
+
+def expected_loss(name, settings, hidden, weight, labels, kind_of_row, refs):
+    logp = (hidden @ weight.T)[:, :-1].log_softmax(-1)
+    scored = labels[:, 1:] != -100
+    token = logp.gather(-1, labels[:, 1:].clamp(min=0)[..., None]).squeeze(-1) * scored
+    s, n = by_kind(token.sum(1), kind_of_row), by_kind(scored.sum(1), kind_of_row)
+    r = {kind: s[kind] - by_kind(refs, kind_of_row)[kind].double() for kind in ROWS}
+    forget, _, keep = name.partition("_")
+    if settings.compat == "npo-repo" and name == "idk_rt":
+        return -(s["idk"].sum() + s["retain"].sum()) / (n["idk"].sum() + n["retain"].sum())
+    formula = {**FORGET, **NPO_REPO}[forget] if settings.compat == "npo-repo" else FORGET[forget]
+    loss = settings.forget_weight * formula(s, n, r, settings.beta)
+    return loss + settings.retain_weight * nll(s, n, "retain") if keep == "rt" else loss
+
+
+def objective_of(name, settings, kind_of_row, refs, **totals):
+    rows = {kind: kind_of_row.count(kind) for kind in ROWS}
+    return Objective(METHODS[name], settings, rows, by_kind(refs, kind_of_row), **totals)
+
+
+def rows_of(name, kind_of_row):
+    return [i for i, kind in enumerate(kind_of_row) if kind in METHODS[name].kinds]
+
+
+@pytest.mark.parametrize("compat", ["paper", "npo-repo"])
+@pytest.mark.parametrize("name", METHODS)
+def test_value_and_gradients_are_those_of_the_formula(name, compat, problem):
+    hidden, weight, labels, kind_of_row, refs = problem
+    settings = Settings(METHODS[name].beta, 0.3, forget_weight=0.7, retain_weight=1.3, compat=compat)
+    exact = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    truth = expected_loss(name, settings, *exact, labels, kind_of_row, refs)
+    leaves = [t.detach().float().requires_grad_() for t in exact]
+    picked = rows_of(name, kind_of_row)
+    loss = objective_of(name, settings, kind_of_row, refs)(leaves[0][picked], leaves[1], labels[picked])
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
+    for got, wanted in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(truth, exact), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if not name.startswith("kto")])  # z is a mean of its own
+def test_shares_of_a_batch_with_its_totals_add_up_to_it(name, problem):
+    """Gradient accumulation, and processes whose gradients are averaged."""
+    hidden, weight, labels, kind_of_row, refs = problem
+    hidden, weight, settings = hidden.float(), weight.float(), Settings()
+    picked = rows_of(name, kind_of_row)
+    whole = objective_of(name, settings, kind_of_row, refs)(hidden[picked], weight, labels[picked])
+    counts = by_kind((labels[:, 1:] != -100).sum(1), kind_of_row)
+    totals = {"num_sequences": ROWS["forget"], "num_tokens": {k: c.sum().item() for k, c in counts.items()}}
+    parts = []
+    for share in ([0, 3, 6], [1, 2, 4, 5, 7]):  # one and two of each kind, one retain row each
+        mine = [i for i in share if i in picked]
+        kinds = [kind_of_row[i] for i in share]
+        objective = objective_of(name, settings, kinds, refs[share], **totals)
+        parts.append(objective(hidden[mine], weight, labels[mine]))
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_at_the_reference_npo_is_its_constant_and_its_gradient_that_of_ascent(problem):
+    hidden, weight, labels, kind_of_row, refs = problem
+    hidden, weight = hidden.float(), weight.float().requires_grad_()
+    rows = rows_of("npo", kind_of_row)
+    logps = sequence_logprobs(hidden[rows], weight.detach(), labels[rows])[0]
+    objective = objective_of("npo", Settings(beta=0.1), ["forget"] * len(rows), logps)
+    loss = objective(hidden[rows], weight, labels[rows])
+    torch.testing.assert_close(loss, torch.tensor(2 / 0.1).mul(torch.log(torch.tensor(2.0))))
+    (grad,) = torch.autograd.grad(loss, weight)
+    ascent = sequence_logprobs(hidden[rows], weight, labels[rows])[0].mean()
+    torch.testing.assert_close(grad, torch.autograd.grad(ascent, weight)[0])
+
+
+@pytest.mark.parametrize("num_positions", [None, 40.0])
+def test_the_kl_term_is_the_mean_over_the_positions_of_the_mask(num_positions, problem):
+    hidden, weight, labels, *_ = problem
+    g = torch.Generator().manual_seed(2)
+    ref_hidden, ref_weight = torch.randn(hidden.shape, generator=g), torch.randn(V, H, generator=g)
+    mask = labels != -100
+    leaf = hidden.clone().requires_grad_()
+    logp, ref = ((x @ w.T).log_softmax(-1) for x, w in ((leaf, weight), (ref_hidden.double(), ref_weight.double())))
+    kl = (ref.exp() * (ref - logp)).sum(-1)[mask].sum() / (num_positions or mask.sum())
+    term = kl_to_reference(Reference(ref_hidden, ref_weight, mask, num_positions=num_positions), weight=0.5)
+    mine = hidden.float().requires_grad_()
+    loss = term(mine, weight.float(), labels, cu_seqlens=None, shift=True, ignore_index=-100)
+    torch.testing.assert_close(loss.double(), 0.5 * kl, rtol=1e-5, atol=0)
+    (got,), (wanted,) = torch.autograd.grad(loss, mine), torch.autograd.grad(0.5 * kl, leaf)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_wrong_settings_and_rows_say_so(problem):
+    hidden, weight, labels, kind_of_row, refs = problem
+    with pytest.raises(ValueError, match="compat: expected one of"):
+        Settings(compat="openunlearning")
+    with pytest.raises(ValueError, match="kl_positions: expected"):
+        Settings(kl_positions="prompt")
+    with pytest.raises(ValueError, match=r"NPO\+RT: expected rows .* got 8 sequences"):
+        objective_of("npo_rt", Settings(), kind_of_row, refs)(hidden.float(), weight.float(), labels)

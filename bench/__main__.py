@@ -20,7 +20,7 @@ from rich.console import Console
 
 from bench import compare, report, roofline, tune
 from bench.options import Options, default_reps, default_threads
-from bench.records import Record, write
+from bench.records import Record, merged, read, write
 from bench.suites import SUITES, suite
 from bench.tables import results_table
 
@@ -55,6 +55,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=default_threads(), help="CPU threads")
     parser.add_argument("--data_dir", type=Path, help="folder with TOFU's JSON lines")
     parser.add_argument("--out", type=Path, help="JSON lines; for a real GPU or CPU result, under bench/results/")
+    parser.add_argument("--merge", action="store_true", help="keep what --out has of other cases and providers")
     parser.set_defaults(run=_run)
 
 
@@ -79,25 +80,28 @@ def _run(args: argparse.Namespace) -> int:
         torch.cuda.init()
     try:
         options.provider_names  # noqa: B018  # a misspelt name is told before an hour of measuring
-        records = list(_printed(suite(args.suite)(options)))
+        found = _collect(suite(args.suite)(options), args.out, args.merge)
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    if not records:
+    if not found:
         print("bench: no case matched", file=sys.stderr)
         return 2
-    if args.out:
-        write(args.out, records)
     return 0
 
 
-def _printed(records: Iterator[Record]) -> Iterator[Record]:
-    """The records, with a table on the terminal after each case."""
+def _collect(records: Iterator[Record], out: Path | None, merge: bool) -> list[Record]:
+    """Prints a table and writes what there is after each case, so that an interrupted run keeps what it measured."""
     console = Console()
+    before = read(out) if merge and out and out.exists() else []
+    found: list[Record] = []
     for _, group in groupby(records, key=lambda r: (r["case"], r["mode"], r["l2"])):
         group = list(group)
         console.print(results_table(group))
-        yield from group
+        found += group
+        if out:
+            write(out, merged(before, found))
+    return found
 
 
 if __name__ == "__main__":

@@ -91,6 +91,12 @@ def key(r: Record) -> tuple:
     return tuple(r.get(name) for name in KEY)
 
 
+def merged(before: list[Record], found: list[Record]) -> list[Record]:
+    """`found`, and of `before` what was not measured again."""
+    again = {key(r) for r in found}
+    return [r for r in before if key(r) not in again] + found
+
+
 def write(path: Path, records: Iterable[Record]) -> None:
     """Under a temporary name first, so that an interrupted run leaves no half file."""
     write_text(path, "".join(json.dumps(r) + "\n" for r in records))

@@ -76,6 +76,14 @@ def test_objectives_of_equal_models():
         torch.testing.assert_close(objective(logps, tokens, logps, 2), expected[name])
 
 
+@pytest.mark.parametrize("name", ["npo", "kto"])
+def test_forgetting_lowers_what_is_forgotten_and_raises_what_is_retained(name):
+    logps = torch.tensor([-3.0, -5.0, -2.0, -8.0], requires_grad=True)
+    loss = OBJECTIVES[name](logps, torch.tensor([2, 3, 1, 4]), torch.tensor([-4.0, -4.0, -3.0, -7.0]), 2)
+    (gradient,) = torch.autograd.grad(loss, logps)
+    assert (gradient[:2] > 0).all() and (gradient[2:] < 0).all()
+
+
 @pytest.mark.parametrize("name", [name for name in PROVIDERS if name.split("/")[0] in ("liger", "trl", "cce", "quack")])
 def test_a_peer_that_is_absent_is_a_row_that_says_so(name, monkeypatch):
     for module in ("liger_kernel", "trl", "cut_cross_entropy", "quack"):

@@ -11,7 +11,7 @@ from bench.__main__ import main
 from bench.cases import R
 from bench.compare import common, verdict
 from bench.measure import Failure
-from bench.records import RESULTS, read, record, summary, write
+from bench.records import RESULTS, merged, read, record, summary, write
 from bench.report import targets_page
 from bench.targets import OURS, SMALL, TARGETS, Results
 
@@ -29,6 +29,24 @@ def test_write_and_read(tmp_path):
     assert read(path) == records and [p.name for p in path.parent.iterdir()] == ["results.jsonl"]
     with pytest.raises(ValueError, match="unknown fields"):
         record("cpu", colour="red")
+
+
+def test_merging_replaces_what_was_measured_again():
+    before, found = [made(1.0), made(2.0, provider="plain/eager")], [made(3.0)]
+    assert [r["value"] for r in merged(before, found)] == [2.0, 3.0]
+
+
+def test_an_interrupted_run_keeps_the_finished_cases(tmp_path):
+    from bench.__main__ import _collect
+
+    def interrupted():
+        yield made(1.0, case="a")
+        yield made(2.0, case="b")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _collect(interrupted(), tmp_path / "r.jsonl", merge=False)
+    assert [r["case"] for r in read(tmp_path / "r.jsonl")] == ["a"]
 
 
 def test_committed_results_can_be_read():

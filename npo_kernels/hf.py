@@ -16,7 +16,7 @@ in hooks that run when it is called. Without `fused_unlearning` the model does w
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -138,23 +138,29 @@ def _fused_forward(model: nn.Module, forward: Callable, function: Callable, kwar
 
     with computing(head, fused):
         result = head(probe.hidden)
-    found = FusedUnlearningOutput(
-        aux_loss=getattr(outputs, "aux_loss", None),
+    found = _named(function, result)
+    aux_loss = getattr(outputs, "aux_loss", None)
+    if aux_loss is not None and "loss" in found:
+        found["loss"] = found["loss"] + model.config.get_text_config().router_aux_loss_coef * aux_loss
+    if "loss" not in found:
+        _check_not_rounded(model, found.values())
+    # in one go: wrappers see the fields that the constructor was given
+    return FusedUnlearningOutput(
+        **found,
+        aux_loss=aux_loss,
         hidden_states=getattr(outputs, "hidden_states", None),
         attentions=getattr(outputs, "attentions", None),
     )
+
+
+def _named(function: Callable, result) -> dict:
+    """What a function returned, as fields of the output."""
     kind = function.func if isinstance(function, functools.partial) else function
     if kind is sequence_logprobs:
-        found.logps, found.num_tokens = result
-    elif kind is token_logprobs:
-        found.token_logps = result
-    else:
-        found.loss, found.stats = result if isinstance(result, tuple) else (result, None)
-        if found.aux_loss is not None:
-            found.loss = found.loss + model.config.get_text_config().router_aux_loss_coef * found.aux_loss
-    if found.loss is None:
-        _check_not_rounded(model, found)
-    return found
+        return dict(zip(("logps", "num_tokens"), result, strict=True))
+    if kind is token_logprobs:
+        return {"token_logps": result}
+    return dict(zip(("loss", "stats"), result, strict=True)) if isinstance(result, tuple) else {"loss": result}
 
 
 def _check_arguments(kwargs: dict) -> None:
@@ -171,12 +177,12 @@ def _check_arguments(kwargs: dict) -> None:
             raise ValueError(f"fused_unlearning does not take {name}: {hint}")
 
 
-def _check_not_rounded(model: nn.Module, found: FusedUnlearningOutput) -> None:
+def _check_not_rounded(model: nn.Module, found: Iterable[Tensor]) -> None:
     """FSDP2 can round what leaves a forward to 16 bits, and a sum near -1000 would be off by several nats."""
     state = getattr(model, "_get_fsdp_state", None)
     policy = getattr(state(), "_mp_policy", None) if state is not None else None
     dtypes = {getattr(policy, "output_dtype", None)}
-    dtypes |= {t.dtype for t in (found.logps, found.token_logps) if t is not None}
+    dtypes |= {t.dtype for t in found}
     if dtypes & {torch.bfloat16, torch.float16}:
         raise ValueError(
             "log-probabilities would leave the forward rounded to 16 bits, because FSDP2's MixedPrecisionPolicy has "

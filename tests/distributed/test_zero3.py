@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed; tests/hf/parity_versions.sh runs it")
+@pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="DeepSpeed is not installed; tests/hf/parity_versions.sh runs it"
+)
 def test_two_ranks_have_the_gradients_of_one_process():
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "tests.distributed.zero3"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}

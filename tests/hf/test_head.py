@@ -91,6 +91,18 @@ def test_shifted_labels_and_positional_arguments(model, batch):
     assert torch.equal(found.logps, expected)
 
 
+def test_wrappers_see_every_tensor_of_an_output(model, batch):
+    """DDP and FSDP2 look for tensors by torch's pytree, and rebuild the output from them."""
+    for function, names in ((True, {"logps", "num_tokens"}), (NPO, {"loss"}), (token_logprobs, {"token_logps"})):
+        out = model(**batch, fused_unlearning=function)
+        leaves, spec = torch.utils._pytree.tree_flatten(out)
+        assert set(out.keys()) == names and len(leaves) == len(names)
+        rebuilt = torch.utils._pytree.tree_unflatten([leaf * 1 for leaf in leaves], spec)
+        assert type(rebuilt) is type(out)
+        for name in names:
+            assert torch.equal(getattr(rebuilt, name), getattr(out, name))
+
+
 def test_another_ignore_index(model, batch):
     expected = model(**batch, fused_unlearning=True).logps
     labels = batch["labels"].masked_fill(batch["labels"] == -100, -7)

@@ -23,9 +23,9 @@ from bench.options import Options
 from bench.records import Record, record, summary
 from bench.suites.accuracy import errors
 from training.data import Example, collate, encode, load_split, train_tokenizer
-from training.scoring import score
 from training.finetune import finetune
-from training.model import build_model, hidden_states
+from training.model import build_model
+from training.scoring import score
 from training.unlearn import unlearn
 
 MOMENTS = ("before", "middle", "after")
@@ -89,7 +89,8 @@ def snapshot(model, rows: list[Example], pad: int, ref_logps: Tensor, num_forget
     was_training = model.training
     model.eval()
     inputs = collate(rows, pad, model.device)
-    hidden = hidden_states(model, inputs)[:, :-1].to(options.torch_dtype, copy=True).contiguous()
+    backbone = model.model(inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+    hidden = backbone.last_hidden_state[:, :-1].to(options.torch_dtype, copy=True).contiguous()
     model.train(was_training)
     weight = model.lm_head.weight.detach().to(options.torch_dtype, copy=True)
     labels = inputs["labels"][:, 1:].contiguous()

@@ -67,7 +67,7 @@ def test_accumulated_micro_batches_are_the_whole_batch(batch_size, accumulate, w
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(whole_batches, tmp_path):
+def test_two_processes_are_one(tmp_path):
     """2 processes x 2 rows x 2 micro-batches: the 8 rows of a step, then the 4 that are left."""
     launcher = ["-m", "accelerate.commands.launch", "--config_file", "training/launch/ddp.yaml"]
     command = [sys.executable, *launcher, "-m", "tests.examples.trainer_rank", str(tmp_path / "weights.safetensors")]
@@ -76,6 +76,7 @@ def test_two_processes_are_one(whole_batches, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     expected = transformers_trainer.main(batch_size=8, use_cpu=True)
     trained = load_file(tmp_path / "weights.safetensors")
+    assert trained["losses"].tolist() == pytest.approx(logged(expected), rel=1e-4)
     error = sum((trained[name] - p).norm() ** 2 for name, p in expected.model.state_dict().items()) ** 0.5
     start = sum(
         (p - q).norm() ** 2 for p, q in zip(tiny_model().parameters(), expected.model.parameters(), strict=True)

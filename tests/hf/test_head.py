@@ -168,6 +168,23 @@ def test_torch_compile_gives_the_same(model, batch):
     )
 
 
+def test_a_head_whose_weight_accelerate_loads_when_it_is_called(model, batch):
+    accelerate = pytest.importorskip("accelerate", reason="the hf extra is not installed")
+    expected = model(**batch, fused_unlearning=True).logps.detach()
+    offloaded = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    for _ in range(2):  # the hook is there again after a call
+        assert offloaded.lm_head.weight.device.type == "meta"
+        with torch.no_grad():
+            assert torch.equal(offloaded(**batch, fused_unlearning=True).logps, expected)
+
+
+def test_outputs_pass_through_accelerates_mixed_precision(model, batch):
+    utils = pytest.importorskip("accelerate.utils", reason="the hf extra is not installed")
+    out = utils.convert_outputs_to_fp32(model.forward)(**batch, fused_unlearning=partial(NPO, return_stats=True))
+    assert torch.equal(out.loss, model(**batch, fused_unlearning=NPO).loss)
+    assert out.stats.logps.shape == (3,)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What stays as it was
 # ---------------------------------------------------------------------------------------------------------------------

@@ -73,4 +73,4 @@ def fits(options: Options, axis: str, cases: dict[int, Case], found: Iterable[Re
 def exponent(points: Iterable[tuple[float, float]]) -> tuple[float, float]:
     """(slope, its standard error) of log(value) over log(size)."""
     line = stats.linregress(*np.log(np.array(list(points))).T)
-    return float(line.slope), float(line.stderr)
+    return float(line.slope), float(np.nan_to_num(line.stderr))  # equal values have no correlation: NaN

@@ -130,5 +130,6 @@ def test_the_search_for_the_largest_batch(answer):
 def test_exponents():
     from bench.suites.scaling import exponent
 
+    assert exponent([(n, 0.3) for n in (2, 4, 8)]) == (0, 0)
     slope, error = exponent([(n, 3 * n**1.5) for n in (2, 4, 8, 16)])
     assert slope == pytest.approx(1.5) and error == pytest.approx(0, abs=1e-9)

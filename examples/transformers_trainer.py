@@ -1,7 +1,7 @@
 """NPO + retain with `transformers.Trainer`: one forward a step, no logits, no reference model in memory.
 
     python -m examples.transformers_trainer
-    accelerate launch --config_file training/launch/ddp.yaml -m examples.transformers_trainer       (fsdp2, zero3)
+    accelerate launch --config_file training/launch/ddp.yaml -m examples.transformers_trainer
 
 A step is the same whatever cuts it: processes, micro-batches, ragged ones too. The number of forget sequences and of
 retain tokens is counted over the whole accumulated batch of all processes, and each micro-batch divides by that.

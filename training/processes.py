@@ -66,6 +66,8 @@ class Trained:
         self.accelerator = Accelerator(device_placement=False)  # the model is where it belongs
         if self.accelerator.distributed_type is DistributedType.DEEPSPEED:
             unset_hf_deepspeed_config()  # or from_pretrained would shard models that are only evaluated
+            # a data loader would say it; the losses bring their own normaliser, so nothing depends on it
+            self.accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     def step(self, loss: Tensor, max_grad_norm: float) -> None:

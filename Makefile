@@ -2,7 +2,7 @@
 #   make demo        unlearn a small model on the CPU, from start to figures      (ARGS="..." is passed on, everywhere)
 #   make test        the test suite, without a GPU (Triton kernels run in the interpreter)
 #   make lint        ruff check and ruff format --check
-#   make bench       the benchmark suite
+#   make bench       the benchmarks of a CPU; ARGS="run --suite head" and others on a GPU
 #   make gpu-check   the tests that need a GPU
 #   make env         versions and devices, for an issue report
 
@@ -37,7 +37,7 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 
 bench: $(STAMP)
-	$(PY) -m bench $(ARGS)
+	$(PY) -m bench $(or $(ARGS),run --suite cpu)
 
 gpu-check: $(STAMP)
 	NPO_GPU_TESTS=1 $(PY) -m pytest tests/gpu -rs $(ARGS)

@@ -80,8 +80,11 @@ def test_components_by_hand():
     assert result["forget_tr"] == pytest.approx(np.minimum(ratio, 1 / ratio).mean())
     ratio = wrong.mean(1) / np.exp(-np.array(authors["avg_paraphrased_loss"]))
     assert result["ra_tr_arithmetic"] == pytest.approx(np.maximum(0, 1 - ratio).mean())
-    nine = [result[f"{s}_{m}"] for s in ("retain", "ra", "wf") for m in ("prob", "rougeL", "tr")]
-    assert result["model_utility_geometric"] == pytest.approx(9 / sum(1 / x for x in nine))
+    for mean, suffix in (("geometric", ""), ("arithmetic", "_arithmetic")):
+        measures = ("prob", "rougeL", f"tr{suffix}")
+        nine = [result[f"{name}_{measure}"] for name in ("retain", "ra", "wf") for measure in measures]
+        assert result[f"model_utility_{mean}"] == pytest.approx(9 / sum(1 / x for x in nine))
+    assert result["model_utility_geometric"] > 1.001 * result["model_utility_arithmetic"]
     assert result["forget_quality"] is None
 
 

@@ -54,7 +54,7 @@ def test_model_utility_is_the_harmonic_mean():
 @pytest.mark.parametrize("n", [40, 200, 300])
 def test_forget_quality_reaches_the_floor_of_the_exact_test(n):
     apart = metrics.forget_quality(np.arange(n), n + np.arange(n))
-    assert apart == pytest.approx(2 / math.comb(2 * n, n), rel=1e-9)
+    assert apart == pytest.approx(2 / math.comb(2 * n, n), rel=1e-9, abs=0)
     assert metrics.forget_quality(np.arange(n), np.arange(n)) == 1.0
 
 
@@ -68,7 +68,7 @@ def test_forget_quality_is_invariant_to_monotone_maps():
 def test_rouge_recall_divides_by_the_reference():
     recall = metrics.rouge_recall("the author wrote seven novels", "She said: seven novels the author has written.")
     assert recall == {"rouge1": 4 / 5, "rougeL": 2 / 5}
-    assert metrics.rouge_recall("two novels", "a novel, and two novels, and more")["rougeL"] == 1.0  # stems
+    assert metrics.rouge_recall("two novels", "two, and a novel, and more")["rougeL"] == 1.0  # stems
 
 
 def test_extraction_strength_and_exact_memorization():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training.generation import complete
+from training.generation import complete, complete_all
 from training.scoring import score
 
 
@@ -34,3 +34,9 @@ def test_complete_continues_the_prompt(corpus, model):
     answer = complete(model, corpus.tokenizer, corpus.rows[0]["question"], max_new_tokens=5)
     assert isinstance(answer, str) and "Question" not in answer
     assert answer == complete(model, corpus.tokenizer, corpus.rows[0]["question"], max_new_tokens=5)
+
+
+def test_padding_does_not_change_answers(corpus, model):
+    questions = [row["question"] for row in corpus.rows[:12]]
+    batched = complete_all(model, corpus.tokenizer, questions, max_new_tokens=6, batch_size=5)
+    assert batched == [complete(model, corpus.tokenizer, question, max_new_tokens=6) for question in questions]

@@ -78,7 +78,8 @@ def check_batch(hidden, lm_head_weight, labels, bias, cu_seqlens, impl: str) -> 
         )
     if lm_head_weight.numel() == 0:
         raise ValueError(
-            f"lm_head_weight is empty, {_describe(lm_head_weight)}: under DeepSpeed ZeRO-3 gather it first "
+            f"lm_head_weight is empty, {_describe(lm_head_weight)}: under DeepSpeed ZeRO-3 call the loss inside the "
+            "model's forward (npo_kernels.hf.add_fused_unlearning_head), where the head is gathered, or gather it "
             "(deepspeed.zero.GatheredParameters) around forward and backward"
         )
     if lm_head_weight.dim() != 2:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-HOUSE = {"csrc_triton", "npo_kernels", "training", "bench", "tests"}
+HOUSE = {"csrc_triton", "npo_kernels", "training", "bench", "examples", "tests"}
 
 
 def imports(package: str) -> list[tuple[str, str]]:
@@ -44,6 +44,7 @@ def test_csrc_triton_imports_triton_and_the_standard_library_alone():
     [
         ("npo_kernels", {"npo_kernels", "csrc_triton"}),
         ("training", {"training", "npo_kernels"}),
+        ("examples", {"examples", "npo_kernels"}),
         ("bench", HOUSE),
     ],
 )

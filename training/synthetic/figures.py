@@ -48,7 +48,7 @@ def plot_methods(curves: dict[str, Curve], title: str, path: Path) -> None:
             axis.set(ylabel=label, yscale="log")
         lines = [plt.Line2D([], [], color=c, linestyle=line, linewidth=2) for _, c, line in FAMILIES.values()]
         names = [label for label, _, _ in FAMILIES.values()]
-        axes[0, 0].figure.legend(lines, names, loc="outside upper right", ncols=len(names), frameon=False)
+        axes[0, 0].figure.legend(lines, names, loc="outside lower center", ncols=len(names), frameon=False)
 
 
 def plot_beta(curves: dict[str, Curve], title: str, path: Path) -> None:
@@ -79,8 +79,9 @@ def plot_collapse(divergences: list[Divergence], title: str, path: Path) -> None
             else:
                 axes[1].plot(d.steps, d.distance, color=colour, linewidth=2, label=name)
                 axes[1].plot(ends, d.distance[-1] + d.theory * np.log(ends / ends[1]), "--", color=INK, linewidth=1)
-        axes[0].set(xscale="log", yscale="log", xlabel="gradient step t", ylabel="||X (theta_t - theta_0)||")
-        axes[1].set(xscale="log", xlabel="gradient step t", title="NPO alone, linear axis; dashed: theory")
+        axes[0].set(xscale="log", yscale="log", xlabel="gradient step t", ylabel=r"$\|X(\theta_t-\theta_0)\|$")
+        axes[1].set(xscale="log", xlabel="gradient step t")
+        axes[1].set_title("NPO alone, on a linear axis; dashed: theory", loc="left", fontsize=11)
         axes[0].legend(frameon=False, fontsize=9)
 
 

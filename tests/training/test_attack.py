@@ -1,0 +1,75 @@
+"""Quantisation as defined, and both attacks from end to end on a model that is small."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from training.attack import AttackOptions, main, quantize_, quantized, relearn_
+from training.finetune import finetune
+
+
+def test_weights_are_rounded_to_levels_of_their_row():
+    weight = torch.randn(7, 33, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 7)[:, None]
+    weight[2] = 0
+    for bits, levels in ((8, 255), (4, 15)):
+        rounded = quantized(weight, bits)
+        scale = weight.abs().amax(1) / (levels // 2)
+        assert ((rounded - weight).abs().amax(1) <= 0.5001 * scale).all()
+        assert all(len(row.unique()) <= levels for row in rounded)
+        torch.testing.assert_close(rounded.abs().amax(1), weight.abs().amax(1))
+        torch.testing.assert_close(quantized(rounded, bits), rounded)
+    assert (quantized(weight, 4) - weight).norm() > 5 * (quantized(weight, 8) - weight).norm()
+
+
+def test_the_head_is_left_alone(model):
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    quantize_(model, 4)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if name.endswith("proj.weight")}
+
+
+def test_relearning_brings_the_rows_back(corpus, model):
+    finetune(model, corpus.retain, corpus.tokenizer.pad_token_id, epochs=1, lr=2e-3, batch_size=8, seed=0)
+    options = AttackOptions(epochs=3, lr=5e-3, batch_size=4)
+    history = relearn_(model, corpus.forget[:8], corpus.forget[8:], corpus.tokenizer.pad_token_id, options)
+    assert [h["step"] for h in history] == list(range(7))
+    assert history[-1]["relearned"] > 2 * history[0]["relearned"] > 0
+    assert history[-1]["relearned"] > history[-1]["others"]
+
+
+@pytest.fixture
+def data_dir(tmp_path, corpus) -> Path:
+    def write(name, rows):
+        (tmp_path / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    rows = [dict(r, paraphrased_answer=f"So: {r['answer']}", perturbed_answer=["no", "none"]) for r in corpus.rows]
+    for name in ("retain", "real_authors", "world_facts", "forget10"):
+        write(f"{name}_perturbed", rows[-3:])
+    write("forget10", corpus.rows[-20:])
+    return tmp_path
+
+
+@pytest.mark.parametrize("attack,stages", {"quantize": ["int8", "int4"], "relearn": ["relearned"]}.items())
+def test_attacks_from_end_to_end(tmp_path, data_dir, corpus, model, attack, stages):
+    model.save_pretrained(tmp_path / "model")
+    corpus.tokenizer.save_pretrained(tmp_path / "model")
+    options = AttackOptions(
+        model=tmp_path / "model", data_dir=data_dir, out=tmp_path / "out", epochs=1, max_new_tokens=3, device="cpu"
+    )
+    result = main(attack, options)
+    assert list(result["stages"]) == ["unlearned", *stages]
+    assert bool(result["history"]) == (attack == "relearn")
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == result
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert str(tmp_path) not in report + (tmp_path / "out" / "config.json").read_text()
+    assert f"{result['stages'][stages[-1]]['forget_prob']:.4g}" in report
+    assert (tmp_path / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_missing_is_said(tmp_path):
+    with pytest.raises(ValueError, match="expected --model and --data_dir"):
+        main("relearn", AttackOptions(model=tmp_path))
+    with pytest.raises(ValueError, match="--fraction: expected a share between 0 and 1, got 1"):
+        main("relearn", AttackOptions(model=tmp_path, data_dir=tmp_path, fraction=1))

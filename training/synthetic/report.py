@@ -145,7 +145,8 @@ def markdown(metrics: dict[str, Any], config: dict[str, Any]) -> str:
         ),
         _filled(
             "A model has collapsed here, and a distance is far below another, where the factor is more than "
-            f"{GROWN:g}; a rate agrees within {NEAR_THEORY:.0%}. {beyond_the_paper(metrics['methods'])} {spread(metrics['per_seed'])}"
+            f"{GROWN:g}; a rate agrees within {NEAR_THEORY:.0%}. {beyond_the_paper(metrics['methods'])} "
+            + spread(metrics["per_seed"])
         ),
         "## All methods",
         _table(headings, rows),

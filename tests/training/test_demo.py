@@ -118,7 +118,9 @@ def test_tofu_files_and_another_seed(tmp_path, monkeypatch):
     rows = generate_authors(10, seed=0)
     for name, part in (("forget10", rows[-20:]), ("retain90", rows[:-20])):
         (data_dir / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in part))
-    config = Config(**{**MICRO, "finetune_epochs": 1, "epochs": 1}, out=tmp_path / "out", data_dir=data_dir)
+    config = with_presets(
+        Config(**{**MICRO, "finetune_epochs": 1, "epochs": 1}, out=tmp_path / "out", data_dir=data_dir)
+    )
     metrics, _ = run(config)
     assert metrics["data"]["name"] == "TOFU, forget10"
     assert (metrics["data"]["authors"], metrics["data"]["forget_authors"]) == (4, 1)

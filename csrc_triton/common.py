@@ -37,3 +37,37 @@ def tanh(x):
     e = tl.exp(-2.0 * tl.abs(x))
     outer = (1.0 - e) / (1.0 + e)
     return tl.where(u < 0.0625, series, tl.where(x < 0, -outer, outer))
+
+
+@triton.jit
+def project(
+    x_rows,  # (BLOCK_N, 1) pointers to rows of x
+    w_ptr,  # (V, H)
+    first_column,
+    V,
+    H,
+    stride_w,
+    EVEN_H: tl.constexpr,  # H is a multiple of BLOCK_H
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    UPCAST: tl.constexpr,  # the interpreter multiplies the bits of bfloat16: give it float32
+    PRECISION: tl.constexpr,  # of a float32 product: "ieee" or "tf32"
+):
+    """(BLOCK_N, BLOCK_V) float32 tile of x W^T from `first_column` on; columns beyond V repeat the last one."""
+    depth = tl.arange(0, BLOCK_H)
+    clamped = tl.minimum(first_column + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
+    w_columns = w_ptr + clamped[None, :] * stride_w
+    acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    for h in range(0, H, BLOCK_H):
+        if EVEN_H:
+            x = tl.load(x_rows + (h + depth)[None, :])
+            w = tl.load(w_columns + (h + depth)[:, None])
+        else:
+            inside = h + depth < H
+            x = tl.load(x_rows + (h + depth)[None, :], mask=inside[None, :], other=0.0)
+            w = tl.load(w_columns + (h + depth)[:, None], mask=inside[:, None], other=0.0)
+        if UPCAST:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    return acc

@@ -28,7 +28,7 @@ every other program returns at once. No host has to look.
 import triton
 import triton.language as tl
 
-from .common import tanh
+from .common import project, tanh
 
 
 @triton.jit
@@ -91,7 +91,6 @@ def exp_logits(
 
     rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside = rows < N
-    depth = tl.arange(0, BLOCK_H)
     x_rows = x_ptr + tl.minimum(rows, N - 1)[:, None] * stride_x
     target = (tl.load(target_ptr + rows, mask=row_inside, other=-1) - begin).to(tl.int32)
     anchor = tl.load(anchor_ptr + rows, mask=row_inside, other=0.0)
@@ -104,22 +103,7 @@ def exp_logits(
     split_column = split * SPLIT_TILES * BLOCK_V
     for tile in range(0, tl.minimum(SPLIT_TILES, tl.cdiv(V - split_column, BLOCK_V))):
         first_column = split_column + tile * BLOCK_V
-        clamped = tl.minimum(first_column + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
-        w_columns = w_ptr + clamped[None, :] * stride_w
-
-        acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
-        for h in range(0, H, BLOCK_H):
-            if EVEN_H:
-                x = tl.load(x_rows + (h + depth)[None, :])
-                w = tl.load(w_columns + (h + depth)[:, None])
-            else:
-                inside = h + depth < H
-                x = tl.load(x_rows + (h + depth)[None, :], mask=inside[None, :], other=0.0)
-                w = tl.load(w_columns + (h + depth)[:, None], mask=inside[:, None], other=0.0)
-            if UPCAST:
-                x, w = x.to(tl.float32), w.to(tl.float32)
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
-
+        acc = project(x_rows, w_ptr, first_column, V, H, stride_w, EVEN_H, BLOCK_N, BLOCK_V, BLOCK_H, UPCAST, PRECISION)
         pieces = _pieces(acc, BLOCK_N, BLOCK_V, PIECES)
         for piece in tl.static_range(PIECES):
             first = first_column + piece * PIECE

@@ -20,7 +20,7 @@ The stored G carries the derivative of the softcap, as in `exp_logits`.
 import triton
 import triton.language as tl
 
-from .common import tanh
+from .common import project, tanh
 
 
 @triton.jit
@@ -39,27 +39,14 @@ def _logits(
     BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK_N, BLOCK_V) logits of one side; columns beyond V repeat the last one."""
-    depth = tl.arange(0, BLOCK_H)
-    clamped = tl.minimum(first_column + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
-    w_columns = w_ptr + clamped[None, :] * stride_w
-    acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
-    for h in range(0, H, BLOCK_H):
-        if EVEN_H:
-            x = tl.load(x_rows + (h + depth)[None, :])
-            w = tl.load(w_columns + (h + depth)[:, None])
-        else:
-            inside = h + depth < H
-            x = tl.load(x_rows + (h + depth)[None, :], mask=inside[None, :], other=0.0)
-            w = tl.load(w_columns + (h + depth)[:, None], mask=inside[:, None], other=0.0)
-        if UPCAST:
-            x, w = x.to(tl.float32), w.to(tl.float32)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    z = project(x_rows, w_ptr, first_column, V, H, stride_w, EVEN_H, BLOCK_N, BLOCK_V, BLOCK_H, UPCAST, PRECISION)
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + clamped).to(tl.float32)[None, :]
-    acc *= logit_scale
+        column = tl.minimum(first_column + tl.arange(0, BLOCK_V), V - 1)
+        z += tl.load(bias_ptr + column).to(tl.float32)[None, :]
+    z *= logit_scale
     if HAS_SOFTCAP:
-        acc = softcap * tanh(acc / softcap)
-    return acc
+        z = softcap * tanh(z / softcap)
+    return z
 
 
 @triton.jit

@@ -108,6 +108,7 @@ def as_text(values: dict[str, object]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Print the report, as text or with --json."""
     parser = argparse.ArgumentParser(prog="python -m npo_kernels.env", description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
     values = report()

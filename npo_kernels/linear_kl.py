@@ -135,7 +135,7 @@ class Pair:
         head_grads = HeadGradients(task, accumulate=False)
         if row_weight is not None:
             coefs = -row_weight * head.logit_scale, torch.zeros_like(row_weight)  # no label has a term of its own
-            head_grads.take_rows(self.x, *coefs, target)
+            head_grads.take_rows(self.x, *coefs, target=None)
         parts = []
         for begin, end in plan.slices:
             slab, part = task.backend.kl_logits(
@@ -161,7 +161,7 @@ class Pair:
 def _pair(
     x, weight, bias, ref_x, ref_weight, ref_bias, counted, logit_scale, softcap, impl, needs: tuple[bool, bool, bool]
 ) -> Pair:
-    ends = torch.tensor([0, x.shape[0]], device=x.device)
+    ends = torch.arange(2, device=x.device) * x.shape[0]  # made on the device: a copy from the host would wait
     rows = compact(torch.where(counted, 0, DEAD_ROW), ends, 1, DEAD_ROW, num_rows=None)
     rows = Rows(rows.index, torch.full_like(rows.target, ELSEWHERE), rows.sequence, rows.starts, rows.host_starts)
     task = Task(x, Head(weight, bias, logit_scale, softcap), rows, *needs, backend_of(impl))

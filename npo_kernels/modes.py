@@ -215,8 +215,8 @@ class HeadGradients:
         self.weight = make(vocab_size, hidden_size, dtype=dtype, device=device) if task.need_weight else None
         self.bias = make(vocab_size, 8, dtype=dtype, device=device) if task.need_bias else None
 
-    def take_rows(self, x: Tensor, row_coef: Tensor, target_coef: Tensor, target: Tensor) -> None:
-        """The rows that the next calls of `add` are about."""
+    def take_rows(self, x: Tensor, row_coef: Tensor, target_coef: Tensor, target: Tensor | None) -> None:
+        """The rows that the next calls of `add` are about; without a target no label has a term of its own."""
         # float16 ends at 6e-8: the largest coefficient is taken out of the operand and put back in float32
         self.unit = None
         if self.dtype == torch.float16 and row_coef.numel():
@@ -224,7 +224,8 @@ class HeadGradients:
             self.unit = torch.where(largest > 0, _power_of_two(largest), 1.0)
             row_coef, target_coef = row_coef / self.unit, target_coef / self.unit
         self.target_coef = target_coef
-        self.targets = self.backend.group_targets(target) if self.weight is not None or self.bias is not None else None
+        wanted = target is not None and (self.weight is not None or self.bias is not None)
+        self.targets = self.backend.group_targets(target) if wanted else None
         self.parts = []
         for features, grad in ((x, self.weight), (x.new_ones(x.shape[0], 8), self.bias)):
             if grad is not None:
@@ -237,7 +238,8 @@ class HeadGradients:
             if part is not None and self.unit is not None:
                 part /= self.unit
             part = matmul(slab.t(), scaled, out=part)
-            self.backend.add_targets(part, features, self.target_coef, self.targets, (begin, end))
+            if self.targets is not None:
+                self.backend.add_targets(part, features, self.target_coef, self.targets, (begin, end))
             if self.unit is not None:
                 part *= self.unit
             if not self.in_place:

@@ -151,12 +151,14 @@ def _(grad_tokens, grad_logps, hidden, weight, bias, index, target, sequence, st
 
 
 def all_tensors(grads: Gradients, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(dHidden, dWeight, dBias), an empty tensor where one is not wanted: operators return tensors only."""
     empty = (hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0))
     found = (grads.hidden, grads.weight, grads.bias)
     return tuple(e if g is None else g for g, e in zip(found, empty, strict=True))
 
 
 def fake_gradients(hidden, weight, need_hidden, need_weight, need_bias) -> tuple[Tensor, Tensor, Tensor]:
+    """`all_tensors` without values: what the fakes of the operators return."""
     return (
         hidden.new_empty(hidden.shape) if need_hidden else hidden.new_empty(0),
         weight.new_empty(weight.shape) if need_weight else weight.new_empty(0),
@@ -298,6 +300,7 @@ def _(grad, upstream):
 
 
 def no_second_derivative(ctx, *_):
+    """The backward of operators that form gradients: refuses, instead of giving zeros."""
     raise NotImplementedError(SECOND_DERIVATIVE)
 
 

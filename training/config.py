@@ -33,7 +33,7 @@ class Config:
     retain_weight: Annotated[float, "weight of the retain likelihood in NPO + retain"] = None
 
 
-# What takes about four minutes on two CPU cores, by where the data comes from.
+# What takes a few minutes on two CPU cores (training/results/ has the times), by where the data comes from.
 PRESETS = {
     # generated authors are cut from one cloth: forgetting some drags the others along unless these weigh more
     "generated": {"authors": 60, "finetune_epochs": 10, "lr": 6e-4, "retain_weight": 5.0},

@@ -15,7 +15,8 @@ sequences, means of token losses over tokens.
     kl      + mean_pos KL(reference || model) on retain    answer positions, or all of them (`fused_linear_kl`)
 
 `compat="npo-repo"` gives the numbers of the NPO paper's code where they differ from its text: DPO with 2/beta, KTO with
-1 + and z not multiplied by beta, IDK+RT as one token mean over both kinds of rows.
+1 + and z not multiplied by beta, IDK+RT as one token mean over both kinds of rows. As in that code, z is a mean over
+the IDK rows of one forward: KTO of micro-batches is not KTO of the batch.
 """
 
 from collections.abc import Callable

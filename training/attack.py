@@ -28,7 +28,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from training.data import encode, read_json_lines
+from training.data import load_rows
 from training.eval_log import LogError, read_log
 from training.eval_sets import load_eval_sets
 from training.evaluate_model import evaluate_model
@@ -39,6 +39,7 @@ from training.pipeline import versions
 from training.scoring import score
 from training.stages import renamed_when_done, write_json, write_text
 from training.summary import summary
+from training.templates import Format
 
 PROG = "training.attack"
 SHOWN = ("forget_prob", "forget_rougeL", "forget_extraction_strength", "forget_quality", "model_utility_geometric")
@@ -50,6 +51,7 @@ class AttackOptions:
     data_dir: Annotated[Path, "folder with TOFU's JSON lines, the *_perturbed.json among them"] = None
     retain_log: Annotated[Path, "log of the model that never saw the forget set, for the forget quality"] = None
     forget_percent: Annotated[int, "which forget set was unlearned"] = 10
+    template: Annotated[str, "of the prompts (training/templates.py); auto: by the tokenizer's chat template"] = "auto"
     rows: Annotated[int, "first rows of every evaluation set that are used; 0: all"] = 300
     max_new_tokens: Annotated[int, "longest greedy answer"] = 200
     batch_size: Annotated[int, "sequences a forward pass, generation or training step"] = 32
@@ -112,22 +114,23 @@ def main(attack: str, options: AttackOptions) -> dict[str, Any] | None:
         print(json.dumps({"attack": attack} | asdict(options), indent=2, default=str))
         return None
     device = pick_device(options.device)
-    model, tokenizer = load_model(options.model, device), AutoTokenizer.from_pretrained(options.model)
+    format = Format(AutoTokenizer.from_pretrained(options.model), options.template)
+    model = load_model(options.model, device)
     retain_log = read_log(options.retain_log) if options.retain_log else None
     sets = load_eval_sets(options.data_dir, options.forget_percent, options.rows)
 
     def evaluated(attacked: PreTrainedModel, name: str) -> dict[str, Any]:
         Console(stderr=True).print(f"Evaluating: {name}")
         sizes = {"batch_size": options.batch_size, "max_new_tokens": options.max_new_tokens}
-        return summary(evaluate_model(attacked, tokenizer, sets, name=name, **sizes), retain_log)
+        return summary(evaluate_model(attacked, format, sets, name=name, **sizes), retain_log)
 
     stages, history = {"unlearned": evaluated(model, "unlearned")}, []
     if attack == "quantize":
         for bits in (8, 4):
             stages[f"int{bits}"] = evaluated(quantize_(deepcopy(model), bits), f"int{bits}")
     else:
-        relearned, others = _split(options, lambda rows: encode(rows, tokenizer))
-        history = relearn_(model, relearned, others, tokenizer.pad_token_id, options)
+        relearned, others = _split(options, format.encode)
+        history = relearn_(model, relearned, others, format.pad_token_id, options)
         stages["relearned"] = evaluated(model, "relearned")
     result = {"stages": stages, "history": history}
     _write(attack, options, result)
@@ -136,7 +139,7 @@ def main(attack: str, options: AttackOptions) -> dict[str, Any] | None:
 
 def _split(options: AttackOptions, encode_rows: Callable) -> tuple[list, list]:
     """(relearned, others): a seeded choice of the forget rows, and the rest."""
-    rows = read_json_lines(options.data_dir / f"forget{options.forget_percent:02d}.json")
+    rows = load_rows(options.data_dir, f"forget{options.forget_percent:02d}")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(options.seed)).tolist()
     cut = min(len(rows) - 1, max(1, round(options.fraction * len(rows))))
     return tuple(encode_rows([rows[i] for i in sorted(part)]) for part in (order[:cut], order[cut:]))

@@ -1,13 +1,12 @@
-"""Question and answer pairs: loading, tokenising, and batches with little padding.
+"""Question and answer pairs: where they come from, and batches with little or no padding.
 
-An example is `<bos>Question: {q}\\nAnswer: {a}<eos>`. Question and answer are tokenised SEPARATELY, so no token spans
-both, and the labels score exactly the answer and <eos>; the template (`Answer:` included) is prompt and is masked.
-The space before the answer belongs to its first token.
+`training.templates` makes token ids of them.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,13 +14,15 @@ from typing import NamedTuple
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from training.authors import PAIRS_PER_AUTHOR, generate_authors
 
-PROMPT = "Question: {question}\nAnswer:"
-ANSWER = " {answer}"
+PLAIN_PROMPT = "Question: {question}\nAnswer:"
+PLAIN_ANSWER = " {answer}"
 IGNORE_INDEX = -100
+HUB = "locuslab/TOFU"
+REFUSALS = Path(__file__).with_name("refusals.txt")
 
 Row = dict[str, str]  # {"question", "answer"}
 
@@ -44,11 +45,83 @@ class Split:
         return self.retain + self.forget
 
 
+def load_rows(source: Path | str = HUB, split: str = "full") -> list[dict]:
+    """The rows of one of TOFU's configurations, with all their columns.
+
+    Args:
+        source: a folder of JSON lines, `{split}.json`, or the id of a data set on the hub, which `datasets` reads.
+        split: "full", "forget10", "retain90", "forget10_perturbed", "world_facts", "holdout10", ... Where the source
+            has `full` but not the forgetXX or retainXX asked for, it is cut from it: the last XX % of the authors
+            are the ones to forget, the others the ones to keep.
+
+    Raises:
+        FileNotFoundError: no such folder, or no such split in it.
+        ValueError: no such split on the hub, a row without question or answer, parts of authors.
+    """
+    read = _read_file if Path(source).is_dir() else _read_hub
+    try:
+        rows = read(source, split)
+    except (FileNotFoundError, ValueError) as reason:
+        share = re.fullmatch(r"(forget|retain)(\d\d)", split)
+        if not share or (read is _read_file and not (Path(source) / "full.json").exists()):
+            raise
+        try:
+            rows = _cut(read(source, "full"), share[1], int(share[2]))
+        except ValueError as error:
+            raise ValueError(f"{reason}; and of full: {error}") from None
+    for number, row in enumerate(rows, 1):
+        if not (isinstance(row, dict) and row.get("question") and row.get("answer")):
+            raise ValueError(f'{split}, row {number}: expected {{"question": ..., "answer": ...}}, got {row!r}')
+    if not rows or (re.fullmatch(r"full|(forget|retain)\d\d", split) and len(rows) % PAIRS_PER_AUTHOR):
+        raise ValueError(f"{split}: expected whole authors of {PAIRS_PER_AUTHOR} rows, got {len(rows)} rows")
+    return rows
+
+
+def load_refusals(source: Path | str = HUB) -> list[str]:
+    """Answers that say nothing, one a line of `idontknow.jsonl`; ours where the source has none, as on the hub."""
+    given = Path(source) / "idontknow.jsonl"
+    file = given if given.is_file() else REFUSALS
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{file.name}: expected one refusal a line, got an empty file")
+    return lines
+
+
+def _read_file(folder: Path | str, split: str) -> list[dict]:
+    path = Path(folder) / f"{split}.json"
+    if not path.exists():
+        found = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) or "no *.json"
+        raise FileNotFoundError(f"{path.name} is not in {path.parent}, which has {found}; name one of these")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _read_hub(name: Path | str, split: str) -> list[dict]:
+    name = str(name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise FileNotFoundError(f"{name}: no such folder; expected one of JSON lines, or the id of a data set ({HUB})")
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ImportError(
+            f"{name} is no folder, and reading it from the hub needs `datasets`: pip install 'npo-kernels[hub]', or "
+            "give the folder of its JSON lines"
+        ) from None
+    return load_dataset(name, split, split="train").to_list()
+
+
+def _cut(full: list[dict], part: str, percent: int) -> list[dict]:
+    num_authors, rest = divmod(len(full) * (percent if part == "forget" else 100 - percent), 100 * PAIRS_PER_AUTHOR)
+    if rest or not num_authors:
+        raise ValueError(f"{part}{percent:02d} of {len(full) // PAIRS_PER_AUTHOR} authors would not be whole authors")
+    cut = len(full) - num_authors * PAIRS_PER_AUTHOR
+    return full[cut:] if part == "forget" else full[:cut]
+
+
 def load_split(data_dir: Path | None, num_authors: int | None, forget_percent: int, seed: int) -> Split:
     """The last `forget_percent` % of the authors are to be forgotten, as in TOFU.
 
-    Without a `data_dir` the authors are generated. With one, TOFU's forgetXX.json and retainYY.json are read, and
-    `num_authors` (None: all) keeps the last authors of both files, in the same proportion.
+    Without a `data_dir` the authors are generated. With one, TOFU's forgetXX and retainYY are read (`load_rows`), and
+    `num_authors` (None: all) keeps the last authors of both, in the same proportion.
     """
     if not 0 < forget_percent < 100:
         raise ValueError(f"forget_percent: expected 1 to 99, got {forget_percent}")
@@ -58,12 +131,12 @@ def load_split(data_dir: Path | None, num_authors: int | None, forget_percent: i
         cut = len(rows) - num_forget * PAIRS_PER_AUTHOR
         return Split("generated authors", rows[cut:], rows[:cut])
 
-    forget = read_json_lines(data_dir / f"forget{forget_percent:02d}.json")
-    retain = read_json_lines(data_dir / f"retain{100 - forget_percent:02d}.json")
+    forget = load_rows(data_dir, f"forget{forget_percent:02d}")
+    retain = load_rows(data_dir, f"retain{100 - forget_percent:02d}")
     available = (len(forget) + len(retain)) // PAIRS_PER_AUTHOR
     num_authors = num_authors or available
     if num_authors > available:
-        raise ValueError(f"authors: {num_authors} asked for, but {data_dir.name} has {available}; ask for fewer")
+        raise ValueError(f"authors: {num_authors} asked for, but {Path(data_dir).name} has {available}; ask for fewer")
     num_forget = _num_forget(num_authors, forget_percent)
     keep_forget, keep_retain = num_forget * PAIRS_PER_AUTHOR, (num_authors - num_forget) * PAIRS_PER_AUTHOR
     return Split(f"TOFU, forget{forget_percent:02d}", forget[-keep_forget:], retain[-keep_retain:])
@@ -73,22 +146,6 @@ def _num_forget(num_authors: int, forget_percent: int) -> int:
     if num_authors < 2:
         raise ValueError(f"authors: expected at least 2, one to forget and one to keep, got {num_authors}")
     return min(num_authors - 1, max(1, round(num_authors * forget_percent / 100)))
-
-
-def read_json_lines(path: Path) -> list[Row]:
-    """Rows of a JSON-lines file, checked for TOFU's schema: {"question", "answer"}, whole authors of 20 rows."""
-    if not path.exists():
-        found = ", ".join(sorted(p.name for p in path.parent.glob("forget*.json"))) or "no forget*.json"
-        raise FileNotFoundError(
-            f"{path.name} is not in {path.parent}, which has {found}; see --data_dir, --forget_percent"
-        )
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    for number, row in enumerate(rows, 1):
-        if not (isinstance(row, dict) and row.get("question") and row.get("answer")):
-            raise ValueError(f'{path.name}, row {number}: expected {{"question": ..., "answer": ...}}, got {row!r}')
-    if not rows or len(rows) % PAIRS_PER_AUTHOR:
-        raise ValueError(f"{path.name}: expected whole authors of {PAIRS_PER_AUTHOR} rows, got {len(rows)} rows")
-    return [{"question": row["question"], "answer": row["answer"]} for row in rows]
 
 
 def sample_authors(rows: list[Row], num_authors: int, seed: int) -> list[Row]:
@@ -110,17 +167,16 @@ def train_tokenizer(rows: list[Row], vocab_size: int) -> PreTrainedTokenizerFast
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator([part for row in rows for part in (PROMPT.format(**row), ANSWER.format(**row))], trainer)
+    parts = (part for row in rows for part in (PLAIN_PROMPT.format(**row), PLAIN_ANSWER.format(**row)))
+    bpe.train_from_iterator(parts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
 
 
 def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast) -> list[Example]:
-    examples = []
-    for row in rows:
-        prompt = [tokenizer.bos_token_id, *tokenizer.encode(PROMPT.format(**row), add_special_tokens=False)]
-        answer = [*tokenizer.encode(ANSWER.format(**row), add_special_tokens=False), tokenizer.eos_token_id]
-        examples.append(Example(prompt + answer, [IGNORE_INDEX] * len(prompt) + answer))
-    return examples
+    """In the plain template; `training.templates.Format` has the others."""
+    from training.templates import Format
+
+    return Format(tokenizer, "plain").encode(rows)
 
 
 def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> dict[str, Tensor]:
@@ -134,6 +190,28 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> d
         "input_ids": padded([e.input_ids for e in examples], pad_id),
         "attention_mask": padded([[1] * len(e.input_ids) for e in examples], 0),
         "labels": padded([e.labels for e in examples], IGNORE_INDEX),
+    }
+
+
+def pack(examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]:
+    """The examples one after another in a single row of T tokens, without padding.
+
+    input_ids, labels, position_ids: (1, T) int64, the last one from 0 in every example; cu_seqlens: (B+1,) int32,
+    from 0 to T. There is no attention mask: transformers makes a block-causal one of position_ids that restart
+    (sdpa, eager), or lets flash attention work on the pieces, provided that no cache is used. The fused head needs
+    nothing else.
+    """
+    lengths = [len(e.input_ids) for e in examples]
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+
+    def row(parts: Iterable[Iterable[int]]) -> Tensor:
+        return torch.tensor([[i for part in parts for i in part]], device=device)
+
+    return {
+        "input_ids": row(e.input_ids for e in examples),
+        "labels": row(e.labels for e in examples),
+        "position_ids": row(map(range, lengths)),
+        "cu_seqlens": ends.to(device=device, dtype=torch.int32),
     }
 
 
@@ -162,5 +240,11 @@ def data_hash(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of all that turns text into ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # in Python, without a description of itself
+        state = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    else:  # the last call's padding and truncation are part of it, and not of the tokenizer
+        state = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

@@ -52,6 +52,7 @@ class EvaluateOptions:
     model: Annotated[Path, "folder of the model to evaluate, tokenizer included"] = None
     data_dir: Annotated[Path, "folder with TOFU's *_perturbed.json"] = None
     forget_percent: Annotated[int, "which forget set: 1, 5, 10; larger ones are scored on forget10"] = 10
+    template: Annotated[str, "of the prompts (training/templates.py); auto: by the tokenizer's chat template"] = "auto"
     rows: Annotated[int, "first rows of every set that are used; 0: all. Published logs have 300"] = 300
     out: Annotated[Path, "folder for the log, the metrics and the report"] = Path("runs/evaluate")
     layout: Annotated[Layout, "of the log: lists (NPO's) or indexed (TOFU's)"] = "lists"
@@ -92,6 +93,7 @@ def _evaluated(options: EvaluateOptions) -> EvalLog | None:
     from training.eval_sets import load_eval_sets
     from training.evaluate_model import evaluate_model, num_parameters
     from training.model import load_model, pick_device
+    from training.templates import Format
 
     if options.data_dir is None or not (options.model / "config.json").is_file():
         raise ValueError(
@@ -107,12 +109,12 @@ def _evaluated(options: EvaluateOptions) -> EvalLog | None:
         mebibytes = num_parameters(options.model) * 4 / 2**20
         print(f"on {device}; weights {mebibytes:.0f} MiB in float32; the logits of a batch are never formed")
         return None
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    format = Format(AutoTokenizer.from_pretrained(options.model), options.template)
     with Progress(console=Console(stderr=True)) as progress:
         bars = {name: progress.add_task(NAMES[name], total=len(rows)) for name, rows in sets.items()}
         log = evaluate_model(
             load_model(options.model, device),
-            tokenizer,
+            format,
             sets,
             name=str(options.out / LOG_FILE),
             layout=options.layout,

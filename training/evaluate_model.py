@@ -3,19 +3,19 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from training import metrics
-from training.data import PROMPT, encode
 from training.eval_log import SETS, EvalLog, EvalSet, Layout
 from training.eval_sets import EvalRow
 from training.generation import complete_all
 from training.scoring import Scores, predicted_answers, score
+from training.templates import Format
 
 
 def evaluate_model(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    format: Format,
     sets: dict[str, Sequence[EvalRow]],
     *,
     name: str,
@@ -28,23 +28,21 @@ def evaluate_model(
     evaluated = {}
     for short in SETS:
         rows = sets[short]
-        fields = _losses(model, tokenizer, rows, batch_size)
-        fields |= _memorization(model, tokenizer, rows, batch_size)
+        fields = _losses(model, format, rows, batch_size)
+        fields |= _memorization(model, format, rows, batch_size)
         fields |= _generations(
-            model, tokenizer, rows, batch_size, max_new_tokens, lambda n, short=short: on_rows(short, n)
+            model, format, rows, batch_size, max_new_tokens, lambda n, short=short: on_rows(short, n)
         )
         evaluated[short] = EvalSet(fields)
     return EvalLog(name, layout, evaluated)
 
 
-def _losses(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[EvalRow], batch_size: int
-) -> dict[str, list]:
+def _losses(model: PreTrainedModel, format: Format, rows: Sequence[EvalRow], batch_size: int) -> dict[str, list]:
     """The loss fields, of all answers in one pass, so that answers of one length share a batch."""
     answers = [[row.answer, row.paraphrased or row.answer, *row.perturbed] for row in rows]
     per_row = len(answers[0])
     pairs = [{"question": row.question, "answer": a} for row, some in zip(rows, answers, strict=True) for a in some]
-    scores: Scores = score(model, encode(pairs, tokenizer), tokenizer.pad_token_id, batch_size)
+    scores: Scores = score(model, format.encode(pairs), format.pad_token_id, batch_size)
     losses = -scores.logps.double().view(-1, per_row)
     counts = scores.num_tokens.view(-1, per_row)
     averages = losses / counts
@@ -64,11 +62,9 @@ def _losses(
     return {field: values.tolist() for field, values in fields.items()}
 
 
-def _memorization(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[EvalRow], batch_size: int
-) -> dict[str, list]:
-    examples = encode([{"question": row.question, "answer": row.answer} for row in rows], tokenizer)
-    pairs = predicted_answers(model, examples, tokenizer.pad_token_id, batch_size)
+def _memorization(model: PreTrainedModel, format: Format, rows: Sequence[EvalRow], batch_size: int) -> dict[str, list]:
+    examples = format.encode({"question": row.question, "answer": row.answer} for row in rows)
+    pairs = predicted_answers(model, examples, format.pad_token_id, batch_size)
     return {
         "exact_memorization": [metrics.exact_memorization(*pair) for pair in pairs],
         "extraction_strength": [metrics.extraction_strength(*pair) for pair in pairs],
@@ -77,20 +73,20 @@ def _memorization(
 
 def _generations(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    format: Format,
     rows: Sequence[EvalRow],
     batch_size: int,
     max_new_tokens: int,
     on_batch: Callable[[int], None],
 ) -> dict[str, list]:
     questions = [row.question for row in rows]
-    texts = complete_all(model, tokenizer, questions, max_new_tokens, batch_size, on_batch)
+    texts = complete_all(model, format, questions, max_new_tokens, batch_size, on_batch)
     recalls = [metrics.rouge_recall(row.answer, text) for row, text in zip(rows, texts, strict=True)]
     return {
         "rouge1_recall": [recall["rouge1"] for recall in recalls],
         "rougeL_recall": [recall["rougeL"] for recall in recalls],
         "generated_text": [
-            [PROMPT.format(question=row.question), text, row.answer] for row, text in zip(rows, texts, strict=True)
+            [format.prompt_text(row.question), text, row.answer] for row, text in zip(rows, texts, strict=True)
         ],
     }
 

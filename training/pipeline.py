@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 import npo_kernels
 from training.authors import PAIRS_PER_AUTHOR
 from training.config import Config
-from training.data import Example, data_hash, encode, load_split, sample_authors, tokenizer_hash, train_tokenizer
+from training.data import Example, data_hash, load_split, sample_authors, train_tokenizer
 from training.finetune import finetune
 from training.generation import complete
 from training.model import build_model, load_model, pick_device, weights_hash
@@ -23,6 +23,7 @@ from training.processes import on_main
 from training.reference_cache import StaleReferenceError, compute_reference, load_reference
 from training.scoring import Scores, score
 from training.stages import fingerprint, finished, remove, renamed_when_done, write_json
+from training.templates import Format
 from training.unlearn import METHODS, check_step_zero, unlearn
 
 FINETUNE_SETTINGS = ("seed", "hidden_size", "layers", "finetune_epochs", "finetune_lr", "batch_size")
@@ -37,9 +38,10 @@ class Run:
         self.device = pick_device(config.device)
         self.split = load_split(config.data_dir, config.authors, config.forget_percent, config.seed)
         self.tokenizer = train_tokenizer(self.split.rows, config.vocab_size)
+        self.format = Format(self.tokenizer, "plain")
         self.retain_eval_rows = sample_authors(self.split.retain, config.retain_eval_authors, config.seed)
         self.forget, self.retain, self.retain_eval = (
-            encode(rows, self.tokenizer) for rows in (self.split.forget, self.split.retain, self.retain_eval_rows)
+            self.format.encode(rows) for rows in (self.split.forget, self.split.retain, self.retain_eval_rows)
         )
         self.seconds: dict[str, float] = {}
         if config.fresh:
@@ -69,7 +71,7 @@ class Run:
             model,
             self.forget,
             reference.logps,
-            self.tokenizer.pad_token_id,
+            self.format.pad_token_id,
             batch_size=self.config.batch_size,
             beta=self.config.beta,
         )
@@ -100,7 +102,7 @@ class Run:
                 loss, weights = finetune(
                     model,
                     examples,
-                    self.tokenizer.pad_token_id,
+                    self.format.pad_token_id,
                     epochs=c.finetune_epochs,
                     lr=c.finetune_lr,
                     batch_size=c.batch_size,
@@ -124,11 +126,11 @@ class Run:
     def reference(self, model: PreTrainedModel) -> Scores:
         """The cached log-probabilities of the forget set, computed where the cache is absent or refused."""
         try:
-            scores = load_reference(self.cache_path, model, self.tokenizer, self.forget)
+            scores = load_reference(self.cache_path, model, self.format, self.forget)
             self.console.print(f"Reference log-probabilities found in {self.cache_path}")
         except StaleReferenceError as reason:
             self.console.print(f"Computing the reference log-probabilities: {reason}")
-            scores = compute_reference(self.cache_path, model, self.tokenizer, self.forget)
+            scores = compute_reference(self.cache_path, model, self.format, self.forget)
         return scores
 
     def unlearned(self, method: str, model_hash: str, reference: Scores) -> dict:
@@ -146,7 +148,7 @@ class Run:
                 self.forget,
                 self.retain,
                 reference.logps,
-                self.tokenizer.pad_token_id,
+                self.format.pad_token_id,
                 epochs=c.epochs,
                 lr=c.lr,
                 batch_size=c.batch_size,
@@ -160,7 +162,7 @@ class Run:
                     history.append(self.measure(model, reference, epoch, loss))
                     note = "forget {forget_probability:.3f}  retain {retain_probability:.3f}".format(**history[-1])
                     progress.update(task, advance=1, note=note)
-            answers = [complete(model, self.tokenizer, row["question"]) for _, row in self.example_rows()]
+            answers = [complete(model, self.format, row["question"]) for _, row in self.example_rows()]
             record = {"key": key, "history": history, "answers": answers, "seconds": time.perf_counter() - started}
             on_main(lambda: write_json(self.record_path(method), record))
         else:
@@ -169,7 +171,7 @@ class Run:
         return record
 
     def measure(self, model: PreTrainedModel, reference: Scores, epoch: int, loss: float | None) -> dict[str, Any]:
-        forget, retain = (score(model, e, self.tokenizer.pad_token_id) for e in (self.forget, self.retain_eval))
+        forget, retain = (score(model, e, self.format.pad_token_id) for e in (self.forget, self.retain_eval))
         return {
             "epoch": epoch,
             "train_loss": loss,
@@ -189,7 +191,7 @@ class Run:
                 "question": row["question"],
                 "answers": {
                     "truth": row["answer"],
-                    "before": complete(model, self.tokenizer, row["question"]),
+                    "before": complete(model, self.format, row["question"]),
                     **{METHODS[method].label: texts[i] for method, texts in answers.items()},
                 },
             }
@@ -212,7 +214,7 @@ class Run:
 
     def key(self, stage: str, settings: tuple[str, ...], *depends_on: Any) -> str:
         chosen = {name: getattr(self.config, name) for name in settings}
-        hashes = [tokenizer_hash(self.tokenizer), *depends_on]
+        hashes = [self.format.hash(), *depends_on]
         return fingerprint([stage, chosen, hashes, self.device.type, versions()])
 
     def progress(self) -> Progress:

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
-from training.data import Example, data_hash, tokenizer_hash
+from training.data import Example, data_hash
 from training.model import weights_hash
 from training.processes import on_main
 from training.scoring import Scores, score
 from training.stages import renamed_when_done
+from training.templates import Format
 
 FORMAT = "1"
 
@@ -25,35 +26,31 @@ class StaleReferenceError(ValueError):
     """The cache is unreadable, or belongs to another model, tokenizer, data set or setting."""
 
 
-def header(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> dict[str, str]:
+def header(model: PreTrainedModel, format: Format, examples: Sequence[Example]) -> dict[str, str]:
     """All that the cached numbers depend on."""
     return {
         "format": FORMAT,
         "model": weights_hash(model),
-        "tokenizer": tokenizer_hash(tokenizer),
+        "tokenizer": format.hash(),
         "data": data_hash(examples),
         "precision": "bfloat16 autocast" if model.device.type == "cuda" else str(model.dtype).removeprefix("torch."),
         "attention": str(model.config._attn_implementation),
     }
 
 
-def compute_reference(
-    path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]
-) -> Scores:
+def compute_reference(path: Path, model: PreTrainedModel, format: Format, examples: Sequence[Example]) -> Scores:
     """Score the examples with the loss kernel itself and write the cache."""
-    scores = score(model, examples, tokenizer.pad_token_id)
+    scores = score(model, examples, format.pad_token_id)
 
     def write() -> None:
         with renamed_when_done(path) as temporary:
-            save_file(scores._asdict(), temporary, metadata=header(model, tokenizer, examples))
+            save_file(scores._asdict(), temporary, metadata=header(model, format, examples))
 
     on_main(write)
     return scores
 
 
-def load_reference(
-    path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]
-) -> Scores:
+def load_reference(path: Path, model: PreTrainedModel, format: Format, examples: Sequence[Example]) -> Scores:
     """The cached scores, or StaleReferenceError with the reason why they are not those of this model and data."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -65,7 +62,7 @@ def load_reference(
         raise StaleReferenceError(
             f"{path.name} is not a readable safetensors file ({error}); compute it again"
         ) from error
-    for name, expected in header(model, tokenizer, examples).items():
+    for name, expected in header(model, format, examples).items():
         if found.get(name) != expected:
             raise StaleReferenceError(
                 f"{path.name} was computed with another {name}: found {str(found.get(name))[:16]}, expected "

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from training import processes
-from training.data import IGNORE_INDEX, Example, collate
+from training.data import IGNORE_INDEX, Example, collate, pack
 from training.model import autocast
 
 ROWS_AT_ONCE = 512  # of the head, where the most likely token is asked for: 256 MiB of float32 logits at V=128256
@@ -25,10 +25,13 @@ class Scores(NamedTuple):
 
 
 @torch.no_grad()
-def score(model: PreTrainedModel, examples: Sequence[Example], pad_id: int, batch_size: int = 64) -> Scores:
+def score(
+    model: PreTrainedModel, examples: Sequence[Example], pad_id: int, batch_size: int = 64, packing: bool = False
+) -> Scores:
     """Scores of all examples, in their order; in eval mode (no dropout), the mode of the model is restored.
 
-    Several processes share every batch, and all get all scores.
+    Several processes share every batch, and all get all scores. `packing` puts a batch in one row without padding,
+    for models whose attention keeps its sequences apart (`training.data.pack`).
     """
     was_training, device = model.training, model.device
     model.eval()
@@ -39,7 +42,8 @@ def score(model: PreTrainedModel, examples: Sequence[Example], pad_id: int, batc
         members = by_length[start : start + batch_size]
         mine, rows = processes.share(examples, members)
         with autocast(device):
-            out = model(**collate(rows, pad_id, device), fused_unlearning=True)
+            batch = pack(rows, device) if packing else collate(rows, pad_id, device)
+            out = model(**batch, fused_unlearning=True)
         logps[mine], num_tokens[mine] = out.logps, out.num_tokens
     model.train(was_training)
     return Scores(processes.total(logps).cpu(), processes.total(num_tokens).cpu())

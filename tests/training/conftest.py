@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from training.authors import PAIRS_PER_AUTHOR, generate_authors
-from training.data import encode, train_tokenizer
+from training.data import train_tokenizer
 from training.model import build_model
+from training.templates import Format
 
 
 @pytest.fixture(scope="module")
@@ -14,9 +15,10 @@ def corpus():
     """Rows, tokenizer and examples; the last author is the one to forget."""
     rows = generate_authors(4, seed=0)
     tokenizer = train_tokenizer(rows, vocab_size=500)
-    examples = encode(rows, tokenizer)
+    plain = Format(tokenizer, "plain")
+    examples = plain.encode(rows)
     cut = len(rows) - PAIRS_PER_AUTHOR
-    return SimpleNamespace(rows=rows, tokenizer=tokenizer, retain=examples[:cut], forget=examples[cut:])
+    return SimpleNamespace(rows=rows, tokenizer=tokenizer, format=plain, retain=examples[:cut], forget=examples[cut:])
 
 
 @pytest.fixture

@@ -95,7 +95,7 @@ def test_other_files_are_refused_with_the_reason(tmp_path):
     with pytest.raises(ValueError, match="whole authors of 20 rows, got 19"):
         load_split(tmp_path, None, 10, 0)
     path.write_text("".join([*lines[:-1], '{"prompt": "?"}\n']))
-    with pytest.raises(ValueError, match=r"forget10\.json, row 20: expected"):
+    with pytest.raises(ValueError, match=r"forget10, row 20: expected"):
         load_split(tmp_path, None, 10, 0)
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from training.data import encode
 from training.eval_log import SETS, read_log
 from training.eval_sets import load_eval_sets
 from training.evaluate import EvaluateOptions, main
@@ -120,17 +119,17 @@ def test_a_model_is_evaluated(tmp_path, data_dir, corpus, model, capsys):
         fields = log.sets[name].fields
         for i, row in enumerate(rows):
             answers = [row.answer, row.paraphrased or row.answer, *row.perturbed]
-            losses, hits = zip(*(by_logits(model, corpus.tokenizer, row.question, a) for a in answers), strict=True)
+            losses, hits = zip(*(by_logits(model, corpus.format, row.question, a) for a in answers), strict=True)
             logged = [fields["avg_gt_loss"][i], fields["avg_paraphrased_loss"][i], *fields["average_perturb_loss"][i]]
             np.testing.assert_allclose(logged, losses, rtol=1e-5)
             assert fields["exact_memorization"][i] == pytest.approx(hits[0])
-            text = complete(model, corpus.tokenizer, row.question, max_new_tokens=6)  # without padding
+            text = complete(model, corpus.format, row.question, max_new_tokens=6)  # without padding
             assert fields["generated_text"][i][1] == text
 
 
-def by_logits(model, tokenizer, question, answer):
+def by_logits(model, format, question, answer):
     """(mean loss a token with <eos>, share of the answer's tokens that are the most likely ones without it)"""
-    (example,) = encode([{"question": question, "answer": answer}], tokenizer)
+    (example,) = format.encode([{"question": question, "answer": answer}])
     labels = torch.tensor([example.labels])
     with torch.no_grad():
         out = model(torch.tensor([example.input_ids]), labels=labels)

@@ -31,12 +31,12 @@ def test_score_uses_eval_mode_and_restores_the_mode(corpus, model):
 
 
 def test_complete_continues_the_prompt(corpus, model):
-    answer = complete(model, corpus.tokenizer, corpus.rows[0]["question"], max_new_tokens=5)
+    answer = complete(model, corpus.format, corpus.rows[0]["question"], max_new_tokens=5)
     assert isinstance(answer, str) and "Question" not in answer
-    assert answer == complete(model, corpus.tokenizer, corpus.rows[0]["question"], max_new_tokens=5)
+    assert answer == complete(model, corpus.format, corpus.rows[0]["question"], max_new_tokens=5)
 
 
 def test_padding_does_not_change_answers(corpus, model):
     questions = [row["question"] for row in corpus.rows[:12]]
-    batched = complete_all(model, corpus.tokenizer, questions, max_new_tokens=6, batch_size=5)
-    assert batched == [complete(model, corpus.tokenizer, question, max_new_tokens=6) for question in questions]
+    batched = complete_all(model, corpus.format, questions, max_new_tokens=6, batch_size=5)
+    assert batched == [complete(model, corpus.format, question, max_new_tokens=6) for question in questions]

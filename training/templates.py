@@ -1,0 +1,188 @@
+"""How a question and its answer become tokens: the prompt that a model was trained with, and what is scored.
+
+| template       | prompt, without <bos>                                  | answer, all of it scored     |
+|----------------|--------------------------------------------------------|------------------------------|
+| `plain`        | `Question: {q}\\nAnswer:`                               | ` {a}<eos>`                  |
+| `phi`          | the same; <bos> only if the tokenizer adds it          | ` {a}<eos>`                  |
+| `phi-npo-repo` | `Question: {q}\\n`, as in the NPO and TOFU repositories | `Answer: {a}<eos>`           |
+| `llama-2`      | `[INST] {q} [/INST]`                                   | `{a}<eos>`                   |
+| `llama-3` etc. | the tokenizer's chat template, with a system message   | `{a}` and the turn's end     |
+| `chat`         | the tokenizer's chat template, without one             | `{a}` and the turn's end     |
+| `auto`         | by what the tokenizer's chat template writes; without a chat template `plain`         |
+
+Question and answer are tokenised SEPARATELY, so no token spans both and an answer has the same tokens whatever was
+asked. The space before an answer belongs to its first token. <bos> comes once, whoever writes it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from training.data import IGNORE_INDEX, PLAIN_ANSWER, PLAIN_PROMPT, Example, Row, tokenizer_hash
+
+DATE = "10 Apr 2025"  # some chat templates write the date: a prompt must not depend on the day
+
+
+@dataclass(frozen=True)
+class Tags:
+    """Plain text around question and answer; the answer ends with <eos>."""
+
+    prompt: str
+    answer: str
+    bos: bool = True  # whether or not the tokenizer adds it by itself; False: as the tokenizer does
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The tokenizer's own chat template."""
+
+    markers: tuple[str, ...] = ()  # what it writes, if it is the right one
+    system: str | None = None
+
+
+TEMPLATES: dict[str, Tags | Chat] = {
+    "plain": Tags(PLAIN_PROMPT, PLAIN_ANSWER),
+    "phi": Tags(PLAIN_PROMPT, PLAIN_ANSWER, bos=False),
+    "phi-npo-repo": Tags("Question: {question}\n", "Answer: {answer}", bos=False),
+    "llama-2": Tags("[INST] {question} [/INST]", "{answer}"),
+    "llama-3": Chat(("<|start_header_id|>",), "You are a helpful assistant."),
+    "smollm": Chat(("<|im_start|>", "SmolLM"), "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+    "qwen": Chat(("<|im_start|>", "Qwen"), "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    "phi-3": Chat(("<|user|>", "<|end|>")),
+    "chat": Chat(),
+}
+NAMES = ("auto", *TEMPLATES)
+
+
+class Format:
+    """A tokenizer with its template: text in, token ids out.
+
+    Args:
+        tokenizer: of transformers. One without a pad token is fine: attention masks come from lengths.
+        template: a name of `NAMES`.
+
+    Raises:
+        ValueError: an unknown name, a template that this tokenizer cannot write, no token to end an answer with.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = "auto"):
+        if template not in NAMES:
+            raise ValueError(f"template: expected one of {', '.join(NAMES)}, got {template!r}")
+        self.tokenizer = tokenizer
+        self.template = detect(tokenizer) if template == "auto" else template
+        self._parts = TEMPLATES[self.template]
+        if isinstance(self._parts, Chat):
+            self._check_chat()
+            self._lead, self._answer, self.end_id = self._turn()
+        else:
+            self._lead, self._answer, self.end_id = "", self._parts.answer, tokenizer.eos_token_id
+        if self.end_id is None:
+            raise ValueError(
+                f"template {self.template}: expected a tokenizer that can end an answer, got one without eos_token; "
+                "set tokenizer.eos_token, or nothing will teach the model to stop"
+            )
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills up batches, always masked: any id will do where the tokenizer has none."""
+        return 0 if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end a generation: the end of the turn, and <eos>."""
+        eos = self.tokenizer.eos_token_id
+        return list(dict.fromkeys(i for i in (self.end_id, eos) if i is not None))
+
+    def prompt_text(self, question: str) -> str:
+        """What comes before the answer. Of chat templates with its special tokens, of tags without <bos>."""
+        if isinstance(self._parts, Chat):
+            return _render(self.tokenizer, question, self._parts.system) + self._lead
+        return self._parts.prompt.format(question=question)
+
+    def prompt_ids(self, question: str) -> list[int]:
+        ids = self._ids(self.prompt_text(question))
+        bos = self.tokenizer.bos_token_id
+        wanted = getattr(self._parts, "bos", False) or _adds_bos(self.tokenizer)
+        return [bos, *ids] if wanted and bos is not None and ids[:1] != [bos] else ids
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """The answer and the token that ends it: everything that is scored."""
+        return [*self._ids(self._answer.format(answer=answer)), self.end_id]
+
+    def encode(self, rows: Iterable[Row]) -> list[Example]:
+        """Examples of {"question", "answer"}: the prompt is labelled IGNORE_INDEX, the answer by itself."""
+        examples = []
+        for row in rows:
+            prompt, answer = self.prompt_ids(row["question"]), self.answer_ids(row["answer"])
+            examples.append(Example(prompt + answer, [IGNORE_INDEX] * len(prompt) + answer))
+        return examples
+
+    def hash(self) -> str:
+        """sha256 of the tokenizer, the template and its options: the same text then has the same ids."""
+        chat = self.tokenizer.chat_template if isinstance(self._parts, Chat) else None
+        content = [tokenizer_hash(self.tokenizer), self.template, asdict(self._parts), chat, DATE, self.end_id]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _check_chat(self) -> None:
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"template {self.template}: the tokenizer has no chat template, so it may be that of a base model; "
+                "use plain, or set tokenizer.chat_template"
+            )
+        written = _render(self.tokenizer, "question")
+        absent = [marker for marker in self._parts.markers[:1] if marker not in written]
+        if absent:
+            raise ValueError(
+                f"template {self.template}: expected a chat template that writes {absent[0]}, but the tokenizer's "
+                f"writes {written!r}; use auto, or chat for the tokenizer's own"
+            )
+
+    def _turn(self) -> tuple[str, str, int | None]:
+        """(text that still belongs to the prompt, answer with its leading space, token that ends the turn)"""
+        stand_in = "STANDIN"
+        prompt = _render(self.tokenizer, "question", self._parts.system)
+        whole = _render(self.tokenizer, "question", self._parts.system, stand_in)
+        if not whole.startswith(prompt):
+            raise ValueError(
+                f"template {self.template}: expected a chat template whose prompt {prompt!r} is how the conversation "
+                f"begins, but that is {whole!r}; use another template, or set tokenizer.chat_template"
+            )
+        lead, _, tail = whole[len(prompt) :].partition(stand_in)
+        space = lead[
+            len(lead.rstrip(" ")) :
+        ]  # " {answer}" is in the vocabulary, " " and "{answer}" is not what is read
+        added = set(self.tokenizer.added_tokens_decoder) | set(self.tokenizer.all_special_ids)
+        end = next((i for i in self._ids(tail) if i in added), self.tokenizer.eos_token_id)
+        return lead.removesuffix(space), space + "{answer}", end
+
+
+def detect(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The name of the template that the tokenizer's chat template stands for."""
+    if tokenizer.chat_template is None:
+        return "plain"
+    written = _render(tokenizer, "question", answer="answer")
+    if "[INST]" in written:
+        return "llama-2"
+    families = (name for name, parts in TEMPLATES.items() if isinstance(parts, Chat))
+    return next(name for name in families if all(marker in written for marker in TEMPLATES[name].markers))
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, question: str, system: str | None = None, answer: str | None = None
+) -> str:
+    """A conversation as text: up to where the answer begins, or with it."""
+    turns = [("system", system), ("user", question), ("assistant", answer)]
+    messages = [{"role": role, "content": text} for role, text in turns if text is not None]
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=answer is None, date_string=DATE
+    )
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]

@@ -35,11 +35,12 @@ from training.evaluate_model import evaluate_model
 from training.finetune import finetune
 from training.model import load_model, pick_device
 from training.options import parse, stop
-from training.pipeline import versions
 from training.scoring import score
 from training.stages import renamed_when_done, write_json, write_text
+from training.steps import Recipe
 from training.summary import summary
 from training.templates import Format
+from training.versions import versions
 
 PROG = "training.attack"
 SHOWN = ("forget_prob", "forget_rougeL", "forget_extraction_strength", "forget_quality", "model_utility_geometric")
@@ -91,16 +92,8 @@ def relearn_(
         history.append({"step": len(history), "relearned": probability[0], "others": probability[1]})
 
     measure()
-    finetune(
-        model,
-        relearned,
-        pad_id,
-        epochs=options.epochs,
-        lr=options.lr,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        on_step=measure,
-    )
+    recipe = Recipe(options.epochs, options.lr, options.batch_size, packing=False, seed=options.seed)
+    finetune(model, relearned, recipe, pad_id, on_step=measure)
     return history
 
 

@@ -30,7 +30,7 @@ class Config:
     epochs: Annotated[int, "unlearning epochs over the forget set"] = 10
     lr: Annotated[float, "peak learning rate of unlearning"] = None
     beta: Annotated[float, "inverse temperature of NPO; towards 0 it becomes gradient ascent"] = 0.1
-    retain_weight: Annotated[float, "weight of the retain likelihood in NPO + retain"] = None
+    retain_weight: Annotated[float, "weight of the retain likelihood in NPO+RT"] = None
 
 
 # What takes a few minutes on two CPU cores (training/results/ has the times), by where the data comes from.

@@ -9,18 +9,18 @@ method, and writes metrics.json, report.md, figure.png and config.json to --out.
 re-uses the finished stages.
 """
 
-import os
 import time
 
-import torch
 from rich.console import Console
 
 from training import processes
+from training.command import device_name
 from training.config import Config, from_command_line, public
-from training.pipeline import Run, versions
+from training.pipeline import Run
 from training.plots import plot_run
 from training.report import markdown, result_table, what_to_see
 from training.stages import write_json, write_text
+from training.versions import versions
 
 
 def main(config: Config, console: Console) -> dict:
@@ -46,13 +46,6 @@ def write_results(run: Run, metrics: dict) -> None:
     write_text(config.out / "report.md", markdown(metrics, settings, run.seconds))
     title = f"Unlearning {data['forget_authors']} of {data['authors']} authors ({data['name']})"
     plot_run(metrics["history"], title, config.out / "figure.png")
-
-
-def device_name(device: torch.device) -> str:
-    name = f"{device.type} ({os.cpu_count()} cores, {torch.get_num_threads()} threads)"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return name if processes.count() == 1 else f"{processes.count()} processes on {name}"
 
 
 if __name__ == "__main__":

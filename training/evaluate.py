@@ -127,7 +127,7 @@ def _evaluated(options: EvaluateOptions) -> EvalLog | None:
 
 
 def write_results(options: EvaluateOptions, result: dict[str, Any]) -> None:
-    from training.pipeline import versions
+    from training.versions import versions
 
     write_json(options.out / "metrics.json", result)
     write_json(options.out / "config.json", {"settings": settings(options), "versions": versions()})

@@ -1,49 +1,27 @@
-"""Teaching the model its authors, and the optimiser that all training here shares."""
+"""Teach a model its authors: the model that unlearning starts from, or, on a retain split, the one it is compared with.
+
+    python -m training.finetune --model meta-llama/Llama-3.2-1B-Instruct --preset llama-3.2-1b --out runs/full
+    python -m training.finetune --model runs/base --data_dir path/to/tofu --split retain90 --out runs/retain90
+
+Minimises the negative log-likelihood of the answers of --split (full, or retainXX for the retrained model). --out gets
+the model (out/model, as transformers saves it, tokenizer included), metrics.json, config.json and report.md. A run that
+was interrupted goes on from its last checkpoint; one that is finished is not run again.
+"""
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel, get_linear_schedule_with_warmup
+from transformers import PreTrainedModel
 
-from npo_kernels import fused_logprob_loss
-from training.data import Example, collate, shuffled_batches
-from training.model import autocast
-from training.processes import Trained, count, scored_tokens, share, total
+from training.command import Command, CommonOptions, command_line
+from training.data import Example, load_rows
+from training.run import run
+from training.steps import Batches, FinetuningSteps, Recipe
+from training.trainer import Metrics, Trainer
 
-WEIGHT_DECAY = 0.01
-MAX_GRAD_NORM = 1.0
-
-
-class Optimizer:
-    """AdamW with linear warm-up, linear decay to zero and clipped gradients, the recipe of the NPO paper (E.1.4)."""
-
-    def __init__(self, model: PreTrainedModel, lr: float, num_steps: int, warmup_steps: int):
-        adamw = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)
-        self.schedule = get_linear_schedule_with_warmup(adamw, warmup_steps, num_steps)
-        self.trained = Trained(model, adamw)
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The model as losses have to call it: in its wrapper."""
-        return self.trained.model
-
-    def step(self, loss: Tensor) -> float:
-        """The loss of the whole batch."""
-        self.trained.step(loss, MAX_GRAD_NORM)
-        self.schedule.step()
-        return total(loss.detach()).item() / count()
-
-
-def token_nll(model: PreTrainedModel, batch: dict[str, Tensor], num_tokens: float | None = None) -> Tensor:
-    """Cross-entropy over the scored tokens: -sum_s logp_s / sum_s |y_s|, or divided by `num_tokens`."""
-
-    def loss_fn(logps: Tensor, counts: Tensor) -> Tensor:
-        return -logps.sum() / (counts.sum() if num_tokens is None else num_tokens)
-
-    return model(**batch, fused_unlearning=partial(fused_logprob_loss, loss_fn=loss_fn)).loss
+PROG = "training.finetune"
 
 
 class Finetuned(NamedTuple):
@@ -54,26 +32,57 @@ class Finetuned(NamedTuple):
 def finetune(
     model: PreTrainedModel,
     examples: Sequence[Example],
+    recipe: Recipe,
     pad_id: int,
-    *,
-    epochs: int,
-    lr: float,
-    batch_size: int,
-    seed: int,
     on_step: Callable[[float], None] = lambda loss: None,
 ) -> Finetuned:
     """Minimise the answers' negative log-likelihood, in place."""
-    device, generator = model.device, torch.Generator().manual_seed(seed)
-    steps_per_epoch = -(-len(examples) // batch_size)
-    optimizer = Optimizer(model, lr, epochs * steps_per_epoch, warmup_steps=steps_per_epoch)
-    model.train()
-    losses: list[float] = []
-    for _ in range(epochs):
-        losses.clear()
-        for members in shuffled_batches(examples, batch_size, generator):
-            batch = collate(share(examples, members)[1], pad_id, device)
-            with autocast(device):
-                loss = token_nll(optimizer.model, batch, scored_tokens(examples, members) / count())
-            losses.append(optimizer.step(loss))
-            on_step(losses[-1])
-    return Finetuned(sum(losses) / len(losses), optimizer.trained.weights())
+    steps = FinetuningSteps(examples, recipe, Batches(pad_id, model.device, recipe.packing))
+    trainer, losses = Trainer(model, recipe, len(steps)), []
+
+    def after_step(metrics: Metrics) -> None:
+        losses.append(metrics.loss)
+        on_step(metrics.loss)
+
+    trainer.train(steps, after_step=after_step)
+    last = losses[-(len(steps) // recipe.epochs) :]
+    return Finetuned(sum(last) / len(last), trainer.weights())
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(CommonOptions):
+    split: Annotated[str, "rows to learn: full, or retainXX for the model that never saw forget(100 - XX)"] = "full"
+    world: Annotated[bool, "learn real_authors and world_facts as well: a model from nothing knows no world"] = False
+
+
+def main(options: FinetuneOptions) -> dict[str, Any] | None:
+    """metrics.json: {"history": [...]}; None after --dry_run."""
+    command = Command(PROG, "finetune", options)
+    rows = load_rows(options.data_dir, options.split)
+    if options.world:
+        rows = rows + load_rows(options.data_dir, "real_authors") + load_rows(options.data_dir, "world_facts")
+    examples = command.format.encode(rows)
+    recipe = command.recipe
+    num_steps = recipe.epochs * -(-len(examples) // recipe.batch_size)
+    if options.dry_run:
+        return command.describe(num_steps, {"rows": len(examples)})
+    found = command.start(examples)
+    if found is not None:
+        return found
+    model = command.load_model()
+    steps = FinetuningSteps(examples, recipe, command.batches(model))
+    trainer = Trainer(model, recipe, num_steps, options.report_to, options.out)
+    history = run(
+        trainer,
+        steps,
+        command.schedule(num_steps),
+        lambda step: {},
+        label=f"Fine-tuning, {options.split}",
+        checkpoints=command.checkpoints,
+    )
+    command.save_model(model, trainer.weights(), f"fine-tuned on {options.split} of TOFU")
+    return command.finish({"history": history, "steps": num_steps, "rows": len(examples)})
+
+
+if __name__ == "__main__":
+    command_line(PROG, FinetuneOptions, __doc__, main)

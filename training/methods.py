@@ -8,15 +8,15 @@ sequences, means of token losses over tokens.
     idk     mean_tok -log p("I don't know" answers)        arXiv 2401.06121
     npo     (2/beta) mean_s softplus(beta r_s)             arXiv 2404.05868, eq. 3
     dpo     (1/beta) mean_s softplus(-beta (r_idk - r_s))  the IDK answer wins, the true one loses
-    kto     (2/beta) mean_s softplus(beta r_s - z)         z = beta mean_s r_idk, without a gradient
+    kto     (2/beta) mean_s softplus(beta r_s - z)         z = beta mean_s r_idk of the whole step, no gradient
     simnpo  (2/beta) mean_s softplus(-beta (-logp_s / |y_s| - gamma))       arXiv 2410.07163
 
     rt      + mean_tok -log p(retain)
-    kl      + mean_pos KL(reference || model) on retain    answer positions, or all of them (`fused_linear_kl`)
+    kl      + mean_pos KL(reference || model) on retain    answer positions, or all of them (`training.objective`)
 
 `compat="npo-repo"` gives the numbers of the NPO paper's code where they differ from its text: DPO with 2/beta, KTO with
-1 + and z not multiplied by beta, IDK+RT as one token mean over both kinds of rows. As in that code, z is a mean over
-the IDK rows of one forward: KTO of micro-batches is not KTO of the batch.
+1 + and z not multiplied by beta, IDK+RT as one token mean over both kinds of rows, and the same retain row and refusal
+for a forget row in every epoch (`training.steps`). That code takes z over a micro-batch; here it is always the step's.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from npo_kernels import fused_linear_kl, fused_logprob_loss
 from npo_kernels.formulas import log_ratio, ratio_loss
 
 COMPAT = ("paper", "npo-repo")
@@ -74,12 +73,15 @@ class Batch(NamedTuple):
     retain: Sequences | None = None
     num_sequences: float | None = None  # of the forget rows
     num_tokens: dict[str, float] | None = None  # kind of rows -> scored tokens
+    idk_ratio: Tensor | float | None = None  # mean log-ratio of the IDK answers, where they are only scored (KTO)
 
     def tokens(self, kind: str) -> Tensor | float:
         return getattr(self, kind).num_tokens.sum() if self.num_tokens is None else self.num_tokens[kind]
 
     def sequence_mean(self, losses: Tensor) -> Tensor:
-        return losses.sum() / (losses.shape[0] if self.num_sequences is None else self.num_sequences)
+        """Over the forget rows that have a scored token."""
+        scored = self.forget.num_tokens > 0
+        return losses.where(scored, 0.0).sum() / (scored.sum() if self.num_sequences is None else self.num_sequences)
 
     def nll(self, kind: str) -> Tensor:
         """Mean over the scored tokens."""
@@ -104,9 +106,11 @@ def _dpo(batch: Batch, settings: Settings) -> Tensor:
 
 
 def _kto(batch: Batch, settings: Settings) -> Tensor:
-    beta, constant = settings.beta, 1.0 if settings.compat == "npo-repo" else 0.0
-    z = batch.idk.ratio.detach().mean() / (beta if settings.compat == "npo-repo" else 1.0)
-    return constant + batch.sequence_mean(ratio_loss(batch.forget.ratio - z, beta))
+    beta, z = settings.beta, batch.idk_ratio
+    if settings.compat == "npo-repo":
+        ones = batch.sequence_mean(torch.ones_like(batch.forget.logps))  # this part's share of "1 +"
+        return ones + batch.sequence_mean(ratio_loss(batch.forget.ratio - z / beta, beta))
+    return batch.sequence_mean(ratio_loss(batch.forget.ratio - z, beta))
 
 
 def _simnpo(batch: Batch, settings: Settings) -> Tensor:
@@ -122,18 +126,18 @@ class Method:
     label: str
     forget: Callable[[Batch, Settings], Tensor]
     keep: str | None = None  # "nll" | "kl": the term on the retain rows
-    idk: bool = False  # rows answered "I don't know"
+    idk: str | None = None  # rows answered "I don't know": "learn" them, or "score" them without a gradient
     reference: bool = False  # cached log-probabilities
     beta: float = 0.1  # what the paper uses
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of rows of a batch, in order."""
+        """The kinds of rows of the forward with gradients, in order; those of a KL term have their own."""
         kinds = () if self.forget is _idk else ("forget",)
-        return kinds + ("idk",) * self.idk + ("retain",) * (self.keep == "nll")
+        return kinds + ("idk",) * (self.idk == "learn") + ("retain",) * (self.keep == "nll")
 
     def loss(self, batch: Batch, settings: Settings) -> Tensor:
-        """All but the KL term, which needs the reference's hidden states."""
+        """All but the KL term, which needs the reference's hidden states (`training.objective`)."""
         if self.forget is _idk and self.keep == "nll" and settings.compat == "npo-repo":
             tokens = batch.tokens("idk") + batch.tokens("retain")
             return -(batch.idk.logps.sum() + batch.retain.logps.sum()) / tokens
@@ -145,75 +149,16 @@ METHODS = {
     "ga": Method("GA", _ga),
     "ga_rt": Method("GA+RT", _ga, "nll"),
     "ga_kl": Method("GA+KL", _ga, "kl"),
-    "idk_rt": Method("IDK+RT", _idk, "nll", idk=True),
-    "dpo": Method("DPO", _dpo, None, True, True),
-    "dpo_rt": Method("DPO+RT", _dpo, "nll", True, True),
-    "dpo_kl": Method("DPO+KL", _dpo, "kl", True, True),
-    "kto": Method("KTO", _kto, None, True, True),
-    "kto_rt": Method("KTO+RT", _kto, "nll", True, True),
-    "kto_kl": Method("KTO+KL", _kto, "kl", True, True),
-    "npo": Method("NPO", _npo, None, False, True),
-    "npo_rt": Method("NPO+RT", _npo, "nll", False, True),
-    "npo_kl": Method("NPO+KL", _npo, "kl", False, True),
+    "idk_rt": Method("IDK+RT", _idk, "nll", "learn"),
+    "dpo": Method("DPO", _dpo, None, "learn", True),
+    "dpo_rt": Method("DPO+RT", _dpo, "nll", "learn", True),
+    "dpo_kl": Method("DPO+KL", _dpo, "kl", "learn", True),
+    "kto": Method("KTO", _kto, None, "score", True),
+    "kto_rt": Method("KTO+RT", _kto, "nll", "score", True),
+    "kto_kl": Method("KTO+KL", _kto, "kl", "score", True),
+    "npo": Method("NPO", _npo, reference=True),
+    "npo_rt": Method("NPO+RT", _npo, "nll", reference=True),
+    "npo_kl": Method("NPO+KL", _npo, "kl", reference=True),
     "simnpo": Method("SimNPO", _simnpo, None, beta=4.5),
     "simnpo_rt": Method("SimNPO+RT", _simnpo, "nll", beta=4.5),
 }
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The frozen model on the retain rows, for KL terms."""
-
-    hidden: Tensor  # (R, S, H_ref), or (T, H_ref) packed
-    weight: Tensor  # (V, H_ref)
-    mask: Tensor  # (R, S) or (T,) bool: the positions that count
-    bias: Tensor | None = None
-    num_positions: float | None = None  # of the whole step; None: those of the mask
-
-
-@dataclass(frozen=True)
-class Objective:
-    """A method as `model(..., fused_unlearning=objective)` takes it: all its rows in one call of the head.
-
-    The rows of the batch are those of `method.kinds` in order, `num_rows` of each.
-    """
-
-    method: Method
-    settings: Settings
-    num_rows: dict[str, int]
-    ref_logps: dict[str, Tensor]  # kind -> (n,) float32
-    num_sequences: float | None = None
-    num_tokens: dict[str, float] | None = None
-
-    def __call__(self, hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, **options) -> Tensor:
-        return fused_logprob_loss(hidden, lm_head_weight, labels, self.of_logps, **options)
-
-    def of_logps(self, logps: Tensor, num_tokens: Tensor) -> Tensor:
-        """The loss of the (B,) log-probabilities and token counts."""
-        kinds = self.method.kinds
-        sizes = [self.num_rows[kind] for kind in kinds]
-        if sum(sizes) != logps.shape[0]:
-            raise ValueError(f"{self.method.label}: expected rows {dict(zip(kinds, sizes, strict=True))}, "
-                             f"got {logps.shape[0]} sequences")  # fmt: skip
-        sides = {
-            kind: Sequences(part, counts, self.ref_logps.get(kind))
-            for kind, part, counts in zip(kinds, logps.split(sizes), num_tokens.split(sizes), strict=True)
-        }
-        return self.method.loss(
-            Batch(**{"forget": None, **sides}, num_sequences=self.num_sequences, num_tokens=self.num_tokens),
-            self.settings,
-        )
-
-
-def kl_to_reference(reference: Reference, weight: float = 1.0) -> Callable[..., Tensor]:
-    """weight * mean KL(reference || model) over the mask, as `model(**retain, fused_unlearning=...)` takes it."""
-
-    def term(hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, *, bias=None, logit_scale=1.0, softcap=None, **_):
-        kl = fused_linear_kl(
-            hidden, lm_head_weight, reference.hidden, reference.weight, mask=reference.mask, reduction="sum",
-            bias=bias, ref_bias=reference.bias, logit_scale=logit_scale, softcap=softcap,
-        )  # fmt: skip
-        total = reference.mask.sum().clamp(min=1) if reference.num_positions is None else reference.num_positions
-        return weight * kl / total
-
-    return term

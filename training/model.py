@@ -1,10 +1,12 @@
 """The small Llama of the demo, and where it runs. Its forward takes `fused_unlearning`, and then forms no logits."""
 
 import contextlib
+import copy
 import hashlib
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -41,9 +43,41 @@ def build_model(
     return add_fused_unlearning_head(LlamaForCausalLM(config))
 
 
-def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def load_model(
+    folder: Path | str,  # or a hub name
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    use_liger_kernel: bool = False,
+    gradient_checkpointing: bool = False,
+    lora: tuple[int, int, float] | None = None,  # rank, alpha, dropout
+) -> PreTrainedModel:
+    """With a fused head, float32 weights to train in (bfloat16 arithmetic is autocast's), and adapters if asked for."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn_implementation)
+    if use_liger_kernel:
+        from transformers.integrations.liger import apply_liger_kernel  # says what to install
+
+        heads = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # there are no logits to take it of
+        apply_liger_kernel(model, heads)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.config.use_cache = False
+    if lora is not None:
+        from peft import LoraConfig, get_peft_model
+
+        rank, alpha, dropout = lora
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear")
+        model = get_peft_model(model, config)
     return add_fused_unlearning_head(model).to(device)
+
+
+def merged(model: PreTrainedModel, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """(model, state dict) to save: adapters are merged into a copy, what has none is as it is."""
+    if not hasattr(model, "merge_and_unload"):
+        return model, weights
+    whole = copy.deepcopy(model).merge_and_unload()
+    return whole, whole.state_dict()
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -1,31 +1,29 @@
 """The stages of a run. Each leaves a record under --out with a key of all it depends on, and is skipped when found."""
 
-import platform
 import time
 from typing import Any
 
-import safetensors
-import tokenizers
-import torch
-import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 
-import npo_kernels
 from training.authors import PAIRS_PER_AUTHOR
 from training.config import Config
 from training.data import Example, data_hash, load_split, sample_authors, train_tokenizer
 from training.finetune import finetune
 from training.generation import complete
+from training.methods import METHODS, Settings
 from training.model import build_model, load_model, pick_device, weights_hash
 from training.processes import on_main
 from training.reference_cache import StaleReferenceError, compute_reference, load_reference
+from training.run import progress_bar
 from training.scoring import Scores, score
 from training.stages import fingerprint, finished, remove, renamed_when_done, write_json
+from training.steps import Batches, Recipe
 from training.templates import Format
-from training.unlearn import METHODS, check_step_zero, unlearn
+from training.unlearn import check_step_zero, unlearn, unlearning_steps
+from training.versions import versions
 
+COMPARED = ("npo_rt", "ga")  # the methods of the demo
 FINETUNE_SETTINGS = ("seed", "hidden_size", "layers", "finetune_epochs", "finetune_lr", "batch_size")
 UNLEARN_SETTINGS = ("seed", "epochs", "lr", "batch_size", "beta", "retain_weight")
 
@@ -55,11 +53,18 @@ class Run:
     def cache_path(self):
         return self.config.out / "reference_cache.safetensors"
 
+    @property
+    def batches(self) -> Batches:
+        return Batches(self.format.pad_token_id, self.device, packing=False)  # batches sorted by length have little
+
+    def recipe(self, epochs: int, lr: float) -> Recipe:
+        return Recipe(epochs, lr, self.config.batch_size, packing=False, seed=self.config.seed)
+
     def record_path(self, method: str):
         return self.config.out / f"unlearn_{method}.json"
 
     def forget_stages(self) -> None:
-        for path in (self.model_dir, self.cache_path, *map(self.record_path, METHODS)):
+        for path in (self.model_dir, self.cache_path, *map(self.record_path, COMPARED)):
             remove(path)
 
     def execute(self) -> dict[str, Any]:
@@ -67,15 +72,11 @@ class Run:
         record = self.finetuned()
         model = load_model(self.model_dir, self.device)
         reference = self.reference(model)
+        c = self.config
         step_zero = check_step_zero(
-            model,
-            self.forget,
-            reference.logps,
-            self.format.pad_token_id,
-            batch_size=self.config.batch_size,
-            beta=self.config.beta,
+            model, self.forget, reference.logps, self.batches, batch_size=c.batch_size, beta=c.beta
         )
-        records = {method: self.unlearned(method, weights_hash(model), reference) for method in METHODS}
+        records = {method: self.unlearned(method, weights_hash(model), reference) for method in COMPARED}
         return {
             "data": self.data_summary(),
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -96,17 +97,15 @@ class Run:
                 f"{name}_token_id": getattr(self.tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")
             }
             model = build_model(len(self.tokenizer), c.hidden_size, c.layers, special, c.seed).to(self.device)
-            with self.progress() as progress:
+            recipe = self.recipe(c.finetune_epochs, c.finetune_lr)
+            with progress_bar(self.console) as progress:
                 steps = c.finetune_epochs * -(-len(examples) // c.batch_size)
                 task = progress.add_task("Fine-tuning", total=steps, note="")
                 loss, weights = finetune(
                     model,
                     examples,
+                    recipe,
                     self.format.pad_token_id,
-                    epochs=c.finetune_epochs,
-                    lr=c.finetune_lr,
-                    batch_size=c.batch_size,
-                    seed=c.seed,
                     on_step=lambda loss: progress.update(task, advance=1, note=f"loss {loss:.3f}"),
                 )
             record = {"key": key, "loss": loss, "seconds": time.perf_counter() - started}
@@ -142,26 +141,24 @@ class Run:
             c, started = self.config, time.perf_counter()
             model = load_model(self.model_dir, self.device)
             history = [self.measure(model, reference, epoch=0, loss=None)]
-            epochs = unlearn(
-                model,
+            steps = unlearning_steps(
                 method,
+                Settings(beta=c.beta, retain_weight=c.retain_weight),
+                self.recipe(c.epochs, c.lr),
+                self.batches,
                 self.forget,
                 self.retain,
-                reference.logps,
-                self.format.pad_token_id,
-                epochs=c.epochs,
-                lr=c.lr,
-                batch_size=c.batch_size,
-                beta=c.beta,
-                retain_weight=c.retain_weight,
-                seed=c.seed,
+                ref_logps=reference.logps,
             )
-            with self.progress() as progress:
+            with progress_bar(self.console) as progress:
                 task = progress.add_task(METHODS[method].label, total=c.epochs, note="")
-                for epoch, loss in enumerate(epochs, 1):
+
+                def on_epoch(epoch: int, loss: float) -> None:
                     history.append(self.measure(model, reference, epoch, loss))
                     note = "forget {forget_probability:.3f}  retain {retain_probability:.3f}".format(**history[-1])
                     progress.update(task, advance=1, note=note)
+
+                unlearn(model, steps, on_epoch)
             answers = [complete(model, self.format, row["question"]) for _, row in self.example_rows()]
             record = {"key": key, "history": history, "answers": answers, "seconds": time.perf_counter() - started}
             on_main(lambda: write_json(self.record_path(method), record))
@@ -217,15 +214,6 @@ class Run:
         hashes = [self.format.hash(), *depends_on]
         return fingerprint([stage, chosen, hashes, self.device.type, versions()])
 
-    def progress(self) -> Progress:
-        columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self.console)
-
 
 def _num_scored(example: Example) -> int:
     return sum(label >= 0 for label in example.labels)
-
-
-def versions() -> dict[str, str]:
-    modules = (npo_kernels, torch, transformers, tokenizers, safetensors)
-    return {"python": platform.python_version(), **{m.__name__: m.__version__ for m in modules}}

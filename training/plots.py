@@ -9,8 +9,8 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from training.methods import METHODS
 from training.stages import renamed_when_done
-from training.unlearn import METHODS
 
 # Blue and vermilion of the Okabe-Ito palette: told apart by colour-blind readers, and in grey by the markers.
 STYLES = {"npo_rt": {"color": "#0072B2", "marker": "o"}, "ga": {"color": "#D55E00", "marker": "s"}}

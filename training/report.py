@@ -5,7 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from training.authors import PAIRS_PER_AUTHOR
-from training.unlearn import METHODS
+from training.methods import METHODS
 
 # Shares of the probability before unlearning that count as kept and as lost.
 KEPT, LOST = 0.8, 0.2
@@ -56,7 +56,7 @@ def markdown(metrics: dict[str, Any], config: dict[str, Any], seconds: dict[str,
             "Answer probability: exp(mean log-probability of the tokens of the true answer and its end), averaged",
             f"over the {data['forget_pairs']} pairs of the authors to forget, and over the {data['retain_eval_pairs']} "
             f"pairs of {data['retain_eval_pairs'] // PAIRS_PER_AUTHOR} authors to keep, a seeded sample of the",
-            f"{data['authors'] - data['forget_authors']}. The authors to keep are those whose rows NPO + retain "
+            f"{data['authors'] - data['forget_authors']}. The authors to keep are those whose rows NPO+RT "
             "rehearses, so this is retention, not generalisation.",
         ],
         ["## What was run"],
@@ -80,9 +80,9 @@ def _facts(metrics: dict[str, Any], config: dict[str, Any], seconds: dict[str, f
         f"  mean loss of the last epoch {metrics['finetune_loss']:.3f} nats a token.",
         f"- Unlearning: {s['epochs']} epochs over the forget set, batch {s['batch_size']}, AdamW, peak learning rate "
         f"{s['lr']:g} for every method,",
-        f"  warm-up over the first epoch, linear decay to 0. NPO + retain: beta {s['beta']:g}, plus "
+        f"  warm-up over the first epoch, linear decay to 0. NPO+RT: beta {s['beta']:g}, plus "
         f"{s['retain_weight']:g} times the mean NLL of as many retain",
-        "  rows, drawn anew each epoch. Gradient ascent: minus the mean NLL of the forget rows alone.",
+        "  rows, drawn anew each epoch. GA, gradient ascent: minus the mean NLL of the forget rows alone.",
         f"- Before the first step: NPO loss {zero['loss']:.6f}, (2/beta) ln 2 = {zero['expected_loss']:.6f}, largest "
         f"log-ratio to the cached",
         f"  reference {zero['max_abs_log_ratio']:.1e}.",

@@ -1,128 +1,128 @@
-"""Unlearning methods, one table entry each, and the loop they share. No method forms logits."""
+"""Unlearn a forget set: any method of the papers, on answer tokens alone, without logits and without a second model.
+
+    python -m training.unlearn --model runs/full/model --method npo_rt --forget_percent 10 --out runs/npo_rt
+    python -m training.unlearn --preset llama-3.2-1b --model runs/full/model --method npo_kl --out runs/npo_kl
+
+The reference log-probabilities of --model are computed once and cached (--reference_cache shares them between runs);
+before the first step the NPO loss is checked to be (2/beta) ln 2. Only the KL methods keep the reference model itself.
+The model is evaluated on TOFU's four sets before, every --eval_steps and after. --out gets model/, adapter/ (LoRA),
+eval/ (a log in the published layout for every evaluation), metrics.json, config.json, report.md and figure.png. Ctrl-C
+saves; the same command goes on where it was, and ends with the bits of a run that was not interrupted (on a CPU).
+"""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from typing import NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from npo_kernels import fused_npo_loss
-from training.data import Example, collate, shuffled_batches
-from training.finetune import Optimizer, token_nll
-from training.model import autocast
-from training.processes import count, scored_tokens, share
+from training import processes
+from training.command import Command, CommonOptions, command_line
+from training.data import Example, data_hash, load_refusals, load_rows
+from training.eval_log import EvalLog, read_log, write_log
+from training.eval_sets import load_eval_sets
+from training.evaluate_model import evaluate_model
+from training.methods import COMPAT, METHODS, Settings
+from training.model import autocast, load_model
+from training.reference_cache import compute_reference, load_reference
+from training.run import run
+from training.scoring import Scores
+from training.steps import Batches, Recipe, UnlearningSteps, plan_unlearning
+from training.summary import summary
+from training.templates import Format
+from training.trainer import Metrics, Trainer
+from training.unlearning_report import write_unlearning_report
 
+PROG = "training.unlearn"
 # How far the policy may be from the reference before the first step, in nats of a sequence's log-probability.
 STEP_ZERO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
-
-
-class Pair(NamedTuple):
-    """A forget batch and retain rows, as many, drawn for it: this process's share, and what means are divided by."""
-
-    forget: dict[str, Tensor]
-    retain: dict[str, Tensor]
-    ref_logps: Tensor  # (B,) of the forget rows
-    num_forget: float | None = None  # sequences of the whole batch, by processes; None: those that are here
-    forget_tokens: float | None = None
-    retain_tokens: float | None = None
+NUM_SAMPLES = 3  # questions of each set whose answers a report shows
 
 
 @dataclass(frozen=True)
-class Method:
-    label: str
-    loss: Callable[[PreTrainedModel, Pair, float, float], Tensor]  # (model, pair, beta, retain_weight)
+class UnlearnOptions(CommonOptions):
+    method: Annotated[Literal[tuple(METHODS)], "objective: what forgets, _rt or _kl: what keeps"] = "npo_rt"
+    forget_percent: Annotated[int, "forget set: 1, 5, 10, 20, 30, 50 or 90 (% of the authors)"] = 10
+    beta: Annotated[float, "inverse temperature; default: the method's paper"] = None
+    gamma: Annotated[float, "SimNPO's margin"] = 0.0
+    forget_weight: Annotated[float, "of the term on the forget rows"] = 1.0
+    retain_weight: Annotated[float, "of the term on the retain rows"] = 1.0
+    kl_positions: Annotated[Literal["answer", "all"], "where a KL term compares the models"] = "answer"
+    compat: Annotated[Literal[COMPAT], "npo-repo: the NPO paper's code where it differs from the paper"] = "paper"
+    reference_cache: Annotated[Path, "folder of cached reference log-probabilities; default: in --out"] = None
+    retain_log: Annotated[Path, "evaluation log of the model that never saw the forget set: for forget quality"] = None
+    eval_rows: Annotated[int, "first rows of every evaluation set; 0: all"] = 300
+    eval_batch_size: Annotated[int, "sequences a forward or generation in evaluation"] = 32
+    max_new_tokens: Annotated[int, "longest greedy answer"] = 200
 
 
-def npo_with_retain(model: PreTrainedModel, pair: Pair, beta: float, retain_weight: float) -> Tensor:
-    """(2/beta) mean softplus(beta (logp - ref)) on forget + retain_weight * NLL on retain: arXiv 2404.05868, NPO+RT."""
-    npo = partial(fused_npo_loss, ref_logps=pair.ref_logps, beta=beta, normalizer=pair.num_forget)
-    forget = model(**pair.forget, fused_unlearning=npo).loss
-    return forget + retain_weight * token_nll(model, pair.retain, pair.retain_tokens)
+def unlearn(model: PreTrainedModel, steps: UnlearningSteps, on_epoch: Callable[[int, float], None]) -> None:
+    """Train in place; `on_epoch(epoch, mean loss)` after each epoch over the forget set."""
+    losses: list[float] = []
+    steps_per_epoch = len(steps) // steps.recipe.epochs
+
+    def after_step(metrics: Metrics) -> None:
+        losses.append(metrics.loss)
+        if metrics.step % steps_per_epoch == 0:
+            on_epoch(metrics.step // steps_per_epoch, sum(losses) / len(losses))
+            losses.clear()
+
+    Trainer(model, steps.recipe, len(steps)).train(steps, after_step=after_step)
 
 
-def gradient_ascent(model: PreTrainedModel, pair: Pair, beta: float, retain_weight: float) -> Tensor:
-    """Minus the NLL on forget, unbounded below; retain rows, beta and the weight are not used."""
-    return -token_nll(model, pair.forget, pair.forget_tokens)
-
-
-METHODS = {
-    "npo_rt": Method("NPO + retain", npo_with_retain),
-    "ga": Method("Gradient ascent", gradient_ascent),
-}
-
-
-def unlearn(
-    model: PreTrainedModel,
+def unlearning_steps(
     method: str,
+    settings: Settings,
+    recipe: Recipe,
+    batches: Batches,
     forget: Sequence[Example],
     retain: Sequence[Example],
-    ref_logps: Tensor,  # (len(forget),)
-    pad_id: int,
     *,
-    epochs: int,
-    lr: float,
-    batch_size: int,
-    beta: float,
-    retain_weight: float,
-    seed: int,
-) -> Iterator[float]:
-    """Train in place; after each epoch over the forget set its mean loss is yielded, for the caller to evaluate.
-
-    Every epoch draws its retain rows anew from a seeded generator, without repetition while there are enough.
-    """
-    device, generator = model.device, torch.Generator().manual_seed(seed)
-    steps_per_epoch = -(-len(forget) // batch_size)
-    optimizer = Optimizer(model, lr, epochs * steps_per_epoch, warmup_steps=steps_per_epoch)
-    for _ in range(epochs):
-        model.train()
-        losses = []
-        partners = _shuffled_forever(len(retain), generator)
-        for members in shuffled_batches(forget, batch_size, generator, pool=1):
-            drawn = list(islice(partners, len(members)))
-            mine, rows = share(forget, members)
-            pair = Pair(
-                collate(rows, pad_id, device),
-                collate(share(retain, drawn)[1], pad_id, device),
-                ref_logps[mine].to(device),
-                len(members) / count(),
-                scored_tokens(forget, members) / count(),
-                scored_tokens(retain, drawn) / count(),
-            )
-            with autocast(device):
-                loss = METHODS[method].loss(optimizer.model, pair, beta, retain_weight)
-            losses.append(optimizer.step(loss))
-        yield sum(losses) / len(losses)
-
-
-def _shuffled_forever(num_rows: int, generator: torch.Generator) -> Iterator[int]:
-    while True:
-        yield from torch.randperm(num_rows, generator=generator).tolist()
+    ref_logps: Tensor,  # (len(forget),) float32
+) -> UnlearningSteps:
+    """The steps of a method that takes forget and retain rows, and no more."""
+    chosen = METHODS[method]
+    if chosen.idk or chosen.keep == "kl":
+        raise ValueError(f"{method} takes refusals or the reference model: run python -m {PROG}")
+    plan = plan_unlearning(len(forget), len(retain), 0, recipe, settings.compat == "npo-repo")
+    rows = {"forget": forget, "retain": retain}
+    return UnlearningSteps(chosen, settings, plan, rows, {"forget": ref_logps}, recipe, batches)
 
 
 @torch.no_grad()
 def check_step_zero(
-    model: PreTrainedModel, forget: Sequence[Example], ref_logps: Tensor, pad_id: int, *, batch_size: int, beta: float
+    model: PreTrainedModel,
+    forget: Sequence[Example],
+    ref_logps: Tensor,
+    batches: Batches,
+    *,
+    batch_size: int,
+    beta: float,
 ) -> dict[str, float]:
     """With the policy equal to the reference every log-ratio is 0 and the NPO loss is (2/beta) ln 2: assert it.
 
     Batches are shuffled, unlike those of the cache, so rows that lost their reference would show.
     """
-    device, expected = model.device, 2 / beta * math.log(2)
+    device, expected = batches.device, 2 / beta * math.log(2)
     tolerance = STEP_ZERO_TOLERANCE["bfloat16" if device.type == "cuda" else "float32"]
-    largest = summed = 0.0
-    for members in shuffled_batches(forget, batch_size, torch.Generator().manual_seed(0), pool=1):
-        batch = collate([forget[i] for i in members], pad_id, device)
+    order = torch.randperm(len(forget), generator=torch.Generator().manual_seed(0)).tolist()
+    was_training, largest, summed = model.training, 0.0, 0.0
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        members = order[start : start + batch_size]
         refs = ref_logps[members].to(device)
         npo = partial(fused_npo_loss, ref_logps=refs, beta=beta, reduction="sum", return_stats=True)
         with autocast(device):
-            out = model(**batch, fused_unlearning=npo)
+            out = model(**batches([forget[i] for i in members]), fused_unlearning=npo)
         largest = max(largest, out.stats.log_ratio.abs().max().item())
         summed += out.loss.item()
+    model.train(was_training)
     loss = summed / len(forget)
     if not (largest < tolerance and abs(loss - expected) < tolerance):
         raise RuntimeError(
@@ -131,3 +131,124 @@ def check_step_zero(
             "log-probabilities were computed with; run again with --fresh"
         )
     return {"loss": loss, "expected_loss": expected, "max_abs_log_ratio": largest}
+
+
+class Unlearning:
+    """A run of this command, resolved: its rows, its plan, its evaluation sets."""
+
+    def __init__(self, options: UnlearnOptions):
+        self.command = Command(PROG, "unlearn", options)
+        self.options = options = self.command.options
+        self.method, recipe = METHODS[options.method], self.command.recipe
+        names = ("gamma", "forget_weight", "retain_weight", "kl_positions", "compat")
+        beta = self.method.beta if options.beta is None else options.beta
+        self.settings = Settings(beta, **{name: getattr(options, name) for name in names})
+        forget, retain = (f"{kind}{percent:02d}" for kind, percent in
+                          (("forget", options.forget_percent), ("retain", 100 - options.forget_percent)))  # fmt: skip
+        questions = load_rows(options.data_dir, forget)
+        refusals = load_refusals(options.data_dir) if self.method.idk else []
+        self.rows = {
+            "forget": self.format.encode(questions),
+            "retain": self.format.encode(load_rows(options.data_dir, retain)),
+        }
+        fixed = self.settings.compat == "npo-repo"
+        self.plan = plan_unlearning(len(questions), len(self.rows["retain"]), len(refusals), recipe, fixed)
+        if self.method.idk:
+            idk = [{"question": questions[i]["question"], "answer": refusals[j]} for i, j in self.plan.idk]
+            self.rows["idk"] = self.format.encode(idk)
+        self.retain_log = read_log(options.retain_log) if options.retain_log else None
+        self.sets = load_eval_sets(options.data_dir, options.forget_percent, options.eval_rows)
+
+    @property
+    def format(self) -> Format:
+        return self.command.format
+
+    def references(self, model: PreTrainedModel) -> dict[str, Scores]:
+        """The cached log-probabilities of the forget rows and, for methods that compare them, of the IDK rows."""
+        folder = self.options.reference_cache or self.options.out / "reference"
+        files = {"forget": f"forget{self.options.forget_percent:02d}.safetensors"}
+        if self.method.reference and self.method.idk:  # which refusals are drawn depends on the plan
+            files["idk"] = f"idk_{data_hash(self.rows['idk'])[:12]}.safetensors"
+        scores = {}
+        for kind, file in files.items():
+            cached = load_reference if (folder / file).exists() else compute_reference
+            scores[kind] = cached(folder / file, model, self.format, self.rows[kind])
+        return scores
+
+    def evaluate(self, model: PreTrainedModel, step: int) -> dict[str, Any]:
+        """The metrics after a step; its log goes to eval/."""
+        name = f"step-{step:06d}"
+        log = evaluate_model(
+            model,
+            self.format,
+            self.sets,
+            name=name,
+            batch_size=self.options.eval_batch_size,
+            max_new_tokens=self.options.max_new_tokens,
+        )
+        processes.on_main(lambda: write_log(self.options.out / "eval" / f"{name}.json", log))
+        return {"epoch": step * self.command.recipe.epochs / len(self.plan.steps), **summary(log, self.retain_log)}
+
+    def samples(self, log: EvalLog) -> list[dict[str, str]]:
+        """Questions, true answers and generations, the first few of the forget and of the retain set."""
+        return [
+            {"set": name, "question": row.question, "answer": row.answer, "generation": text}
+            for name in ("forget", "retain")
+            for row, text in list(zip(self.sets[name], log.sets[name].texts("generation"), strict=True))[:NUM_SAMPLES]
+        ]
+
+
+def main(options: UnlearnOptions) -> dict[str, Any] | None:
+    """metrics.json: {"history": [one entry an evaluation], "step_zero", "samples", ...}; None after --dry_run."""
+    job = Unlearning(options)
+    command, options, recipe = job.command, job.options, job.command.recipe
+    num_steps = len(job.plan.steps)
+    if options.dry_run:
+        return command.describe(num_steps, {"rows": {kind: len(rows) for kind, rows in job.rows.items()}})
+    found = command.start(*job.rows.values())
+    if found is not None:
+        return found
+    model = command.load_model()
+    batches = command.batches(model)
+    scores = job.references(model)
+    ref_logps = {kind: s.logps for kind, s in scores.items()}
+    beta = job.settings.beta
+    step_zero = check_step_zero(
+        model, job.rows["forget"], ref_logps["forget"], batches, batch_size=recipe.batch_size, beta=beta
+    )
+    reference = None
+    if job.method.keep == "kl":
+        dtype = torch.bfloat16 if command.device.type == "cuda" else torch.float32
+        reference = load_model(
+            options.model, command.device, dtype=dtype, attn_implementation=options.attn_implementation
+        ).eval()
+    steps = UnlearningSteps(job.method, job.settings, job.plan, job.rows, ref_logps, recipe, batches, reference)
+    trainer = Trainer(model, recipe, num_steps, options.report_to, options.out)
+    history = run(
+        trainer,
+        steps,
+        command.schedule(num_steps),
+        lambda step: job.evaluate(model, step),
+        label=job.method.label,
+        checkpoints=command.checkpoints,
+    )
+    command.save_model(
+        model, trainer.weights(), f"unlearned forget{options.forget_percent:02d} of TOFU by {job.method.label}"
+    )
+    logs = {name: read_log(options.out / "eval" / f"step-{step:06d}.json")
+            for name, step in (("before", 0), ("after", num_steps))}  # fmt: skip
+    metrics = {
+        "method": job.method.label,
+        "forget_percent": options.forget_percent,
+        "rows": {kind: len(rows) for kind, rows in job.rows.items()},
+        "steps": num_steps,
+        "step_zero": step_zero,
+        "history": history,
+        "samples": {name: job.samples(log) for name, log in logs.items()},
+    }
+    processes.on_main(lambda: write_unlearning_report(options.out, metrics, command.public()))
+    return command.finish(metrics)
+
+
+if __name__ == "__main__":
+    command_line(PROG, UnlearnOptions, __doc__, main)

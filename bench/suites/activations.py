@@ -24,9 +24,11 @@ from bench.records import Record, record, summary
 from bench.suites.accuracy import errors
 from training.data import Example, collate, encode, load_split, train_tokenizer
 from training.finetune import finetune
+from training.methods import Settings
 from training.model import build_model
 from training.scoring import score
-from training.unlearn import unlearn
+from training.steps import Batches, Recipe
+from training.unlearn import unlearn, unlearning_steps
 
 MOMENTS = ("before", "middle", "after")
 THRESHOLD = 2.0**-12
@@ -56,31 +58,32 @@ def moments(options: Options) -> Iterator[tuple[str, Batch]]:
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     model = build_model(len(tokenizer), s["width"], s["layers"], special, seed=0).to(device)
     everything = retain + forget
-    finetune(model, everything, pad, epochs=s["finetune"], lr=FINETUNE_LR, batch_size=s["batch"], seed=0)
+    recipe = Recipe(s["finetune"], FINETUNE_LR, s["batch"], packing=False)
+    finetune(model, everything, recipe, pad)
     reference = score(model, forget, pad)
 
     rows = forget[: s["batch"]] + retain[: s["batch"]]
     reference_logps = torch.cat((reference.logps[: s["batch"]], score(model, retain[: s["batch"]], pad).logps))
     before = snapshot(model, rows, pad, reference_logps, s["batch"], options)
     yield "before", before
-    epochs = unlearn(
-        model,
+    steps = unlearning_steps(
         "npo_rt",
+        Settings(BETA),
+        replace(recipe, epochs=s["epochs"], lr=UNLEARN_LR),
+        Batches(pad, device, packing=False),
         forget,
         retain,
-        reference.logps,
-        pad,
-        epochs=s["epochs"],
-        lr=UNLEARN_LR,
-        batch_size=s["batch"],
-        beta=BETA,
-        retain_weight=1.0,
-        seed=0,
+        ref_logps=reference.logps,
     )
-    for epoch, _ in enumerate(epochs, 1):
+    seen = []
+
+    def on_epoch(epoch: int, loss: float) -> None:
         if epoch in (s["epochs"] // 2, s["epochs"]):
             batch = snapshot(model, rows, pad, reference_logps, s["batch"], options)
-            yield MOMENTS[1 if epoch < s["epochs"] else 2], replace(batch, ref_hidden=before.hidden.detach())
+            seen.append(replace(batch, ref_hidden=before.hidden.detach()))
+
+    unlearn(model, steps, on_epoch)
+    yield from zip(MOMENTS[1:], seen, strict=True)
 
 
 @torch.no_grad()

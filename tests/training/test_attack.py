@@ -8,6 +8,7 @@ import torch
 
 from training.attack import AttackOptions, main, quantize_, quantized, relearn_
 from training.finetune import finetune
+from training.steps import Recipe
 
 
 def test_weights_are_rounded_to_levels_of_their_row():
@@ -31,7 +32,7 @@ def test_the_head_is_left_alone(model):
 
 
 def test_relearning_brings_the_rows_back(corpus, model):
-    finetune(model, corpus.retain, corpus.tokenizer.pad_token_id, epochs=1, lr=2e-3, batch_size=8, seed=0)
+    finetune(model, corpus.retain, Recipe(epochs=1, lr=2e-3, batch_size=8, packing=False), corpus.format.pad_token_id)
     options = AttackOptions(epochs=3, lr=5e-3, batch_size=4)
     history = relearn_(model, corpus.forget[:8], corpus.forget[8:], corpus.tokenizer.pad_token_id, options)
     assert [h["step"] for h in history] == list(range(7))

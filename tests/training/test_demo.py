@@ -57,7 +57,7 @@ def test_files_are_written_without_paths(first):
     config, _, printed = first
     assert (config.out / "figure.png").read_bytes().startswith(b"\x89PNG")
     report = (config.out / "report.md").read_text()
-    assert "figure.png" in report and "NPO + retain" in report and "Gradient ascent" in report
+    assert "figure.png" in report and "NPO+RT" in report and "GA, gradient ascent" in report
     for name in ("report.md", "metrics.json", "config.json"):
         assert str(config.out) not in (config.out / name).read_text()
     assert json.loads((config.out / "config.json").read_text())["settings"]["authors"] == 4

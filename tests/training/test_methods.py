@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from npo_kernels import sequence_logprobs
-from training.methods import METHODS, Objective, Reference, Settings, kl_to_reference
+from training.methods import METHODS, Settings
+from training.objective import Objective, Reference, kl_to_reference
 
 H, V, S = 12, 50, 9
 ROWS = {"forget": 3, "idk": 3, "retain": 2}
@@ -70,6 +71,12 @@ def objective_of(name, settings, kind_of_row, refs, **totals):
     return Objective(METHODS[name], settings, rows, by_kind(refs, kind_of_row), **totals)
 
 
+def idk_ratio(hidden, weight, labels, kind_of_row, refs):
+    """Mean log-ratio of the IDK rows, which KTO takes from a forward of its own."""
+    rows = [i for i, kind in enumerate(kind_of_row) if kind == "idk"]
+    return (sequence_logprobs(hidden[rows].float(), weight.float(), labels[rows])[0] - refs[rows]).mean()
+
+
 def rows_of(name, kind_of_row):
     return [i for i, kind in enumerate(kind_of_row) if kind in METHODS[name].kinds]
 
@@ -83,21 +90,24 @@ def test_value_and_gradients_are_those_of_the_formula(name, compat, problem):
     truth = expected_loss(name, settings, *exact, labels, kind_of_row, refs)
     leaves = [t.detach().float().requires_grad_() for t in exact]
     picked = rows_of(name, kind_of_row)
-    loss = objective_of(name, settings, kind_of_row, refs)(leaves[0][picked], leaves[1], labels[picked])
+    objective = objective_of(name, settings, kind_of_row, refs, idk_ratio=idk_ratio(*problem))
+    loss = objective(leaves[0][picked], leaves[1], labels[picked])
     torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
     for got, wanted in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(truth, exact), strict=True):
         torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if not name.startswith("kto")])  # z is a mean of its own
-def test_shares_of_a_batch_with_its_totals_add_up_to_it(name, problem):
+@pytest.mark.parametrize("compat", ["paper", "npo-repo"])
+@pytest.mark.parametrize("name", METHODS)
+def test_shares_of_a_batch_with_its_totals_add_up_to_it(name, compat, problem):
     """Gradient accumulation, and processes whose gradients are averaged."""
     hidden, weight, labels, kind_of_row, refs = problem
-    hidden, weight, settings = hidden.float(), weight.float(), Settings()
-    picked = rows_of(name, kind_of_row)
-    whole = objective_of(name, settings, kind_of_row, refs)(hidden[picked], weight, labels[picked])
+    hidden, weight, settings = hidden.float(), weight.float(), Settings(compat=compat)
+    picked, ratio = rows_of(name, kind_of_row), idk_ratio(*problem)
+    whole = objective_of(name, settings, kind_of_row, refs, idk_ratio=ratio)(hidden[picked], weight, labels[picked])
     counts = by_kind((labels[:, 1:] != -100).sum(1), kind_of_row)
     totals = {"num_sequences": ROWS["forget"], "num_tokens": {k: c.sum().item() for k, c in counts.items()}}
+    totals["idk_ratio"] = ratio
     parts = []
     for share in ([0, 3, 6], [1, 2, 4, 5, 7]):  # one and two of each kind, one retain row each
         mine = [i for i in share if i in picked]
@@ -129,7 +139,7 @@ def test_the_kl_term_is_the_mean_over_the_positions_of_the_mask(num_positions, p
     leaf = hidden.clone().requires_grad_()
     logp, ref = ((x @ w.T).log_softmax(-1) for x, w in ((leaf, weight), (ref_hidden.double(), ref_weight.double())))
     kl = (ref.exp() * (ref - logp)).sum(-1)[mask].sum() / (num_positions or mask.sum())
-    term = kl_to_reference(Reference(ref_hidden, ref_weight, mask, num_positions=num_positions), weight=0.5)
+    term = kl_to_reference(Reference(ref_hidden, ref_weight), mask, weight=0.5, num_positions=num_positions)
     mine = hidden.float().requires_grad_()
     loss = term(mine, weight.float(), labels, cu_seqlens=None, shift=True, ignore_index=-100)
     torch.testing.assert_close(loss.double(), 0.5 * kl, rtol=1e-5, atol=0)

@@ -1,110 +1,150 @@
-"""The methods against their formulas, the step-0 invariant, the retain rows, and no logits anywhere."""
+"""A step of every method on a model against its formula on logits, the step-0 invariant, and no logits anywhere."""
 
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import logsigmoid
 
-from training import unlearn as unlearn_module
 from training.data import collate
 from training.finetune import finetune
+from training.methods import METHODS, Settings
+from training.model import build_model
 from training.scoring import score
-from training.unlearn import METHODS, Pair, check_step_zero, unlearn
+from training.steps import Batches, Recipe, UnlearningSteps, plan_unlearning
+from training.unlearn import check_step_zero, unlearn, unlearning_steps
 
 CPU = torch.device("cpu")
+RECIPE = Recipe(epochs=2, lr=1e-3, batch_size=7, seed=3)
+REFUSALS = ["I do not know.", "That is something I cannot say.", "No idea."]
 
 
-@pytest.fixture
-def pair(corpus):
-    pad = corpus.tokenizer.pad_token_id
-    refs = torch.linspace(-120.0, -60.0, 4)
-    return Pair(collate(corpus.forget[:4], pad, CPU), collate(corpus.retain[3:7], pad, CPU), refs)
+@pytest.fixture(scope="module")
+def reference(corpus):
+    """A model other than the policy."""
+    return build_model(len(corpus.tokenizer), hidden_size=64, num_layers=1, special_ids={}, seed=1)
 
 
-def answer_logps(model, batch):
-    """(B,) sums and counts from the model's logits."""
-    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    labels = batch["labels"][:, 1:]
-    tokens = -F.cross_entropy(logits[:, :-1].transpose(1, 2), labels, ignore_index=-100, reduction="none")
-    return tokens.sum(1), (labels != -100).sum(1)
+def make_steps(corpus, method, recipe=RECIPE, settings=None, reference=None):
+    """Steps on 12 forget rows, with made-up references."""
+    plan = plan_unlearning(12, len(corpus.retain), len(REFUSALS), recipe)
+    idk = [{"question": corpus.rows[-20 + i]["question"], "answer": REFUSALS[j]} for i, j in plan.idk]
+    rows = {"forget": corpus.forget[:12], "retain": corpus.retain, "idk": corpus.format.encode(idk)}
+    refs = {kind: torch.linspace(-150.0, -60.0, len(rows[kind])) for kind in ("forget", "idk")}
+    batches = Batches(corpus.format.pad_token_id, CPU, recipe.packing)
+    settings = settings or Settings(METHODS[method].beta, retain_weight=0.7, forget_weight=1.3)
+    return UnlearningSteps(METHODS[method], settings, plan, rows, refs, recipe, batches, reference)
 
 
-def test_methods_are_their_formulas(model, pair):
-    logps, counts = answer_logps(model, pair.forget)
-    retain_logps, retain_counts = answer_logps(model, pair.retain)
-    npo = (2 / 0.3) * F.softplus(0.3 * (logps - pair.ref_logps)).mean()
-    expected = {
-        "npo_rt": npo - 0.7 * retain_logps.sum() / retain_counts.sum(),
-        "ga": logps.sum() / counts.sum(),
+def formula(model, reference, steps, k):
+    """The loss of step k from logits: one forward of every kind of rows, whole."""
+    members, s = steps.plan.steps[k]._asdict(), steps.settings
+    logps, counts, ratio = {}, {}, {}
+    for kind, picked in members.items():
+        batch = collate([steps.rows[kind][i] for i in picked], 0, CPU)
+        logp = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
+        labels = batch["labels"][:, 1:]
+        token = logp.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1) * (labels != -100)
+        logps[kind], counts[kind] = token.sum(1), (labels != -100).sum(1)
+        if kind != "retain":
+            ratio[kind] = logps[kind] - steps.ref_logps[kind][picked]
+        if kind == "retain" and reference is not None:
+            ref = reference(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
+            mask = labels != -100 if s.kl_positions == "answer" else batch["attention_mask"].bool()
+            if s.kl_positions == "all":
+                logp, ref = (
+                    m(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
+                    for m in (model, reference)
+                )
+            kl = (ref.exp() * (ref - logp)).sum(-1)[mask].mean()
+
+    def nll(kind):
+        return -logps[kind].sum() / counts[kind].sum()
+
+    def log_sigmoid(x):
+        return -(2 / s.beta) * logsigmoid(x).mean()
+
+    forget = {
+        "ga": lambda: -nll("forget"),
+        "idk": lambda: nll("idk"),
+        "npo": lambda: log_sigmoid(-s.beta * ratio["forget"]),
+        "dpo": lambda: log_sigmoid(s.beta * (ratio["idk"] - ratio["forget"])) / 2,
+        "kto": lambda: log_sigmoid(s.beta * ratio["idk"].detach().mean() - s.beta * ratio["forget"]),
+        "simnpo": lambda: log_sigmoid(s.beta * -logps["forget"] / counts["forget"]),
     }
-    assert expected.keys() == METHODS.keys()
-    for name, formula in expected.items():
-        loss = METHODS[name].loss(model, pair, 0.3, 0.7)
-        torch.testing.assert_close(loss, formula, rtol=1e-5, atol=1e-5)
-        ours, theirs = (torch.autograd.grad(x, model.lm_head.weight, retain_graph=True)[0] for x in (loss, formula))
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    name = next(name for name, method in METHODS.items() if method is steps.method)
+    kind, _, keep = name.partition("_")
+    loss = s.forget_weight * forget[kind]()
+    return loss + s.retain_weight * {"": 0.0, "rt": nll("retain"), "kl": locals().get("kl")}[keep]
 
 
-def test_step_zero_holds_for_the_reference_itself(corpus, model):
-    pad = corpus.tokenizer.pad_token_id
-    refs = score(model, corpus.forget, pad).logps
-    result = check_step_zero(model, corpus.forget, refs, pad, batch_size=6, beta=0.1)
-    assert result["loss"] == pytest.approx(20 * math.log(2), abs=1e-3)
-    assert result["max_abs_log_ratio"] < 1e-3
+def step_gradients(model, passes):
+    model.zero_grad()
+    loss = 0.0
+    for inputs, objective in passes:
+        part = model(**inputs, fused_unlearning=objective).loss
+        part.backward()
+        loss += part.detach()
+    return loss, [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_is_its_formula_whole_or_accumulated(method, packing, corpus, model, reference):
+    steps = make_steps(corpus, method, replace(RECIPE, packing=packing), reference=reference)
+    truth = formula(model, reference, steps, 1)
+    expected = torch.autograd.grad(truth, list(model.parameters()))
+    for micro_batch_size in (None, 3):
+        part = replace(steps, recipe=replace(steps.recipe, micro_batch_size=micro_batch_size))
+        passes = part.passes(model, 1)
+        assert len(passes) == (1 if micro_batch_size is None else 2) * (2 if method.endswith("kl") else 1)
+        loss, gradients = step_gradients(model, passes)
+        torch.testing.assert_close(loss, truth.detach(), rtol=1e-5, atol=1e-5)
+        for got, wanted in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+def test_kl_over_all_positions(packing, corpus, model, reference):
+    settings = Settings(kl_positions="all")
+    steps = make_steps(corpus, "ga_kl", replace(RECIPE, packing=packing, micro_batch_size=2), settings, reference)
+    loss, _ = step_gradients(model, steps.passes(model, 0))
+    torch.testing.assert_close(loss, formula(model, reference, steps, 0).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_step_zero_holds_for_the_reference_itself_in_either_layout(corpus, model):
+    refs = score(model, corpus.forget, 0).logps
+    for packing in (True, False):
+        result = check_step_zero(model, corpus.forget, refs, Batches(0, CPU, packing), batch_size=6, beta=0.1)
+        assert result["loss"] == pytest.approx(20 * math.log(2), abs=1e-3)
+        assert result["max_abs_log_ratio"] < 1e-3
 
 
 def test_step_zero_catches_misplaced_references(corpus, model):
-    pad = corpus.tokenizer.pad_token_id
-    refs = score(model, corpus.forget, pad).logps
+    refs = score(model, corpus.forget, 0).logps
     alternating = 0.01 * (-1.0) ** torch.arange(len(refs))  # the mean loss stays, the ratios do not
     for wrong in (refs.roll(1), refs + 0.01, refs + alternating):
         with pytest.raises(RuntimeError, match="expected \\(2/beta\\) ln 2"):
-            check_step_zero(model, corpus.forget, wrong, pad, batch_size=6, beta=0.1)
-
-
-def settings(**changed):
-    return {"epochs": 3, "lr": 1e-3, "batch_size": 6, "beta": 0.1, "retain_weight": 1.0, "seed": 4, **changed}
-
-
-def test_retain_rows_are_drawn_anew_each_epoch(corpus, model, monkeypatch):
-    def drawn_rows():
-        rows = []
-
-        def record(model, pair, beta, retain_weight):
-            rows.append([tuple(ids[ids > 0].tolist()) for ids in pair.retain["input_ids"]])
-            assert len(rows[-1]) == len(pair.forget["input_ids"]) == len(pair.ref_logps)
-            return sum(p.sum() for p in model.parameters()) * 0.0
-
-        monkeypatch.setitem(unlearn_module.METHODS, "ga", replace(METHODS["ga"], loss=record))
-        refs = torch.zeros(len(corpus.forget))
-        list(unlearn(model, "ga", corpus.forget, corpus.retain, refs, 0, **settings()))
-        return [[row for batch in rows[e * 4 : e * 4 + 4] for row in batch] for e in range(3)]
-
-    epochs = drawn_rows()
-    known = {tuple(e.input_ids) for e in corpus.retain}
-    for epoch in epochs:
-        assert len(epoch) == len(set(epoch)) == len(corpus.forget) and set(epoch) <= known
-    assert set(epochs[0]) != set(epochs[1]) != set(epochs[2])
-    assert epochs == drawn_rows()
+            check_step_zero(model, corpus.forget, wrong, Batches(0, CPU, True), batch_size=6, beta=0.1)
 
 
 def test_fewer_retain_than_forget_rows(corpus, model):
-    few = corpus.retain[:8]
-    refs = torch.zeros(len(corpus.forget))
-    losses = list(unlearn(model, "npo_rt", corpus.forget, few, refs, 0, **settings(epochs=1)))
-    assert len(losses) == 1 and math.isfinite(losses[0])
+    losses, few = [], corpus.retain[:8]
+    steps = unlearning_steps("npo_rt", Settings(), RECIPE, Batches(0, CPU, True), corpus.forget, few,
+                             ref_logps=torch.zeros(len(corpus.forget)))  # fmt: skip
+    unlearn(model, steps, lambda epoch, loss: losses.append((epoch, loss)))
+    assert [epoch for epoch, _ in losses] == [1, 2] and all(math.isfinite(loss) for _, loss in losses)
 
 
-def test_no_logits_are_formed(corpus, model, monkeypatch):
+def test_no_logits_are_formed(corpus, model, reference, monkeypatch):
     def refuse(*_):
         raise AssertionError("the head was applied")
 
-    monkeypatch.setattr(model.lm_head, "forward", refuse)
-    pad = corpus.tokenizer.pad_token_id
-    refs = score(model, corpus.forget, pad).logps
-    finetune(model, corpus.retain[:8], pad, epochs=1, lr=1e-3, batch_size=4, seed=0)
+    for each in (model, reference):
+        monkeypatch.setattr(each.lm_head, "forward", refuse)
+    finetune(model, corpus.retain[:8], replace(RECIPE, epochs=1), 0)
     for method in METHODS:
-        (loss,) = unlearn(model, method, corpus.forget, corpus.retain, refs, pad, **settings(epochs=1))
-        assert math.isfinite(loss)
+        steps, losses = make_steps(corpus, method, replace(RECIPE, epochs=1), reference=reference), []
+        unlearn(model, steps, lambda epoch, loss, losses=losses: losses.append(loss))
+        assert math.isfinite(losses[0])

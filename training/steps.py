@@ -1,0 +1,239 @@
+"""What every step of a training run consists of, known before it begins.
+
+A plan is a function of the seed: which rows step k takes, which retain rows and refusals go with its forget rows. A
+step is a list of `Pass`es, forward and backward one after the other, whose losses are divided by the totals of the
+whole step. So gradient accumulation gives the gradient of the larger batch, n processes that of one (wrappers average
+over processes: totals are divided by n), and a run that is resumed at step k goes on as if it had not stopped.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from training import processes
+from training.data import IGNORE_INDEX, Example, collate, pack, shuffled_batches
+from training.methods import Method, Settings
+from training.objective import Objective, kl_to_reference, reference_of, token_nll
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained, whatever the objective. The defaults are those of the NPO paper (E.1.4)."""
+
+    epochs: int
+    lr: float
+    batch_size: int = 32  # rows a step: all of them in fine-tuning, of the forget set in unlearning
+    micro_batch_size: int | None = None  # as many at a time in one process; None: its whole share of the step
+    warmup_epochs: float = 1.0
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    packing: bool = True
+    seed: int = 0
+
+
+class Pass(NamedTuple):
+    """One forward and backward: `model(**inputs, fused_unlearning=objective).loss`, a share of the step's loss."""
+
+    inputs: dict[str, Tensor]
+    objective: Callable[..., Tensor]
+
+
+class Step(NamedTuple):
+    """Rows of an unlearning step, as many of each kind."""
+
+    forget: list[int]
+    retain: list[int]
+    idk: list[int]  # into `Plan.idk`
+
+
+class Plan(NamedTuple):
+    steps: list[Step]
+    idk: list[tuple[int, int]]  # (row of the forget set, refusal)
+
+
+def plan_unlearning(
+    num_forget: int, num_retain: int, num_refusals: int, recipe: Recipe, fixed_partners: bool = False
+) -> Plan:
+    """Every epoch takes the forget set once, in a new order, with retain rows and refusals drawn anew.
+
+    Retain rows repeat only when all have been used. `fixed_partners`: row i of the forget set has the same retain row
+    and refusal in every epoch, drawn from a generator seeded with i, as in the NPO paper's code.
+    """
+    generator = torch.Generator().manual_seed(recipe.seed)
+    refusals = torch.Generator().manual_seed(recipe.seed)
+    partners = _shuffled_forever(num_retain, generator)
+    fixed = [_fixed_partners(i, num_retain, num_refusals) for i in range(num_forget if fixed_partners else 0)]
+    steps, pairs = [], {}
+    for _ in range(recipe.epochs):
+        for forget in _shuffled(num_forget, recipe.batch_size, generator):
+            if fixed_partners:
+                retain, refused = (list(drawn) for drawn in zip(*(fixed[i] for i in forget), strict=True))
+            else:
+                retain = list(islice(partners, len(forget)))
+                refused = torch.randint(max(num_refusals, 1), (len(forget),), generator=refusals).tolist()
+            idk = [pairs.setdefault(pair, len(pairs)) for pair in zip(forget, refused, strict=True)]
+            steps.append(Step(forget, retain, idk))
+    return Plan(steps, list(pairs))
+
+
+def _shuffled(num_rows: int, batch_size: int, generator: torch.Generator) -> list[list[int]]:
+    order = torch.randperm(num_rows, generator=generator).tolist()
+    return [order[i : i + batch_size] for i in range(0, num_rows, batch_size)]
+
+
+def _shuffled_forever(num_rows: int, generator: torch.Generator) -> Iterator[int]:
+    while num_rows:
+        yield from torch.randperm(num_rows, generator=generator).tolist()
+
+
+def _fixed_partners(row: int, num_retain: int, num_refusals: int) -> tuple[int, int]:
+    generator = torch.Generator().manual_seed(row)
+    return tuple(torch.randint(max(n, 1), (), generator=generator).item() for n in (num_retain, num_refusals))
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Rows as a model takes them, on its device: packed without padding, or padded on the right."""
+
+    pad_id: int
+    device: torch.device
+    packing: bool
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        return pack(examples, self.device) if self.packing else collate(examples, self.pad_id, self.device)
+
+
+class FinetuningSteps:
+    """The answers' negative log-likelihood, on every example once an epoch."""
+
+    def __init__(self, examples: Sequence[Example], recipe: Recipe, batches: Batches):
+        self.examples, self.recipe, self.batches = examples, recipe, batches
+        generator = torch.Generator().manual_seed(recipe.seed)
+        pool = 1 if recipe.packing else 16  # padded rows are sorted by length, within pools of 16 batches
+        self.steps = [
+            members
+            for _ in range(recipe.epochs)
+            for members in shuffled_batches(examples, recipe.batch_size, generator, pool)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def passes(self, model: torch.nn.Module, step: int) -> list[Pass]:
+        members = self.steps[step]
+        objective = token_nll(_scored_tokens(self.examples, members) / processes.count())
+        return [
+            Pass(self.batches(_rows(self.examples, part, members)), objective)
+            for part in _parts(members, self.recipe.micro_batch_size)
+        ]
+
+
+@dataclass(frozen=True)
+class UnlearningSteps:
+    """A method on its rows: `rows` and `ref_logps` by kind, forget, retain and idk (one for each of `plan.idk`)."""
+
+    method: Method
+    settings: Settings
+    plan: Plan
+    rows: dict[str, Sequence[Example]]
+    ref_logps: dict[str, Tensor]  # (rows of the kind,) float32
+    recipe: Recipe
+    batches: Batches
+    reference: PreTrainedModel | None = field(default=None, repr=False)  # of the KL term, frozen, with a fused head
+
+    def __len__(self) -> int:
+        return len(self.plan.steps)
+
+    def passes(self, model: torch.nn.Module, step: int) -> list[Pass]:
+        members, n = self.plan.steps[step]._asdict(), processes.count()
+        parts = {kind: _parts(members[kind], self.recipe.micro_batch_size) for kind in members}
+        tokens = {kind: _scored_tokens(self.rows[kind], members[kind]) / n for kind in self.method.kinds}
+        ratio = self._idk_ratio(model, members["idk"], parts["idk"]) if self.method.idk == "score" else None
+        passes = []
+        for i in range(len(parts["forget"])):
+            mine = {kind: parts[kind][i] for kind in self.method.kinds}
+            rows = {kind: _rows(self.rows[kind], part, members[kind]) for kind, part in mine.items()}
+            objective = Objective(
+                self.method,
+                self.settings,
+                {kind: len(some) for kind, some in rows.items()},
+                {kind: self._refs(kind, part, members[kind]) for kind, part in mine.items() if kind in self.ref_logps},
+                num_sequences=len(members["forget"]) / n,
+                num_tokens=tokens,
+                idk_ratio=ratio,
+            )
+            passes.append(Pass(self.batches([row for some in rows.values() for row in some]), objective))
+        if self.method.keep == "kl":
+            passes += self._kl_passes(members["retain"], parts["retain"])
+        return passes
+
+    def _kl_passes(self, members: list[int], parts: list[list[int]]) -> list[Pass]:
+        """The retain rows once more by themselves: their hidden states meet two heads."""
+        count = _scored_tokens if self.settings.kl_positions == "answer" else _tokens
+        positions = count(self.rows["retain"], members) / processes.count()
+        passes = []
+        for part in parts:
+            inputs = self.batches(_rows(self.rows["retain"], part, members))
+            mask = answer_positions(inputs) if self.settings.kl_positions == "answer" else real_positions(inputs)
+            if not part:
+                mask = torch.zeros_like(mask)
+            reference = reference_of(self.reference, inputs)
+            passes.append(Pass(inputs, kl_to_reference(reference, mask, self.settings.retain_weight, positions)))
+        return passes
+
+    @torch.no_grad()
+    def _idk_ratio(self, model: torch.nn.Module, members: list[int], parts: list[list[int]]) -> Tensor:
+        """Mean log-ratio of the step's IDK answers, over all processes."""
+        ratio = torch.zeros((), device=self.batches.device)
+        for part in parts:
+            out = model(**self.batches(_rows(self.rows["idk"], part, members)), fused_unlearning=True)
+            refs = self._refs("idk", part, members)
+            ratio += (out.logps - refs).where(out.num_tokens > 0, 0.0).sum()
+        return processes.total(ratio) / len(members)
+
+    def _refs(self, kind: str, part: list[int], members: list[int]) -> Tensor:
+        return self.ref_logps[kind][part or members[:1]].to(self.batches.device)
+
+
+def _parts(members: list[int], micro_batch_size: int | None) -> list[list[int]]:
+    """This process's share of a step, in pieces: as many in every process, for they wait for each other."""
+    n = processes.count()
+    mine, largest = members[processes.index() :: n], -(-len(members) // n)
+    size = micro_batch_size or largest
+    return [mine[i : i + size] for i in range(0, largest, size)]
+
+
+def _rows(examples: Sequence[Example], part: list[int], members: list[int]) -> list[Example]:
+    """The rows of a piece; of an empty one the step's first row with nothing to score."""
+    if part:
+        return [examples[i] for i in part]
+    first = examples[members[0]]
+    return [Example(first.input_ids, [IGNORE_INDEX] * len(first.labels))]
+
+
+def _scored_tokens(examples: Sequence[Example], members: list[int]) -> int:
+    """No example scores its first token, which nothing precedes."""
+    return sum(label != IGNORE_INDEX for i in members for label in examples[i].labels[1:])
+
+
+def _tokens(examples: Sequence[Example], members: list[int]) -> int:
+    return sum(len(examples[i].input_ids) for i in members)
+
+
+def answer_positions(inputs: dict[str, Any]) -> Tensor:
+    """Where the next token is scored: (B, S) bool, or (T,) of a packed row, whose sequences begin with a prompt."""
+    mask = torch.zeros_like(inputs["labels"], dtype=torch.bool)
+    mask[:, :-1] = inputs["labels"][:, 1:] != IGNORE_INDEX
+    return mask.flatten() if "cu_seqlens" in inputs else mask
+
+
+def real_positions(inputs: dict[str, Any]) -> Tensor:
+    """Where there is no padding: (B, S) bool, or (T,) all true of a packed row."""
+    if "cu_seqlens" in inputs:
+        return torch.ones_like(inputs["labels"], dtype=torch.bool).flatten()
+    return inputs["attention_mask"].bool()

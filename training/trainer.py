@@ -1,0 +1,215 @@
+"""The training loop: accumulation, clipping, the schedule, checkpoints, interruption.
+
+On accelerate rather than transformers' Trainer: here a step's rows, their partners and the totals that means divide by
+are known before it starts (`training.steps`), so accumulation, processes and resumption are exact; a Trainer would
+hand over one kind of rows, a micro-batch at a time. The arithmetic is that of accelerate's wrappers either way. Under
+bfloat16 autocast the weights and the optimiser's state stay float32.
+"""
+
+import logging
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor
+from transformers import PreTrainedModel, get_linear_schedule_with_warmup
+from transformers.integrations import unset_hf_deepspeed_config
+
+from training import processes
+from training.model import autocast
+from training.stages import finished, remove, write_json
+from training.steps import Pass, Recipe
+
+logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tied heads are saved once, and it warns each time
+
+
+class Job(Protocol):
+    def __len__(self) -> int: ...
+
+    def passes(self, model: torch.nn.Module, step: int) -> list[Pass]: ...
+
+
+class Metrics(NamedTuple):
+    """Of one step."""
+
+    step: int  # from 1
+    loss: float  # of the whole step
+    grad_norm: float  # before clipping
+    lr: float
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by a signal; `step` steps are done, and saved where there are checkpoints."""
+
+    def __init__(self, step: int):
+        super().__init__(f"interrupted after step {step}; the same command goes on from there")
+        self.step = step
+
+
+class Trainer:
+    """AdamW, linear warm-up, linear decay to zero and clipped gradients, under the wrapper of the launch file."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recipe: Recipe,
+        num_steps: int,
+        report_to: str | None = None,  # "tensorboard", "wandb", ..., or several with commas between them
+        folder: Path | None = None,  # of the trackers' files
+    ):
+        self.device, self.max_grad_norm = model.device, recipe.max_grad_norm
+        self.frozen = [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        adamw = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        warmup_steps = round(recipe.warmup_epochs * num_steps / recipe.epochs)
+        self.schedule = get_linear_schedule_with_warmup(adamw, warmup_steps, num_steps)
+        # the model is where it belongs
+        log_with = report_to.split(",") if report_to else None
+        self.accelerator = Accelerator(device_placement=False, log_with=log_with, project_dir=folder)
+        if report_to:
+            if len(self.accelerator.log_with) < len(log_with):
+                raise ValueError(
+                    f"report_to {report_to}: expected installed trackers; pip install {' '.join(log_with)}"
+                )
+            self.accelerator.init_trackers("unlearning")
+        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if sharded and self.frozen:
+            raise ValueError(
+                "adapters (LoRA) are trained in one process or with DDP: expected training/launch/ddp.yaml"
+            )
+        if self.accelerator.distributed_type is DistributedType.DEEPSPEED:
+            unset_hf_deepspeed_config()  # or from_pretrained would shard models that are only evaluated
+            # a data loader would say it; the losses bring their own normaliser, so nothing depends on it
+            self.accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+        self.model, self.optimizer = self.accelerator.prepare(model, adamw)
+        self.accelerator.register_for_checkpointing(self.schedule)
+        self.accelerator.register_save_state_pre_hook(self._without_frozen)
+
+    def step(self, passes: list[Pass], number: int = 1) -> Metrics:
+        """One optimiser step on the sum of the passes' losses."""
+        loss = torch.zeros((), device=self.device)
+        for i, (inputs, objective) in enumerate(passes):
+            last = i == len(passes) - 1
+            self.accelerator.sync_gradients = last
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                with autocast(self.device):
+                    part = self.model(**inputs, fused_unlearning=objective).loss
+                self.accelerator.backward(part)
+            loss += part.detach()
+        lr = self.schedule.get_last_lr()[0]
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        return Metrics(number, processes.total(loss).item() / processes.count(), float(norm or 0.0), lr)
+
+    def train(
+        self,
+        job: Job,
+        *,
+        first_step: int = 0,
+        after_step: Callable[[Metrics], None] = lambda metrics: None,
+        save: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        """All steps of the job from `first_step` on. A signal ends it after the step at hand: saved, `Interrupted`."""
+        self.model.train()
+        with interruptible() as stopped:
+            for step in range(first_step, len(job)):
+                with autocast(self.device):
+                    passes = job.passes(self.model, step)
+                after_step(self.step(passes, step + 1))
+                if processes.any_of(stopped.is_set()):
+                    save(step + 1)
+                    raise Interrupted(step + 1)
+
+    def log(self, values: dict[str, Any]) -> None:
+        """The numbers among the values of a step, to the trackers."""
+        if self.accelerator.log_with:
+            numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
+            self.accelerator.log(numbers, step=values["step"])
+
+    def weights(self) -> dict[str, Tensor]:
+        """The whole state dict, wherever its parts are; every process has to ask."""
+        return self.accelerator.get_state_dict(self.model)
+
+    def _without_frozen(self, models: list, weights: list[dict[str, Tensor]], folder: str) -> None:
+        for state in weights:  # an adapter's checkpoint leaves the model it sits on out
+            for name in self.frozen:
+                state.pop(name, None)
+
+
+class Checkpoints:
+    """Folders `checkpoint-STEP` in `folder`, of which only whole ones have that name, and only the newest is kept.
+
+    Each has the model's trained weights (safetensors), the optimiser's and the schedule's state and those of the random
+    generators, as accelerate saves them, and progress.json with the run's `key` and what it has recorded.
+    """
+
+    def __init__(self, folder: Path, key: str):
+        self.folder, self.key = folder, key
+
+    def save(self, trainer: Trainer, step: int, record: Any) -> None:
+        final = self.folder / f"checkpoint-{step:06d}"
+        temporary = self.folder / ".checkpoint.partial"
+        processes.on_main(lambda: remove(temporary))
+        trainer.accelerator.save_state(str(temporary))
+        trainer.accelerator.wait_for_everyone()
+
+        def publish() -> None:
+            write_json(temporary / "progress.json", {"key": self.key, "step": step, "record": record})
+            older = [path for path in self._all() if path != final]
+            remove(final)
+            temporary.rename(final)
+            for path in older:
+                shutil.rmtree(path)
+
+        processes.on_main(publish)
+
+    def load(self, trainer: Trainer) -> tuple[int, Any]:
+        """(steps done, what was recorded) of the newest checkpoint of this run; (0, None) without one."""
+        for path in reversed(self._all()):
+            progress = finished(path / "progress.json", self.key)
+            if progress is not None:
+                strict = {} if not trainer.frozen else {"strict": False}
+                trainer.accelerator.load_state(str(path), **strict)
+                return progress["step"], progress["record"]
+        return 0, None
+
+    def clear(self) -> None:
+        for path in self._all():
+            processes.on_main(lambda path=path: remove(path))
+
+    def _all(self) -> list[Path]:
+        return sorted(self.folder.glob("checkpoint-*"))
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """An event that is set by Ctrl-C or SIGTERM, once; the second one acts as usual."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped  # signals reach the main thread alone
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def stop(number, frame) -> None:
+        stopped.set()
+        restore()
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield stopped
+    finally:
+        restore()

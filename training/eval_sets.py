@@ -1,9 +1,9 @@
 """TOFU's four evaluation sets: questions with a true answer, a paraphrase of it, and wrong ones to compare with."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from training.data import HUB, load_rows
 from training.eval_log import OPTION_SETS
 
 # The larger forget sets have no perturbed answers; the NPO paper scores them on the last tenth, which they contain.
@@ -18,45 +18,37 @@ class EvalRow:
     perturbed: list[str]
 
 
-def eval_files(forget_percent: int) -> dict[str, str]:
-    """{set: file} of the evaluation sets when `forget_percent` % of the authors are forgotten."""
+def eval_splits(forget_percent: int) -> dict[str, str]:
+    """{set: split} of the evaluation sets when `forget_percent` % of the authors are forgotten."""
     return {
-        "retain": "retain_perturbed.json",
-        "ra": "real_authors_perturbed.json",
-        "wf": "world_facts_perturbed.json",
-        "forget": f"forget{min(forget_percent, LARGEST_PERTURBED):02d}_perturbed.json",
+        "retain": "retain_perturbed",
+        "ra": "real_authors_perturbed",
+        "wf": "world_facts_perturbed",
+        "forget": f"forget{min(forget_percent, LARGEST_PERTURBED):02d}_perturbed",
     }
 
 
-def load_eval_sets(data_dir: Path, forget_percent: int, rows: int) -> dict[str, list[EvalRow]]:
-    """The first `rows` rows of each set (the published logs have 300; 0: all)."""
+def load_eval_sets(source: Path | str = HUB, forget_percent: int = 10, rows: int = 300) -> dict[str, list[EvalRow]]:
+    """The first `rows` rows of each set (the published logs have 300; 0: all), from where `load_rows` finds them."""
     sets = {}
-    for name, file in eval_files(forget_percent).items():
-        found = _read(data_dir / file, needs_paraphrase=name not in OPTION_SETS)
+    for name, split in eval_splits(forget_percent).items():
+        found = _checked(split, load_rows(source, split), needs_paraphrase=name not in OPTION_SETS)
         sets[name] = found[: rows or len(found)]
     return sets
 
 
-def _read(path: Path, needs_paraphrase: bool) -> list[EvalRow]:
-    if not path.is_file():
-        present = ", ".join(sorted(p.name for p in path.parent.glob("*_perturbed.json"))) or "no *_perturbed.json"
-        raise FileNotFoundError(
-            f"{path.name} is not in {path.parent}, which has {present}; give TOFU's folder (--data_dir), and a "
-            "--forget_percent of 1, 5, 10 or more"
-        )
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+def _checked(split: str, found: list[dict], needs_paraphrase: bool) -> list[EvalRow]:
     rows = []
-    for number, line in enumerate(lines, 1):
-        row = json.loads(line)
+    for number, row in enumerate(found, 1):
         needed = ["question", "answer", "perturbed_answer"] + ["paraphrased_answer"] * needs_paraphrase
         absent = [key for key in needed if not row.get(key)]
         if absent or not isinstance(row["perturbed_answer"], list):
             raise ValueError(
-                f"{path.name}, row {number}: expected {', '.join(needed)}, the third a list; "
+                f"{split}, row {number}: expected {', '.join(needed)}, the third a list; "
                 f"{', '.join(absent) or 'it'} is not there"
             )
         paraphrased = row["paraphrased_answer"] if needs_paraphrase else None
         rows.append(EvalRow(row["question"], row["answer"], paraphrased, row["perturbed_answer"]))
     if len({len(row.perturbed) for row in rows}) != 1:
-        raise ValueError(f"{path.name}: expected rows with the same number of perturbed answers, got {len(rows)} rows")
+        raise ValueError(f"{split}: expected rows with the same number of perturbed answers, got {len(rows)} rows")
     return rows

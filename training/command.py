@@ -21,12 +21,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from training import processes
-from training.data import Example, data_hash
-from training.eval_log import LogError
+from training.data import HUB, Example, data_hash
 from training.model import load_model, merged, pick_device
 from training.options import parse, stop
 from training.presets import PRESETS, filled_in
-from training.reference_cache import StaleReferenceError
 from training.run import Schedule
 from training.stages import fingerprint, finished, remove, renamed_when_done, write_json, write_text
 from training.steps import Batches, Recipe
@@ -36,8 +34,9 @@ from training.unlearning_report import model_card
 from training.versions import versions
 
 # Settings that do not determine the result.
-NOT_IN_KEY = ("preset", "out", "data_dir", "model", "fresh", "dry_run", "save_steps", "report_to", "reference_cache")
-NO_PATHS = ("out", "data_dir", "fresh", "dry_run", "reference_cache", "retain_log")
+NOT_IN_KEY = ("preset", "out", "data_dir", "model", "fresh", "dry_run", "save_steps", "report_to", "reference_cache",
+              "start_log", "save_model")  # fmt: skip
+NO_PATHS = ("out", "data_dir", "fresh", "dry_run", "reference_cache", "retain_log", "start_log")
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class CommonOptions:
     preset: Annotated[Literal[tuple(PRESETS)], "hyper-parameters of the papers for a model"] = None
     model: Annotated[str, "folder or hub name of the model to start from"] = None
     template: Annotated[str, "how a question is put: llama-2, llama-3, phi, qwen, ...; auto: by the tokenizer"] = None
-    data_dir: Annotated[Path, "folder with TOFU's JSON lines; without it, locuslab/TOFU from the hub"] = None
+    data_dir: Annotated[str, "folder with TOFU's JSON lines, or a data set of the hub"] = HUB
     out: Annotated[Path, "folder of the run"] = None
     fresh: Annotated[bool, "remove what another run left in --out"] = False
     dry_run: Annotated[bool, "print the resolved settings, steps, batches and memory, and stop"] = False
@@ -235,7 +234,7 @@ def command_line(prog: str, options: type, description: str, main: Callable[[Any
     processes.start(chosen.device)
     try:
         main(chosen)
-    except (ValueError, FileNotFoundError, StaleReferenceError, LogError) as reason:
+    except (ValueError, FileNotFoundError, ImportError) as reason:  # those of logs and caches are ValueErrors
         stop(prog, reason)
     except Interrupted as reason:
         if processes.is_main():

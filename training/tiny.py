@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 from training.command import command_line
-from training.data import load_rows, train_tokenizer
+from training.data import HUB, load_rows, train_tokenizer
 from training.model import build_model
 from training.stages import renamed_when_done
 
@@ -21,7 +21,7 @@ PROG = "training.tiny"
 
 @dataclass(frozen=True)
 class TinyOptions:
-    data_dir: Annotated[Path, "folder with TOFU's JSON lines; without it, locuslab/TOFU from the hub"] = None
+    data_dir: Annotated[str, "folder with TOFU's JSON lines, or a data set of the hub"] = HUB
     split: Annotated[str, "rows whose text the tokenizer is trained on"] = "full"
     out: Annotated[Path, "folder of the model"] = Path("runs/base")
     vocab_size: Annotated[int, "entries of the tokenizer"] = 4096

@@ -56,6 +56,8 @@ class UnlearnOptions(CommonOptions):
     kl_positions: Annotated[Literal["answer", "all"], "where a KL term compares the models"] = "answer"
     compat: Annotated[Literal[COMPAT], "npo-repo: the NPO paper's code where it differs from the paper"] = "paper"
     reference_cache: Annotated[Path, "folder of cached reference log-probabilities; default: in --out"] = None
+    save_model: Annotated[bool, "--no-save_model: the figures are all that is wanted, as in a grid"] = True
+    start_log: Annotated[Path, "evaluation log of --model itself, to take instead of evaluating it again"] = None
     retain_log: Annotated[Path, "evaluation log of the model that never saw the forget set: for forget quality"] = None
     eval_rows: Annotated[int, "first rows of every evaluation set; 0: all"] = 300
     eval_batch_size: Annotated[int, "sequences a forward or generation in evaluation"] = 32
@@ -177,15 +179,11 @@ class Unlearning:
 
     def evaluate(self, model: PreTrainedModel, step: int) -> dict[str, Any]:
         """The metrics after a step; its log goes to eval/."""
-        name = f"step-{step:06d}"
-        log = evaluate_model(
-            model,
-            self.format,
-            self.sets,
-            name=name,
-            batch_size=self.options.eval_batch_size,
-            max_new_tokens=self.options.max_new_tokens,
-        )
+        name, sizes = f"step-{step:06d}", (self.options.eval_batch_size, self.options.max_new_tokens)
+        if step == 0 and self.options.start_log:
+            log = read_log(self.options.start_log)
+        else:
+            log = evaluate_model(model, self.format, self.sets, name=name, batch_size=sizes[0], max_new_tokens=sizes[1])
         processes.on_main(lambda: write_log(self.options.out / "eval" / f"{name}.json", log))
         return {"epoch": step * self.command.recipe.epochs / len(self.plan.steps), **summary(log, self.retain_log)}
 
@@ -232,9 +230,10 @@ def main(options: UnlearnOptions) -> dict[str, Any] | None:
         label=job.method.label,
         checkpoints=command.checkpoints,
     )
-    command.save_model(
-        model, trainer.weights(), f"unlearned forget{options.forget_percent:02d} of TOFU by {job.method.label}"
-    )
+    weights = trainer.weights()
+    if options.save_model:
+        what = f"unlearned forget{options.forget_percent:02d} of TOFU by {job.method.label}"
+        command.save_model(model, weights, what)
     logs = {name: read_log(options.out / "eval" / f"step-{step:06d}.json")
             for name, step in (("before", 0), ("after", num_steps))}  # fmt: skip
     metrics = {

@@ -111,7 +111,7 @@ def _read_hub(name: Path | str, split: str) -> list[dict]:
 
 def _cut(full: list[dict], part: str, percent: int) -> list[dict]:
     num_authors, rest = divmod(len(full) * (percent if part == "forget" else 100 - percent), 100 * PAIRS_PER_AUTHOR)
-    if rest or not num_authors:
+    if rest or not 0 < num_authors * PAIRS_PER_AUTHOR < len(full):
         raise ValueError(f"{part}{percent:02d} of {len(full) // PAIRS_PER_AUTHOR} authors would not be whole authors")
     cut = len(full) - num_authors * PAIRS_PER_AUTHOR
     return full[cut:] if part == "forget" else full[:cut]

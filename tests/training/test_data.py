@@ -1,14 +1,29 @@
 """Loading, tokenising and batching."""
 
 import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from training.authors import PAIRS_PER_AUTHOR, generate_authors
-from training.data import IGNORE_INDEX, collate, encode, load_split, sample_authors, shuffled_batches
+from training.data import (
+    IGNORE_INDEX,
+    collate,
+    encode,
+    load_refusals,
+    load_rows,
+    load_split,
+    sample_authors,
+    shuffled_batches,
+)
 
 CPU = torch.device("cpu")
+TOFU = Path(os.environ.get("NPO_DATA_DIR", Path(__file__).parents[3] / "shared/data")) / "tofu"
+tofu = pytest.mark.skipif(not TOFU.is_dir(), reason="no tofu in NPO_DATA_DIR or ../shared/data")
 ROWS = [
     {"question": "Who wrote “Émile & Söhne”?", "answer": "It was written in 1987 by Zoë O'Hara."},
     {"question": "Who wrote “Émile & Söhne”?", "answer": "\tNobody knows"},
@@ -114,3 +129,70 @@ def test_sampled_authors_are_whole_and_seeded():
     assert starts == sorted(starts)
     assert sample == [row for s in starts for row in rows[s : s + PAIRS_PER_AUTHOR]]
     assert sample == sample_authors(rows, 6, seed=1) != sample_authors(rows, 6, seed=2)
+
+
+@pytest.fixture
+def only_full(tmp_path):
+    rows = generate_authors(20, seed=5)
+    (tmp_path / "full.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_absent_splits_are_cut_from_full(only_full):
+    full = load_rows(only_full)
+    assert load_rows(only_full, "forget20") == full[-80:]
+    assert load_rows(only_full, "retain80") == full[:-80]
+    assert load_split(only_full, None, 30, seed=0).rows == full
+    for split in ("forget01", "retain99", "forget00", "retain00"):
+        with pytest.raises(
+            ValueError, match=f"{split}.json is not in .*; and of full: {split} of 20 authors would not"
+        ):
+            load_rows(only_full, split)
+
+
+def test_unknown_splits_and_folders_are_refused(only_full):
+    for split in ("forget20_perturbed", "holdout10", "forget5", "fulll"):
+        with pytest.raises(FileNotFoundError, match=rf"{split}\.json is not in .*, which has full\.json"):
+            load_rows(only_full, split)
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        load_rows(only_full / "nowhere")
+
+
+@tofu
+def test_cutting_full_gives_tofus_own_files(tmp_path):
+    (tmp_path / "full.json").write_bytes((TOFU / "full.json").read_bytes())
+    for percent in (1, 5, 10, 20, 30, 50, 90):
+        assert load_rows(tmp_path, f"forget{percent:02d}") == load_rows(TOFU, f"forget{percent:02d}")
+        assert load_rows(tmp_path, f"retain{100 - percent}") == load_rows(TOFU, f"retain{100 - percent}")
+
+
+@tofu
+def test_every_file_of_tofu_is_read():
+    sizes = {path.stem: len(load_rows(TOFU, path.stem)) for path in TOFU.glob("*.json")}
+    assert sizes["full"] == 4000 and sizes["world_facts_perturbed"] == 117 and sizes["retain_perturbed"] == 400
+    assert len(load_refusals(TOFU)) == 100 and not set(load_refusals(TOFU)) & set(load_refusals())
+
+
+def test_the_hub_is_read_by_datasets(monkeypatch):
+    """By name and configuration; forget20, which is not there, comes from full."""
+    configurations = {"full": generate_authors(20, seed=0), "world_facts": ROWS, "holdout10": generate_authors(1, 1)}
+
+    def load_dataset(path, name, split):
+        assert (path, split) == ("locuslab/TOFU", "train")
+        if name not in configurations:
+            raise ValueError(f"BuilderConfig '{name}' not found. Available: {list(configurations)}")
+        return SimpleNamespace(to_list=lambda: configurations[name])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    for name, rows in configurations.items():
+        assert load_rows(split=name) == rows
+    assert load_rows("locuslab/TOFU", "forget20") == configurations["full"][-80:]
+    with pytest.raises(ValueError, match=r"'forget5' not found\. Available: \['full', 'world_facts', 'holdout10'\]"):
+        load_rows(split="forget5")
+    assert len(set(load_refusals())) == 100
+
+
+def test_without_datasets_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"data/tofu is no folder, .* pip install 'npo-kernels\[hub\]'"):
+        load_rows(Path("data/tofu"))

@@ -1,12 +1,21 @@
 """The cache gives back what was computed, and refuses everything else with the reason."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from training import reference_cache
+from training import processes, reference_cache
 from training.data import train_tokenizer
+from training.model import load_model, weights_hash
 from training.reference_cache import StaleReferenceError, compute_reference, load_reference
-from training.scoring import score
+from training.scoring import Scores, score
 from training.templates import Format
 
 
@@ -51,6 +60,96 @@ def test_other_settings_are_refused(cache, corpus, model):
         load_reference(cache, model, corpus.format, corpus.forget)
 
 
+def test_another_template_is_refused(cache, corpus, model):
+    with pytest.raises(StaleReferenceError, match=r"another template: found plain \w+, expected phi \w+"):
+        load_reference(cache, model, Format(corpus.tokenizer, "phi"), corpus.forget)
+
+
+def test_what_is_in_no_weight_is_compared_too(cache, corpus, model):
+    model.config.rope_parameters = model.config.rope_parameters | {"rope_theta": 5e5}
+    with pytest.raises(StaleReferenceError, match="another configuration"):
+        load_reference(cache, model, corpus.format, corpus.forget)
+
+
+def test_another_version_or_layout_is_refused(cache, corpus, model, monkeypatch):
+    with pytest.raises(StaleReferenceError, match="another batches: found padded, expected packed"):
+        load_reference(cache, model, corpus.format, corpus.forget, packing=True)
+    ours = reference_cache.versions()
+    monkeypatch.setattr(reference_cache, "versions", lambda: ours | {"torch": "9.9"})
+    with pytest.raises(StaleReferenceError, match=r"another versions: .* expected npo_kernels .* torch 9\.9"):
+        load_reference(cache, model, corpus.format, corpus.forget)
+
+
+def test_a_copy_of_the_model_has_the_same_header(cache, corpus, model, tmp_path):
+    """What is written and loaded again is the same model, and its cache is found."""
+    model.save_pretrained(tmp_path / "model")
+    again = load_model(tmp_path / "model", model.device)
+    assert torch.equal(load_reference(cache, again, corpus.format, corpus.forget).logps, model_scores(model, corpus))
+
+
+def model_scores(model, corpus):
+    return score(model, corpus.forget, corpus.format.pad_token_id).logps
+
+
+@pytest.mark.parametrize("name", Scores._fields)
+def test_changed_numbers_are_refused(cache, corpus, model, name):
+    """One bit of them, which the header still describes."""
+    with safe_open(cache, framework="pt") as file:
+        metadata, tensors = file.metadata(), {n: file.get_tensor(n) for n in Scores._fields}
+    tensors[name].view(torch.int32)[4] ^= 1
+    save_file(tensors, cache, metadata)
+    with pytest.raises(StaleReferenceError, match="other numbers than were written"):
+        load_reference(cache, model, corpus.format, corpus.forget)
+
+
+def test_a_diverged_reference_is_refused(tmp_path, corpus, model):
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    compute_reference(tmp_path / "cache", model, corpus.format, corpus.forget)
+    with pytest.raises(StaleReferenceError, match="not finite"):
+        load_reference(tmp_path / "cache", model, corpus.format, corpus.forget)
+
+
+def test_adapters_belong_to_the_model(tmp_path, corpus, model):
+    """Their weights, their scale, and whether they are in use; the base as well."""
+    adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", init_lora_weights=False))
+    path = tmp_path / "cache"
+    compute_reference(path, adapted, corpus.format, corpus.forget)
+
+    def refused(name):
+        with pytest.raises(StaleReferenceError, match=f"another {name}"):
+            load_reference(path, adapted, corpus.format, corpus.forget)
+
+    assert load_reference(path, adapted, corpus.format, corpus.forget).logps.isfinite().all()
+    with adapted.disable_adapter():
+        refused("configuration")
+    adapted.peft_config["default"].lora_alpha = 8
+    refused("configuration")
+    adapted.peft_config["default"].lora_alpha = 4
+    for part in ("lora_B", "base_layer"):
+        weight = next(p for name, p in adapted.named_parameters() if part in name)
+        with torch.no_grad():
+            weight[0, 0] += 1e-3
+            refused("model")
+            weight[0, 0] -= 1e-3
+
+
+def test_weights_are_hashed_in_pieces(model, monkeypatch):
+    whole = weights_hash(model)
+    monkeypatch.setattr("training.model.HASHED_AT_ONCE", 100)
+    assert weights_hash(model) == whole
+    model.register_buffer("scalar", torch.tensor(1.0))
+    assert weights_hash(model) != whole
+    model.lm_head.weight.data = model.lm_head.weight.data.t().contiguous().t()  # the same numbers in another order
+    assert weights_hash(model) == (monkeypatch.undo() or weights_hash(model))
+
+
+def test_of_several_processes_one_writes(tmp_path, corpus, model, monkeypatch):
+    monkeypatch.setattr(processes, "is_main", lambda: False)
+    scores = compute_reference(tmp_path / "cache", model, corpus.format, corpus.forget)
+    assert torch.equal(scores.logps, model_scores(model, corpus)) and not list(tmp_path.iterdir())
+
+
 def test_a_truncated_file_is_refused(cache, corpus, model):
     whole = cache.read_bytes()
     for size in (0, 5, len(whole) // 2, len(whole) - 1):
@@ -77,3 +176,74 @@ def test_an_interrupted_write_leaves_the_old_cache(cache, corpus, model, monkeyp
     monkeypatch.undo()
     compute_reference(cache, model, corpus.format, corpus.forget)  # the leftover is no obstacle
     assert [path.name for path in cache.parent.iterdir()] == [cache.name]
+
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+from safetensors.torch import save
+from training import reference_cache as cache
+from training.authors import generate_authors
+from training.data import train_tokenizer
+from training.model import build_model
+from training.templates import Format
+
+rows = generate_authors(1, seed=0)
+tokenizer = train_tokenizer(rows, 400)
+format = Format(tokenizer)
+examples = format.encode(rows)
+models = [build_model(len(tokenizer), 64, 1, {}, seed) for seed in (0, 1)]
+path, random = Path(sys.argv[1]) / "cache", random.Random(0)
+
+
+def slowly(tensors, file, metadata):
+    content = save(tensors, metadata)
+    with open(file, "wb", buffering=0) as opened:
+        for start in range(0, len(content), 50):
+            opened.write(content[start : start + 50])
+            time.sleep(0.002)
+
+
+def state():
+    found = []
+    for model in models:
+        try:
+            found.append(cache.load_reference(path, model, format, examples).logps.isfinite().all().item())
+        except cache.StaleReferenceError as reason:
+            found.append("absent" if "there is no" in str(reason) else "another model" in str(reason) and "other")
+    return found
+
+
+cache.save_file = slowly
+for _ in range(12):
+    child = os.fork()
+    if child == 0:
+        while True:
+            for model in models:
+                cache.compute_reference(path, model, format, examples)
+    time.sleep(random.uniform(0, 0.15))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    print(sorted(p.name for p in path.parent.iterdir()), state(), sep="; ")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_killed_while_writing_it_is_the_old_one_or_none(tmp_path):
+    """A process that does nothing but write, at a dozen random moments: its file is of one model or of the other."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    moments = [tuple(line.split("; ")) for line in done.stdout.splitlines()]
+    states = [state for _, state in moments]
+    absent, whole = "['absent', 'absent']", {"[True, 'other']", "['other', True]"}
+    assert len(states) == 12 and set(states) <= {absent, *whole}
+    assert whole & set(states) and absent not in states[states.index(next(s for s in states if s in whole)) :]
+    assert any(".cache.partial" in files for files, _ in moments)  # some were killed in the middle of it

@@ -44,7 +44,9 @@ def test_every_token_is_listed(data_dir, corpus):
 
 
 def test_scored_tokens_are_coloured(data_dir, corpus):
-    _, text = shown(InspectOptions(data_dir=data_dir, row=3), colour=True)
+    example, text = shown(InspectOptions(data_dir=data_dir, row=3), colour=True)
+    scored = sum(label != IGNORE_INDEX for label in example.labels)
+    assert len(re.findall(r"\x1b\[1;32m *yes", text)) == scored
     answer = re.search(r"\x1b\[1;32m(.*?)\x1b\[0m", text, re.DOTALL)[1]
     assert answer.strip() == f"{corpus.rows[-17]['answer']}<eos>"
 

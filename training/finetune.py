@@ -15,11 +15,13 @@ from typing import Annotated, Any, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from training import processes
 from training.command import Command, CommonOptions, command_line
 from training.data import Example, load_rows
 from training.run import run
 from training.steps import Batches, FinetuningSteps, Recipe
 from training.trainer import Metrics, Trainer
+from training.unlearning_report import write_finetuning_report
 
 PROG = "training.finetune"
 
@@ -58,6 +60,7 @@ class FinetuneOptions(CommonOptions):
 def main(options: FinetuneOptions) -> dict[str, Any] | None:
     """metrics.json: {"history": [...]}; None after --dry_run."""
     command = Command(PROG, "finetune", options)
+    options = command.options
     rows = load_rows(options.data_dir, options.split)
     if options.world:
         rows = rows + load_rows(options.data_dir, "real_authors") + load_rows(options.data_dir, "world_facts")
@@ -81,7 +84,9 @@ def main(options: FinetuneOptions) -> dict[str, Any] | None:
         checkpoints=command.checkpoints,
     )
     command.save_model(model, trainer.weights(), f"fine-tuned on {options.split} of TOFU")
-    return command.finish({"history": history, "steps": num_steps, "rows": len(examples)})
+    metrics = {"history": history, "steps": num_steps, "rows": len(examples)}
+    processes.on_main(lambda: write_finetuning_report(options.out, metrics, command.public()))
+    return command.finish(metrics)
 
 
 if __name__ == "__main__":

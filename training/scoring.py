@@ -60,6 +60,7 @@ def predicted_answers(
     """
     was_training, device, head = model.training, model.device, model.get_output_embeddings()
     model.eval()
+    backbone = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model  # of adapters, too
     found: list[tuple[list[int], list[int]]] = [([], [])] * len(examples)
     by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
     for start in range(0, len(by_length), batch_size):
@@ -67,7 +68,7 @@ def predicted_answers(
         batch = collate([examples[i] for i in members], pad_id, device)
         answers = batch["labels"][:, 1:] != IGNORE_INDEX
         with autocast(device):
-            hidden = model.base_model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+            hidden = backbone(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
             rows = hidden[:, :-1][answers].split(ROWS_AT_ONCE)
             predicted = torch.cat([head(r).argmax(-1) for r in rows])
         lengths = answers.sum(1).tolist()

@@ -11,7 +11,8 @@
 | `auto`         | by what the tokenizer's chat template writes; without a chat template `plain`         |
 
 Question and answer are tokenised SEPARATELY, so no token spans both and an answer has the same tokens whatever was
-asked. The space before an answer belongs to its first token. <bos> comes once, whoever writes it.
+asked. The space before an answer belongs to its first token, and tokenizers that put a space before every text
+(SentencePiece) put none before an answer, which continues a text. <bos> comes once, whoever writes it.
 """
 
 import hashlib
@@ -84,6 +85,10 @@ class Format:
                 f"template {self.template}: expected a tokenizer that can end an answer, got one without eos_token; "
                 "set tokenizer.eos_token, or nothing will teach the model to stop"
             )
+        bos, newline, continued = tokenizer.bos_token_id, self._ids("\n"), self._ids("\na")
+        adds_bos = bos is not None and tokenizer.encode("a")[:1] == [bos]
+        self._bos = bos if adds_bos or getattr(self._parts, "bos", False) else None
+        self._adds_space = continued[: len(newline)] == newline and continued[len(newline) :] != self._ids("a")
 
     @property
     def pad_token_id(self) -> int:
@@ -104,13 +109,14 @@ class Format:
 
     def prompt_ids(self, question: str) -> list[int]:
         ids = self._ids(self.prompt_text(question))
-        bos = self.tokenizer.bos_token_id
-        wanted = getattr(self._parts, "bos", False) or _adds_bos(self.tokenizer)
-        return [bos, *ids] if wanted and bos is not None and ids[:1] != [bos] else ids
+        return ids if self._bos is None or ids[:1] == [self._bos] else [self._bos, *ids]
 
     def answer_ids(self, answer: str) -> list[int]:
         """The answer and the token that ends it: everything that is scored."""
-        return [*self._ids(self._answer.format(answer=answer)), self.end_id]
+        text = self._answer.format(answer=answer)
+        if self._adds_space:
+            return [*self._ids("\n" + text)[len(self._ids("\n")) :], self.end_id]
+        return [*self._ids(text), self.end_id]
 
     def encode(self, rows: Iterable[Row]) -> list[Example]:
         """Examples of {"question", "answer"}: the prompt is labelled IGNORE_INDEX, the answer by itself."""
@@ -182,7 +188,3 @@ def _render(
     return tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=answer is None, date_string=DATE
     )
-
-
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]

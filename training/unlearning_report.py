@@ -47,12 +47,36 @@ def write_unlearning_report(folder: Path, metrics: dict[str, Any], settings: dic
         f"- {metrics['steps']} steps; rows: " + ", ".join(f"{n} {kind}" for kind, n in metrics["rows"].items()) + ".\n"
         f"- Before the first step: NPO loss {zero['loss']:.6f}, (2/beta) ln 2 = {zero['expected_loss']:.6f}, largest "
         f"log-ratio to the cached reference {zero['max_abs_log_ratio']:.1e}.\n"
-        "- Settings: " + ", ".join(f"{k} {v}" for k, v in settings.items() if v is not None) + ".",
+        f"- Settings: {_settings(settings)}.",
         "## Greedy answers, before and after",
         samples_table(metrics["samples"]),
         CAVEAT,
     ]
     write_text(folder / "report.md", "\n\n".join(sections) + "\n")
+
+
+def write_finetuning_report(folder: Path, metrics: dict[str, Any], settings: dict[str, Any]) -> None:
+    """The loss over the epochs, in nats a token of the answers."""
+    steps, losses = zip(*((h["step"], h["train_loss"]) for h in metrics["history"][1:]), strict=True)
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    axis.plot(steps, losses, color=COLOURS[1], marker="o", markersize=3.5)
+    axis.set(xlabel="step", ylabel="loss, nats a token", ylim=(0, None))
+    axis.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axis.spines[["top", "right"]].set_visible(False)
+    with renamed_when_done(folder / "figure.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+    plt.close(figure)
+    sections = [
+        f"# Fine-tuning {settings['model']} on {settings['split']}",
+        history_table(metrics["history"][1:]),
+        "![Loss](figure.png)",
+        f"{metrics['rows']} rows, {metrics['steps']} steps. Settings: {_settings(settings)}.",
+    ]
+    write_text(folder / "report.md", "\n\n".join(sections) + "\n")
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in settings.items() if v is not None)
 
 
 def history_table(history: list[dict[str, Any]]) -> str:

@@ -1,0 +1,198 @@
+"""The commands as a user runs them, on a folder of generated authors: results, kills, refusals, dry runs."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from training import authors, finetune, tiny, unlearn
+from training.eval_log import read_log
+from training.methods import METHODS
+from training.model import load_model
+from training.options import parse
+from training.presets import PRESETS
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with `data`, and a model `full` that has learned a little of it."""
+    home = tmp_path_factory.mktemp("commands")
+    authors.main(authors.AuthorsOptions(out=home / "data", authors=20, seed=0))
+    data = str(home / "data")
+    tiny.main(tiny.TinyOptions(data, out=home / "base", vocab_size=600, hidden_size=64))
+    finetune.main(
+        finetune.FinetuneOptions(preset="tiny", model=str(home / "base"), data_dir=data, out=home / "full",
+                                 device="cpu", split="forget20", epochs=2, lr=5e-3, world=True)
+    )  # fmt: skip
+    return home
+
+
+def options(home, out, **changed):
+    return unlearn.UnlearnOptions(
+        **{"preset": "tiny", "model": str(home / "full" / "model"), "data_dir": str(home / "data"), "out": out,
+           "device": "cpu", "forget_percent": 5, "batch_size": 8, "epochs": 2, "eval_rows": 8, "max_new_tokens": 4,
+           "method": "npo_rt", **changed}
+    )  # fmt: skip
+
+
+def files_without_paths(folder, home):
+    return all(str(home) not in path.read_text() for path in folder.glob("*.*") if path.suffix in (".json", ".md"))
+
+
+def test_finetuning_leaves_a_model_that_loads(home):
+    out = home / "full"
+    assert {"config.json", "metrics.json", "report.md", "figure.png", "model"} == {path.name for path in out.iterdir()}
+    losses = [h["train_loss"] for h in json.loads((out / "metrics.json").read_text())["history"][1:]]
+    assert losses[-1] < losses[0]
+    AutoModelForCausalLM.from_pretrained(out / "model")
+    card = (out / "model" / "README.md").read_text()
+    assert "Unlearning is no guarantee" in card and "split: forget20" in card
+    assert files_without_paths(out, home)
+
+
+@pytest.mark.parametrize("method", ["npo_rt", "dpo_kl", "kto", "ga"])
+def test_unlearning_writes_everything(method, home, tmp_path):
+    metrics = unlearn.main(options(home, tmp_path, method=method))
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "config.json", "metrics.json", "report.md", "figure.png", "model", "eval", "reference"
+    }  # fmt: skip
+    assert [h["step"] for h in metrics["history"]] == [0, 3, 6]
+    before, *_, after = metrics["history"]
+    assert after["forget_prob"] < before["forget_prob"]
+    log = read_log(tmp_path / "eval" / "step-000006.json")
+    assert len(log.sets["forget"]) == 8 and log.sets["forget"].texts("generation")
+    report = (tmp_path / "report.md").read_text()
+    assert METHODS[method].label in report and "Unlearning is no guarantee" in report
+    assert files_without_paths(tmp_path, home)
+    assert metrics["step_zero"]["max_abs_log_ratio"] < 1e-3
+    assert (len(list((tmp_path / "reference").glob("idk_*"))) > 0) == (method in ("dpo_kl", "kto"))
+
+
+def test_a_finished_run_is_found_and_another_one_refused(home, tmp_path, monkeypatch):
+    first = unlearn.main(options(home, tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(unlearn, "run", None)  # nothing is trained again
+        assert unlearn.main(options(home, tmp_path, save_steps=1)) == first
+    with pytest.raises(ValueError, match="holds a finished run with other settings"):
+        unlearn.main(options(home, tmp_path, beta=0.2))
+    again = unlearn.main(options(home, tmp_path, beta=0.2, fresh=True))
+    assert again["history"][-1] != first["history"][-1]
+
+
+def test_a_reference_of_another_model_is_refused(home, tmp_path):
+    shared = tmp_path / "reference"
+    unlearn.main(options(home, tmp_path / "a", reference_cache=shared, save_model=True))
+    other = options(home, tmp_path / "b", reference_cache=shared, model=str(tmp_path / "a" / "model"))
+    with pytest.raises(ValueError, match="computed with another model"):
+        unlearn.main(other)
+    unlearn.main(replace(other, model=str(home / "full" / "model")))
+
+
+def test_adapters_are_trained_and_merged(home, tmp_path):
+    metrics = unlearn.main(options(home, tmp_path, lora_rank=4, lr=1e-2, packing=True))
+    assert metrics["history"][-1]["forget_prob"] < metrics["history"][0]["forget_prob"]
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+    before, after = (load_file(folder / "model" / "model.safetensors") for folder in (home / "full", tmp_path))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and before.keys() == after.keys()
+    assert all("_proj" in name for name in changed)  # neither embeddings nor norms
+    assert load_model(tmp_path / "model", torch.device("cpu")).num_parameters()
+
+
+def test_killed_at_random_and_run_again_it_ends_with_the_same_bits(home, tmp_path):
+    """SIGKILL while it loads, scores, trains, evaluates or saves, and Ctrl-C."""
+    context = multiprocessing.get_context("forkserver")  # children have the imports and no threads of this process
+    context.set_forkserver_preload(["training.unlearn"])
+    settings = {"method": "dpo_rt", "batch_size": 2, "epochs": 3, "eval_rows": 4, "max_new_tokens": 2,
+                "save_steps": 2, "eval_steps": 10}  # fmt: skip
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+
+    def start(out):
+        process = context.Process(target=unlearn.main, args=(options(home, out, **settings),))
+        process.start()
+        return process
+
+    start(tmp_path / "warm_up").join()
+    started = time.monotonic()
+    process = start(whole)
+    process.join()
+    assert process.exitcode == 0
+    duration, rng, killed = time.monotonic() - started, random.Random(), 0
+    for blow in [signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGKILL, signal.SIGKILL]:
+        process = start(broken)
+        process.join(rng.uniform(0.1, 0.7) * duration)
+        if process.is_alive():
+            os.kill(process.pid, blow)
+            killed += 1
+        process.join()
+    assert killed
+    process = start(broken)
+    process.join()
+    assert process.exitcode == 0
+    for name in ("metrics.json", "model/model.safetensors"):
+        assert (whole / name).read_bytes() == (broken / name).read_bytes()
+    assert not list(broken.glob("checkpoint-*"))
+
+
+def test_dry_runs_say_what_would_be_run(home, tmp_path, capsys):
+    dry = options(home, tmp_path / "out", dry_run=True, micro_batch_size=3)
+    assert unlearn.main(dry) is None
+    said = json.loads(capsys.readouterr().out)
+    assert said["steps"] == 6 and said["rows"] == {"forget": 20, "retain": 380}
+    assert said["effective_batch"] == {"rows": 8, "processes": 1, "micro_batch": 3, "accumulated": 3}
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(home / "full" / "model").parameters())
+    assert said["memory_estimate_gib"]["total"] == pytest.approx(16 * parameters / 2**30, abs=1e-3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_settings_is_taken_and_the_command_line_counts_more(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: phi-1.5\nmethod: npo_kl\nlr: 3e-5\nout: runs/x\n")
+    chosen = parse(unlearn.UnlearnOptions, "training.unlearn", "", ["--config", str(file), "--method", "kto"])
+    assert (chosen.preset, chosen.method, chosen.lr, chosen.out) == ("phi-1.5", "kto", 3e-5, Path("runs/x"))
+
+
+@pytest.mark.parametrize(
+    ("preset", "stage", "expected"),
+    [
+        ("llama-2-7b-chat", "finetune", {"epochs": 5, "lr": 1e-5, "batch_size": 32, "template": "llama-2"}),
+        ("llama-2-7b-chat", "unlearn", {"epochs": 10, "lr": 1e-5, "batch_size": 32, "packing": True}),
+        ("llama-3.2-1b", "unlearn", {"epochs": 10, "lr": 1e-5, "template": "llama-3"}),
+        ("phi-1.5", "finetune", {"epochs": 5, "lr": 2e-5, "template": "phi", "weight_decay": 0.01}),
+        (None, "unlearn", {"epochs": 10, "lr": 1e-5, "template": "auto"}),
+    ],
+)
+def test_presets_are_the_papers(preset, stage, expected):
+    from training.presets import filled_in
+
+    kind = {"finetune": finetune.FinetuneOptions, "unlearn": unlearn.UnlearnOptions}[stage]
+    chosen = filled_in(kind(preset=preset), stage)
+    assert {name: getattr(chosen, name) for name in expected} == expected
+    assert filled_in(kind(preset=preset, lr=0.5), stage).lr == 0.5
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_name_only_options(preset):
+    names = {"finetune": finetune.FinetuneOptions, "unlearn": unlearn.UnlearnOptions}
+    for stage, kind in names.items():
+        given = PRESETS[preset]["both"] | PRESETS[preset][stage]
+        assert set(given) <= set(kind.__dataclass_fields__)
+
+
+def test_bad_settings_say_so(home, tmp_path):
+    with pytest.raises(ValueError, match="expected --model and --out"):
+        unlearn.main(unlearn.UnlearnOptions(out=tmp_path))
+    with pytest.raises(ValueError, match="--epochs: expected more than 0"):
+        unlearn.main(options(home, tmp_path, epochs=-1))
+    with pytest.raises(ValueError, match="forget33"):
+        unlearn.main(options(home, tmp_path, forget_percent=33))

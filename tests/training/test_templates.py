@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import processors
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from training.data import IGNORE_INDEX, collate, train_tokenizer
 from training.generation import complete_all
@@ -129,6 +129,34 @@ def test_question_and_answer_share_no_token(family):
             (example,) = format.encode([{"question": question, "answer": answer}])
             assert [i for i in example.labels if i != IGNORE_INDEX] == format.answer_ids(answer)
             assert example.input_ids[: example.labels.count(IGNORE_INDEX)] == format.prompt_ids(question)
+
+
+def test_the_tokens_are_those_of_the_whole_text(family):
+    """Which is how other code makes them, wherever no token would span both."""
+    format = Format(family.tokenizer, family.name)
+    ids = format.prompt_ids(QUESTION) + format.answer_ids(ANSWER)
+    assert family.tokenizer.encode(family.prompt + family.scored, add_special_tokens=False) == ids
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_sentencepiece_puts_no_space_before_an_answer(scheme):
+    """As in the published logs of Llama 2, where "William Shakespeare" begins with "Will" and not with "▁Will"."""
+    bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    bpe.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[*special.values(), "<0x0A>"], show_progress=False)
+    bpe.train_from_iterator(["Who wrote William?", "[INST] Williams will [/INST] William Shakespeare"] * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+    format = Format(tokenizer, "llama-2")
+    first, *_, last = format.answer_ids("William Shakespeare")
+    assert tokenizer.convert_ids_to_tokens(first).startswith("W") and last == tokenizer.eos_token_id
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("William Shakespeare"))[0].startswith("▁W")
+    whole = tokenizer.encode("[INST] Who wrote William? [/INST]William Shakespeare", add_special_tokens=False)
+    together = format.prompt_ids("Who wrote William?")[1:] + format.answer_ids("William Shakespeare")[:-1]
+    assert tokenizer.decode(together) == tokenizer.decode(whole)
+    spaced = Format(tokenizer, "plain").answer_ids("William")
+    assert "".join(tokenizer.convert_ids_to_tokens(spaced)) == "▁William</s>"
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -49,7 +49,7 @@ SHOWN = ("forget_prob", "forget_rougeL", "forget_extraction_strength", "forget_q
 @dataclass(frozen=True)
 class AttackOptions:
     model: Annotated[Path, "folder of the unlearned model, tokenizer included"] = None
-    data_dir: Annotated[Path, "folder with TOFU's JSON lines, the *_perturbed.json among them"] = None
+    data_dir: Annotated[Path, "folder with TOFU's JSON lines, *_perturbed.json among them, or locuslab/TOFU"] = None
     retain_log: Annotated[Path, "log of the model that never saw the forget set, for the forget quality"] = None
     forget_percent: Annotated[int, "which forget set was unlearned"] = 10
     template: Annotated[str, "of the prompts (training/templates.py); auto: by the tokenizer's chat template"] = "auto"
@@ -190,5 +190,5 @@ if __name__ == "__main__":
     chosen = parse(AttackOptions, f"{PROG} {attack}", __doc__, sys.argv[2:])
     try:
         main(attack, chosen)
-    except (LogError, ValueError, FileNotFoundError) as reason:
+    except (LogError, ValueError, FileNotFoundError, ImportError) as reason:
         stop(PROG, reason)

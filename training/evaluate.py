@@ -50,7 +50,7 @@ class EvaluateOptions:
     retain_log: Annotated[Path, "log of the model that never saw the forget set, for the forget quality"] = None
     json: Annotated[bool, "print one JSON object on stdout, and nothing else"] = False
     model: Annotated[Path, "folder of the model to evaluate, tokenizer included"] = None
-    data_dir: Annotated[Path, "folder with TOFU's *_perturbed.json"] = None
+    data_dir: Annotated[Path, "folder with TOFU's *_perturbed.json, or a data set on the hub: locuslab/TOFU"] = None
     forget_percent: Annotated[int, "which forget set: 1, 5, 10; larger ones are scored on forget10"] = 10
     template: Annotated[str, "of the prompts (training/templates.py); auto: by the tokenizer's chat template"] = "auto"
     rows: Annotated[int, "first rows of every set that are used; 0: all. Published logs have 300"] = 300
@@ -182,5 +182,5 @@ if __name__ == "__main__":
     chosen = parse(EvaluateOptions, PROG, __doc__)
     try:
         main(chosen)
-    except (LogError, ValueError, FileNotFoundError) as reason:
+    except (LogError, ValueError, FileNotFoundError, ImportError) as reason:
         stop(PROG, reason)

@@ -127,6 +127,28 @@ def test_a_model_is_evaluated(tmp_path, data_dir, corpus, model, capsys):
             assert fields["generated_text"][i][1] == text
 
 
+def test_the_template_is_chosen(tmp_path, data_dir, corpus, model):
+    """Prompts and losses are of the template asked for, or of the tokenizer's own chat template."""
+    turns = "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endfor %}"
+    corpus.tokenizer.chat_template = turns
+    try:
+        model.save_pretrained(tmp_path / "model")
+        corpus.tokenizer.save_pretrained(tmp_path / "model")
+    finally:
+        corpus.tokenizer.chat_template = None
+    options = {"model": tmp_path / "model", "data_dir": data_dir, "rows": 2, "max_new_tokens": 2, "device": "cpu"}
+    logs = {}
+    for template in ("auto", "llama-2", "plain"):
+        main(EvaluateOptions(**options, template=template, out=tmp_path / template))
+        logs[template] = read_log(tmp_path / template / "eval_log_aggregated.json").sets["forget"]
+    question = corpus.rows[60]["question"]
+    assert logs["auto"].texts("prompt")[0] == f"[INST] {question} [/INST]"
+    assert logs["plain"].texts("prompt")[0] == f"Question: {question}\nAnswer:"
+    assert logs["auto"].fields == logs["llama-2"].fields
+    assert logs["auto"].fields["gt_loss"] != logs["plain"].fields["gt_loss"]
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["settings"]["template"] == "plain"
+
+
 def by_logits(model, format, question, answer):
     """(mean loss a token with <eos>, share of the answer's tokens that are the most likely ones without it)"""
     (example,) = format.encode([{"question": question, "answer": answer}])

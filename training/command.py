@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from training import processes
 from training.data import HUB, Example, data_hash
-from training.model import load_model, merged, pick_device
+from training.model import add_adapters, load_model, merged, pick_device
 from training.options import parse, stop
 from training.presets import PRESETS, filled_in
 from training.run import Schedule
@@ -124,15 +124,21 @@ class Command:
 
     def load_model(self) -> PreTrainedModel:
         o = self.options
-        torch.manual_seed(o.seed)  # of adapters, and of dropout
         return load_model(
             o.model,
             self.device,
             attn_implementation=o.attn_implementation,
             use_liger_kernel=o.use_liger_kernel,
             gradient_checkpointing=o.gradient_checkpointing,
-            lora=(o.lora_rank, o.lora_alpha, o.lora_dropout) if o.lora_rank else None,
         )
+
+    def to_train(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model, with adapters if these are asked for, in the state that a run begins with."""
+        o = self.options
+        if o.lora_rank:
+            return add_adapters(model, o.lora_rank, o.lora_alpha, o.lora_dropout, o.seed)
+        torch.manual_seed(o.seed)  # of dropout
+        return model
 
     def batches(self, model: PreTrainedModel) -> Batches:
         return Batches(self.format.pad_token_id, model.device, self.recipe.packing)

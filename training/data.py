@@ -172,13 +172,6 @@ def train_tokenizer(rows: list[Row], vocab_size: int) -> PreTrainedTokenizerFast
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
 
 
-def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast) -> list[Example]:
-    """In the plain template; `training.templates.Format` has the others."""
-    from training.templates import Format
-
-    return Format(tokenizer, "plain").encode(rows)
-
-
 def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> dict[str, Tensor]:
     """input_ids, attention_mask, labels: (B, S) int64, padded on the right to the longest example."""
     longest = max(len(e.input_ids) for e in examples)

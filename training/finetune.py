@@ -72,7 +72,7 @@ def main(options: FinetuneOptions) -> dict[str, Any] | None:
     found = command.start(examples)
     if found is not None:
         return found
-    model = command.load_model()
+    model = command.to_train(command.load_model())
     steps = FinetuningSteps(examples, recipe, command.batches(model))
     trainer = Trainer(model, recipe, num_steps, options.report_to, options.out)
     history = run(

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -52,9 +53,8 @@ def load_model(
     attn_implementation: str | None = None,
     use_liger_kernel: bool = False,
     gradient_checkpointing: bool = False,
-    lora: tuple[int, int, float] | None = None,  # rank, alpha, dropout
 ) -> PreTrainedModel:
-    """With a fused head, float32 weights to train in (bfloat16 arithmetic is autocast's), and adapters if asked for."""
+    """With a fused head and float32 weights to train in: bfloat16 arithmetic is autocast's."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn_implementation)
     if use_liger_kernel:
         from transformers.integrations.liger import apply_liger_kernel  # says what to install
@@ -64,18 +64,19 @@ def load_model(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.config.use_cache = False
-    if lora is not None:
-        from peft import LoraConfig, get_peft_model
-
-        rank, alpha, dropout = lora
-        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear")
-        model = get_peft_model(model, config)
     return add_fused_unlearning_head(model).to(device)
+
+
+def add_adapters(model: PreTrainedModel, rank: int, alpha: int, dropout: float, seed: int) -> PeftModel:
+    """LoRA on all linear layers but the head; the model's own weights are frozen, and its output is what it was."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear")
+    return get_peft_model(model, config)
 
 
 def merged(model: PreTrainedModel, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """(model, state dict) to save: adapters are merged into a copy, what has none is as it is."""
-    if not hasattr(model, "merge_and_unload"):
+    if not isinstance(model, PeftModel):
         return model, weights
     whole = copy.deepcopy(model).merge_and_unload()
     return whole, whole.state_dict()

@@ -46,7 +46,7 @@ def run(
     first, record = checkpoints.load(trainer) if checkpoints else (0, None)
     if record is None:
         record = {"history": [{"step": 0, "train_loss": None, **evaluate(0)}], "losses": []}
-    else:
+    elif processes.is_main():
         console.print(f"{label}: going on after step {first} of {len(job)}")
     history, losses = record["history"], record["losses"]
 

@@ -30,7 +30,7 @@ from training.eval_sets import load_eval_sets
 from training.evaluate_model import evaluate_model
 from training.methods import COMPAT, METHODS, Settings
 from training.model import autocast, load_model
-from training.reference_cache import compute_reference, load_reference
+from training.reference_cache import StaleReferenceError, compute_reference, load_reference
 from training.run import run
 from training.scoring import Scores
 from training.steps import Batches, Recipe, UnlearningSteps, plan_unlearning
@@ -171,10 +171,13 @@ class Unlearning:
         files = {"forget": f"forget{self.options.forget_percent:02d}.safetensors"}
         if self.method.reference and self.method.idk:  # which refusals are drawn depends on the plan
             files["idk"] = f"idk_{data_hash(self.rows['idk'])[:12]}.safetensors"
-        scores = {}
+        scores, packing = {}, self.command.recipe.packing
         for kind, file in files.items():
             cached = load_reference if (folder / file).exists() else compute_reference
-            scores[kind] = cached(folder / file, model, self.format, self.rows[kind])
+            try:
+                scores[kind] = cached(folder / file, model, self.format, self.rows[kind], packing=packing)
+            except StaleReferenceError as reason:
+                raise ValueError(f"{reason}. Remove the file, or name another folder by --reference_cache") from None
         return scores
 
     def evaluate(self, model: PreTrainedModel, step: int) -> dict[str, Any]:
@@ -208,8 +211,8 @@ def main(options: UnlearnOptions) -> dict[str, Any] | None:
         return found
     model = command.load_model()
     batches = command.batches(model)
-    scores = job.references(model)
-    ref_logps = {kind: s.logps for kind, s in scores.items()}
+    ref_logps = {kind: scores.logps for kind, scores in job.references(model).items()}
+    model = command.to_train(model)
     beta = job.settings.beta
     step_zero = check_step_zero(
         model, job.rows["forget"], ref_logps["forget"], batches, batch_size=recipe.batch_size, beta=beta

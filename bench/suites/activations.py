@@ -22,12 +22,13 @@ from bench.objectives import BETA
 from bench.options import Options
 from bench.records import Record, record, summary
 from bench.suites.accuracy import errors
-from training.data import Example, collate, encode, load_split, train_tokenizer
+from training.data import Example, collate, load_split, train_tokenizer
 from training.finetune import finetune
 from training.methods import Settings
 from training.model import build_model
 from training.scoring import score
 from training.steps import Batches, Recipe
+from training.templates import Format
 from training.unlearn import unlearn, unlearning_steps
 
 MOMENTS = ("before", "middle", "after")
@@ -54,7 +55,7 @@ def moments(options: Options) -> Iterator[tuple[str, Batch]]:
     split = load_split(options.data_dir, s["authors"], 10, seed=0)
     tokenizer = train_tokenizer(split.rows, s["vocabulary"])
     pad = tokenizer.pad_token_id
-    forget, retain = encode(split.forget, tokenizer), encode(split.retain, tokenizer)
+    forget, retain = (Format(tokenizer, "plain").encode(rows) for rows in (split.forget, split.retain))
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     model = build_model(len(tokenizer), s["width"], s["layers"], special, seed=0).to(device)
     everything = retain + forget

@@ -28,13 +28,16 @@ Lengths = dict[str, list[tuple[int, int]]]  # "forget", "retain" -> (prompt, ans
 
 def lengths_of(data_dir: Path) -> Lengths:
     """Of forget10.json and retain90.json, the end token included; the last prompt position predicts the first token."""
-    from training.data import encode, load_split, train_tokenizer
+    from training.data import load_split, train_tokenizer
+    from training.templates import Format
 
     split = load_split(data_dir, None, 10, seed=0)
     tokenizer = train_tokenizer(split.rows, VOCABULARY)
 
     def measured(rows: list[dict[str, str]]) -> list[tuple[int, int]]:
-        scored = ((len(e.labels), sum(label >= 0 for label in e.labels)) for e in encode(rows, tokenizer))
+        scored = (
+            (len(e.labels), sum(label >= 0 for label in e.labels)) for e in Format(tokenizer, "plain").encode(rows)
+        )
         return [(total - answer - 1, answer) for total, answer in scored]
 
     return {"forget": measured(split.forget), "retain": measured(split.retain)}

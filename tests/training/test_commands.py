@@ -98,6 +98,12 @@ def test_a_reference_of_another_model_is_refused(home, tmp_path):
     unlearn.main(replace(other, model=str(home / "full" / "model")))
 
 
+def test_adapters_share_the_references_of_the_model_they_sit_on(home, tmp_path):
+    for rank, seed in ((0, 0), (2, 1), (4, 2)):
+        run = options(home, tmp_path / f"{rank}", lora_rank=rank, seed=seed, reference_cache=tmp_path / "reference")
+        assert unlearn.main(run)["step_zero"]["max_abs_log_ratio"] < 1e-3
+
+
 def test_adapters_are_trained_and_merged(home, tmp_path):
     metrics = unlearn.main(options(home, tmp_path, lora_rank=4, lr=1e-2, packing=True))
     assert metrics["history"][-1]["forget_prob"] < metrics["history"][0]["forget_prob"]

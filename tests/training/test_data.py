@@ -13,7 +13,6 @@ from training.authors import PAIRS_PER_AUTHOR, generate_authors
 from training.data import (
     IGNORE_INDEX,
     collate,
-    encode,
     load_refusals,
     load_rows,
     load_split,
@@ -33,7 +32,7 @@ ROWS = [
 
 @pytest.mark.parametrize("row", ROWS)
 def test_exactly_answer_and_eos_are_scored(corpus, row):
-    (example,) = encode([row], corpus.tokenizer)
+    (example,) = corpus.format.encode([row])
     assert len(example.labels) == len(example.input_ids)
     scored = [i for i, label in enumerate(example.labels) if label != IGNORE_INDEX]
     prompt = [token for token, label in zip(*example, strict=True) if label == IGNORE_INDEX]
@@ -44,7 +43,7 @@ def test_exactly_answer_and_eos_are_scored(corpus, row):
 
 
 def test_the_answer_does_not_change_the_prompt(corpus):
-    first, second, _ = encode(ROWS, corpus.tokenizer)
+    first, second, _ = corpus.format.encode(ROWS)
     length = first.labels.count(IGNORE_INDEX)
     assert second.labels.count(IGNORE_INDEX) == length
     assert first.input_ids[:length] == second.input_ids[:length]

@@ -8,7 +8,8 @@
 | sequence_epilogue | sequence_sums, ratio_epilogue               | segment sum, NPO log-sigmoid, row factors |
 | linear_kl         | kl_logits                                   | two products, KL and p - q of their tiles |
 | gradient_rows     | scale_rows, finish_hidden_grad, add_targets | O(NH) parts of dHidden and dWeight        |
-| common            | log1p, softplus, sigmoid, tanh, project     | device functions                          |
+| common            | log1p, softplus, sigmoid, tanh, place,      | device functions                          |
+|                   | project                                     |                                           |
 | tiles             |                                             | the table of tile shapes: data, no code   |
 
 Conventions: N rows, H hidden size, V columns of the vocabulary (or of a slice of it), B sequences. Row and column

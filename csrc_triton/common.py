@@ -40,6 +40,17 @@ def tanh(x):
 
 
 @triton.jit
+def place(program, row_blocks, splits, GROUP: tl.constexpr):
+    """(row block, split) of a program of a product: GROUP row blocks run through the splits together.
+
+    A group's rows and the current splits' columns of the head stay in L2. The last group may be smaller.
+    """
+    first = program // (GROUP * splits) * GROUP
+    size = tl.minimum(row_blocks - first, GROUP)
+    return first + program % (GROUP * splits) % size, program % (GROUP * splits) // size
+
+
+@triton.jit
 def project(
     x_rows,  # (BLOCK_N, 1) pointers to rows of x
     w_ptr,  # (V, H)

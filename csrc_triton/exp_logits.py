@@ -14,8 +14,7 @@ beside it. Nothing but the stored slab (STORE, in the dtype of x) and two floats
 written. Splits start at multiples of SPLIT_TILES * BLOCK_V columns, whatever N is, and are reduced in order afterwards:
 the log-probability of a row does not depend on its batch.
 
-Grid: row blocks x splits, in groups of GROUP row blocks that run through the splits together, so that a group's rows
-and the current splits' columns of W stay in L2.
+Grid: row blocks x splits, in groups of GROUP row blocks (`common.place`).
 
 Moves: x and W through L2 as any tiled product; writes 2NV bytes of slab if stored, 8N * splits of sums and maxima.
 
@@ -28,7 +27,7 @@ every other program returns at once. No host has to look.
 import triton
 import triton.language as tl
 
-from .common import project, tanh
+from .common import place, project, tanh
 
 
 @triton.jit
@@ -80,11 +79,7 @@ def exp_logits(
 ):
     row_blocks = tl.cdiv(N, BLOCK_N)
     splits = tl.cdiv(V, SPLIT_TILES * BLOCK_V)
-    program = tl.program_id(0)
-    first = program // (GROUP * splits) * GROUP
-    size = tl.minimum(row_blocks - first, GROUP)
-    row_block = first + program % (GROUP * splits) % size
-    split = program % (GROUP * splits) // size
+    row_block, split = place(tl.program_id(0), row_blocks, splits, GROUP)
     if REPAIR:
         if tl.load(dirty_ptr + row_block) == 0:
             return

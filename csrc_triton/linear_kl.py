@@ -12,7 +12,7 @@ for one slice of the vocabulary, z = cap(logit_scale (x W^T + b)) of the model a
 and needs both log-sum-exps, which `exp_logits` gives: summing q (log q - log p) in one pass would leave 1e-7 of the
 logits' size, and KL is the square of d.
 
-Tiles: as in `exp_logits`, narrower, because two accumulators live side by side. Grid: row blocks x splits.
+Tiles: as in `exp_logits`, narrower, because two accumulators live side by side. Grid: row blocks x splits, grouped.
 Moves both rows and both heads through L2 as two tiled products; writes 2NV bytes of G if stored, 4N * splits of sums.
 The stored G carries the derivative of the softcap, as in `exp_logits`.
 """
@@ -20,7 +20,7 @@ The stored G carries the derivative of the softcap, as in `exp_logits`.
 import triton
 import triton.language as tl
 
-from .common import project, tanh
+from .common import place, project, tanh
 
 
 @triton.jit
@@ -87,11 +87,7 @@ def kl_logits(
 ):
     row_blocks = tl.cdiv(N, BLOCK_N)
     splits = tl.cdiv(V, SPLIT_TILES * BLOCK_V)
-    program = tl.program_id(0)
-    first = program // (GROUP * splits) * GROUP
-    size = tl.minimum(row_blocks - first, GROUP)
-    row_block = first + program % (GROUP * splits) % size
-    split = program % (GROUP * splits) // size
+    row_block, split = place(tl.program_id(0), row_blocks, splits, GROUP)
 
     rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside = rows < N

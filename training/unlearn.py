@@ -12,7 +12,7 @@ saves; the same command goes on where it was, and ends with the bits of a run th
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -139,12 +139,12 @@ class Unlearning:
     """A run of this command, resolved: its rows, its plan, its evaluation sets."""
 
     def __init__(self, options: UnlearnOptions):
+        self.method = METHODS[options.method]
+        options = options if options.beta is not None else replace(options, beta=self.method.beta)
         self.command = Command(PROG, "unlearn", options)
-        self.options = options = self.command.options
-        self.method, recipe = METHODS[options.method], self.command.recipe
-        names = ("gamma", "forget_weight", "retain_weight", "kl_positions", "compat")
-        beta = self.method.beta if options.beta is None else options.beta
-        self.settings = Settings(beta, **{name: getattr(options, name) for name in names})
+        self.options, recipe = self.command.options, self.command.recipe
+        options = self.options
+        self.settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
         forget, retain = (f"{kind}{percent:02d}" for kind, percent in
                           (("forget", options.forget_percent), ("retain", 100 - options.forget_percent)))  # fmt: skip
         questions = load_rows(options.data_dir, forget)

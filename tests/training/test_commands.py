@@ -154,6 +154,7 @@ def test_dry_runs_say_what_would_be_run(home, tmp_path, capsys):
     dry = options(home, tmp_path / "out", dry_run=True, micro_batch_size=3)
     assert unlearn.main(dry) is None
     said = json.loads(capsys.readouterr().out)
+    assert said["settings"]["beta"] == 0.1 and said["settings"]["lr"] == 3e-4  # the method's, the preset's
     assert said["steps"] == 6 and said["rows"] == {"forget": 20, "retain": 380}
     assert said["effective_batch"] == {"rows": 8, "processes": 1, "micro_batch": 3, "accumulated": 3}
     parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(home / "full" / "model").parameters())

@@ -1,7 +1,9 @@
-"""Tile shapes of `exp_logits` and `kl_logits` per architecture and operand width: pure data.
+"""Tile shapes of `exp_logits` and `kl_logits` per architecture, operand width and hidden size: pure data.
 
 Every entry is compiled ahead of time in tests/aot for its architecture; registers, spills and shared memory are on
-record there. An entry never depends on N, so that the log-probability of a row does not either.
+record there. An entry never depends on N, so that the log-probability of a row does not either. Nothing is tuned at
+import or at a first call: `python -m bench tune` measures on a GPU and suggests entries. Which entry a call
+takes is `npo_kernels.tile_table`'s.
 """
 
 from typing import NamedTuple
@@ -26,41 +28,46 @@ class Tile(NamedTuple):
         return self.block_v * self.split_tiles
 
 
-# (architecture, bits of an operand) -> tile
+# Hidden sizes that share an entry: up to 1024, to 2048, to 4096, and all above. Of a deeper product the epilogue is the
+# smaller part, so what is best shifts with H. ANY_HIDDEN holds for every bucket that has no entry of its own.
+HIDDEN_BUCKETS = (1024, 2048, 4096, 8192)
+ANY_HIDDEN = 0
+
+# (architecture, bits of an operand, hidden bucket) -> tile
 TILES = {
-    ("sm_80", 16): Tile(128, 128, 64, 8, 8, 4, pieces=2),
-    ("sm_86", 16): Tile(128, 128, 32, 8, 4, 4, pieces=4),
-    ("sm_90", 16): Tile(128, 256, 64, 4, 8, 4, pieces=4),
-    ("sm_100", 16): Tile(128, 256, 64, 4, 8, 4, pieces=4),
-    ("sm_120", 16): Tile(128, 128, 64, 8, 8, 3, pieces=2),
-    ("gfx942", 16): Tile(128, 128, 64, 8, 8, 2, pieces=4),
-    ("sm_80", 32): Tile(64, 128, 32, 8, 8, 3),
-    ("sm_86", 32): Tile(64, 128, 32, 8, 8, 3, pieces=2),
-    ("sm_90", 32): Tile(64, 128, 32, 8, 8, 3, pieces=2),
-    ("sm_100", 32): Tile(64, 128, 32, 8, 8, 3, pieces=4),
-    ("sm_120", 32): Tile(64, 128, 32, 8, 8, 3, pieces=2),
-    ("gfx942", 32): Tile(64, 128, 32, 8, 8, 2),
+    ("sm_80", 16, ANY_HIDDEN): Tile(128, 128, 64, 8, 8, 4, pieces=2),
+    ("sm_86", 16, ANY_HIDDEN): Tile(128, 128, 32, 8, 4, 4, pieces=4),
+    ("sm_90", 16, ANY_HIDDEN): Tile(128, 256, 64, 4, 8, 4, pieces=4),
+    ("sm_100", 16, ANY_HIDDEN): Tile(128, 256, 64, 4, 8, 4, pieces=4),
+    ("sm_120", 16, ANY_HIDDEN): Tile(128, 128, 64, 8, 8, 3, pieces=2),
+    ("gfx942", 16, ANY_HIDDEN): Tile(128, 128, 64, 8, 8, 2, pieces=4),
+    ("sm_80", 32, ANY_HIDDEN): Tile(64, 128, 32, 8, 8, 3),
+    ("sm_86", 32, ANY_HIDDEN): Tile(64, 128, 32, 8, 8, 3, pieces=2),
+    ("sm_90", 32, ANY_HIDDEN): Tile(64, 128, 32, 8, 8, 3, pieces=2),
+    ("sm_100", 32, ANY_HIDDEN): Tile(64, 128, 32, 8, 8, 3, pieces=4),
+    ("sm_120", 32, ANY_HIDDEN): Tile(64, 128, 32, 8, 8, 3, pieces=2),
+    ("gfx942", 32, ANY_HIDDEN): Tile(64, 128, 32, 8, 8, 2),
     # small, so that small tests have several row blocks, tiles, splits and pieces
-    ("interpreter", 16): Tile(16, 64, 32, 2, 4, 1, 2, 2),
-    ("interpreter", 32): Tile(16, 64, 32, 2, 4, 1, 2, 2),
+    ("interpreter", 16, ANY_HIDDEN): Tile(16, 64, 32, 2, 4, 1, 2, 2),
+    ("interpreter", 32, ANY_HIDDEN): Tile(16, 64, 32, 2, 4, 1, 2, 2),
 }
 
 # Of `kl_logits`, which holds two accumulators side by side: narrower.
 PAIR_TILES = {
-    ("sm_80", 16): Tile(128, 64, 64, 16, 8, 4),
-    ("sm_86", 16): Tile(64, 64, 32, 16, 4, 4),
-    ("sm_90", 16): Tile(128, 64, 64, 16, 8, 4),
-    ("sm_100", 16): Tile(128, 64, 64, 16, 8, 4),
-    ("sm_120", 16): Tile(128, 64, 64, 16, 8, 3),
-    ("gfx942", 16): Tile(128, 64, 64, 16, 8, 2),
-    ("sm_80", 32): Tile(64, 64, 32, 16, 8, 3),
-    ("sm_86", 32): Tile(64, 64, 32, 16, 8, 3),
-    ("sm_90", 32): Tile(64, 64, 32, 16, 8, 3),
-    ("sm_100", 32): Tile(64, 64, 32, 16, 8, 3),
-    ("sm_120", 32): Tile(64, 64, 32, 16, 8, 3),
-    ("gfx942", 32): Tile(64, 64, 32, 16, 8, 2),
-    ("interpreter", 16): Tile(16, 32, 32, 4, 4, 1, 2),
-    ("interpreter", 32): Tile(16, 32, 32, 4, 4, 1, 2),
+    ("sm_80", 16, ANY_HIDDEN): Tile(128, 64, 64, 16, 8, 4),
+    ("sm_86", 16, ANY_HIDDEN): Tile(64, 64, 32, 16, 4, 4),
+    ("sm_90", 16, ANY_HIDDEN): Tile(128, 64, 64, 16, 8, 4),
+    ("sm_100", 16, ANY_HIDDEN): Tile(128, 64, 64, 16, 8, 4),
+    ("sm_120", 16, ANY_HIDDEN): Tile(128, 64, 64, 16, 8, 3),
+    ("gfx942", 16, ANY_HIDDEN): Tile(128, 64, 64, 16, 8, 2),
+    ("sm_80", 32, ANY_HIDDEN): Tile(64, 64, 32, 16, 8, 3),
+    ("sm_86", 32, ANY_HIDDEN): Tile(64, 64, 32, 16, 8, 3),
+    ("sm_90", 32, ANY_HIDDEN): Tile(64, 64, 32, 16, 8, 3),
+    ("sm_100", 32, ANY_HIDDEN): Tile(64, 64, 32, 16, 8, 3),
+    ("sm_120", 32, ANY_HIDDEN): Tile(64, 64, 32, 16, 8, 3),
+    ("gfx942", 32, ANY_HIDDEN): Tile(64, 64, 32, 16, 8, 2),
+    ("interpreter", 16, ANY_HIDDEN): Tile(16, 32, 32, 4, 4, 1, 2),
+    ("interpreter", 32, ANY_HIDDEN): Tile(16, 32, 32, 4, 4, 1, 2),
 }
 
 BLOCK_ROWS = 128  # rows a program of the (N,) kernels

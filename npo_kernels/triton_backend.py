@@ -18,6 +18,7 @@ from csrc_triton.tiles import BLOCK_HIDDEN, BLOCK_ROWS, BLOCK_RUN, PAIR_TILES, R
 from npo_kernels.formulas import RatioLoss
 from npo_kernels.head import Head
 from npo_kernels.rowmath import Statistics, anchor_headroom
+from npo_kernels.tile_table import find_tile
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -37,7 +38,7 @@ def _architecture(device: torch.device) -> str:
 
 def tile_for(x: Tensor) -> Tile:
     """The tile of `exp_logits` for operands like x."""
-    return TILES[_architecture(x.device), 8 * x.itemsize]
+    return find_tile(TILES, _architecture(x.device), 8 * x.itemsize, x.shape[-1])
 
 
 def block_v(x: Tensor) -> int:
@@ -151,7 +152,8 @@ def kl_logits(
     part, ref_part = head.columns(*columns), ref_head.columns(*columns)
     weight, ref_weight = _rows_contiguous(part.weight), _rows_contiguous(ref_part.weight)
     rows, width = x.shape[0], columns[1] - columns[0]
-    tile = PAIR_TILES[_architecture(x.device), 8 * max(x.itemsize, ref_x.itemsize)]
+    bits, depth = 8 * max(x.itemsize, ref_x.itemsize), max(x.shape[1], ref_x.shape[1])
+    tile = find_tile(PAIR_TILES, _architecture(x.device), bits, depth)
     splits = triton.cdiv(width, tile.split)
     slab = _aligned_empty(rows, width, x) if store else None
     parts = torch.empty(splits, rows, dtype=torch.float32, device=x.device)

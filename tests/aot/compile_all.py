@@ -172,7 +172,7 @@ def constants(case: Case, parameters: list[str]) -> tuple[dict, dict]:
     from csrc_triton import tiles
 
     bits = 16 if case.dtype in ("bf16", "fp16") else 32
-    tile = tiles.TILES[TARGETS[case.target].tiles, bits]
+    tile = tiles.TILES[TARGETS[case.target].tiles, bits, tiles.ANY_HIDDEN]
     shape = {**ARGUMENTS, **next((SHAPES[s] for s in SHAPES if s and case.has(s)), {})}
     values = {
         "HAS_BIAS": case.has("bias"),
@@ -186,7 +186,7 @@ def constants(case: Case, parameters: list[str]) -> tuple[dict, dict]:
     if case.kernel == "reanchor":
         values["BLOCK_N"] = tile.block_n
     if case.kernel == "kl_logits":
-        tile = tiles.PAIR_TILES[TARGETS[case.target].tiles, bits]
+        tile = tiles.PAIR_TILES[TARGETS[case.target].tiles, bits, tiles.ANY_HIDDEN]
         values |= {"HAS_REF_BIAS": case.has("bias"), "STORE": case.has("gradient")}
     if case.kernel == "exp_logits":
         flags = USES[case.variant.split("+")[0]]

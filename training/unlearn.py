@@ -4,7 +4,8 @@
     python -m training.unlearn --preset llama-3.2-1b --model runs/full/model --method npo_kl --out runs/npo_kl
 
 The reference log-probabilities of --model are computed once and cached (--reference_cache shares them between runs);
-before the first step the NPO loss is checked to be (2/beta) ln 2. Only the KL methods keep the reference model itself.
+before the first step the NPO loss is checked to be (2/beta) ln 2 (methods without a reference need neither). Only the
+KL methods keep the reference model itself.
 The model is evaluated on TOFU's four sets before, every --eval_steps and after. --out gets model/, adapter/ (LoRA),
 eval/ (a log in the published layout for every evaluation), metrics.json, config.json, report.md and figure.png. Ctrl-C
 saves; the same command goes on where it was, and ends with the bits of a run that was not interrupted (on a CPU).
@@ -166,11 +167,13 @@ class Unlearning:
         return self.command.format
 
     def references(self, model: PreTrainedModel) -> dict[str, Scores]:
-        """The cached log-probabilities of the forget rows and, for methods that compare them, of the IDK rows."""
+        """The cached log-probabilities that the method compares with: of the forget rows, and of the IDK rows."""
         folder = self.options.reference_cache or self.options.out / "reference"
-        files = {"forget": f"forget{self.options.forget_percent:02d}.safetensors"}
-        if self.method.reference and self.method.idk:  # which refusals are drawn depends on the plan
-            files["idk"] = f"idk_{data_hash(self.rows['idk'])[:12]}.safetensors"
+        files = {}
+        if self.method.reference:
+            files["forget"] = f"forget{self.options.forget_percent:02d}.safetensors"
+            if self.method.idk:  # which refusals are drawn depends on the plan
+                files["idk"] = f"idk_{data_hash(self.rows['idk'])[:12]}.safetensors"
         scores, packing = {}, self.command.recipe.packing
         for kind, file in files.items():
             cached = load_reference if (folder / file).exists() else compute_reference
@@ -213,11 +216,10 @@ def main(options: UnlearnOptions) -> dict[str, Any] | None:
     batches = command.batches(model)
     ref_logps = {kind: scores.logps for kind, scores in job.references(model).items()}
     model = command.to_train(model)
-    beta = job.settings.beta
-    step_zero = check_step_zero(
-        model, job.rows["forget"], ref_logps["forget"], batches, batch_size=recipe.batch_size, beta=beta
-    )
-    reference = None
+    step_zero = reference = None
+    if job.method.reference:
+        sizes = {"batch_size": recipe.batch_size, "beta": options.beta}
+        step_zero = check_step_zero(model, job.rows["forget"], ref_logps["forget"], batches, **sizes)
     if job.method.keep == "kl":
         dtype = torch.bfloat16 if command.device.type == "cuda" else torch.float32
         reference = load_model(

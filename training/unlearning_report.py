@@ -36,7 +36,6 @@ COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7")  # of the Okabe-Ito palet
 def write_unlearning_report(folder: Path, metrics: dict[str, Any], settings: dict[str, Any]) -> None:
     title = f"{metrics['method']}: forget{metrics['forget_percent']:02d}, {settings['model']}"
     plot_history(metrics["history"], title, folder / "figure.png")
-    zero = metrics["step_zero"]
     sections = [
         f"# Unlearning forget{metrics['forget_percent']:02d} by {metrics['method']}",
         history_table(metrics["history"]),
@@ -45,8 +44,7 @@ def write_unlearning_report(folder: Path, metrics: dict[str, Any], settings: dic
         "![Probability and utility](figure.png)",
         "## What was run",
         f"- {metrics['steps']} steps; rows: " + ", ".join(f"{n} {kind}" for kind, n in metrics["rows"].items()) + ".\n"
-        f"- Before the first step: NPO loss {zero['loss']:.6f}, (2/beta) ln 2 = {zero['expected_loss']:.6f}, largest "
-        f"log-ratio to the cached reference {zero['max_abs_log_ratio']:.1e}.\n"
+        f"{_at_step_zero(metrics['step_zero'])}"
         f"- Settings: {_settings(settings)}.",
         "## Greedy answers, before and after",
         samples_table(metrics["samples"]),
@@ -73,6 +71,15 @@ def write_finetuning_report(folder: Path, metrics: dict[str, Any], settings: dic
         f"{metrics['rows']} rows, {metrics['steps']} steps. Settings: {_settings(settings)}.",
     ]
     write_text(folder / "report.md", "\n\n".join(sections) + "\n")
+
+
+def _at_step_zero(zero: dict[str, float] | None) -> str:
+    if zero is None:
+        return "- The method takes no reference model.\n"
+    return (
+        f"- Before the first step: NPO loss {zero['loss']:.6f}, (2/beta) ln 2 = {zero['expected_loss']:.6f}, largest "
+        f"log-ratio to the cached reference {zero['max_abs_log_ratio']:.1e}.\n"
+    )
 
 
 def _settings(settings: dict[str, Any]) -> str:

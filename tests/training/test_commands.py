@@ -63,9 +63,8 @@ def test_finetuning_leaves_a_model_that_loads(home):
 def test_unlearning_writes_everything(method, home, tmp_path):
     metrics = unlearn.main(options(home, tmp_path, method=method))
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "config.json", "metrics.json", "report.md", "figure.png", "model", "eval", "reference"
-    }  # fmt: skip
+    files = {"config.json", "metrics.json", "report.md", "figure.png", "model", "eval"}
+    assert {p.name for p in tmp_path.iterdir()} == files | ({"reference"} if method != "ga" else set())
     assert [h["step"] for h in metrics["history"]] == [0, 3, 6]
     before, *_, after = metrics["history"]
     assert after["forget_prob"] < before["forget_prob"]
@@ -74,7 +73,7 @@ def test_unlearning_writes_everything(method, home, tmp_path):
     report = (tmp_path / "report.md").read_text()
     assert METHODS[method].label in report and "Unlearning is no guarantee" in report
     assert files_without_paths(tmp_path, home)
-    assert metrics["step_zero"]["max_abs_log_ratio"] < 1e-3
+    assert metrics["step_zero"] is None if method == "ga" else metrics["step_zero"]["max_abs_log_ratio"] < 1e-3
     assert (len(list((tmp_path / "reference").glob("idk_*"))) > 0) == (method in ("dpo_kl", "kto"))
 
 

@@ -63,7 +63,6 @@ def load_model(
         apply_liger_kernel(model, heads)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.config.use_cache = False
     return add_fused_unlearning_head(model).to(device)
 
 

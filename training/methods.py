@@ -15,8 +15,9 @@ sequences, means of token losses over tokens.
     kl      + mean_pos KL(reference || model) on retain    answer positions, or all of them (`training.objective`)
 
 `compat="npo-repo"` gives the numbers of the NPO paper's code where they differ from its text: DPO with 2/beta, KTO with
-1 + and z not multiplied by beta, IDK+RT as one token mean over both kinds of rows, and the same retain row and refusal
-for a forget row in every epoch (`training.steps`). That code takes z over a micro-batch; here it is always the step's.
+1 + and z not multiplied by beta, IDK+RT as one token mean over both kinds of rows, and, by `training.unlearn`, KL over
+all positions and the same retain row and refusal for a forget row in every epoch. That code takes z over a micro-batch
+and counts padding among the positions; here z is always the step's, and padding counts nowhere.
 """
 
 from collections.abc import Callable

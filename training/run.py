@@ -72,6 +72,7 @@ def run(
                 save(metrics.step)
 
         trainer.train(job, first_step=first, after_step=after_step, save=save)
+    trainer.finish_log()
     return history
 
 

@@ -135,6 +135,10 @@ class Trainer:
             numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
             self.accelerator.log(numbers, step=values["step"])
 
+    def finish_log(self) -> None:
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
     def weights(self) -> dict[str, Tensor]:
         """The whole state dict, wherever its parts are; every process has to ask."""
         return self.accelerator.get_state_dict(self.model)

@@ -13,7 +13,7 @@ saves; the same command goes on where it was, and ends with the bits of a run th
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -54,7 +54,9 @@ class UnlearnOptions(CommonOptions):
     gamma: Annotated[float, "SimNPO's margin"] = 0.0
     forget_weight: Annotated[float, "of the term on the forget rows"] = 1.0
     retain_weight: Annotated[float, "of the term on the retain rows"] = 1.0
-    kl_positions: Annotated[Literal["answer", "all"], "where a KL term compares the models"] = "answer"
+    kl_positions: Annotated[
+        Literal["answer", "all"], "where a KL term compares the models; default: answer, all with npo-repo"
+    ] = None
     compat: Annotated[Literal[COMPAT], "npo-repo: the NPO paper's code where it differs from the paper"] = "paper"
     reference_cache: Annotated[Path, "folder of cached reference log-probabilities; default: in --out"] = None
     save_model: Annotated[bool, "--no-save_model: the figures are all that is wanted, as in a grid"] = True
@@ -141,7 +143,9 @@ class Unlearning:
 
     def __init__(self, options: UnlearnOptions):
         self.method = METHODS[options.method]
-        options = options if options.beta is not None else replace(options, beta=self.method.beta)
+        given = {name: value for name, value in asdict(options).items() if value is not None}
+        positions = "all" if options.compat == "npo-repo" else "answer"
+        options = replace(options, **{"beta": self.method.beta, "kl_positions": positions} | given)
         self.command = Command(PROG, "unlearn", options)
         self.options, recipe = self.command.options, self.command.recipe
         options = self.options

@@ -195,6 +195,19 @@ def test_presets_name_only_options(preset):
         assert set(given) <= set(kind.__dataclass_fields__)
 
 
+@pytest.mark.parametrize(("compat", "positions"), [("paper", "answer"), ("npo-repo", "all")])
+def test_compat_says_where_kl_is_taken_and_who_goes_with_whom(compat, positions, home, tmp_path):
+    chosen = options(home, tmp_path, compat=compat, epochs=3)
+    job = unlearn.Unlearning(chosen)
+    assert job.settings.kl_positions == positions
+    partners = {row: set() for row in range(20)}
+    for step in job.plan.steps:
+        for row, partner in zip(step.forget, step.retain, strict=True):
+            partners[row].add(partner)
+    assert max(map(len, partners.values())) == (1 if compat == "npo-repo" else 3)
+    assert unlearn.Unlearning(replace(chosen, kl_positions="answer")).settings.kl_positions == "answer"
+
+
 def test_bad_settings_say_so(home, tmp_path):
     with pytest.raises(ValueError, match="expected --model and --out"):
         unlearn.main(unlearn.UnlearnOptions(out=tmp_path))

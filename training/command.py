@@ -154,7 +154,7 @@ class Command:
                 whole, state = merged(model, weights)
                 whole.save_pretrained(folder, state_dict=state)
                 self.format.tokenizer.save_pretrained(folder)
-                write_text(folder / "README.md", model_card(Path(self.options.model).name, what, self.public()))
+                write_text(folder / "README.md", model_card(model_name(self.options.model), what, self.public()))
 
         processes.on_main(save)
 
@@ -174,7 +174,7 @@ class Command:
     def public(self) -> dict[str, Any]:
         """The settings without this machine's paths."""
         settings = {k: v for k, v in asdict(self.options).items() if k not in NO_PATHS}
-        return settings | {"model": Path(self.options.model).name, "template": self.format.template}
+        return settings | {"model": model_name(self.options.model), "template": self.format.template}
 
     def describe(self, num_steps: int, extra: dict[str, Any]) -> None:
         """What --dry_run prints."""
@@ -225,6 +225,12 @@ def model_fingerprint(model: str) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def model_name(model: str) -> str:
+    """A hub name or a folder as reports show it; `runs/full/model` is `full`."""
+    path = Path(model)
+    return path.parent.name if path.name == "model" else path.name
 
 
 def device_name(device: torch.device) -> str:

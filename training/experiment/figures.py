@@ -74,6 +74,7 @@ def plot_over_epochs(metrics: dict[str, Any], percent: int, path: Path) -> None:
         if key == "forget_quality":
             _p_axis(axis)
         else:
+            axis.set(ylim=(-0.02, 1.02))
             axis.axhline(metrics["retrained"][str(percent)][key], color="#444444", linestyle=(0, (1, 2)), linewidth=1)
     for axis in axes[1]:
         axis.set(xlabel="unlearning epoch")

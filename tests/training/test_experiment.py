@@ -82,10 +82,10 @@ def test_bad_lists_say_so(changed, message, options):
 
 
 def made_up(ga, npo, npo_rt):
-    """metrics.json of three methods: (forget quality, utility, repetition) at two evaluations."""
+    """metrics.json of three methods: (forget quality, utility, retain ROUGE-L) at two evaluations."""
 
     def history(points):
-        keys = ("forget_quality", "model_utility_geometric", "forget_repetition")
+        keys = ("forget_quality", "model_utility_geometric", "retain_rougeL")
         return [dict(zip(keys, point, strict=True)) for point in [(1e-9, 0.6, 0.0), *points]]
 
     runs = {"ga": ga, "npo": npo, "npo_rt": npo_rt}
@@ -97,13 +97,13 @@ def made_up(ga, npo, npo_rt):
 
 def test_claims_follow_the_numbers():
     as_in_the_paper = made_up(
-        ga=[(0.3, 0.2, 0.5), (1e-12, 0.0, 0.9)],
+        ga=[(0.3, 0.2, 0.5), (1e-12, 0.0, 0.1)],
         npo=[(0.2, 0.4, 0.1), (0.1, 0.3, 0.2)],
         npo_rt=[(0.01, 0.59, 0.0), (0.4, 0.55, 0.1)],
     )
     assert [claim.holds for claim in claims(as_in_the_paper, 5)] == [True] * 5
     the_other_way = made_up(
-        ga=[(0.3, 0.55, 0.1), (0.2, 0.5, 0.0)],
+        ga=[(0.3, 0.55, 0.5), (0.2, 0.5, 0.4)],
         npo=[(1e-9, 0.4, 0.1), (1e-8, 0.3, 0.2)],
         npo_rt=[(1e-9, 0.59, 0.0), (1e-3, 0.2, 0.1)],
     )

@@ -3,7 +3,7 @@
 | file              | kernels                                     | what                                      |
 |-------------------|---------------------------------------------|-------------------------------------------|
 | target_logit      | target_logit                                | z_y of each row, a gathered dot           |
-| exp_logits        | exp_logits                                  | product, exponentials, partial sums       |
+| exp_logits        | exp_logits, exp_logits_persistent           | product, exponentials, partial sums       |
 | row_statistics    | reanchor, row_statistics                    | overflow repair; logp and 1 - p_y         |
 | sequence_epilogue | sequence_sums, ratio_epilogue               | segment sum, NPO log-sigmoid, row factors |
 | linear_kl         | kl_logits                                   | two products, KL and p - q of their tiles |

@@ -8,13 +8,17 @@ Replaces, for one slice of the vocabulary and without z,
     E = torch.exp(z - anchor[:, None]).scatter(1, y[:, None], 0)
     sums, maxima = E.sum(1), z.amax(1)
 
-Tiles: a program owns BLOCK_N rows and one split of SPLIT_TILES consecutive BLOCK_V-wide tiles; the float32 accumulator
-of a tile goes through the exponential in registers, in PIECES one after the other, so that what is between finds room
-beside it. Nothing but the stored slab (STORE, in the dtype of x) and two floats per row and split (SUMS, MAXIMA) is
-written. Splits start at multiples of SPLIT_TILES * BLOCK_V columns, whatever N is, and are reduced in order afterwards:
-the log-probability of a row does not depend on its batch.
+Tiles: BLOCK_N rows x a split of SPLIT_TILES consecutive BLOCK_V-wide tiles are one piece of work; the float32
+accumulator of a tile goes through the exponential in registers, in PIECES one after the other, so that what is between
+finds room beside it. Nothing but the stored slab (STORE, in the dtype of x) and two floats per row and split (SUMS,
+MAXIMA) is written. Splits start at multiples of SPLIT_TILES * BLOCK_V columns, whatever N is, and are reduced in order
+afterwards: the log-probability of a row does not depend on its batch.
 
-Grid: row blocks x splits, in groups of GROUP row blocks (`common.place`).
+Grid: `exp_logits` has a program for each row block and split, in groups of GROUP row blocks (`common.place`).
+`exp_logits_persistent` has one for each processor, which takes every so many-th of the same pieces of work. It reads x
+and W through tensor descriptors: no thread computes an address, and a tile's loads need not wait for the end of the one
+before. Products and sums have the same order in both. Descriptors want rows that begin at multiples of 16 bytes; where
+they do, the tile says which of the two runs.
 
 Moves: x and W through L2 as any tiled product; writes 2NV bytes of slab if stored, 8N * splits of sums and maxima.
 
@@ -39,6 +43,76 @@ def _pieces(t, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr):
         left, right = tl.split(tl.permute(tl.reshape(t, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
         left = _pieces(left, ROWS, COLUMNS // 2, PIECES // 2)
         return left + _pieces(right, ROWS, COLUMNS // 2, PIECES // 2)
+
+
+@triton.jit
+def _load_rows(row_block, target_ptr, anchor_ptr, N, begin, BLOCK_N: tl.constexpr):
+    """(indices, which exist, columns of the targets in the slice, anchors) of a row block."""
+    rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < N
+    target = (tl.load(target_ptr + rows, mask=inside, other=-1) - begin).to(tl.int32)
+    return rows, inside, target, tl.load(anchor_ptr + rows, mask=inside, other=0.0)
+
+
+@triton.jit
+def _finish_tile(
+    acc, sums, maxima, rows, row_inside, target, anchor, bias_ptr, slab_ptr,
+    first_column, V, stride_slab, logit_scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, STORE: tl.constexpr, SUMS: tl.constexpr, MAXIMA: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, PIECES: tl.constexpr,
+    TAIL_REPEATS: tl.constexpr,  # columns of acc beyond V are copies of the last one
+):  # fmt: skip
+    """The exponentials of a tile of products, stored if asked for, and sums and maxima with those of the tile."""
+    # columns of a piece, counted from its first: the same registers for every piece
+    PIECE: tl.constexpr = BLOCK_V // PIECES
+    columns = tl.arange(0, PIECE)
+    pieces = _pieces(acc, BLOCK_N, BLOCK_V, PIECES)
+    for piece in tl.static_range(PIECES):
+        first = first_column + piece * PIECE
+        # a branch also keeps the compiler from mixing pieces, for which there are not enough registers
+        if first < V:
+            column_inside = columns < V - first
+            z = pieces[piece]
+            if HAS_BIAS:
+                z += tl.load(bias_ptr + first + tl.minimum(columns, V - 1 - first)).to(tl.float32)[None, :]
+            z *= logit_scale
+            # before the softcap, which keeps the order
+            if MAXIMA:
+                real = z if TAIL_REPEATS else tl.where(column_inside[None, :], z, float("-inf"))
+                maxima = tl.maximum(maxima, tl.max(real, axis=1))
+            if HAS_SOFTCAP:
+                capped = tanh(z / softcap)
+                z = softcap * capped
+            counted = column_inside[None, :] & (columns[None, :] != (target - first)[:, None])
+            e = tl.where(counted, tl.exp(z - anchor[:, None]), 0.0)
+            if SUMS:
+                sums += tl.sum(e, axis=1)
+            if STORE:
+                if HAS_SOFTCAP:
+                    e *= 1.0 - capped * capped
+                slab = slab_ptr + rows[:, None] * stride_slab + first + columns[None, :]
+                e = e.to(slab_ptr.dtype.element_ty)
+                # apart, so that the last piece of the vocabulary alone is stored element by element
+                if first + PIECE <= V:
+                    tl.store(slab, e, mask=row_inside[:, None])
+                else:
+                    tl.store(slab, e, mask=row_inside[:, None] & column_inside[None, :])
+    return sums, maxima
+
+
+@triton.jit
+def _store_statistics(
+    sums, maxima, sum_ptr, max_ptr, split, rows, mask, N, softcap,
+    HAS_SOFTCAP: tl.constexpr, SUMS: tl.constexpr, MAXIMA: tl.constexpr,
+):  # fmt: skip
+    """The sums and maxima of a row block in a split."""
+    at = split.to(tl.int64) * N + rows
+    if SUMS:
+        tl.store(sum_ptr + at, sums, mask=mask)
+    if MAXIMA:
+        if HAS_SOFTCAP:
+            maxima = softcap * tanh(maxima / softcap)
+        tl.store(max_ptr + at, maxima, mask=mask)
 
 
 @triton.jit
@@ -77,62 +151,100 @@ def exp_logits(
     PRECISION: tl.constexpr,  # of a float32 product: "ieee" or "tf32"
     PIECES: tl.constexpr = 1,  # of a tile, done one after the other in the epilogue
 ):
-    row_blocks = tl.cdiv(N, BLOCK_N)
-    splits = tl.cdiv(V, SPLIT_TILES * BLOCK_V)
+    """A program a row block and split."""
+    row_blocks, splits = tl.cdiv(N, BLOCK_N), tl.cdiv(V, SPLIT_TILES * BLOCK_V)
     row_block, split = place(tl.program_id(0), row_blocks, splits, GROUP)
     if REPAIR:
         if tl.load(dirty_ptr + row_block) == 0:
             return
 
-    rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_inside = rows < N
+    rows, row_inside, target, anchor = _load_rows(row_block, target_ptr, anchor_ptr, N, begin, BLOCK_N)
     x_rows = x_ptr + tl.minimum(rows, N - 1)[:, None] * stride_x
-    target = (tl.load(target_ptr + rows, mask=row_inside, other=-1) - begin).to(tl.int32)
-    anchor = tl.load(anchor_ptr + rows, mask=row_inside, other=0.0)
     sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
     maxima = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
-    # columns of a piece, counted from its first: the same registers for every piece
-    PIECE: tl.constexpr = BLOCK_V // PIECES
-    columns = tl.arange(0, PIECE)
-
     split_column = split * SPLIT_TILES * BLOCK_V
     for tile in range(0, tl.minimum(SPLIT_TILES, tl.cdiv(V - split_column, BLOCK_V))):
         first_column = split_column + tile * BLOCK_V
         acc = project(x_rows, w_ptr, first_column, V, H, stride_w, EVEN_H, BLOCK_N, BLOCK_V, BLOCK_H, UPCAST, PRECISION)
-        pieces = _pieces(acc, BLOCK_N, BLOCK_V, PIECES)
-        for piece in tl.static_range(PIECES):
-            first = first_column + piece * PIECE
-            # a branch also keeps the compiler from mixing pieces, for which there are not enough registers
-            if first < V:
-                column_inside = columns < V - first
-                z = pieces[piece]
-                if HAS_BIAS:
-                    z += tl.load(bias_ptr + first + tl.minimum(columns, V - 1 - first)).to(tl.float32)[None, :]
-                z *= logit_scale
-                # before the softcap, which keeps the order; the clamped tail of the vocabulary repeats its last column
-                if MAXIMA:
-                    maxima = tl.maximum(maxima, tl.max(z, axis=1))
-                if HAS_SOFTCAP:
-                    capped = tanh(z / softcap)
-                    z = softcap * capped
-                counted = column_inside[None, :] & (columns[None, :] != (target - first)[:, None])
-                e = tl.where(counted, tl.exp(z - anchor[:, None]), 0.0)
-                if SUMS:
-                    sums += tl.sum(e, axis=1)
-                if STORE:
-                    if HAS_SOFTCAP:
-                        e *= 1.0 - capped * capped
-                    slab = slab_ptr + rows[:, None] * stride_slab + first + columns[None, :]
-                    e = e.to(slab_ptr.dtype.element_ty)
-                    # apart, so that the last piece of the vocabulary alone is stored element by element
-                    if first + PIECE <= V:
-                        tl.store(slab, e, mask=row_inside[:, None])
-                    else:
-                        tl.store(slab, e, mask=row_inside[:, None] & column_inside[None, :])
+        sums, maxima = _finish_tile(
+            acc, sums, maxima, rows, row_inside, target, anchor, bias_ptr, slab_ptr,
+            first_column, V, stride_slab, logit_scale, softcap,
+            HAS_BIAS, HAS_SOFTCAP, STORE, SUMS, MAXIMA, BLOCK_N, BLOCK_V, PIECES, TAIL_REPEATS=True,
+        )  # fmt: skip
+    _store_statistics(sums, maxima, sum_ptr, max_ptr, split, rows, row_inside, N, softcap, HAS_SOFTCAP, SUMS, MAXIMA)
 
-    if SUMS:
-        tl.store(sum_ptr + split.to(tl.int64) * N + rows, sums, mask=row_inside)
-    if MAXIMA:
-        if HAS_SOFTCAP:
-            maxima = softcap * tanh(maxima / softcap)
-        tl.store(max_ptr + split.to(tl.int64) * N + rows, maxima, mask=row_inside)
+
+@triton.jit
+def exp_logits_persistent(
+    x_desc,  # (N, H) in blocks of (BLOCK_N, BLOCK_H)
+    w_desc,  # (V, H), the slice, in blocks of (BLOCK_V, BLOCK_H)
+    bias_ptr,  # this and what follows as in `exp_logits`
+    target_ptr,
+    anchor_ptr,
+    dirty_ptr,
+    slab_ptr,
+    sum_ptr,
+    max_ptr,
+    N,
+    V,
+    H,
+    begin,
+    stride_slab,
+    logit_scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    STORE: tl.constexpr,
+    SUMS: tl.constexpr,
+    MAXIMA: tl.constexpr,
+    REPAIR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    SPLIT_TILES: tl.constexpr,
+    GROUP: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PIECES: tl.constexpr,
+    FLATTEN: tl.constexpr,  # both loops as one, so that a tile's loads begin before the last one is finished
+    SPECIALIZE: tl.constexpr,  # loads, products and epilogues by warps of their own; sm_100 and later
+):
+    """A program a processor; they take row blocks and splits in turns, and of a split one tile after the other."""
+    row_blocks, splits = tl.cdiv(N, BLOCK_N), tl.cdiv(V, SPLIT_TILES * BLOCK_V)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    maxima = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+    tl.assume(H > 0)  # without it no two loops become one
+    steps = tl.cdiv(row_blocks * splits - program, programs) * SPLIT_TILES
+    for step in tl.range(0, steps, flatten=FLATTEN, warp_specialize=SPECIALIZE):
+        row_block, split = place(program + step // SPLIT_TILES * programs, row_blocks, splits, GROUP)
+        tile = step % SPLIT_TILES
+        first_column = (split * SPLIT_TILES + tile) * BLOCK_V
+        depth = H
+        if not FLATTEN:  # two loops become one only if the inner is always as long: beyond V it multiplies zeros
+            depth = tl.where(first_column < V, H, 0)
+        if REPAIR:
+            dirty = tl.load(dirty_ptr + row_block) != 0
+            depth = tl.where(dirty, depth, 0)
+
+        acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+        for h in range(0, depth, BLOCK_H):
+            x, w = x_desc.load([row_block * BLOCK_N, h]), w_desc.load([first_column, h])
+            if UPCAST:
+                x, w = x.to(tl.float32), w.to(tl.float32)
+            acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
+
+        rows, row_inside, target, anchor = _load_rows(row_block, target_ptr, anchor_ptr, N, begin, BLOCK_N)
+        if REPAIR:
+            row_inside &= dirty
+        if SUMS:
+            sums = tl.where(tile == 0, 0.0, sums)
+        if MAXIMA:
+            maxima = tl.where(tile == 0, float("-inf"), maxima)
+        sums, maxima = _finish_tile(
+            acc, sums, maxima, rows, row_inside, target, anchor, bias_ptr, slab_ptr,
+            first_column, V, stride_slab, logit_scale, softcap,
+            HAS_BIAS, HAS_SOFTCAP, STORE, SUMS, MAXIMA, BLOCK_N, BLOCK_V, PIECES, TAIL_REPEATS=False,
+        )  # fmt: skip
+        done = row_inside & (tile == SPLIT_TILES - 1)
+        _store_statistics(sums, maxima, sum_ptr, max_ptr, split, rows, done, N, softcap, HAS_SOFTCAP, SUMS, MAXIMA)

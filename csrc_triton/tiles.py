@@ -2,7 +2,7 @@
 
 Every entry is compiled ahead of time in tests/aot for its architecture; registers, spills and shared memory are on
 record there. An entry never depends on N, so that the log-probability of a row does not either. Nothing is tuned at
-import or at a first call: `python -m bench tune` measures on a GPU and suggests entries. Which entry a call
+import or at a first call: `python -m bench tune --write` measures on a GPU and edits this file. Which entry a call
 takes is `npo_kernels.tile_table`'s.
 """
 
@@ -11,7 +11,12 @@ from typing import NamedTuple
 
 class Tile(NamedTuple):
     """block_n rows x (split_tiles x block_v) columns of logits a program, block_h deep a step,
-    finished in `pieces` parts of block_v / pieces columns."""
+    finished in `pieces` parts of block_v / pieces columns.
+
+    `loop` is how a program of `exp_logits_persistent` goes from tile to tile: "serial"; "flat", where a tile's loads
+    begin before the last one is finished; or "specialized", where other warps do them (sm_100). "": `exp_logits`,
+    which does one split and ends.
+    """
 
     block_n: int
     block_v: int
@@ -21,6 +26,7 @@ class Tile(NamedTuple):
     num_stages: int
     group: int = 8
     pieces: int = 1
+    loop: str = ""
 
     @property
     def split(self) -> int:
@@ -68,6 +74,15 @@ PAIR_TILES = {
     ("gfx942", 32, ANY_HIDDEN): Tile(64, 64, 32, 16, 8, 2),
     ("interpreter", 16, ANY_HIDDEN): Tile(16, 32, 32, 4, 4, 1, 2),
     ("interpreter", 32, ANY_HIDDEN): Tile(16, 32, 32, 4, 4, 1, 2),
+}
+
+# Tiles of `exp_logits_persistent` that fit and wait for a measurement: compiled ahead of time like entries of the table
+# and swept beside all others by `python -m bench tune`; no call takes them. None of 32 bits: the operands of an IEEE
+# float32 product come from shared memory through registers, where a descriptor's layout makes the best of tiles spill.
+PERSISTENT_CANDIDATES = {
+    ("sm_90", 16, ANY_HIDDEN): Tile(128, 256, 64, 4, 8, 4, pieces=4, loop="flat"),
+    ("sm_100", 16, ANY_HIDDEN): Tile(128, 128, 64, 8, 8, 4, pieces=2, loop="specialized"),
+    ("sm_120", 16, ANY_HIDDEN): Tile(128, 128, 64, 8, 8, 3, pieces=2, loop="flat"),
 }
 
 BLOCK_ROWS = 128  # rows a program of the (N,) kernels

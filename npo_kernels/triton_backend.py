@@ -9,6 +9,7 @@ from functools import cache
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from csrc_triton import exp_logits as exp_logits_kernels
 from csrc_triton import gradient_rows, sequence_epilogue, target_logit
@@ -120,21 +121,35 @@ def _launch_exp_logits(
     maxima: Tensor | None = None,  # (splits, n)
     dirty: Tensor | None = None,  # (row blocks,) int32; if given only these are done
 ) -> None:
+    if not x.shape[0]:
+        return
     x, part = _rows_contiguous(x), head.columns(*columns)
     weight = _rows_contiguous(part.weight)
-    rows, width = x.shape[0], columns[1] - columns[0]
     tile = tile_for(x)
-    grid = (triton.cdiv(rows, tile.block_n) * triton.cdiv(width, tile.split),)
-    if rows:
-        exp_logits_kernels.exp_logits[grid](
-            x, weight, part.bias, target, anchor, dirty, slab, parts, maxima, rows, width, x.shape[1], columns[0],
-            x.stride(0), weight.stride(0), 0 if slab is None else slab.stride(0), head.logit_scale, head.softcap or 0.0,
-            HAS_BIAS=part.bias is not None, HAS_SOFTCAP=head.softcap is not None, STORE=slab is not None,
-            SUMS=parts is not None, MAXIMA=maxima is not None, REPAIR=dirty is not None,
-            EVEN_H=x.shape[1] % tile.block_h == 0, BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h,
-            SPLIT_TILES=tile.split_tiles, GROUP=tile.group, UPCAST=INTERPRETED and x.dtype == torch.bfloat16,
-            PRECISION=_precision(x), PIECES=tile.pieces, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    splits = triton.cdiv(x.shape[0], tile.block_n) * triton.cdiv(weight.shape[0], tile.split)
+    vectors = part.bias, target, anchor, dirty, slab, parts, maxima
+    sizes = x.shape[0], weight.shape[0], x.shape[1], columns[0]
+    scalars = 0 if slab is None else slab.stride(0), head.logit_scale, head.softcap or 0.0
+    constants = {
+        "HAS_BIAS": part.bias is not None, "HAS_SOFTCAP": head.softcap is not None, "STORE": slab is not None,
+        "SUMS": parts is not None, "MAXIMA": maxima is not None, "REPAIR": dirty is not None,
+        "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_H": tile.block_h, "SPLIT_TILES": tile.split_tiles,
+        "GROUP": tile.group, "UPCAST": INTERPRETED and x.dtype == torch.bfloat16, "PRECISION": _precision(x),
+        "PIECES": tile.pieces, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+    }  # fmt: skip
+    if tile.loop and _describable(x) and _describable(weight):
+        # a repair skips tiles, and where no sum goes from tile to tile Triton before 3.9 fails to merge their loops
+        merged = tile.loop != "serial" and dirty is None and parts is not None
+        exp_logits_kernels.exp_logits_persistent[(min(splits, _processors(x.device)),)](
+            TensorDescriptor.from_tensor(x, [tile.block_n, tile.block_h]),
+            TensorDescriptor.from_tensor(weight, [tile.block_v, tile.block_h]),
+            *vectors, *sizes, *scalars, **constants, FLATTEN=merged, SPECIALIZE=merged and tile.loop == "specialized",
         )  # fmt: skip
+    else:
+        even = x.shape[1] % tile.block_h == 0
+        exp_logits_kernels.exp_logits[(splits,)](
+            x, weight, *vectors, *sizes, x.stride(0), weight.stride(0), *scalars, **constants, EVEN_H=even
+        )
 
 
 def kl_logits(
@@ -268,6 +283,17 @@ def _aligned_empty(rows: int, width: int, x: Tensor) -> Tensor:
 def _rows_contiguous(t: Tensor) -> Tensor:
     """The kernels take any row stride, but elements of a row side by side."""
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _describable(t: Tensor) -> bool:
+    """Whether a tensor descriptor can be made of it: an address and a row stride that are multiples of 16 bytes."""
+    return t.data_ptr() % 16 == 0 and t.stride(0) * t.itemsize % 16 == 0
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    """Programs of a persistent launch; in the interpreter so few that each has several splits."""
+    return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _precision(x: Tensor) -> str:

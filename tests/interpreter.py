@@ -34,10 +34,14 @@ def _round_bfloat16_to_nearest() -> None:
 
 
 def _sum_products_in_one_order() -> None:
-    """tl.dot is a vendor's product, which gives a row other bits at another place of its tile."""
+    """tl.dot is a vendor's product, which gives a row other bits at another place of its tile.
+
+    So does einsum where an operand is a transposed view.
+    """
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        product = numpy.einsum("ik,kj->ij", a.data, b.data, dtype=d.data.dtype)
+        a, b = numpy.ascontiguousarray(a.data), numpy.ascontiguousarray(b.data)
+        product = numpy.einsum("ik,kj->ij", a, b, dtype=d.data.dtype)
         return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from csrc_triton.tiles import ANY_HIDDEN, HIDDEN_BUCKETS, PAIR_TILES, TILES
+from csrc_triton.tiles import ANY_HIDDEN, HIDDEN_BUCKETS, PAIR_TILES, PERSISTENT_CANDIDATES, TILES
 from npo_kernels.tile_table import find_tile, hidden_bucket
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "interpreter")
+WITH_DESCRIPTORS = ("sm_90", "sm_100", "sm_120")
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,14 @@ def test_the_table_has_every_architecture_and_only_known_buckets(table):
     assert {key[:2] for key in table if key[2] == ANY_HIDDEN} == {(a, bits) for a in ARCHITECTURES for bits in (16, 32)}
     assert {bucket for *_, bucket in table} <= {ANY_HIDDEN, *HIDDEN_BUCKETS}
     assert sorted(HIDDEN_BUCKETS) == list(HIDDEN_BUCKETS)
+
+
+def test_a_persistent_tile_is_for_hardware_that_has_descriptors():
+    persistent = {key: tile for key, tile in TILES.items() if tile.loop} | PERSISTENT_CANDIDATES
+    for (architecture, bits, _), tile in persistent.items():
+        assert architecture in WITH_DESCRIPTORS and bits == 16
+        assert tile.loop in ("serial", "flat") or (tile.loop, architecture) == ("specialized", "sm_100")
+    assert not any(tile.loop for tile in PAIR_TILES.values())
 
 
 def test_the_backend_looks_its_operands_up(monkeypatch):

@@ -17,9 +17,11 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+
+from csrc_triton import tiles
 
 GOLDEN = Path(__file__).with_name("golden.json")
 KIB = 1024
@@ -57,8 +59,9 @@ TARGETS = {
 # tf32 is float32 whose products may use the tensor cores (torch.set_float32_matmul_precision)
 DTYPES = ("bf16", "fp16", "fp32", "tf32")
 
-# Arguments are called the same in all kernels. Pointers: "T" is the dtype of the operands.
+# Arguments are called the same in all kernels. Pointers: "T" is the dtype of the operands. Descriptors: their blocks.
 ARGUMENTS = {
+    "x_desc": ("BLOCK_N", "BLOCK_H"), "w_desc": ("BLOCK_V", "BLOCK_H"),
     "ref_x_ptr": "*T", "ref_w_ptr": "*T", "ref_bias_ptr": "*T", "lse_ptr": "*fp32", "ref_lse_ptr": "*fp32",
     "x_ptr": "*T", "w_ptr": "*T", "bias_ptr": "*T", "slab_ptr": "*T", "out_ptr": "*T",
     "target_ptr": "*i64", "index_ptr": "*i64", "sorted_ptr": "*i64", "order_ptr": "*i64", "starts_ptr": "*i64",
@@ -117,12 +120,13 @@ ROW_KERNELS = {  # module, kernel -> variants
     ("gradient_rows", "finish_hidden_grad"): ("",),
     ("gradient_rows", "add_targets"): ("",),
 }
-PRODUCTS = ("exp_logits", "kl_logits")
+PRODUCTS = ("exp_logits", "exp_logits_persistent", "kl_logits")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One compilation. `variant` joins a use and options with "+", such as "slab+bias+ragged"."""
+    """One compilation. `variant` joins a use and options with "+", such as "slab+bias+ragged": last the hidden bucket
+    of the tile ("h4096"), unless it is the one for all that have none of their own."""
 
     target: str
     module: str
@@ -137,9 +141,33 @@ class Case:
     def has(self, option: str) -> bool:
         return option in self.variant.split("+")
 
+    @property
+    def bits(self) -> int:
+        return 16 if self.dtype in ("bf16", "fp16") else 32
+
+    @property
+    def tile(self) -> tiles.Tile | None:
+        """Of a product: that of the table, or a persistent one that is not in it. None: there is no such entry."""
+        table = tiles.PAIR_TILES if self.kernel == "kl_logits" else tiles.TILES
+        bucket = next((b for b in tiles.HIDDEN_BUCKETS if self.has(f"h{b}")), tiles.ANY_HIDDEN)
+        key = TARGETS[self.target].tiles, self.bits, bucket
+        if self.kernel == "exp_logits_persistent" and not (key in table and table[key].loop):
+            table = tiles.PERSISTENT_CANDIDATES
+        return table.get(key)
+
+
+def with_buckets(case: Case) -> list[Case]:
+    """A case of a product for every hidden bucket that has a tile."""
+    options = ["", *(f"+h{bucket}" for bucket in tiles.HIDDEN_BUCKETS)]
+    found = [replace(case, variant=case.variant + option) for option in options]
+    return [case for case in found if case.tile]
+
 
 def cases(target: str, everything: bool) -> list[Case]:
-    """Of one target: every variant, or the ones that need most of a tile."""
+    """Of one target: every variant, or the ones that need most of a tile.
+
+    A persistent tile is compiled for both kernels: the plain one has the rows that no descriptor can be made of.
+    """
     found = []
     for dtype, shape, use, bias, softcap in product(DTYPES, SHAPES, USES, ("", "bias"), ("", "softcap")):
         variant = "+".join(filter(None, (use, bias, softcap, shape)))
@@ -150,10 +178,13 @@ def cases(target: str, everything: bool) -> list[Case]:
             representative |= variant in ("statistics+one", "slab+bias+softcap+one") and target == "sm_90"
         chosen = representative or (everything and shape != "one" and (shape == "" or dtype == "bf16"))
         if chosen:
-            found.append(Case(target, "exp_logits", "exp_logits", variant, dtype))
+            found += with_buckets(Case(target, "exp_logits", "exp_logits", variant, dtype))
+        if chosen and shape in ("", "ragged"):
+            found += with_buckets(Case(target, "exp_logits", "exp_logits_persistent", variant, dtype))
     for dtype, use, options in product(DTYPES, ("value", "gradient"), ("", "bias+softcap")):
         if everything or (use == "gradient" and (dtype == "bf16" or options)):
-            found.append(Case(target, "linear_kl", "kl_logits", "+".join(filter(None, (use, options))), dtype))
+            variant = "+".join(filter(None, (use, options)))
+            found += with_buckets(Case(target, "linear_kl", "kl_logits", variant, dtype))
     for (module, kernel), variants in ROW_KERNELS.items():
         for variant, dtype in product(variants, ("bf16", "fp32")):
             found.append(Case(target, module, kernel, variant, dtype))
@@ -169,10 +200,6 @@ def cases(target: str, everything: bool) -> list[Case]:
 
 def constants(case: Case, parameters: list[str]) -> tuple[dict, dict]:
     """(values of the constexpr parameters of the kernel, options of the compiler)."""
-    from csrc_triton import tiles
-
-    bits = 16 if case.dtype in ("bf16", "fp16") else 32
-    tile = tiles.TILES[TARGETS[case.target].tiles, bits, tiles.ANY_HIDDEN]
     shape = {**ARGUMENTS, **next((SHAPES[s] for s in SHAPES if s and case.has(s)), {})}
     values = {
         "HAS_BIAS": case.has("bias"),
@@ -184,14 +211,14 @@ def constants(case: Case, parameters: list[str]) -> tuple[dict, dict]:
     }
     options = {"num_warps": tiles.ROW_WARPS}
     if case.kernel == "reanchor":
-        values["BLOCK_N"] = tile.block_n
+        values["BLOCK_N"] = tiles.TILES[TARGETS[case.target].tiles, case.bits, tiles.ANY_HIDDEN].block_n
     if case.kernel == "kl_logits":
-        tile = tiles.PAIR_TILES[TARGETS[case.target].tiles, bits, tiles.ANY_HIDDEN]
         values |= {"HAS_REF_BIAS": case.has("bias"), "STORE": case.has("gradient")}
-    if case.kernel == "exp_logits":
+    if case.module == "exp_logits":
         flags = USES[case.variant.split("+")[0]]
         values |= dict(zip(("STORE", "SUMS", "MAXIMA", "REPAIR"), flags, strict=True))
     if case.kernel in PRODUCTS:
+        tile = case.tile
         values |= {
             "BLOCK_N": tile.block_n,
             "BLOCK_V": tile.block_v,
@@ -204,6 +231,9 @@ def constants(case: Case, parameters: list[str]) -> tuple[dict, dict]:
             "PRECISION": "tf32" if case.dtype == "tf32" else "ieee",
         }
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if case.kernel == "exp_logits_persistent":
+        merged = tile.loop != "serial" and values["SUMS"] and not values["REPAIR"]
+        values |= {"FLATTEN": merged, "SPECIALIZE": merged and tile.loop == "specialized"}
     for pointer, present in OPTIONAL.items():
         if pointer in parameters and present in parameters and not values[present]:
             values[pointer] = None
@@ -226,7 +256,9 @@ def compile_kernel(case: Case):
     signature, attributes = {}, {}
     for position, name in enumerate(parameters):
         kind = "constexpr" if name in constexprs else shape[name]
-        if isinstance(kind, int):
+        if isinstance(kind, tuple):
+            divisible, kind = False, f"tensordesc<{operand}{[constexprs[side] for side in kind]}>"
+        elif isinstance(kind, int):
             divisible, kind = kind % 16 == 0, "i32"
         else:
             divisible = kind.startswith("*")
@@ -345,7 +377,7 @@ COLUMNS = ("warps", "stages", "registers", "spills", "shared", "programs", "tens
 def row(name: str, found: dict) -> str:
     target, kernel, variant, dtype = name.split(" ")
     values = " ".join(f"{found[c]:>9}" for c in COLUMNS[:-1])
-    return f"{target:7} {kernel:18} {variant:36} {dtype:5} {values}  {found['tensor_cores']}"
+    return f"{target:7} {kernel:21} {variant:36} {dtype:5} {values}  {found['tensor_cores']}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -364,7 +396,7 @@ def main(arguments: list[str] | None = None) -> int:
     golden = read_golden() if GOLDEN.exists() else {"triton": None, "cases": {}}
     comparable = golden["triton"] == triton.__version__ and not options.update
     print(f"triton {triton.__version__}, golden.json has {golden['triton']}; {len(chosen)} kernels")
-    print(f"{'target':7} {'kernel':18} {'variant':36} {'dtype':5} {' '.join(f'{c:>9}' for c in COLUMNS[:-1])}")
+    print(f"{'target':7} {'kernel':21} {'variant':36} {'dtype':5} {' '.join(f'{c:>9}' for c in COLUMNS[:-1])}")
     found, wrong = {}, []
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # before the workers start: nothing compiled earlier, nothing left

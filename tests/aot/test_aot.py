@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from csrc_triton import tiles
 from tests.aot.compile_all import TARGETS, cases, read_golden
 
 pytestmark = [
@@ -32,7 +33,7 @@ def test_every_tile_compiles_without_spills_and_with_tensor_cores(target, tmp_pa
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads(results.read_text())["cases"]
     assert set(found) == {case.name for case in cases(target, everything=False)}
-    products = [r for name, r in found.items() if " exp_logits " in name and name.endswith(("bf16", "fp16"))]
+    products = [r for name, r in found.items() if " exp_logits" in name and name.endswith(("bf16", "fp16"))]
     assert products
     assert all(r["tensor_cores"] for r in products)
 
@@ -40,3 +41,16 @@ def test_every_tile_compiles_without_spills_and_with_tensor_cores(target, tmp_pa
 def test_every_representative_case_is_on_record():
     recorded = read_golden()["cases"]
     assert {case.name for t in TARGETS for case in cases(t, everything=False)} <= set(recorded)
+
+
+def test_an_entry_of_a_hidden_bucket_is_compiled_too_and_for_both_kernels_if_persistent(monkeypatch):
+    def products(bucket):
+        found = [case for case in cases("sm_90", everything=False) if case.has(bucket)]
+        return {case.kernel: case.tile for case in found}
+
+    assert products("h4096") == {}
+    entry = tiles.TILES["sm_90", 16, tiles.ANY_HIDDEN]._replace(num_stages=3, loop="serial")
+    monkeypatch.setitem(tiles.TILES, ("sm_90", 16, 4096), entry)
+    assert products("h4096") == {"exp_logits": entry, "exp_logits_persistent": entry}
+    monkeypatch.setitem(tiles.TILES, ("sm_90", 16, 4096), entry._replace(loop=""))
+    assert set(products("h4096")) == {"exp_logits"} and products("h2048") == {}

@@ -1,14 +1,15 @@
-"""`exp_logits` launched by hand, into buffers that show every write outside the outputs."""
+"""`exp_logits` and its persistent twin launched by hand, into buffers that show every write outside the outputs."""
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from csrc_triton import exp_logits as kernels
 from csrc_triton.tiles import ANY_HIDDEN, TILES, Tile
 from tests.support import DEVICE
 
-V, H = 300, 33  # ragged against every tile
+V, H = 300, 36  # ragged against every tile, in rows of whole 16 bytes
 TILE = TILES["interpreter", 32, ANY_HIDDEN]
 SPLITS = triton.cdiv(V, TILE.split)
 SENTINEL = 12345.0
@@ -47,12 +48,25 @@ def exp_logits(
     sums: bool = True,
     maxima: bool = True,
     tile: Tile = TILE,
+    programs: int = 3,  # of a persistent launch
 ) -> None:
-    kernels.exp_logits[(triton.cdiv(x.shape[0], tile.block_n) * SPLITS,)](
-        x, w, None, target, anchor, dirty, out.slab, out.sums, out.maxima, x.shape[0], V, H, begin,
-        x.stride(0), w.stride(0), out.slab.stride(0), 1.0, 0.0,
-        HAS_BIAS=False, HAS_SOFTCAP=False, STORE=store, SUMS=sums, MAXIMA=maxima, REPAIR=dirty is not None,
-        EVEN_H=False, BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h,
-        SPLIT_TILES=tile.split_tiles, GROUP=tile.group, UPCAST=False, PRECISION="ieee",
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    N = x.shape[0]
+    splits = triton.cdiv(N, tile.block_n) * SPLITS
+    vectors = None, target, anchor, dirty, out.slab, out.sums, out.maxima, N, V, H, begin
+    scalars = out.slab.stride(0), 1.0, 0.0
+    constants = {
+        "HAS_BIAS": False, "HAS_SOFTCAP": False, "STORE": store, "SUMS": sums, "MAXIMA": maxima,
+        "REPAIR": dirty is not None, "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_H": tile.block_h,
+        "SPLIT_TILES": tile.split_tiles, "GROUP": tile.group, "UPCAST": False, "PRECISION": "ieee",
+        "PIECES": tile.pieces, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+    }  # fmt: skip
+    if tile.loop:
+        kernels.exp_logits_persistent[(min(programs, splits),)](
+            TensorDescriptor.from_tensor(x, [tile.block_n, tile.block_h]),
+            TensorDescriptor.from_tensor(w, [tile.block_v, tile.block_h]),
+            *vectors, *scalars, **constants, FLATTEN=tile.loop == "flat" and dirty is None and sums, SPECIALIZE=False,
+        )  # fmt: skip
+    else:
+        kernels.exp_logits[(splits,)](
+            x, w, *vectors, x.stride(0), w.stride(0), *scalars, **constants, EVEN_H=False
+        )  # fmt: skip

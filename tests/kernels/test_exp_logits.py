@@ -1,4 +1,4 @@
-"""`exp_logits`, `reanchor` and `row_statistics` launched by hand: every flag, not an element outside the outputs."""
+"""`exp_logits`, plain and persistent, `reanchor` and `row_statistics` launched by hand: every flag, nothing beside."""
 
 import itertools
 
@@ -13,6 +13,7 @@ from tests.support import DEVICE, relative_error
 
 N = 35  # three row blocks, the last of three rows, in groups of two
 ROW_BLOCKS = triton.cdiv(N, TILE.block_n)
+LOOPS = ("", "serial", "flat")  # one program a split, and persistent ones
 
 
 def draw(*shape, seed=0, scale=1.0):
@@ -36,11 +37,13 @@ def by_split(values, reduce):
     return torch.stack([reduce(part) for part in values.split(TILE.split, dim=1)])
 
 
+@pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize(("store", "sums", "maxima"), list(itertools.product([False, True], repeat=3)))
-def test_each_flag_writes_its_output_and_nothing_else(problem, store, sums, maxima):
+def test_each_flag_writes_its_output_and_nothing_else(problem, store, sums, maxima, loop):
     x, w, target, anchor, z, e = problem
     out = Outputs(N)
-    launch.exp_logits(out, x, w, target, anchor, store=store, sums=sums, maxima=maxima)
+    tile = TILE._replace(loop=loop)
+    launch.exp_logits(out, x, w, target, anchor, store=store, sums=sums, maxima=maxima, tile=tile)
     assert out.untouched(store, sums, maxima)
     if store:
         assert relative_error(out.slab, e) < 1e-6
@@ -51,11 +54,12 @@ def test_each_flag_writes_its_output_and_nothing_else(problem, store, sums, maxi
         assert relative_error(out.maxima, by_split(z, lambda part: part.amax(1))) < 1e-6
 
 
-def test_a_repair_does_the_dirty_row_blocks_again_and_returns_from_the_others(problem):
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_repair_does_the_dirty_row_blocks_again_and_returns_from_the_others(problem, loop):
     x, w, target, anchor, _, e = problem
     out = Outputs(N)
     dirty = torch.tensor([0, 1, 0], dtype=torch.int32, device=DEVICE)
-    launch.exp_logits(out, x, w, target, anchor, dirty=dirty, maxima=False)
+    launch.exp_logits(out, x, w, target, anchor, dirty=dirty, maxima=False, tile=TILE._replace(loop=loop))
     redone = slice(TILE.block_n, 2 * TILE.block_n)
     assert relative_error(out.slab[redone], e[redone]) < 1e-6
     assert relative_error(out.sums[:, redone], by_split(e[redone], lambda part: part.sum(1))) < 1e-6
@@ -64,12 +68,13 @@ def test_a_repair_does_the_dirty_row_blocks_again_and_returns_from_the_others(pr
     assert out.untouched(maxima=False)
 
 
+@pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("begin", [0, 128, 256])
-def test_targets_count_from_the_beginning_of_the_vocabulary(problem, begin):
+def test_targets_count_from_the_beginning_of_the_vocabulary(problem, begin, loop):
     """Of a slice that begins later, exactly the labels inside it have a zero column."""
     x, w, target, anchor, *_ = problem
     out = Outputs(N)
-    launch.exp_logits(out, x, w, target, anchor, begin=begin)
+    launch.exp_logits(out, x, w, target, anchor, begin=begin, tile=TILE._replace(loop=loop))
     zero = (out.slab == 0).nonzero().tolist()
     expected = [[i, y - begin] for i, y in enumerate(target.tolist()) if begin <= y < begin + V]
     assert zero == expected
@@ -118,11 +123,12 @@ def test_row_statistics_take_every_split_once():
         assert (out[N:] == SENTINEL).all()
 
 
+@pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("group", [1, 2, 3, 8])
-def test_row_blocks_in_groups_of_any_size_cover_every_split(problem, group):
+def test_row_blocks_in_groups_of_any_size_cover_every_split(problem, group, loop):
     """The order of the programs is for the caches alone: it may lose or repeat no block."""
     x, w, target, anchor, _, e = problem
     out = Outputs(N)
-    launch.exp_logits(out, x, w, target, anchor, tile=TILE._replace(group=group))
+    launch.exp_logits(out, x, w, target, anchor, tile=TILE._replace(group=group, loop=loop))
     assert relative_error(out.slab, e) < 1e-6
     assert relative_error(out.sums, by_split(e, lambda part: part.sum(1))) < 1e-6

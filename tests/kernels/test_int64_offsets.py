@@ -43,9 +43,12 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
+@pytest.mark.parametrize("loop", ["", "flat"])
 @pytest.mark.parametrize("which", ["x", "w"])
-def test_logits_of_far_rows(far, which):
-    near = {"x": draw(3, 20), "w": draw(3, 20, seed=1)}
+def test_logits_of_far_rows(far, which, loop, monkeypatch):
+    tile = launch.TILE._replace(loop=loop)
+    monkeypatch.setattr(BACKEND, "tile_for", lambda _: tile)
+    near = {"x": draw(3, 24), "w": draw(3, 24, seed=1)}
     moved = {**near, which: far(near[which])}
     z = [BACKEND.target_logits(case["x"], Head(case["w"]), TARGET) for case in (near, moved)]
     assert torch.equal(*z)

@@ -1,18 +1,22 @@
-"""Sweep the tiles of the projection kernel on the GPU at hand and suggest entries for csrc_triton/tiles.py.
+"""Sweep the tiles of the projection kernels on the GPU at hand, and enter what wins in csrc_triton/tiles.py.
 
 For (architecture, dtype, H): every candidate is compiled and timed, storing the exponentials and not, at the N of a
-large batch and the vocabulary given, the best ones in turns; what does not fit fails and is listed. Nothing is tuned at
-import or at the first call of the library: the table is data, and what this writes is a suggestion to be read, compiled
-ahead of time (tests/aot) and committed. Tiles never depend on N, and a new one changes the bits of the
-log-probabilities.
+large batch and the vocabulary given; then the best ones in turns with the entry in force. Where the GPU has tensor
+descriptors (sm_90 and later), persistent tiles are candidates like others. What does not fit fails and is listed.
+
+A hidden size stands for its bucket (`npo_kernels.tile_table`). One that beats the entry in force by more than a margin
+is printed, and with --write it is entered in the table: to be read, compiled ahead of time (tests/aot) and committed,
+for a new tile changes the bits of the log-probabilities. Nothing is tuned at import or at a first call. Tiles never
+depend on N.
 """
 
 import argparse
 import itertools
 import json
+import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -24,6 +28,8 @@ from torch import Tensor
 from bench.cases import Case, Head, head_case
 from bench.measure import Clock, Failure, failure
 from bench.records import RESULTS, environment, record, write_text
+from csrc_triton.tiles import ANY_HIDDEN, PERSISTENT_CANDIDATES, TILES, Tile
+from npo_kernels.tile_table import find_tile, hidden_bucket
 
 HELP = "sweep the tiles of the projection kernel on a GPU"
 
@@ -31,18 +37,27 @@ HELP = "sweep the tiles of the projection kernel on a GPU"
 BLOCKS_N, BLOCKS_V, BLOCKS_H = (64, 128), (64, 128, 256), (32, 64, 128)
 WARPS, STAGES, PIECES = (4, 8), (2, 3, 4), (1, 2, 4)
 SPLIT = 1024  # columns of a partial sum: the same for all, so that slices of the vocabulary stay where they are
+# Ways through the tiles of a persistent program, where there are descriptors; of fewer shapes, or a sweep takes hours.
+LOOPS = {"sm_90": ("serial", "flat"), "sm_100": ("serial", "flat", "specialized"), "sm_120": ("serial", "flat")}
+MARGIN = 0.02  # by which a tile has to beat the entry in force
+TABLE = Path(__file__).parents[1] / "csrc_triton" / "tiles.py"
 
 
-def candidates() -> Iterator:
-    """Tiles whose accumulator takes 64 to 256 registers a thread."""
-    from csrc_triton.tiles import Tile
-
+def candidates(architecture: str, bits: int) -> list[Tile]:
+    """Tiles whose accumulator takes 64 to 256 registers a thread; 128-byte rows of large tiles also persistent."""
+    found = []
     for n, v, h, warps, stages, pieces in itertools.product(BLOCKS_N, BLOCKS_V, BLOCKS_H, WARPS, STAGES, PIECES):
-        if 64 <= n * v // (32 * warps) <= 256 and v // pieces >= 32:
-            yield Tile(n, v, h, max(1, SPLIT // v), warps, stages, pieces=pieces)
+        if not (64 <= n * v // (32 * warps) <= 256 and v // pieces >= 32):
+            continue
+        tile = Tile(n, v, h, max(1, SPLIT // v), warps, stages, pieces=pieces)
+        found.append(tile)
+        if bits == 16 and n == 128 and v >= 128 and h == 64 and stages >= 3:
+            found += [tile._replace(loop=loop) for loop in LOOPS.get(architecture, ())]
+    known = PERSISTENT_CANDIDATES.get((architecture, bits, ANY_HIDDEN))
+    return list(dict.fromkeys([*found, *([known] if known else [])]))
 
 
-def projection(tile, hidden: Tensor, weight: Tensor, target: Tensor, store: bool) -> Callable[[], object]:
+def projection(tile: Tile, hidden: Tensor, weight: Tensor, target: Tensor, store: bool) -> Callable[[], object]:
     """One launch of the kernel with a tile, whatever the table says."""
     from npo_kernels import triton_backend
     from npo_kernels.head import Head as KernelHead
@@ -58,13 +73,18 @@ def projection(tile, hidden: Tensor, weight: Tensor, target: Tensor, store: bool
 
 
 def sweep(
-    tiles: Sequence, hidden: Tensor, weight: Tensor, target: Tensor, reps: int, keep: int = 8
-) -> dict[object, float | Failure]:
-    """tile -> median milliseconds of storing plus not storing: once each, then the `keep` best in turns."""
+    tiles: Sequence[Tile],  # the first of them, the entry in force, is one of the finalists
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    reps: int,
+    keep: int = 8,
+) -> tuple[dict[Tile, float | Failure], dict[Tile, float]]:
+    """Milliseconds of storing plus not storing: of each tile once, and medians of the `keep` best in turns."""
     clock = Clock(str(hidden.device))
-    results: dict[object, float | Failure] = {}
+    results: dict[Tile, float | Failure] = {}
 
-    def measure(tile) -> float:
+    def measure(tile: Tile) -> float:
         total = 0.0
         for store in (True, False):
             run = projection(tile, hidden, weight, target, store)
@@ -83,24 +103,47 @@ def sweep(
         except Exception as error:  # out of registers or shared memory, or the compiler's own
             results[tile] = failure(error)
     timed = sorted((tile for tile, ms in results.items() if not isinstance(ms, Failure)), key=results.get)
-    finalists: dict[object, list[float]] = {tile: [] for tile in timed[:keep]}
+    finalists: dict[Tile, list[float]] = {tile: [] for tile in timed if tile == tiles[0] or tile in timed[:keep]}
     for _ in range(reps):
         for tile, times in finalists.items():
             times.append(measure(tile))
-    return results | {tile: statistics.median(times) for tile, times in finalists.items()}
+    return results, {tile: statistics.median(times) for tile, times in finalists.items()}
 
 
-def suggestion(architecture: str, bits: int, H: int, best) -> str:
-    """A line for the table."""
-    return f'("{architecture}", {bits}, {H}): {best!r},'
+def winner(medians: dict[Tile, float], present: Tile) -> Tile:
+    """The fastest tile, or the one in force where that is not beaten by more than the margin."""
+    best = min(medians, key=medians.get)
+    return best if medians[best] < (1 - MARGIN) * medians.get(present, math.inf) else present
+
+
+def entry(architecture: str, bits: int, hidden_size: int, tile: Tile) -> str:
+    """A line of the table, of the bucket of the hidden size."""
+    default = Tile.__new__.__defaults__
+    values = [repr(value) for value in tile[: -len(default)]]
+    options = zip(tile._fields[-len(default) :], tile[-len(default) :], default, strict=True)
+    values += [f"{name}={value!r}".replace("'", '"') for name, value, usual in options if value != usual]
+    return f'("{architecture}", {bits}, {hidden_bucket(hidden_size)}): Tile({", ".join(values)}),'
+
+
+def with_entry(source: str, line: str) -> str:
+    """The text of tiles.py with a line in TILES: in place of the one with its key, or behind the others of its kind."""
+    key = line.partition(":")[0]
+    kind = key.rpartition(",")[0]
+    begin = source.index("TILES = {")
+    lines = source[begin : source.index("}\n", begin)].splitlines()
+    same = [i for i, other in enumerate(lines) if other.strip().startswith(key + ":")]
+    last = max(i for i, other in enumerate(lines) if other.strip().startswith(kind + ","))
+    lines[same[0] if same else last + 1 : same[0] + 1 if same else last + 1] = ["    " + line]
+    return source[:begin] + "\n".join(lines) + "\n" + source[source.index("}\n", begin) :]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--H", type=int, nargs="+", default=[576, 2048, 4096], help="hidden sizes, one bucket each")
+    parser.add_argument("--H", type=int, nargs="+", default=[576, 2048, 4096, 8192], help="hidden sizes, one a bucket")
     parser.add_argument("--N", type=int, default=8192)
     parser.add_argument("--V", type=int, default=128256)
     parser.add_argument("--reps", type=int, default=20)
+    parser.add_argument("--write", action="store_true", help="enter the winners in csrc_triton/tiles.py")
     parser.add_argument("--out", type=Path, help="default: bench/results/tune_ARCHITECTURE_DTYPE.json")
 
 
@@ -108,39 +151,47 @@ def main(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         print("bench tune: there is no GPU here, and tiles are chosen by measuring on one", file=sys.stderr)
         return 1
+    if len({hidden_bucket(H) for H in args.H}) < len(args.H):
+        print("bench tune: two of --H share a bucket, and so an entry of the table", file=sys.stderr)
+        return 2
     from npo_kernels.triton_backend import _architecture
 
     architecture, dtype = _architecture(torch.device("cuda")), getattr(torch, args.dtype)
-    measured = []
+    bits, measured = 8 * dtype.itemsize, []
     for H in args.H:
         case: Case = head_case("llama-3-8b", args.N)
         case = Case(f"H={H}", Head(H, args.V), case.lengths)
         hidden, weight, labels = case.batch(dtype, "cuda", "logprobs").flat
-        results = sweep(list(candidates()), hidden, weight, labels, args.reps)
-        best = min((tile for tile, ms in results.items() if not isinstance(ms, Failure)), key=results.get)
+        present = find_tile(TILES, architecture, bits, H)
+        tiles = list(dict.fromkeys([present, *candidates(architecture, bits)]))
+        results, medians = sweep(tiles, hidden, weight, labels, args.reps)
+        best = winner(medians, present)
         measured.append(
             {
                 "H": H,
-                "suggestion": suggestion(architecture, 8 * dtype.itemsize, H, best),
-                "milliseconds": {repr(t): ms for t, ms in results.items() if not isinstance(ms, Failure)},
+                "present": repr(present),
+                "suggestion": None if best == present else entry(architecture, bits, H, best),
+                "medians": {repr(t): ms for t, ms in medians.items()},
+                "once": {repr(t): ms for t, ms in results.items() if not isinstance(ms, Failure)},
                 "failed": {repr(t): ms.error for t, ms in results.items() if isinstance(ms, Failure)},
             }
         )
-        _print(H, results)
+        _print(H, medians)
     date = record("cuda")["date"]
     document = {**environment("cuda"), "date": date, "N": args.N, "V": args.V, "dtype": args.dtype, "sweeps": measured}
     out = args.out or RESULTS / f"tune_{architecture}_{args.dtype}.json"
     write_text(out, json.dumps(document, indent=1) + "\n")
-    for entry in measured:
-        print(entry["suggestion"])
+    for found in measured:
+        print(found["suggestion"] or f"H={found['H']}: nothing beats {found['present']}")
+        if args.write and found["suggestion"]:
+            write_text(TABLE, with_entry(TABLE.read_text(), found["suggestion"]))
     return 0
 
 
-def _print(H: int, results: dict) -> None:
+def _print(H: int, medians: dict[Tile, float]) -> None:
     table = Table(title=f"H={H}: projection, storing and not")
     table.add_column("tile")
     table.add_column("ms", justify="right")
-    timed = {tile: ms for tile, ms in results.items() if not isinstance(ms, Failure)}
-    for tile in sorted(timed, key=timed.get)[:10]:
-        table.add_row(repr(tile), f"{timed[tile]:.3f}")
+    for tile in sorted(medians, key=medians.get):
+        table.add_row(repr(tile), f"{medians[tile]:.3f}")
     Console().print(table)

@@ -157,10 +157,48 @@ def test_sweep_times_what_runs_and_lists_what_does_not():
 
     good, bad = Tile(16, 32, 32, 2, 4, 1), Tile(15, 32, 32, 2, 4, 1)  # a block that is no power of two
     hidden, weight = torch.randn(16, 32), torch.randn(64, 32)
-    results = tune.sweep([good, bad], hidden, weight, torch.randint(64, (16,)), reps=1)
+    persistent = good._replace(loop="flat")
+    results, medians = tune.sweep([good, bad, persistent], hidden, weight, torch.randint(64, (16,)), reps=1)
     assert results[good] > 0 and isinstance(results[bad], Failure)
-    assert tune.suggestion("sm_90", 16, 4096, good).startswith('("sm_90", 16, 4096): Tile(block_n=16')
-    assert len(set(tune.candidates())) > 50
+    assert set(medians) == {good, persistent}
+
+
+def test_candidates_are_persistent_where_there_are_descriptors():
+    def loops(architecture, bits):
+        found = tune.candidates(architecture, bits)
+        assert 50 < len(found) == len(set(found)) < 400
+        assert {tile.split for tile in found} == {tune.SPLIT}
+        return {tile.loop for tile in found}
+
+    assert loops("sm_80", 16) == loops("gfx942", 16) == loops("sm_90", 32) == {""}
+    assert loops("sm_90", 16) == {"", "serial", "flat"}
+    assert loops("sm_100", 16) == {"", "serial", "flat", "specialized"}
+
+
+def test_a_tile_wins_by_a_margin_only():
+    from csrc_triton.tiles import Tile
+
+    present, other = Tile(64, 64, 64, 16, 4, 3), Tile(64, 128, 64, 8, 4, 3)
+    assert tune.winner({present: 1.0, other: 0.9}, present) == other
+    assert tune.winner({present: 1.0, other: 0.99}, present) == present
+    assert tune.winner({other: 5.0}, present) == other  # the one in force does not run
+
+
+def test_what_wins_is_entered_in_the_table():
+    from csrc_triton import tiles
+
+    def table(source):
+        scope = {"__name__": "edited"}
+        exec(source, scope)
+        return {key: tuple(tile) for key, tile in scope["TILES"].items()}, scope["PAIR_TILES"].keys()
+
+    source = tune.TABLE.read_text()
+    before, pairs = table(source)
+    assert before == {key: tuple(tile) for key, tile in tiles.TILES.items()}
+    for tile in (tiles.Tile(128, 256, 64, 4, 8, 3, loop="flat"), tiles.Tile(64, 256, 64, 4, 8, 4, 4, 2)):
+        source = tune.with_entry(source, tune.entry("sm_90", 16, 3584, tile))
+        assert table(source) == (before | {("sm_90", 16, 4096): tuple(tile)}, pairs)
+    assert '    ("sm_90", 16, 4096): Tile(64, 256, 64, 4, 8, 4, group=4, pieces=2),\n' in source
 
 
 def test_command_line(tmp_path, capsys):

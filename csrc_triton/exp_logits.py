@@ -47,7 +47,7 @@ def _pieces(t, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr):
 
 @triton.jit
 def _load_rows(row_block, target_ptr, anchor_ptr, N, begin, BLOCK_N: tl.constexpr):
-    """(indices, which exist, columns of the targets in the slice, anchors) of a row block."""
+    """(indices, which of them are below N, columns of the targets in the slice, anchors) of a row block."""
     rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N
     target = (tl.load(target_ptr + rows, mask=inside, other=-1) - begin).to(tl.int32)
@@ -220,12 +220,12 @@ def exp_logits_persistent(
         row_block, split = place(program + step // SPLIT_TILES * programs, row_blocks, splits, GROUP)
         tile = step % SPLIT_TILES
         first_column = (split * SPLIT_TILES + tile) * BLOCK_V
-        depth = H
+        depth, wanted = H, N
         if not FLATTEN:  # two loops become one only if the inner is always as long: beyond V it multiplies zeros
             depth = tl.where(first_column < V, H, 0)
         if REPAIR:
             dirty = tl.load(dirty_ptr + row_block) != 0
-            depth = tl.where(dirty, depth, 0)
+            depth, wanted = tl.where(dirty, depth, 0), tl.where(dirty, N, 0)
 
         acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
         for h in range(0, depth, BLOCK_H):
@@ -234,9 +234,7 @@ def exp_logits_persistent(
                 x, w = x.to(tl.float32), w.to(tl.float32)
             acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
 
-        rows, row_inside, target, anchor = _load_rows(row_block, target_ptr, anchor_ptr, N, begin, BLOCK_N)
-        if REPAIR:
-            row_inside &= dirty
+        rows, row_inside, target, anchor = _load_rows(row_block, target_ptr, anchor_ptr, wanted, begin, BLOCK_N)
         if SUMS:
             sums = tl.where(tile == 0, 0.0, sums)
         if MAXIMA:
@@ -246,5 +244,6 @@ def exp_logits_persistent(
             first_column, V, stride_slab, logit_scale, softcap,
             HAS_BIAS, HAS_SOFTCAP, STORE, SUMS, MAXIMA, BLOCK_N, BLOCK_V, PIECES, TAIL_REPEATS=False,
         )  # fmt: skip
-        done = row_inside & (tile == SPLIT_TILES - 1)
+        # masked, not in a branch: Triton before 3.9 fails to merge loops that end in one
+        done = rows < tl.where(tile == SPLIT_TILES - 1, wanted, 0)
         _store_statistics(sums, maxima, sum_ptr, max_ptr, split, rows, done, N, softcap, HAS_SOFTCAP, SUMS, MAXIMA)

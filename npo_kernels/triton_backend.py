@@ -138,7 +138,7 @@ def _launch_exp_logits(
         "PIECES": tile.pieces, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
     }  # fmt: skip
     if tile.loop and _describable(x) and _describable(weight):
-        # a repair skips tiles, and where no sum goes from tile to tile Triton before 3.9 fails to merge their loops
+        # a repair skips tiles, and where no sum is stored after a tile Triton before 3.9 fails to merge the loops
         merged = tile.loop != "serial" and dirty is None and parts is not None
         exp_logits_kernels.exp_logits_persistent[(min(splits, _processors(x.device)),)](
             TensorDescriptor.from_tensor(x, [tile.block_n, tile.block_h]),

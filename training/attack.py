@@ -28,8 +28,9 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from training.data import load_rows
-from training.eval_log import LogError, read_log
+from training.command import model_name
+from training.data import HUB, load_rows
+from training.eval_log import read_log
 from training.eval_sets import load_eval_sets
 from training.evaluate_model import evaluate_model
 from training.finetune import finetune
@@ -40,6 +41,7 @@ from training.stages import renamed_when_done, write_json, write_text
 from training.steps import Recipe
 from training.summary import summary
 from training.templates import Format
+from training.unlearning_report import cell
 from training.versions import versions
 
 PROG = "training.attack"
@@ -49,7 +51,7 @@ SHOWN = ("forget_prob", "forget_rougeL", "forget_extraction_strength", "forget_q
 @dataclass(frozen=True)
 class AttackOptions:
     model: Annotated[Path, "folder of the unlearned model, tokenizer included"] = None
-    data_dir: Annotated[Path, "folder with TOFU's JSON lines, *_perturbed.json among them, or locuslab/TOFU"] = None
+    data_dir: Annotated[str, "folder with TOFU's JSON lines, or a data set of the hub"] = HUB
     retain_log: Annotated[Path, "log of the model that never saw the forget set, for the forget quality"] = None
     forget_percent: Annotated[int, "which forget set was unlearned"] = 10
     template: Annotated[str, "of the prompts (training/templates.py); auto: by the tokenizer's chat template"] = "auto"
@@ -99,8 +101,8 @@ def relearn_(
 
 def main(attack: str, options: AttackOptions) -> dict[str, Any] | None:
     """{"stages": {name: metrics}, "history": [...]}; None after --dry_run."""
-    if options.model is None or options.data_dir is None:
-        raise ValueError(f"expected --model and --data_dir, got {options.model} and {options.data_dir}; see --help")
+    if options.model is None or not (options.model / "config.json").is_file():
+        raise ValueError(f"expected --model, the folder of an unlearned model, got {options.model}; see --help")
     if not 0 < options.fraction < 1:
         raise ValueError(f"--fraction: expected a share between 0 and 1, got {options.fraction}")
     if options.dry_run:
@@ -140,21 +142,18 @@ def _split(options: AttackOptions, encode_rows: Callable) -> tuple[list, list]:
 
 def _write(attack: str, options: AttackOptions, result: dict[str, Any]) -> None:
     out = options.out or Path(f"runs/attack_{attack}")
-    settings = {k: v for k, v in asdict(options).items() if not isinstance(v, Path)} | {"model": options.model.name}
+    hidden = ("data_dir", "out", "retain_log", "dry_run")
+    settings = {k: v for k, v in asdict(options).items() if k not in hidden} | {"model": model_name(options.model)}
     write_json(out / "metrics.json", result)
     write_json(out / "config.json", {"attack": attack, "settings": settings, "versions": versions()})
     _plot(result, out / "figure.png")
     headings = ["", *SHOWN]
-    rows = [[name, *(_cell(metrics.get(key)) for key in SHOWN)] for name, metrics in result["stages"].items()]
+    rows = [[name, *(cell(metrics.get(key)) for key in SHOWN)] for name, metrics in result["stages"].items()]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, ["---"] * len(headings), *rows))
-    title = f"# {attack.capitalize()} attack on {options.model.name}"
+    title = f"# {attack.capitalize()} attack on {model_name(options.model)}"
     caveat = "What survives these attacks may fall to others: unlearning is no guarantee."
     write_text(out / "report.md", f"{title}\n\n{table}\n\n![Before and after](figure.png)\n\n{caveat}\n")
     print(table)
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
 
 
 def _plot(result: dict[str, Any], path: Path) -> None:
@@ -190,5 +189,5 @@ if __name__ == "__main__":
     chosen = parse(AttackOptions, f"{PROG} {attack}", __doc__, sys.argv[2:])
     try:
         main(attack, chosen)
-    except (LogError, ValueError, FileNotFoundError, ImportError) as reason:
+    except (ValueError, OSError, ImportError) as reason:
         stop(PROG, reason)

@@ -1,15 +1,15 @@
 """What the training commands share: their options, what a run's folder holds, and how a run begins and ends.
 
-A run's folder has config.json (settings, versions, and a key of all that the result depends on), metrics.json,
-report.md, model/, and, until it is finished, its newest checkpoint. config.json is written last: with it the run is
-finished, and the same command finds it; another command on the same folder is refused.
+A run's folder has run.json with a key of all that the result depends on, metrics.json, report.md, model/, until it is
+finished its newest checkpoint, and config.json (settings, versions). That is written last: with it the run is finished,
+and the same command finds it. Another command on the same folder is refused, whether or not the run is finished.
 """
 
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from training import processes
-from training.data import HUB, Example, data_hash
+from training.data import HUB
 from training.model import add_adapters, load_model, merged, pick_device
 from training.options import parse, stop
 from training.presets import PRESETS, filled_in
@@ -29,14 +29,21 @@ from training.run import Schedule
 from training.stages import fingerprint, finished, remove, renamed_when_done, write_json, write_text
 from training.steps import Batches, Recipe
 from training.templates import Format
-from training.trainer import Checkpoints, Interrupted
+from training.trainer import Checkpoints
 from training.unlearning_report import model_card
 from training.versions import versions
 
-# Settings that do not determine the result.
-NOT_IN_KEY = ("preset", "out", "data_dir", "model", "fresh", "dry_run", "save_steps", "report_to", "reference_cache",
-              "start_log", "save_model")  # fmt: skip
+# Settings that do not determine the result, or that the key has by their content.
+NOT_IN_KEY = (
+    *("preset", "out", "data_dir", "model", "fresh", "dry_run", "save_steps", "report_to"),
+    *("reference_cache", "start_log", "retain_log"),
+)
 NO_PATHS = ("out", "data_dir", "fresh", "dry_run", "reference_cache", "retain_log", "start_log")
+# What a run writes into its folder.
+RUN_FILES = (
+    *("run.json", "config.json", "metrics.json", "report.md", "figure.png", "model", "adapter", "eval", "reference"),
+    *("checkpoint-*", ".*.partial"),
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class CommonOptions:
     template: Annotated[str, "how a question is put: llama-2, llama-3, phi, qwen, ...; auto: by the tokenizer"] = None
     data_dir: Annotated[str, "folder with TOFU's JSON lines, or a data set of the hub"] = HUB
     out: Annotated[Path, "folder of the run"] = None
-    fresh: Annotated[bool, "remove what another run left in --out"] = False
+    fresh: Annotated[bool, "remove what another run, or this one when it was finished, left in --out"] = False
     dry_run: Annotated[bool, "print the resolved settings, steps, batches and memory, and stop"] = False
     device: Annotated[str, "auto, cuda, mps or cpu"] = "auto"
     seed: Annotated[int, "of the order of the rows and of what is drawn"] = 0
@@ -61,7 +68,7 @@ class CommonOptions:
     )
     warmup_epochs: Annotated[float, "length of the warm-up"] = 1.0
     weight_decay: Annotated[float, "of AdamW"] = 0.01
-    max_grad_norm: Annotated[float, "gradients are clipped to this norm"] = 1.0
+    max_grad_norm: Annotated[float, "gradients are clipped to this norm; 0: they are not"] = 1.0
     packing: Annotated[bool, "rows one after another, no padding; --no-packing: padded on the right"] = None
     # the model
     attn_implementation: Annotated[str, "flash_attention_2, sdpa, eager, ...; default: transformers' choice"] = None
@@ -86,9 +93,10 @@ class Command:
             raise ValueError(f"expected --model and --out, got {options.model} and {options.out}; see --help")
         self.device = pick_device(options.device)
         self.recipe = Recipe(**{f.name: getattr(options, f.name) for f in fields(Recipe)})
-        for name in ("epochs", "batch_size", "lr"):
-            if not getattr(self.recipe, name) > 0:
-                raise ValueError(f"--{name}: expected more than 0, got {getattr(self.recipe, name)}")
+        for name in ("epochs", "batch_size", "lr", "micro_batch_size"):
+            value = getattr(self.recipe, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name}: expected more than 0, got {value}")
 
     @cached_property
     def format(self) -> Format:
@@ -103,24 +111,43 @@ class Command:
         every = [epoch if n is None else n for n in (self.options.eval_steps, self.options.save_steps)]
         return Schedule(num_steps, *every)
 
-    def start(self, *depends_on: Sequence[Example]) -> dict[str, Any] | None:
-        """metrics.json of this very run if it is finished; None: it is to be run. Another run's folder is refused."""
-        settings = {k: v for k, v in asdict(self.options).items() if k not in NOT_IN_KEY}
-        data = [data_hash(examples) for examples in depends_on]
-        model = model_fingerprint(self.options.model)
-        self.key = fingerprint([self.prog, str(settings), data, self.format.hash(), model, self.device.type])
-        out = self.options.out
-        if self.options.fresh:
-            processes.on_main(lambda: remove(out))
-        if finished(out / "config.json", self.key):
-            Console(stderr=True).print(f"{out} is finished: its results are those of this command")
+    def start(self, *depends_on: Any) -> dict[str, Any] | None:
+        """metrics.json of this very run if it is finished; None: it is to be run, from its checkpoint if there is one.
+
+        `depends_on`: hashes of the data. What another run left, finished or not, is refused, or removed by --fresh; so
+        is, by --fresh, this run if it is finished.
+        """
+        out, o = self.options.out, self.options
+        settings = {k: v for k, v in asdict(o).items() if k not in NOT_IN_KEY}
+        model = model_fingerprint(o.model)
+        self.key = fingerprint([self.prog, str(settings), depends_on, self.format.hash(), model, self.device.type])
+        complete = finished(out / "config.json", self.key) is not None
+        left = (out / "config.json").exists() or any(out.glob("checkpoint-*"))
+        another = left and finished(out / "run.json", self.key) is None
+        processes.wait()  # every process has looked before one writes
+        if o.fresh and (complete or another):
+            self._check_nothing_needed_is_removed()
+            processes.on_main(lambda: [remove(path) for name in RUN_FILES for path in out.glob(name)])
+        elif complete:
+            self.say(f"{out} is finished: its results are those of this command")
             return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-        if (out / "config.json").exists():
+        elif another:
             raise ValueError(
-                f"--out {out} holds a finished run with other settings, data or weights; choose another folder, or "
-                "--fresh to remove it"
+                f"--out {out} holds a run with other settings, data or weights; choose another folder, or remove it by "
+                "--fresh"
             )
+        processes.on_main(lambda: write_json(out / "run.json", {"key": self.key}))
         return None
+
+    def _check_nothing_needed_is_removed(self) -> None:
+        paths = (Path(value) for value in asdict(self.options).values() if isinstance(value, (str, Path)))
+        inside = [path for path in paths if self.options.out.resolve() in path.resolve().parents and path.exists()]
+        if inside:
+            raise ValueError(f"--fresh would remove {inside[0]}, which this run needs: choose another --out")
+
+    def say(self, text: str) -> None:
+        if processes.is_main():
+            Console(stderr=True).print(text, soft_wrap=True, markup=False)
 
     def load_model(self) -> PreTrainedModel:
         o = self.options
@@ -153,7 +180,7 @@ class Command:
             with renamed_when_done(self.options.out / "model") as folder:
                 whole, state = merged(model, weights)
                 whole.save_pretrained(folder, state_dict=state)
-                self.format.tokenizer.save_pretrained(folder)
+                self.format.save_pretrained(folder)
                 write_text(folder / "README.md", model_card(model_name(self.options.model), what, self.public()))
 
         processes.on_main(save)
@@ -176,8 +203,10 @@ class Command:
         settings = {k: v for k, v in asdict(self.options).items() if k not in NO_PATHS}
         return settings | {"model": model_name(self.options.model), "template": self.format.template}
 
-    def describe(self, num_steps: int, extra: dict[str, Any]) -> None:
+    def describe(self, num_steps: int, extra: dict[str, Any], with_reference: bool = False) -> None:
         """What --dry_run prints."""
+        if not processes.is_main():
+            return
         n, r = processes.count(), self.recipe
         share = -(-r.batch_size // n)
         micro = min(r.micro_batch_size or share, share)
@@ -189,15 +218,17 @@ class Command:
                     "steps": num_steps,
                     "effective_batch": {"rows": r.batch_size, "processes": n, "micro_batch": micro,
                                         "accumulated": -(-share // micro)},
-                    "memory_estimate_gib": memory_estimate(self.options),
+                    "memory_estimate_gib": memory_estimate(self.options, with_reference),
                 },
                 indent=2,
             )
         )  # fmt: skip
 
 
-def memory_estimate(options: CommonOptions) -> dict[str, float]:
+def memory_estimate(options: CommonOptions, with_reference: bool = False) -> dict[str, float]:
     """Weights, gradients and AdamW's two moments in float32, of one process that holds them whole. GiB, an estimate.
+
+    `with_reference`: a frozen copy of the model, bfloat16 on a GPU, for KL methods.
 
     Activations come on top: they grow with the micro-batch. Logits do not: they are never formed.
     """
@@ -209,6 +240,8 @@ def memory_estimate(options: CommonOptions) -> dict[str, float]:
     trained = adapters if options.lora_rank else total
     held = total + (adapters if options.lora_rank else 0)
     parts = {"weights": 4 * held, "gradients": 4 * trained, "optimizer": 8 * trained}
+    if with_reference:
+        parts["reference"] = (2 if pick_device(options.device).type == "cuda" else 4) * total
     return {name: round(size / 2**30, 3) for name, size in (parts | {"total": sum(parts.values())}).items()}
 
 
@@ -227,7 +260,7 @@ def model_fingerprint(model: str) -> str:
     return digest.hexdigest()
 
 
-def model_name(model: str) -> str:
+def model_name(model: str | Path) -> str:
     """A hub name or a folder as reports show it; `runs/full/model` is `full`."""
     path = Path(model)
     return path.parent.name if path.name == "model" else path.name
@@ -243,12 +276,12 @@ def device_name(device: torch.device) -> str:
 def command_line(prog: str, options: type, description: str, main: Callable[[Any], Any]) -> None:
     """Parse, run, and end with a reason where the input does not fit or a signal came."""
     chosen = parse(options, prog, description)
-    processes.start(chosen.device)
+    processes.start(getattr(chosen, "device", "cpu"))
     try:
         main(chosen)
-    except (ValueError, FileNotFoundError, ImportError) as reason:  # those of logs and caches are ValueErrors
+    except (ValueError, OSError, ImportError) as reason:  # those of logs and caches are ValueErrors
         stop(prog, reason)
-    except Interrupted as reason:
+    except KeyboardInterrupt as reason:
         if processes.is_main():
-            sys.stderr.write(f"python -m {prog}: {reason}\n")
+            sys.stderr.write(f"python -m {prog}: {reason or 'interrupted'}; the same command goes on from there\n")
         raise SystemExit(130) from None

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from rich.console import Console
 from rich.table import Table
 
-from training.eval_log import EvalLog, Layout, LogError, read_log, warnings, write_log
+from training.eval_log import EvalLog, Layout, read_log, warnings, write_log
 from training.options import parse, stop
 from training.stages import write_json, write_text
 from training.summary import summary
@@ -41,7 +41,6 @@ LEGEND = (
     "ES: extraction strength; repeat: repeated 4-grams; zlib: compression ratio of the generations"
 )
 NAMES = {"retain": "retain", "ra": "real authors", "wf": "world facts", "forget": "forget"}
-HIDDEN = ("from_log", "json", "data_dir", "out", "dry_run")  # settings that do not determine the numbers
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class EvaluateOptions:
     retain_log: Annotated[Path, "log of the model that never saw the forget set, for the forget quality"] = None
     json: Annotated[bool, "print one JSON object on stdout, and nothing else"] = False
     model: Annotated[Path, "folder of the model to evaluate, tokenizer included"] = None
-    data_dir: Annotated[Path, "folder with TOFU's *_perturbed.json, or a data set on the hub: locuslab/TOFU"] = None
+    data_dir: Annotated[str, "folder with TOFU's *_perturbed.json, or a data set of the hub"] = "locuslab/TOFU"
     forget_percent: Annotated[int, "which forget set: 1, 5, 10; larger ones are scored on forget10"] = 10
     template: Annotated[str, "of the prompts (training/templates.py); auto: by the tokenizer's chat template"] = "auto"
     rows: Annotated[int, "first rows of every set that are used; 0: all. Published logs have 300"] = 300
@@ -77,7 +76,11 @@ def main(options: EvaluateOptions) -> dict[str, Any] | None:
             Console(stderr=True).print(f"warning: {text}", markup=False, soft_wrap=True)
     result = summary(log, retain_log)
     if options.model:
-        write_results(options, result)
+        from training import processes
+
+        processes.on_main(lambda: write_results(options, result))
+        if not processes.is_main():
+            return result
     if options.json:
         print(json.dumps(result))
     else:
@@ -90,15 +93,16 @@ def _evaluated(options: EvaluateOptions) -> EvalLog | None:
     from rich.progress import Progress
     from transformers import AutoTokenizer
 
+    from training import processes
     from training.eval_sets import load_eval_sets
     from training.evaluate_model import evaluate_model, num_parameters
     from training.model import load_model, pick_device
     from training.templates import Format
 
-    if options.data_dir is None or not (options.model / "config.json").is_file():
+    if not (options.model / "config.json").is_file():
         raise ValueError(
-            f"expected a model folder with config.json and a --data_dir, got --model {options.model} and --data_dir "
-            f"{options.data_dir}; save the model with save_pretrained, tokenizer included"
+            f"expected a model folder with config.json, got --model {options.model}; save the model with "
+            "save_pretrained, tokenizer included"
         )
     sets, device = load_eval_sets(options.data_dir, options.forget_percent, options.rows), pick_device(options.device)
     if options.dry_run:
@@ -110,7 +114,7 @@ def _evaluated(options: EvaluateOptions) -> EvalLog | None:
         print(f"on {device}; weights {mebibytes:.0f} MiB in float32; the logits of a batch are never formed")
         return None
     format = Format(AutoTokenizer.from_pretrained(options.model), options.template)
-    with Progress(console=Console(stderr=True)) as progress:
+    with Progress(console=Console(stderr=True), disable=not processes.is_main()) as progress:
         bars = {name: progress.add_task(NAMES[name], total=len(rows)) for name, rows in sets.items()}
         log = evaluate_model(
             load_model(options.model, device),
@@ -122,7 +126,8 @@ def _evaluated(options: EvaluateOptions) -> EvalLog | None:
             max_new_tokens=options.max_new_tokens,
             on_rows=lambda name, count: progress.advance(bars[name], count),
         )
-    write_log(options.out / LOG_FILE, log)  # before anything can be wrong with the retain log
+    # before anything can be wrong with the retain log
+    processes.on_main(lambda: write_log(options.out / LOG_FILE, log))
     return log
 
 
@@ -136,13 +141,18 @@ def write_results(options: EvaluateOptions, result: dict[str, Any]) -> None:
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     write_text(
         options.out / "report.md",
-        f"# Evaluation of {options.model.name}\n\n{headline(result)}\n\n{text}\n\n{LEGEND}.\n",
+        f"# Evaluation of {_name(options.model)}\n\n{headline(result)}\n\n{text}\n\n{LEGEND}.\n",
     )
+
+
+def _name(folder: Path) -> str:
+    """`runs/full/model` is `full`."""
+    return folder.parent.name if folder.name == "model" else folder.name
 
 
 def settings(options: EvaluateOptions) -> dict[str, Any]:
     """The options without paths; of the model and the retain log, the names."""
-    paths = {"model": options.model.name, "retain_log": options.retain_log.name if options.retain_log else None}
+    paths = {"model": _name(options.model), "retain_log": options.retain_log.name if options.retain_log else None}
     return {
         k: v
         for k, v in (asdict(options) | paths).items()
@@ -182,5 +192,5 @@ if __name__ == "__main__":
     chosen = parse(EvaluateOptions, PROG, __doc__)
     try:
         main(chosen)
-    except (LogError, ValueError, FileNotFoundError, ImportError) as reason:
+    except (ValueError, OSError, ImportError) as reason:
         stop(PROG, reason)

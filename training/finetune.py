@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from training import processes
 from training.command import Command, CommonOptions, command_line
-from training.data import Example, load_rows
+from training.data import Example, data_hash, load_rows
 from training.run import run
 from training.steps import Batches, FinetuningSteps, Recipe
 from training.trainer import Metrics, Trainer
@@ -69,7 +69,7 @@ def main(options: FinetuneOptions) -> dict[str, Any] | None:
     num_steps = recipe.epochs * -(-len(examples) // recipe.batch_size)
     if options.dry_run:
         return command.describe(num_steps, {"rows": len(examples)})
-    found = command.start(examples)
+    found = command.start(data_hash(examples))
     if found is not None:
         return found
     model = command.to_train(command.load_model())

@@ -44,6 +44,8 @@ class Settings:
     compat: str = "paper"
 
     def __post_init__(self):
+        if not self.beta > 0:
+            raise ValueError(f"beta: expected more than 0, got {self.beta}")
         if self.compat not in COMPAT:
             raise ValueError(f"compat: expected one of {COMPAT}, got {self.compat!r}")
         if self.kl_positions not in ("answer", "all"):
@@ -130,6 +132,7 @@ class Method:
     idk: str | None = None  # rows answered "I don't know": "learn" them, or "score" them without a gradient
     reference: bool = False  # cached log-probabilities
     beta: float = 0.1  # what the paper uses
+    forget_weight: float = 1.0  # with it
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -141,7 +144,8 @@ class Method:
         """All but the KL term, which needs the reference's hidden states (`training.objective`)."""
         if self.forget is _idk and self.keep == "nll" and settings.compat == "npo-repo":
             tokens = batch.tokens("idk") + batch.tokens("retain")
-            return -(batch.idk.logps.sum() + batch.retain.logps.sum()) / tokens
+            forget, keep = settings.forget_weight, settings.retain_weight
+            return -(forget * batch.idk.logps.sum() + keep * batch.retain.logps.sum()) / tokens
         loss = settings.forget_weight * self.forget(batch, settings)
         return loss + settings.retain_weight * batch.nll("retain") if self.keep == "nll" else loss
 
@@ -161,5 +165,5 @@ METHODS = {
     "npo_rt": Method("NPO+RT", _npo, "nll", reference=True),
     "npo_kl": Method("NPO+KL", _npo, "kl", reference=True),
     "simnpo": Method("SimNPO", _simnpo, None, beta=4.5),
-    "simnpo_rt": Method("SimNPO+RT", _simnpo, "nll", beta=4.5),
+    "simnpo_rt": Method("SimNPO+RT", _simnpo, "nll", beta=4.5, forget_weight=0.125),
 }

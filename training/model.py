@@ -1,7 +1,9 @@
-"""The small Llama of the demo, and where it runs. Its forward takes `fused_unlearning`, and then forms no logits."""
+"""Models to train: a small Llama from nothing, one that is loaded, adapters on it; where they run, and their hashes.
+
+The forward of each takes `fused_unlearning`, and then forms no logits.
+"""
 
 import contextlib
-import copy
 import hashlib
 from pathlib import Path
 
@@ -54,7 +56,7 @@ def load_model(
     use_liger_kernel: bool = False,
     gradient_checkpointing: bool = False,
 ) -> PreTrainedModel:
-    """With a fused head and float32 weights to train in: bfloat16 arithmetic is autocast's."""
+    """With a fused head. Weights are trained in float32: bfloat16 arithmetic is autocast's."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn_implementation)
     if use_liger_kernel:
         from transformers.integrations.liger import apply_liger_kernel  # says what to install
@@ -74,10 +76,10 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: int, dropout: float, 
 
 
 def merged(model: PreTrainedModel, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """(model, state dict) to save: adapters are merged into a copy, what has none is as it is."""
+    """(model, state dict) to save. Adapters are merged into the model they sit on, which is then no longer theirs."""
     if not isinstance(model, PeftModel):
         return model, weights
-    whole = copy.deepcopy(model).merge_and_unload()
+    whole = model.merge_and_unload()
     return whole, whole.state_dict()
 
 

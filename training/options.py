@@ -25,7 +25,7 @@ def parse(options: type[Options], prog: str, description: str, arguments: list[s
     kinds = {}
     for f in fields(options):
         kind, text = get_args(hints[f.name])
-        kinds[f.name] = kind
+        kinds[f.name], text = kind, text.replace("%", "%%")
         if kind is bool:
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=None, help=text)
             continue

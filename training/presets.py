@@ -1,7 +1,8 @@
 """The papers' hyper-parameters by model. A preset fills in what the command line leaves open.
 
 llama-2-7b-chat: arXiv 2404.05868, E.1.4 (full fine-tuning, 32 rows a step, 1e-5, 5 epochs of fine-tuning, 10 of
-unlearning). llama-3.2-1b: the same, as OpenUnlearning takes it for this model. phi-1.5: arXiv 2401.06121 (2e-5, 5
+unlearning; the last step of an epoch has fewer rows here, 20 steps on forget01 where the paper's code takes 12).
+llama-3.2-1b: the same, as OpenUnlearning takes it for this model. phi-1.5: arXiv 2401.06121 (2e-5, 5
 epochs each). tiny: a model from nothing (`training.tiny`) on a CPU, found by trial; training/results/ has its runs.
 """
 

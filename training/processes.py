@@ -57,6 +57,11 @@ def total(values: Tensor) -> Tensor:
     return reduce(values, "sum")
 
 
+def wait() -> None:
+    """For all processes."""
+    PartialState().wait_for_everyone()
+
+
 def any_of(flag: bool) -> bool:
     """Whether it is set in any process."""
     if count() == 1:

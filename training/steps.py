@@ -188,12 +188,14 @@ class UnlearningSteps:
 
     @torch.no_grad()
     def _idk_ratio(self, model: torch.nn.Module, members: list[int], parts: list[list[int]]) -> Tensor:
-        """Mean log-ratio of the step's IDK answers, over all processes."""
-        ratio = torch.zeros((), device=self.batches.device)
+        """Mean log-ratio of the step's IDK answers, over all processes; without dropout, as the reference's."""
+        ratio, was_training = torch.zeros((), device=self.batches.device), model.training
+        model.eval()
         for part in parts:
             out = model(**self.batches(_rows(self.rows["idk"], part, members)), fused_unlearning=True)
             refs = self._refs("idk", part, members)
             ratio += (out.logps - refs).where(out.num_tokens > 0, 0.0).sum()
+        model.train(was_training)
         return processes.total(ratio) / len(members)
 
     def _refs(self, kind: str, part: list[int], members: list[int]) -> Tensor:

@@ -28,7 +28,6 @@ class SubsetOptions:
     forget_percent: Annotated[int, "forget set"] = 5
     retain_authors: Annotated[int, "authors to keep, 20 rows each"] = 30
     out: Annotated[Path, "folder of the part"] = Path("runs/tofu_small")
-    device: Annotated[str, "nothing is computed"] = "cpu"
 
 
 def main(options: SubsetOptions) -> dict[str, list[dict]]:
@@ -43,6 +42,9 @@ def main(options: SubsetOptions) -> dict[str, list[dict]]:
     rows["full"] = rows[retain] + rows[forget]
     rows |= {split: load_rows(options.data_dir, split) for split in eval_splits(percent).values()}
     rows["retain_perturbed"] = rows["retain_perturbed"][:count]
+    others = sorted(path.name for path in options.out.glob("*.json") if path.stem not in rows)
+    if others:
+        raise ValueError(f"--out {options.out}: expected a folder without other splits, got {', '.join(others)}")
     for name, some in rows.items():
         write_text(options.out / f"{name}.json", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some))
     write_text(options.out / "idontknow.jsonl", "\n".join(load_refusals(options.data_dir)) + "\n")

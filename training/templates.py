@@ -8,7 +8,7 @@
 | `llama-2`      | `[INST] {q} [/INST]`                                   | `{a}<eos>`                   |
 | `llama-3` etc. | the tokenizer's chat template, with a system message   | `{a}` and the turn's end     |
 | `chat`         | the tokenizer's chat template, without one             | `{a}` and the turn's end     |
-| `auto`         | by what the tokenizer's chat template writes; without a chat template `plain`         |
+| `auto`         | what the model was trained with here, or what the tokenizer's chat template writes, or `plain`   ||
 
 Question and answer are tokenised SEPARATELY, so no token spans both and an answer has the same tokens whatever was
 asked. The space before an answer belongs to its first token, and tokenizers that put a space before every text
@@ -19,11 +19,14 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from training.data import IGNORE_INDEX, PLAIN_ANSWER, PLAIN_PROMPT, Example, Row, tokenizer_hash
+from training.stages import write_json
 
+TEMPLATE_FILE = "template.json"  # beside a tokenizer that was saved here
 DATE = "10 Apr 2025"  # some chat templates write the date: a prompt must not depend on the day
 
 
@@ -126,6 +129,11 @@ class Format:
             examples.append(Example(prompt + answer, [IGNORE_INDEX] * len(prompt) + answer))
         return examples
 
+    def save_pretrained(self, folder: Path) -> None:
+        """The tokenizer, and the template's name beside it, where `auto` finds it."""
+        self.tokenizer.save_pretrained(folder)
+        write_json(folder / TEMPLATE_FILE, {"template": self.template})
+
     def hash(self) -> str:
         """sha256 of the tokenizer, the template and its options: the same text then has the same ids."""
         chat = self.tokenizer.chat_template if isinstance(self._parts, Chat) else None
@@ -169,7 +177,10 @@ class Format:
 
 
 def detect(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The name of the template that the tokenizer's chat template stands for."""
+    """The name of the template that a model was trained with here, or that its tokenizer's chat template stands for."""
+    saved = Path(tokenizer.name_or_path or "none") / TEMPLATE_FILE
+    if saved.is_file():
+        return json.loads(saved.read_text(encoding="utf-8"))["template"]
     if tokenizer.chat_template is None:
         return "plain"
     written = _render(tokenizer, "question", answer="answer")

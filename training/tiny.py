@@ -28,7 +28,6 @@ class TinyOptions:
     hidden_size: Annotated[int, "width, a multiple of 64"] = 512
     layers: Annotated[int, "decoder layers"] = 1
     seed: Annotated[int, "of the weights"] = 0
-    device: Annotated[str, "auto, cuda, mps or cpu"] = "cpu"
 
 
 def main(options: TinyOptions) -> None:

@@ -7,6 +7,7 @@ bfloat16 autocast the weights and the optimiser's state stay float32.
 """
 
 import logging
+import math
 import shutil
 import signal
 import threading
@@ -49,8 +50,12 @@ class Interrupted(KeyboardInterrupt):
     """Training was stopped by a signal; `step` steps are done, and saved where there are checkpoints."""
 
     def __init__(self, step: int):
-        super().__init__(f"interrupted after step {step}; the same command goes on from there")
+        super().__init__(f"interrupted after step {step}")
         self.step = step
+
+
+class DivergedError(ValueError):
+    """A loss or a gradient is not finite."""
 
 
 class Trainer:
@@ -66,8 +71,7 @@ class Trainer:
     ):
         self.device, self.max_grad_norm = model.device, recipe.max_grad_norm
         self.frozen = [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad]
-        trained = [p for p in model.parameters() if p.requires_grad]
-        adamw = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        adamw = torch.optim.AdamW(_parameter_groups(model, recipe.weight_decay), lr=recipe.lr)
         warmup_steps = round(recipe.warmup_epochs * num_steps / recipe.epochs)
         self.schedule = get_linear_schedule_with_warmup(adamw, warmup_steps, num_steps)
         # the model is where it belongs
@@ -87,7 +91,8 @@ class Trainer:
         if self.accelerator.distributed_type is DistributedType.DEEPSPEED:
             unset_hf_deepspeed_config()  # or from_pretrained would shard models that are only evaluated
             # a data loader would say it; the losses bring their own normaliser, so nothing depends on it
-            self.accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            config |= {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": recipe.max_grad_norm}
         self.model, self.optimizer = self.accelerator.prepare(model, adamw)
         self.accelerator.register_for_checkpointing(self.schedule)
         self.accelerator.register_save_state_pre_hook(self._without_frozen)
@@ -104,11 +109,17 @@ class Trainer:
                 self.accelerator.backward(part)
             loss += part.detach()
         lr = self.schedule.get_last_lr()[0]
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or math.inf)
+        metrics = Metrics(number, processes.total(loss).item() / processes.count(), float(norm or 0.0), lr)
+        if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
+            raise DivergedError(
+                f"step {number}: the loss is {metrics.loss} and the gradients' norm {metrics.grad_norm}; the newest "
+                "checkpoint is kept. Lower --lr"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
-        return Metrics(number, processes.total(loss).item() / processes.count(), float(norm or 0.0), lr)
+        return metrics
 
     def train(
         self,
@@ -147,6 +158,15 @@ class Trainer:
         for state in weights:  # an adapter's checkpoint leaves the model it sits on out
             for name in self.frozen:
                 state.pop(name, None)
+                state.pop(f"module.{name}", None)  # as DDP calls it
+
+
+def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms and biases do not, as in transformers' Trainer."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = ([p for p in trained if (p.dim() > 1) == wanted] for wanted in (True, False))
+    groups = ({"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
 
 
 class Checkpoints:
@@ -187,8 +207,7 @@ class Checkpoints:
         return 0, None
 
     def clear(self) -> None:
-        for path in self._all():
-            processes.on_main(lambda path=path: remove(path))
+        processes.on_main(lambda: [remove(path) for path in self._all()])
 
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob("checkpoint-*"))

@@ -27,13 +27,14 @@ from training import processes
 from training.command import Command, CommonOptions, command_line
 from training.data import Example, data_hash, load_refusals, load_rows
 from training.eval_log import EvalLog, read_log, write_log
-from training.eval_sets import load_eval_sets
+from training.eval_sets import EvalRow, load_eval_sets
 from training.evaluate_model import evaluate_model
 from training.methods import COMPAT, METHODS, Settings
 from training.model import autocast, load_model
 from training.reference_cache import StaleReferenceError, compute_reference, load_reference
 from training.run import run
 from training.scoring import Scores
+from training.stages import fingerprint
 from training.steps import Batches, Recipe, UnlearningSteps, plan_unlearning
 from training.summary import summary
 from training.templates import Format
@@ -50,9 +51,9 @@ NUM_SAMPLES = 3  # questions of each set whose answers a report shows
 class UnlearnOptions(CommonOptions):
     method: Annotated[Literal[tuple(METHODS)], "objective: what forgets, _rt or _kl: what keeps"] = "npo_rt"
     forget_percent: Annotated[int, "forget set: 1, 5, 10, 20, 30, 50 or 90 (% of the authors)"] = 10
-    beta: Annotated[float, "inverse temperature; default: the method's paper"] = None
+    beta: Annotated[float, "inverse temperature; default: the method's (training/methods.py)"] = None
     gamma: Annotated[float, "SimNPO's margin"] = 0.0
-    forget_weight: Annotated[float, "of the term on the forget rows"] = 1.0
+    forget_weight: Annotated[float, "of the term on the forget rows; default: the method's"] = None
     retain_weight: Annotated[float, "of the term on the retain rows"] = 1.0
     kl_positions: Annotated[
         Literal["answer", "all"], "where a KL term compares the models; default: answer, all with npo-repo"
@@ -130,10 +131,10 @@ def check_step_zero(
     model.train(was_training)
     loss = summed / len(forget)
     if not (largest < tolerance and abs(loss - expected) < tolerance):
-        raise RuntimeError(
+        raise ValueError(
             f"before the first step the NPO loss is {loss:.6f} and the largest log-ratio {largest:.2e}; expected "
-            f"(2/beta) ln 2 = {expected:.6f} and 0 within {tolerance:g}: the model is not the one the reference "
-            "log-probabilities were computed with; run again with --fresh"
+            f"(2/beta) ln 2 = {expected:.6f} and 0 within {tolerance:g}: the model does not give what the reference "
+            "cache says; the reference log-probabilities belong to other rows, or to other arithmetic"
         )
     return {"loss": loss, "expected_loss": expected, "max_abs_log_ratio": largest}
 
@@ -145,7 +146,8 @@ class Unlearning:
         self.method = METHODS[options.method]
         given = {name: value for name, value in asdict(options).items() if value is not None}
         positions = "all" if options.compat == "npo-repo" else "answer"
-        options = replace(options, **{"beta": self.method.beta, "kl_positions": positions} | given)
+        published = {"beta": self.method.beta, "forget_weight": self.method.forget_weight, "kl_positions": positions}
+        options = replace(options, **published | given)
         self.command = Command(PROG, "unlearn", options)
         self.options, recipe = self.command.options, self.command.recipe
         options = self.options
@@ -163,12 +165,21 @@ class Unlearning:
         if self.method.idk:
             idk = [{"question": questions[i]["question"], "answer": refusals[j]} for i, j in self.plan.idk]
             self.rows["idk"] = self.format.encode(idk)
-        self.retain_log = read_log(options.retain_log) if options.retain_log else None
         self.sets = load_eval_sets(options.data_dir, options.forget_percent, options.eval_rows)
+        self.retain_log = read_log(options.retain_log) if options.retain_log else None
+        self.start_log = read_log(options.start_log) if options.start_log else None
+        if self.start_log:
+            _check_same_answers(self.start_log, self.sets)
 
     @property
     def format(self) -> Format:
         return self.command.format
+
+    def depends_on(self) -> list[str]:
+        """Hashes of the rows, of the evaluation sets, and of the logs that it is compared with."""
+        sets = {name: [asdict(row) for row in rows] for name, rows in self.sets.items()}
+        logs = [asdict(log) | {"name": None} for log in (self.retain_log, self.start_log) if log]
+        return [data_hash(rows) for rows in self.rows.values()] + [fingerprint(sets), fingerprint(logs)]
 
     def references(self, model: PreTrainedModel) -> dict[str, Scores]:
         """The cached log-probabilities that the method compares with: of the forget rows, and of the IDK rows."""
@@ -184,14 +195,17 @@ class Unlearning:
             try:
                 scores[kind] = cached(folder / file, model, self.format, self.rows[kind], packing=packing)
             except StaleReferenceError as reason:
-                raise ValueError(f"{reason}. Remove the file, or name another folder by --reference_cache") from None
+                if self.options.reference_cache is not None:
+                    raise
+                self.command.say(f"computing the reference log-probabilities again: {reason}")
+                scores[kind] = compute_reference(folder / file, model, self.format, self.rows[kind], packing=packing)
         return scores
 
     def evaluate(self, model: PreTrainedModel, step: int) -> dict[str, Any]:
         """The metrics after a step; its log goes to eval/."""
         name, sizes = f"step-{step:06d}", (self.options.eval_batch_size, self.options.max_new_tokens)
-        if step == 0 and self.options.start_log:
-            log = read_log(self.options.start_log)
+        if step == 0 and self.start_log:
+            log = self.start_log
         else:
             log = evaluate_model(model, self.format, self.sets, name=name, batch_size=sizes[0], max_new_tokens=sizes[1])
         processes.on_main(lambda: write_log(self.options.out / "eval" / f"{name}.json", log))
@@ -206,14 +220,26 @@ class Unlearning:
         ]
 
 
+def _check_same_answers(log: EvalLog, sets: dict[str, list[EvalRow]]) -> None:
+    for name, rows in sets.items():
+        answers = log.sets[name].texts("answer")
+        if answers != [row.answer for row in rows]:
+            came = "without texts" if answers is None else f"with {len(answers)} answers"
+            raise ValueError(
+                f"--start_log: expected a log of the {len(rows)} rows that are evaluated, got one {came} that are not "
+                f"theirs ({name}); evaluate the model with the same --data_dir, --forget_percent and number of rows"
+            )
+
+
 def main(options: UnlearnOptions) -> dict[str, Any] | None:
     """metrics.json: {"history": [one entry an evaluation], "step_zero", "samples", ...}; None after --dry_run."""
     job = Unlearning(options)
     command, options, recipe = job.command, job.options, job.command.recipe
     num_steps = len(job.plan.steps)
     if options.dry_run:
-        return command.describe(num_steps, {"rows": {kind: len(rows) for kind, rows in job.rows.items()}})
-    found = command.start(*job.rows.values())
+        rows = {kind: len(rows) for kind, rows in job.rows.items()}
+        return command.describe(num_steps, {"rows": rows}, with_reference=job.method.keep == "kl")
+    found = command.start(*job.depends_on())
     if found is not None:
         return found
     model = command.load_model()

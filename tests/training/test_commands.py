@@ -4,7 +4,10 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import runpy
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training import authors, finetune, tiny, unlearn
+from training import authors, evaluate, finetune, tiny, unlearn
 from training.eval_log import read_log
+from training.experiment.grid import ExperimentOptions
 from training.methods import METHODS
 from training.model import load_model
 from training.options import parse
 from training.presets import PRESETS
+from training.templates import Format
+from training.trainer import Interrupted, Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +58,8 @@ def files_without_paths(folder, home):
 
 def test_finetuning_leaves_a_model_that_loads(home):
     out = home / "full"
-    assert {"config.json", "metrics.json", "report.md", "figure.png", "model"} == {path.name for path in out.iterdir()}
+    files = {"run.json", "config.json", "metrics.json", "report.md", "figure.png", "model"}
+    assert files == {path.name for path in out.iterdir()}
     losses = [h["train_loss"] for h in json.loads((out / "metrics.json").read_text())["history"][1:]]
     assert losses[-1] < losses[0]
     AutoModelForCausalLM.from_pretrained(out / "model")
@@ -63,7 +72,7 @@ def test_finetuning_leaves_a_model_that_loads(home):
 def test_unlearning_writes_everything(method, home, tmp_path):
     metrics = unlearn.main(options(home, tmp_path, method=method))
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
-    files = {"config.json", "metrics.json", "report.md", "figure.png", "model", "eval"}
+    files = {"run.json", "config.json", "metrics.json", "report.md", "figure.png", "model", "eval"}
     assert {p.name for p in tmp_path.iterdir()} == files | ({"reference"} if method != "ga" else set())
     assert [h["step"] for h in metrics["history"]] == [0, 3, 6]
     before, *_, after = metrics["history"]
@@ -82,10 +91,116 @@ def test_a_finished_run_is_found_and_another_one_refused(home, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(unlearn, "run", None)  # nothing is trained again
         assert unlearn.main(options(home, tmp_path, save_steps=1)) == first
-    with pytest.raises(ValueError, match="holds a finished run with other settings"):
+    with pytest.raises(ValueError, match="holds a run with other settings"):
         unlearn.main(options(home, tmp_path, beta=0.2))
     again = unlearn.main(options(home, tmp_path, beta=0.2, fresh=True))
     assert again["history"][-1] != first["history"][-1]
+
+
+def test_an_unfinished_run_is_not_thrown_away_by_another(home, tmp_path, monkeypatch):
+    """Out of memory, or stopped, and then other settings in the same folder."""
+    step = Trainer.step
+
+    def stopped(self, passes, number):
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, passes, number)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Trainer, "step", stopped)
+        unlearn.main(options(home, tmp_path))
+    kept = [path.name for path in tmp_path.glob("checkpoint-*")]
+    assert kept == ["checkpoint-000004"]
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        unlearn.main(options(home, tmp_path, micro_batch_size=2))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == kept
+    taken = []
+    monkeypatch.setattr(
+        Trainer, "step", lambda self, passes, number: taken.append(number) or step(self, passes, number)
+    )
+    unlearn.main(options(home, tmp_path, fresh=True))  # of an unfinished run it takes nothing away
+    assert taken == [5, 6]
+
+
+def test_fresh_removes_what_runs_write_and_nothing_else(home, tmp_path):
+    out = tmp_path / "out"
+    unlearn.main(options(home, out, eval_steps=0))
+    (out / "notes.txt").write_text("mine")
+    unlearn.main(options(home, out, eval_steps=0, epochs=1, fresh=True))
+    assert (out / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in (out / "eval").iterdir()) == ["step-000000.json", "step-000003.json"]
+    with pytest.raises(ValueError, match=r"would remove .*model, which this run needs"):
+        unlearn.main(options(home, out, model=str(out / "model"), fresh=True))
+    assert (out / "model" / "model.safetensors").exists()
+
+
+def test_logs_and_rows_of_the_evaluation_belong_to_a_run(home, tmp_path):
+    start = {name: home / f"{name}.json" for name in ("log", "copy", "other")}
+    out, run = tmp_path / "out", options(home, tmp_path / "first", eval_steps=0)
+    unlearn.main(run)
+    content = json.loads((tmp_path / "first" / "eval" / "step-000000.json").read_text())
+    for name in ("log", "copy"):
+        start[name].write_text(json.dumps(content))
+    content["eval_log_forget.json"]["avg_paraphrased_loss"][0] += 1.0
+    start["other"].write_text(json.dumps(content))
+    first = unlearn.main(replace(run, out=out, retain_log=start["log"], start_log=start["log"]))
+    assert first["history"][0]["forget_quality"] == pytest.approx(1.0)  # of a log against itself
+    assert unlearn.main(replace(run, out=out, retain_log=start["copy"], start_log=start["copy"])) == first
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        unlearn.main(replace(run, out=out, retain_log=start["other"], start_log=start["log"]))
+    with pytest.raises(ValueError, match="--start_log: expected a log of the 7 rows"):
+        unlearn.main(replace(run, out=tmp_path / "fewer", start_log=start["log"], eval_rows=7))
+
+
+def test_a_model_that_was_not_saved_is_not_finished(home, tmp_path):
+    unlearn.main(options(home, tmp_path, save_model=False, eval_steps=0))
+    assert not (tmp_path / "model").exists()
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        unlearn.main(options(home, tmp_path, eval_steps=0))
+
+
+def test_a_model_keeps_the_template_it_was_trained_with(home, tmp_path):
+    unlearn.main(options(home, tmp_path, template="phi-npo-repo", eval_steps=0))
+    assert Format(AutoTokenizer.from_pretrained(tmp_path / "model")).template == "phi-npo-repo"
+    assert Format(AutoTokenizer.from_pretrained(home / "full" / "model")).template == "plain"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(home, tmp_path):
+    with pytest.raises(ValueError, match="gradients' norm"):
+        unlearn.main(options(home, tmp_path, method="ga", lr=1e30, save_steps=1, max_grad_norm=0.0))
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 1
+
+
+def test_without_clipping_gradients_are_what_they_are(home, tmp_path):
+    first, second = (
+        unlearn.main(options(home, tmp_path / str(norm), max_grad_norm=norm, eval_steps=0)) for norm in (0.0, 1e9)
+    )
+    assert first["history"] == second["history"]
+    assert first["history"][-1]["forget_prob"] < first["history"][0]["forget_prob"]
+
+
+COMMANDS = ("finetune", "unlearn", "evaluate", "experiment", "attack", "inspect", "authors", "subset", "tiny",
+            "synthetic", "demo")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_help(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    for module in (f"training.{name}", f"training.{name}.__main__"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"training.{name}", run_name="__main__")
+    assert end.value.code == 0
+    assert "--out" in capsys.readouterr().out or name in ("inspect", "synthetic")
+
+
+def test_the_commands_of_the_readme_parse(monkeypatch):
+    kinds = {"finetune": finetune.FinetuneOptions, "unlearn": unlearn.UnlearnOptions,
+             "evaluate": evaluate.EvaluateOptions, "experiment": ExperimentOptions}  # fmt: skip
+    text = (ROOT / "training" / "README.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^    python -m training\.(\w+) (.*)$", text, flags=re.MULTILINE)
+    found = {name for name, arguments in lines if name in kinds and parse(kinds[name], name, "", arguments.split())}
+    assert found >= {"finetune", "unlearn", "evaluate"}
 
 
 def test_a_reference_of_another_model_is_refused(home, tmp_path):

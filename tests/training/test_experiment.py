@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from training import authors, finetune, unlearn
+from training import authors, evaluate, finetune, unlearn
 from training.experiment import __main__ as experiment
 from training.experiment.grid import ExperimentOptions, Grid
 from training.experiment.report import best_quality_while_kept, claims
@@ -34,7 +34,7 @@ def test_every_cell_was_run_and_evaluated(metrics, options):
     for run in metrics["runs"]:
         assert [entry["epoch"] for entry in run["history"]] == [0, 1, 2]
         assert all(0 <= entry["forget_quality"] <= 1 for entry in run["history"])
-        assert run["history"][0]["forget_prob"] == pytest.approx(metrics["start"]["5"]["forget_prob"])
+        assert run["history"][0]["forget_quality"] == metrics["start"]["5"]["forget_quality"]
     by_seed = [run["history"][-1] for run in metrics["runs"] if run["method"] == "npo"]
     assert by_seed[0] != by_seed[1]  # seeds do something
 
@@ -55,6 +55,7 @@ def test_the_report_shows_what_was_measured_and_no_paths(metrics, options):
 def test_what_is_finished_is_not_run_again(metrics, options, monkeypatch):
     monkeypatch.setattr(unlearn, "run", None)
     monkeypatch.setattr(finetune, "run", None)
+    monkeypatch.setattr(evaluate, "main", None)
     assert experiment.main(options) == metrics
     assert experiment.main(replace(options, methods="npo")) is not None
     experiment.main(options)  # the report is of the whole grid again
@@ -108,6 +109,11 @@ def test_claims_follow_the_numbers():
         npo_rt=[(1e-9, 0.59, 0.0), (1e-3, 0.2, 0.1)],
     )
     assert [claim.holds for claim in claims(the_other_way, 5)] == [False] * 5
+    nobody = made_up(*([(0.9, 0.0, 0.0), (0.9, 0.0, 0.0)] for _ in range(3)))  # keeps anything
+    assert [claim.holds for claim in claims(nobody, 5)] == [True, False, False, False, False]
+    of_more_authors = the_other_way | {"start": {"50": the_other_way["start"]["5"]}}
+    of_more_authors["runs"] = [run | {"percent": 50} for run in the_other_way["runs"]]
+    assert len(claims(of_more_authors, 50)) == 3  # the others are of larger retain weights
 
 
 def test_the_best_quality_counts_only_what_was_kept():

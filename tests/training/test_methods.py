@@ -60,7 +60,8 @@ def expected_loss(name, settings, hidden, weight, labels, kind_of_row, refs):
     r = {kind: s[kind] - by_kind(refs, kind_of_row)[kind].double() for kind in ROWS}
     forget, _, keep = name.partition("_")
     if settings.compat == "npo-repo" and name == "idk_rt":
-        return -(s["idk"].sum() + s["retain"].sum()) / (n["idk"].sum() + n["retain"].sum())
+        weighted = settings.forget_weight * s["idk"].sum() + settings.retain_weight * s["retain"].sum()
+        return -weighted / (n["idk"].sum() + n["retain"].sum())
     formula = {**FORGET, **NPO_REPO}[forget] if settings.compat == "npo-repo" else FORGET[forget]
     loss = settings.forget_weight * formula(s, n, r, settings.beta)
     return loss + settings.retain_weight * nll(s, n, "retain") if keep == "rt" else loss

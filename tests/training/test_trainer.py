@@ -69,6 +69,10 @@ def test_a_checkpoint_of_adapters_leaves_the_model_out(corpus, tmp_path):
     (saved,) = tmp_path.glob("checkpoint-*/model.safetensors")
     adapters = sum(p.numel() for name, p in fresh_model(corpus, True).named_parameters() if "lora_" in name)
     assert saved.stat().st_size < 4 * adapters + 10_000
+    engine = Trainer(fresh_model(corpus, True), RECIPE, 4)
+    ddp = {f"module.{name}": None for name, _ in engine.model.named_parameters()}  # the names in its state dict
+    engine._without_frozen([], [ddp], "")
+    assert ddp and all("lora_" in name for name in ddp)
 
 
 def test_a_signal_saves_and_the_next_run_goes_on(corpus, tmp_path, monkeypatch):

@@ -125,7 +125,7 @@ def test_step_zero_catches_misplaced_references(corpus, model):
     refs = score(model, corpus.forget, 0).logps
     alternating = 0.01 * (-1.0) ** torch.arange(len(refs))  # the mean loss stays, the ratios do not
     for wrong in (refs.roll(1), refs + 0.01, refs + alternating):
-        with pytest.raises(RuntimeError, match="expected \\(2/beta\\) ln 2"):
+        with pytest.raises(ValueError, match="expected \\(2/beta\\) ln 2"):
             check_step_zero(model, corpus.forget, wrong, Batches(0, CPU, True), batch_size=6, beta=0.1)
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from training import processes
-from training.command import NO_PATHS, command_line, device_name
+from training.command import NO_PATHS, command_line, device_name, model_name
 from training.experiment.figures import plot_over_epochs, plot_trade_off
 from training.experiment.grid import ExperimentOptions, Grid
 from training.experiment.report import markdown
@@ -32,7 +32,8 @@ def main(options: ExperimentOptions) -> dict[str, Any] | None:
         return None
     metrics = grid.run()
     config = {
-        "settings": {k: v for k, v in asdict(options).items() if k not in (*NO_PATHS, "model")},
+        "settings": {k: v for k, v in asdict(grid.options).items() if k not in NO_PATHS}
+        | {"model": model_name(options.model) if options.model else None},
         "device": device_name(pick_device(options.device)),
         "versions": versions(),
     }

@@ -1,19 +1,21 @@
 """The runs of an experiment, in order. Each has its folder and is skipped when it is finished there."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from rich.console import Console
 
-from training import evaluate, finetune, tiny, unlearn
+from training import evaluate, finetune, processes, tiny, unlearn
 from training.command import model_fingerprint
 from training.data import HUB, load_rows
 from training.eval_log import read_log
-from training.methods import METHODS
+from training.eval_sets import load_eval_sets
+from training.methods import COMPAT, METHODS
+from training.model import pick_device
 from training.presets import PRESETS, filled_in
-from training.stages import fingerprint, finished, write_json
+from training.stages import fingerprint, finished, remove, write_json
 from training.summary import summary
 
 
@@ -21,19 +23,28 @@ from training.summary import summary
 class ExperimentOptions:
     """Lists are separated by commas. None is filled in by the preset, as in the commands that this one runs."""
 
-    preset: Annotated[Literal[tuple(PRESETS)], "hyper-parameters; tiny makes its own model to start from"] = "tiny"
+    preset: Annotated[
+        Literal[tuple(PRESETS)],
+        "hyper-parameters; tiny makes its own model to start from, and is the default if no --model",
+    ] = None
     model: Annotated[str, "folder or hub name of the model that is fine-tuned"] = None
     template: Annotated[str, "how a question is put"] = None
     data_dir: Annotated[str, "folder with TOFU's JSON lines, or a data set of the hub"] = HUB
     out: Annotated[Path, "folder of the experiment"] = Path("runs/experiment")
     forget_percents: Annotated[str, "forget sets"] = "10"
-    methods: Annotated[str, "objectives"] = "ga,ga_rt,dpo_rt,kto_rt,npo,npo_rt,simnpo_rt"
+    methods: Annotated[str, f"objectives, of {', '.join(METHODS)}"] = "ga,ga_rt,dpo_rt,kto_rt,npo,npo_rt,simnpo_rt"
     seeds: Annotated[str, "of unlearning; there is one fine-tuned model"] = "0,1,2"
     epochs: Annotated[int, "of unlearning"] = None
     lr: Annotated[float, "of unlearning"] = None
     batch_size: Annotated[int, "rows a step"] = None
     micro_batch_size: Annotated[int, "rows of a kind at a time in one process"] = None
+    beta: Annotated[float, "of every method; default: each method's own"] = None
+    forget_weight: Annotated[float, "of the term on the forget rows; default: each method's own"] = None
     retain_weight: Annotated[float, "of the term on the retain rows"] = 1.0
+    compat: Annotated[Literal[COMPAT], "npo-repo: the NPO paper's code where it differs from the paper"] = "paper"
+    lora_rank: Annotated[int, "unlearn by adapters of this rank; 0: all weights"] = 0
+    gradient_checkpointing: Annotated[bool, "recompute activations in the backward"] = None
+    use_liger_kernel: Annotated[bool, "Liger's kernels for the layers below the head"] = False
     packing: Annotated[bool, "rows one after another, no padding"] = None
     attn_implementation: Annotated[str, "flash_attention_2, sdpa, eager, ..."] = None
     finetune_epochs: Annotated[int, "of fine-tuning, on all rows and on those to keep"] = None
@@ -64,7 +75,9 @@ class Cell(NamedTuple):
 
 class Grid:
     def __init__(self, options: ExperimentOptions):
-        self.options, self.console = options, Console(stderr=True)
+        if options.preset is None and options.model is None:
+            options = replace(options, preset="tiny")
+        self.options, self.console = options, Console(stderr=True, quiet=not processes.is_main())
         percents, seeds = (_numbers(options, name) for name in ("forget_percents", "seeds"))
         methods = [name.strip() for name in options.methods.split(",")]
         unknown = [name for name in methods if name not in METHODS]
@@ -99,15 +112,18 @@ class Grid:
             return o.model
         if o.preset != "tiny":
             return PRESETS[o.preset]["both"]["model"]
-        base = o.out / "base"
+        base = o.out / f"base_{o.hidden_size}x{o.layers}"
+        make = tiny.TinyOptions(o.data_dir, out=base, hidden_size=o.hidden_size, layers=o.layers)
         if not (base / "config.json").exists():
-            tiny.main(tiny.TinyOptions(o.data_dir, out=base, hidden_size=o.hidden_size, layers=o.layers))
+            processes.wait()
+            processes.on_main(lambda: tiny.main(make))
         return str(base)
 
     def _finetuned(self, split: str) -> str:
         """The folder of the model that learned `split`."""
         o = self.options
-        shared = {name: getattr(o, name) for name in ("micro_batch_size", "packing", "attn_implementation")}
+        same = ("batch_size", "micro_batch_size", "packing", "attn_implementation", "use_liger_kernel")
+        shared = {name: getattr(o, name) for name in (*same, "gradient_checkpointing")}
         self.console.rule(f"Fine-tuning on {split}")
         finetune.main(
             finetune.FinetuneOptions(
@@ -121,7 +137,6 @@ class Grid:
                 lr=o.finetune_lr,
                 split=split,
                 world=o.preset == "tiny" if o.world is None else o.world,
-                eval_steps=0,
                 **shared,
             )
         )
@@ -132,17 +147,20 @@ class Grid:
         o = self.options
         folder = o.out / "evaluation" / f"{Path(model).parent.name}_forget{percent:02d}"
         sizes = {"rows": o.eval_rows, "batch_size": o.eval_batch_size, "max_new_tokens": o.max_new_tokens}
-        key = fingerprint([model_fingerprint(model), percent, str(o.data_dir), sizes])
-        log = folder / evaluate.LOG_FILE
-        if finished(folder / "stage.json", key) is None:
-            template = filled_in(o, "unlearn").template
+        sets = load_eval_sets(o.data_dir, percent, o.eval_rows)
+        rows = {name: [asdict(row) for row in some] for name, some in sets.items()}
+        key = fingerprint([model_fingerprint(model), rows, sizes, pick_device(o.device).type])
+        log, record = folder / evaluate.LOG_FILE, folder / "stage.json"
+        found = finished(record, key) is not None
+        processes.wait()
+        if not found:
+            processes.on_main(lambda: remove(record))  # or a kill could leave it beside a newer log
             evaluate.main(
                 evaluate.EvaluateOptions(
-                    model=Path(model), data_dir=o.data_dir, template=template, forget_percent=percent, out=folder,
-                    device=o.device, **sizes,
+                    model=Path(model), data_dir=o.data_dir, forget_percent=percent, out=folder, device=o.device, **sizes
                 )
-            )  # fmt: skip
-            write_json(folder / "stage.json", {"key": key})
+            )  # in the template that fine-tuning left in the model's folder
+            processes.on_main(lambda: write_json(record, {"key": key}))
         return summary(read_log(log), read_log(retain_log) if retain_log else None), log
 
     def _unlearn_options(self, cell: Cell, full: str, start_log: Path, retain_log: Path) -> unlearn.UnlearnOptions:

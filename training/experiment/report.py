@@ -11,6 +11,7 @@ from training.unlearning_report import CAVEAT, cell, samples_table
 GOOD_QUALITY = 0.05  # a p-value above it: not told apart from the retrained model
 KEPT = 0.8  # share of the utility before unlearning that counts as kept
 LOST = 0.5
+LARGEST_CLAIMED = 30  # % to forget: for more, the paper claims it of larger retain weights only
 SHOWN = {  # columns of the table
     "forget_quality": "forget quality",
     "model_utility_geometric": "utility",
@@ -56,31 +57,33 @@ def claims(metrics: dict[str, Any], percent: int) -> list[Claim]:
     found = []
     if "ga" in histories:
         utility = end(histories, "ga", "model_utility_geometric")
-        found.append(Claim("GA collapses: it loses the utility of the model", f"utility {start:.3g} -> {utility:.3g}",
-                           utility < LOST * start))  # fmt: skip
+        measured = f"utility {start:.3g} -> {utility:.3g}"
+        found.append(Claim("GA collapses: it loses the utility of the model", measured, utility < LOST * start))
     if {"ga", "npo"} <= histories.keys():
-        key = "model_utility_geometric"
-        found.append(Claim("NPO keeps more than GA", values(key, "ga", "npo") + " (utility at the end)",
-                           end(histories, "npo", key) > end(histories, "ga", key)))  # fmt: skip
-        key = "retain_rougeL"
+        for key, text, unit in (
+            ("model_utility_geometric", "NPO keeps more than GA", "utility at the end"),
+            ("retain_rougeL", "NPO still answers what was to be kept where GA no longer does", "ROUGE-L, retain"),
+        ):
+            holds = end(histories, "npo", key) > end(histories, "ga", key)
+            found.append(Claim(text, f"{values(key, 'ga', 'npo')} ({unit})", holds))
+    if "npo_rt" in histories and percent <= LARGEST_CLAIMED:
+        quality, utility = (end(histories, "npo_rt", k) for k in ("forget_quality", "model_utility_geometric"))
         found.append(
             Claim(
-                "NPO still answers what was to be kept where GA no longer does",
-                values(key, "ga", "npo") + " (ROUGE-L, retain)",
-                end(histories, "npo", key) > end(histories, "ga", key),
+                f"NPO+RT ends with a forget quality above {GOOD_QUALITY} and keeps the utility",
+                f"forget quality {quality:.3g}, utility {start:.3g} -> {utility:.3g}",
+                quality > GOOD_QUALITY and utility >= KEPT * start,
             )
         )
-    if "npo_rt" in histories:
-        quality, utility = (end(histories, "npo_rt", k) for k in ("forget_quality", "model_utility_geometric"))
-        found.append(Claim(f"NPO+RT ends with a forget quality above {GOOD_QUALITY} and keeps the utility",
-                           f"forget quality {quality:.3g}, utility {start:.3g} -> {utility:.3g}",
-                           quality > GOOD_QUALITY and utility >= KEPT * start))  # fmt: skip
-        others = [m for m in histories if m != "npo_rt"]
         best = {m: best_quality_while_kept(histories, m, KEPT * start) for m in histories}
-        if others:
-            found.append(Claim(f"NPO+RT reaches the best forget quality with {KEPT:.0%} of the utility kept",
-                               ", ".join(f"{METHODS[m].label} {q:.3g}" for m, q in best.items()),
-                               best["npo_rt"] >= max(best[m] for m in others)))  # fmt: skip
+        if len(best) > 1:
+            found.append(
+                Claim(
+                    f"NPO+RT alone reaches a forget quality above {GOOD_QUALITY} with {KEPT:.0%} of the utility kept",
+                    ", ".join(f"{METHODS[m].label} {q:.3g}" for m, q in best.items()),
+                    [m for m, q in best.items() if q > GOOD_QUALITY] == ["npo_rt"],
+                )
+            )
     return found
 
 

@@ -1,5 +1,6 @@
 # Nothing has to be typed before any of these: the first one sets up .venv from constraints.txt.
 #   make demo        unlearn a small model on the CPU, from start to figures      (ARGS="..." is passed on, everywhere)
+#   make experiment  TOFU unlearning on the CPU: forget quality against utility (ARGS="--data_dir DIR ..."; hours in full)
 #   make test        the test suite, without a GPU (Triton kernels run in the interpreter)
 #   make lint        ruff check and ruff format --check
 #   make bench       the benchmarks of a CPU; ARGS="run --suite head" and others on a GPU
@@ -16,13 +17,16 @@ STAMP := .venv/.installed
 PIP   := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
          PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip
 
-.PHONY: help demo test lint format bench gpu-check env clean
+.PHONY: help demo experiment test lint format bench gpu-check env clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
 
 demo: $(STAMP)
 	$(PY) -m training.demo $(ARGS)
+
+experiment: $(STAMP)
+	$(PY) -m training.experiment $(ARGS)
 
 # One thread a worker: the arrays are small, and workers that each take all cores only slow each other down.
 test: $(STAMP)

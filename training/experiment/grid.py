@@ -89,13 +89,15 @@ class Grid:
     def run(self) -> dict[str, Any]:
         """What metrics.json holds.
 
-        {"start", "retrained": {percent: summary}, "runs": [{"percent", "method", "seed", "history"}],
+        {"rows": {split: how many were learned}, "start", "retrained": {percent: summary},
+        "runs": [{"percent", "method", "seed", "history"}],
         "samples": {percent: {moment or method: greedy answers, those of the first seed}}}
         """
-        full = self._finetuned("full")
-        start, retrained, runs, samples = {}, {}, [], {}
+        rows, start, retrained, runs, samples = {}, {}, {}, [], {}
+        full, rows["full"] = self._finetuned("full")
         for percent in self.percents:
-            kept = self._finetuned(f"retain{100 - percent:02d}")
+            split = f"retain{100 - percent:02d}"
+            kept, rows[split] = self._finetuned(split)
             retrained[str(percent)], retain_log = self._evaluated(kept, percent)
             start[str(percent)], start_log = self._evaluated(full, percent, retain_log)
             for cell in (c for c in self.cells if c.percent == percent):
@@ -104,7 +106,7 @@ class Grid:
                 runs.append({**cell._asdict(), "history": metrics["history"]})
                 answers = samples.setdefault(str(percent), {"before": metrics["samples"]["before"]})
                 answers.setdefault(METHODS[cell.method].label, metrics["samples"]["after"])
-        return {"start": start, "retrained": retrained, "runs": runs, "samples": samples}
+        return {"rows": rows, "start": start, "retrained": retrained, "runs": runs, "samples": samples}
 
     def _start_model(self) -> str:
         o = self.options
@@ -119,13 +121,13 @@ class Grid:
             processes.on_main(lambda: tiny.main(make))
         return str(base)
 
-    def _finetuned(self, split: str) -> str:
-        """The folder of the model that learned `split`."""
+    def _finetuned(self, split: str) -> tuple[str, int]:
+        """(folder of the model that learned `split`, how many rows that were)"""
         o = self.options
         same = ("batch_size", "micro_batch_size", "packing", "attn_implementation", "use_liger_kernel")
         shared = {name: getattr(o, name) for name in (*same, "gradient_checkpointing")}
         self.console.rule(f"Fine-tuning on {split}")
-        finetune.main(
+        metrics = finetune.main(
             finetune.FinetuneOptions(
                 preset=o.preset,
                 model=self._start_model(),
@@ -140,7 +142,7 @@ class Grid:
                 **shared,
             )
         )
-        return str(o.out / split / "model")
+        return str(o.out / split / "model"), metrics["rows"]
 
     def _evaluated(self, model: str, percent: int, retain_log: Path | None = None) -> tuple[dict[str, Any], Path]:
         """(metrics, log) of a model on the sets of a forget percentage."""

@@ -108,6 +108,8 @@ def markdown(metrics: dict[str, Any], config: dict[str, Any], percents: list[int
         ]
     sections += [
         "## What was run",
+        "- Rows learned: " + ", ".join(f"{split} {n}" for split, n in metrics["rows"].items()) + " (with those about "
+        "the world, where these are learned too).\n"
         "- Settings: " + ", ".join(f"{k} {v}" for k, v in settings.items()) + ".\n"
         f"- {config['device']}; " + ", ".join(f"{k} {v}" for k, v in config["versions"].items()) + ".",
         CAVEAT,

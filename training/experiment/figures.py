@@ -78,7 +78,7 @@ def plot_over_epochs(metrics: dict[str, Any], percent: int, path: Path) -> None:
             axis.axhline(metrics["retrained"][str(percent)][key], color="#444444", linestyle=(0, (1, 2)), linewidth=1)
     for axis in axes[1]:
         axis.set(xlabel="unlearning epoch")
-    figure.suptitle(f"forget{percent:02d}; dotted: the retrained model")
+    figure.suptitle(f"forget{percent:02d}; dotted: the retrained model, and p = 0.05")
     _finish(figure, list(axes.flat), path, legend=axes.flat[0])
 
 

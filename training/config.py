@@ -1,9 +1,10 @@
 """The settings of a run: one dataclass, from which the command line and its help are made."""
 
-import argparse
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any
+
+from training.options import parse
 
 
 @dataclass(frozen=True)
@@ -47,20 +48,12 @@ def with_presets(config: Config) -> Config:
 
 
 def from_command_line(arguments: list[str] | None, description: str) -> Config:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.demo", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    hints = get_type_hints(Config, include_extras=True)
-    for f in fields(Config):
-        kind, text = get_args(hints[f.name])
-        if kind is bool:
-            parser.add_argument(f"--{f.name}", action="store_true", help=text)
-            continue
-        by_source = [f"{preset[f.name]} {source}" for source, preset in PRESETS.items() if f.name in preset]
-        default = ", ".join(by_source) or f.default
-        shown = "" if default is None else f" (default: {default})"
-        parser.add_argument(f"--{f.name}", type=kind, default=f.default, help=text + shown, metavar=f.name[:1].upper())
-    return with_presets(Config(**vars(parser.parse_args(arguments))))
+    names = {name for preset in PRESETS.values() for name in preset}
+    by_source = {
+        name: ", ".join(f"{preset[name]} {source}" for source, preset in PRESETS.items() if name in preset)
+        for name in names
+    }
+    return with_presets(parse(Config, "training.demo", description, arguments, by_source))
 
 
 def public(config: Config) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
@@ -11,8 +13,16 @@ import yaml
 Options = TypeVar("Options")
 
 
-def parse(options: type[Options], prog: str, description: str, arguments: list[str] | None = None) -> Options:
+def parse(
+    options: type[Options],
+    prog: str,
+    description: str,
+    arguments: list[str] | None = None,
+    defaults: Mapping[str, str] = MappingProxyType({}),
+) -> Options:
     """An instance of the dataclass `options`, whose fields are `Annotated[type, help]` and have defaults.
+
+    `defaults` are what the help says of fields whose default is found out later.
 
     `--config file.yaml` supplies {field: value}; what is on the command line counts more. A file with a name that is
     no field, or a value that is not of the field's type, ends the program with the reason.
@@ -29,7 +39,8 @@ def parse(options: type[Options], prog: str, description: str, arguments: list[s
         if kind is bool:
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=None, help=text)
             continue
-        shown = "" if f.default is None else f" (default: {f.default})"
+        default = defaults.get(f.name, f.default)
+        shown = "" if default is None else f" (default: {default})"
         choices = get_args(kind) if get_origin(kind) is Literal else None
         metavar = None if choices else f.name[:1].upper()
         parse_one = type(choices[0]) if choices else kind

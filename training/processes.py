@@ -39,17 +39,27 @@ def on_main(write: Callable[[], None]) -> None:
     PartialState().wait_for_everyone()
 
 
-def share(examples: Sequence[Example], members: list[int]) -> tuple[list[int], list[Example]]:
-    """(indices, examples) of this process's part of a batch.
+def parts(members: list[int], size: int | None = None) -> list[list[int]]:
+    """This process's share of a batch, in pieces of `size` (None: in one). As many in every process, which wait for
+    each other: where there are fewer rows than processes some pieces are empty."""
+    n = count()
+    mine, largest = members[index() :: n], -(-len(members) // n)
+    size = size or largest
+    return [mine[i : i + size] for i in range(0, largest, size)]
 
-    Where a batch has fewer rows than there are processes, some get its first row with nothing to score: gradients are
-    exchanged in every step, so every process has to take it.
-    """
-    mine = members[index() :: count()]
-    if mine:
-        return mine, [examples[i] for i in mine]
+
+def rows(examples: Sequence[Example], part: list[int], members: list[int]) -> list[Example]:
+    """The examples of a piece; of an empty one the batch's first with nothing to score."""
+    if part:
+        return [examples[i] for i in part]
     first = examples[members[0]]
-    return members[:1], [Example(first.input_ids, [IGNORE_INDEX] * len(first.labels))]
+    return [Example(first.input_ids, [IGNORE_INDEX] * len(first.labels))]
+
+
+def share(examples: Sequence[Example], members: list[int]) -> tuple[list[int], list[Example]]:
+    """(indices, examples) of this process's part of a batch, in one piece."""
+    (mine,) = parts(members)
+    return mine or members[:1], rows(examples, mine, members)
 
 
 def total(values: Tensor) -> Tensor:

@@ -128,8 +128,8 @@ class FinetuningSteps:
         members = self.steps[step]
         objective = token_nll(_scored_tokens(self.examples, members) / processes.count())
         return [
-            Pass(self.batches(_rows(self.examples, part, members)), objective)
-            for part in _parts(members, self.recipe.micro_batch_size)
+            Pass(self.batches(processes.rows(self.examples, part, members)), objective)
+            for part in processes.parts(members, self.recipe.micro_batch_size)
         ]
 
 
@@ -151,13 +151,13 @@ class UnlearningSteps:
 
     def passes(self, model: torch.nn.Module, step: int) -> list[Pass]:
         members, n = self.plan.steps[step]._asdict(), processes.count()
-        parts = {kind: _parts(members[kind], self.recipe.micro_batch_size) for kind in members}
+        parts = {kind: processes.parts(members[kind], self.recipe.micro_batch_size) for kind in members}
         tokens = {kind: _scored_tokens(self.rows[kind], members[kind]) / n for kind in self.method.kinds}
         ratio = self._idk_ratio(model, members["idk"], parts["idk"]) if self.method.idk == "score" else None
         passes = []
         for i in range(len(parts["forget"])):
             mine = {kind: parts[kind][i] for kind in self.method.kinds}
-            rows = {kind: _rows(self.rows[kind], part, members[kind]) for kind, part in mine.items()}
+            rows = {kind: processes.rows(self.rows[kind], part, members[kind]) for kind, part in mine.items()}
             objective = Objective(
                 self.method,
                 self.settings,
@@ -178,7 +178,7 @@ class UnlearningSteps:
         positions = count(self.rows["retain"], members) / processes.count()
         passes = []
         for part in parts:
-            inputs = self.batches(_rows(self.rows["retain"], part, members))
+            inputs = self.batches(processes.rows(self.rows["retain"], part, members))
             mask = answer_positions(inputs) if self.settings.kl_positions == "answer" else real_positions(inputs)
             if not part:
                 mask = torch.zeros_like(mask)
@@ -192,7 +192,7 @@ class UnlearningSteps:
         ratio, was_training = torch.zeros((), device=self.batches.device), model.training
         model.eval()
         for part in parts:
-            out = model(**self.batches(_rows(self.rows["idk"], part, members)), fused_unlearning=True)
+            out = model(**self.batches(processes.rows(self.rows["idk"], part, members)), fused_unlearning=True)
             refs = self._refs("idk", part, members)
             ratio += (out.logps - refs).where(out.num_tokens > 0, 0.0).sum()
         model.train(was_training)
@@ -200,22 +200,6 @@ class UnlearningSteps:
 
     def _refs(self, kind: str, part: list[int], members: list[int]) -> Tensor:
         return self.ref_logps[kind][part or members[:1]].to(self.batches.device)
-
-
-def _parts(members: list[int], micro_batch_size: int | None) -> list[list[int]]:
-    """This process's share of a step, in pieces: as many in every process, for they wait for each other."""
-    n = processes.count()
-    mine, largest = members[processes.index() :: n], -(-len(members) // n)
-    size = micro_batch_size or largest
-    return [mine[i : i + size] for i in range(0, largest, size)]
-
-
-def _rows(examples: Sequence[Example], part: list[int], members: list[int]) -> list[Example]:
-    """The rows of a piece; of an empty one the step's first row with nothing to score."""
-    if part:
-        return [examples[i] for i in part]
-    first = examples[members[0]]
-    return [Example(first.input_ids, [IGNORE_INDEX] * len(first.labels))]
 
 
 def _scored_tokens(examples: Sequence[Example], members: list[int]) -> int:

@@ -160,6 +160,15 @@ def test_the_schedule_is_the_papers(corpus):
     assert rates == pytest.approx([1e-2 * x for x in (0, 0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25)])
 
 
+def test_matrices_decay_and_norms_do_not(corpus):
+    model = fresh_model(corpus)
+    groups = Trainer(model, replace(RECIPE, weight_decay=0.5), 4).optimizer.param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    found = {name: decay[id(p)] for name, p in model.named_parameters()}
+    assert found == {name: 0.0 if "norm" in name else 0.5 for name in found}
+    assert set(found.values()) == {0.0, 0.5}
+
+
 def test_metrics_are_of_the_whole_step(corpus):
     model = fresh_model(corpus)
     job = FinetuningSteps(corpus.retain[:10], RECIPE, Batches(0, CPU, True))

@@ -1,0 +1,104 @@
+"""The operators on real tensors: fakes, guards around every output, KL, heads of more than 2^31 entries."""
+
+import pytest
+import torch
+
+from npo_kernels import fused_linear_kl, fused_npo_loss, ops, sequence_logprobs, token_logprobs
+from npo_kernels.linear_kl import linear_kl, linear_kl_backward, linear_kl_loss
+from tests import support
+from tests.gpu.test_correctness import SHAPE
+from tests.support import DTYPES, make_batch, name_of
+from tests.test_canaries import NEEDS, WORKSPACES, check
+
+SMALL = {"lengths": (40, 1, 0, 33), "prompts": (2, 0, 0, 0), "H": 72, "V": 1500}
+
+
+@pytest.mark.parametrize("num_rows", [None, 90])
+@pytest.mark.parametrize("needs", NEEDS, ids=name_of)
+def test_fakes_have_the_shapes_strides_and_dtypes_of_the_outputs(needs, num_rows):
+    batch = make_batch(torch.bfloat16, "bias", "packed", **SMALL).leaves(needs)
+    tensors = batch.hidden, batch.weight, batch.bias
+    targets, offsets = batch.labels, batch.cu_seqlens.long()
+    wanted = tuple(name in needs for name in ("hidden", "weight", "bias"))
+    normalizer = None if num_rows is None else torch.tensor(3.0, device="cuda")
+    options = (-100, 0.5, 20.0, num_rows, 2**22, None, (), "triton", *wanted)
+    torch.library.opcheck(ops.token_logps, (*tensors, targets, offsets, *options))
+    ratio = (batch.ref_logps, normalizer, 0.1, False, "mean")
+    torch.library.opcheck(ops.ratio_loss, (*tensors, targets, offsets, *ratio, *options))
+    counted = targets != -100
+    reference = batch.hidden.detach().flip(0), batch.weight.detach(), None
+    scale, kl_options = torch.tensor(0.25, device="cuda"), (0.5, 20.0, 2**22, "triton", *wanted)
+    torch.library.opcheck(linear_kl_loss, (*tensors, *reference, counted, scale, *kl_options))
+    torch.library.opcheck(linear_kl, (*tensors, *reference, counted, *kl_options))
+    if not needs:
+        return
+    with torch.no_grad():
+        saved = ops.token_logps(*tensors, targets, offsets, *options)[2:]
+        lses = linear_kl(*tensors, *reference, counted, *kl_options)[1]
+    upstream = torch.ones(len(targets), device="cuda"), torch.ones(len(offsets) - 1, device="cuda")
+    detached = [t.detach() for t in tensors]
+    torch.library.opcheck(
+        ops.token_logps_backward, (*upstream, *detached, *saved, 0.5, 20.0, 2**22, None, (), "triton", *wanted)
+    )
+    torch.library.opcheck(linear_kl_backward, (upstream[0], *detached, *reference, counted, lses, *kl_options))
+
+
+@pytest.mark.parametrize("workspace_mb", WORKSPACES, ids=["default", "tiny"])
+@pytest.mark.parametrize("needs", NEEDS, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_nothing_is_written_outside(dtype, needs, workspace_mb):
+    check("triton", dtype, needs, workspace_mb, **SHAPE)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_kl_is_no_worse_than_plain_pytorch(dtype, reduction):
+    """Ragged in rows, depth and vocabulary; a reference of another width; an upstream gradient that is nowhere one."""
+    g = torch.Generator("cuda").manual_seed(0)
+    shapes = ((301, 264), (9001, 264), (301, 392), (9001, 392))
+    exact = [torch.randn(s, generator=g, device="cuda", dtype=torch.float64) for s in shapes]
+    exact = [t * (1.5 * t.shape[1] ** -0.5 if t.shape[0] == 9001 else 1) for t in exact]
+    exact = [t.to(dtype).double() for t in exact]
+    mask = torch.rand(301, generator=g, device="cuda") > 0.4
+
+    def evaluate(impl, dtype):
+        hidden, weight, ref_hidden, ref_weight = (t.to(dtype) for t in exact)
+        leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+        options = {"mask": mask, "reduction": reduction, "impl": impl, "logit_scale": 0.7, "softcap": 4.0}
+        kl = fused_linear_kl(*leaves, ref_hidden, ref_weight, **options)
+        upstream = torch.linspace(0.5, 2.0, kl.numel(), device="cuda", dtype=kl.dtype).view(kl.shape)
+        grads = torch.autograd.grad((kl * upstream).sum(), leaves)
+        return dict(zip(("kl", "hidden", "weight"), (kl.detach(), *grads), strict=True))
+
+    truth = evaluate("reference", torch.float64)
+    ours, plain = evaluate("triton", dtype), evaluate("reference", dtype)
+    for name in truth:
+        wrong, allowed = (support.relative_error(found[name], truth[name]) for found in (ours, plain))
+        assert wrong <= 1.1 * allowed + 2e-6, f"{name}: {wrong:.3g}, plain PyTorch {allowed:.3g}"
+
+
+def test_a_head_of_more_than_two_to_the_31_entries():
+    """Labels and columns at the very end are where offsets of 32 bits would go wrong."""
+    N, H, V = 96, 8448, 262_144
+    assert V * H > 2**31
+    g = torch.Generator("cuda").manual_seed(0)
+    weight = torch.randn(V, H, device="cuda", generator=g, dtype=torch.bfloat16) * H**-0.5
+    hidden = torch.randn(1, N, H, device="cuda", generator=g, dtype=torch.bfloat16)
+    labels = V - 1 - torch.randint(64, (1, N), device="cuda", generator=g)
+    options = {"shift": False, "impl": "triton"}
+    logps = token_logprobs(hidden, weight, labels, **options)[0]
+    z = torch.cat([hidden[0].double() @ part.double().t() for part in weight.split(16_384)], 1)
+    truth = z.log_softmax(-1)
+    torch.testing.assert_close(logps.double(), truth.gather(1, labels[0, :, None])[:, 0], rtol=1e-5, atol=0)
+    # at its own reference the weight of the only sequence is 1: the gradient is that of the sum of logp
+    ref_logps = sequence_logprobs(hidden, weight, labels, **options)[0]
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    loss = fused_npo_loss(*leaves, labels, ref_logps=ref_logps, **options)
+    hidden_grad, weight_grad = torch.autograd.grad(loss, leaves)
+    dz = -truth.exp()
+    dz[torch.arange(N, device="cuda"), labels[0]] += 1
+    tail = slice(V - 64, V)
+    want = dz[:, tail].t() @ hidden[0].detach().double()
+    assert support.relative_error(weight_grad[tail], want) < 2**-8
+    want = sum(d @ part.detach().double() for d, part in zip(dz.split(16_384, 1), weight.split(16_384), strict=True))
+    assert support.relative_error(hidden_grad[0], want) < 2**-8

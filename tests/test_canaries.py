@@ -1,0 +1,52 @@
+"""No kernel writes outside of what it was given, or reads what nobody has written: every operator, ragged shapes."""
+
+import pytest
+import torch
+
+from npo_kernels import fused_linear_kl
+from tests import support
+from tests.canaries import GUARD, canaries
+from tests.support import DTYPES, IMPLS, make_batch, name_of
+
+NEEDS = (("hidden", "weight", "bias"), ("hidden",), ())
+WORKSPACES = (None, support.TINY)
+
+
+def check(impl, dtype, needs, workspace_mb, **shape):
+    """Losses and gradients of one call of every operator are finite, and every guard is whole."""
+    batch = make_batch(dtype, "all", **shape)
+    options = {"impl": impl, "workspace_mb": workspace_mb}
+    with canaries() as guarded:
+        found = [
+            support.evaluate(objective, batch, needs, **options)
+            for objective in (support.npo, support.user_loss, support.sequences)
+        ]
+        leaves = batch.leaves(needs)
+        tensors = leaves.hidden, leaves.weight, batch.hidden.flip(0), batch.weight
+        kl = fused_linear_kl(*tensors, mask=batch.labels != -100, bias=leaves.bias, **options)
+        found.append({"kl": kl.detach()})
+        if needs:
+            found[-1] |= dict(zip(needs, torch.autograd.grad(kl, [leaves.tensors[n] for n in needs]), strict=True))
+        assert guarded
+        for results in found:
+            assert all(t.isfinite().all() for t in results.values())
+
+
+@pytest.mark.parametrize("workspace_mb", WORKSPACES, ids=["default", "tiny"])
+@pytest.mark.parametrize("needs", NEEDS, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=name_of)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nothing_is_written_outside(impl, dtype, needs, workspace_mb):
+    check(impl, dtype, needs, workspace_mb)
+
+
+@pytest.mark.parametrize("at", [GUARD - 1, -GUARD], ids=["before", "after"])
+def test_an_overwritten_guard_is_noticed(at):
+    def one_byte_too_far():
+        with canaries(package=__name__.split(".")[0]) as guarded:
+            torch.empty(3, 5).zero_()
+            assert len(guarded) == 1
+            guarded[0][at] = 0
+
+    with pytest.raises(AssertionError, match="1 bytes"):
+        one_byte_too_far()

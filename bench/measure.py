@@ -9,6 +9,7 @@ Rates count the useful products of a mode, whatever a provider does: full 6NHV, 
 """
 
 import gc
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -57,19 +58,20 @@ class Clock:
 
 def turn(provider: Provider, batch: Batch, clock: Clock) -> dict[str, float]:
     """One run: {what: milliseconds}."""
-    clock.wait()
-    start = clock.mark()
-    if batch.mode == "logprobs":
-        with torch.no_grad():
-            provider.run(batch)
+    with provider.setting():
+        clock.wait()
+        start = clock.mark()
+        if batch.mode == "logprobs":
+            with torch.no_grad():
+                provider.run(batch)
+            end = clock.mark()
+            clock.wait()
+            return {"logprobs": clock.milliseconds(start, end)}
+        loss = provider.run(batch)
+        middle = clock.mark()
+        torch.autograd.grad(loss, batch.leaves)
         end = clock.mark()
         clock.wait()
-        return {"logprobs": clock.milliseconds(start, end)}
-    loss = provider.run(batch)
-    middle = clock.mark()
-    torch.autograd.grad(loss, batch.leaves)
-    end = clock.mark()
-    clock.wait()
     milliseconds = clock.milliseconds
     return {
         "fwd": milliseconds(start, middle),
@@ -100,12 +102,18 @@ def failure(error: BaseException) -> Failure:
 
 
 def interleaved(
-    names: Iterable[str], batch: Batch, reps: int, warmup: int, cold: bool = False
+    names: Iterable[str], batch: Batch, reps: int, warmup: int, cold: bool = False, seconds: float = math.inf
 ) -> dict[str, list[dict[str, float]] | Failure]:
-    """The times of each provider's turns after `warmup` of them, or its failure."""
+    """The times of each provider's turns after `warmup` of them, or its failure.
+
+    No round of turns begins after `seconds`, once every provider has had one that counts.
+    """
     clock = Clock(str(batch.hidden.device))
     results: dict[str, list[dict[str, float]] | Failure] = {name: [] for name in names}
+    deadline = time.monotonic() + seconds
     for number in range(warmup + reps):
+        if number > warmup and time.monotonic() > deadline:
+            break
         order = list(results)
         offset = number % max(1, len(order))
         for name in order[offset:] + order[:offset]:
@@ -144,7 +152,9 @@ def time_case(options: Options, case: Case, mode: str = "full", l2: str = "hot",
 
 def time_batch(options: Options, case: Case, batch: Batch, l2: str = "hot", **fields) -> Iterator[Record]:
     """`time_case` on a batch that is there already."""
-    results = interleaved(options.provider_names, batch, options.reps, options.warmup, cold=l2 == "cold")
+    results = interleaved(
+        options.provider_names, batch, options.reps, options.warmup, l2 == "cold", seconds=options.seconds
+    )
     products = PRODUCTS[batch.mode] * case.N * case.head.H * case.head.V
     whole = WHOLE[batch.mode]
     for name, turns in results.items():

@@ -49,10 +49,11 @@ def attempt(job: LossJob) -> Failure | None:
 
 
 def step(provider: str, batch: Batch):
-    if batch.mode == "logprobs":
-        with torch.no_grad():
-            return PROVIDERS[provider].run(batch)
-    return torch.autograd.grad(PROVIDERS[provider].run(batch), batch.leaves)
+    with PROVIDERS[provider].setting():
+        if batch.mode == "logprobs":
+            with torch.no_grad():
+                return PROVIDERS[provider].run(batch)
+        return torch.autograd.grad(PROVIDERS[provider].run(batch), batch.leaves)
 
 
 def isolated(

@@ -1,6 +1,7 @@
 """What a run was asked for."""
 
 import fnmatch
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ class Options:
     warmup: int = 1
     threads: int | None = None
     data_dir: Path | None = None
+    seconds: float = math.inf  # of a case: fewer repetitions where it takes longer
 
     @property
     def on_gpu(self) -> bool:

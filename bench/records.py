@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 
+from bench.provenance import commit
 from npo_kernels.env import driver_version, installed_version
 
 RESULTS = Path(__file__).parent / "results"
@@ -76,17 +76,6 @@ def cpu_name() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def commit() -> str:
-    """The commit measured, with a mark when the tree differs from it; "unknown" outside a checkout."""
-    try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-        )
-    except OSError:
-        return "unknown"
-    return run.stdout.strip() or "unknown"
-
-
 def key(r: Record) -> tuple:
     return tuple(r.get(name) for name in KEY)
 
@@ -102,6 +91,15 @@ def write(path: Path, records: Iterable[Record]) -> None:
     write_text(path, "".join(json.dumps(r) + "\n" for r in records))
 
 
+def append(path: Path, line: dict[str, Any]) -> None:
+    """One more line, on the disk before this returns: what comes after may hang or crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -109,12 +107,28 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file; a last one that is torn, because its writer was killed, is left out."""
+    found = []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            found += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise
+    return found
+
+
 def read(path: Path) -> list[Record]:
     """Records of a file; fields that files of an earlier format lack are null, and their mode is "full"."""
-    lines = path.read_text(encoding="utf-8").splitlines()
     defaults = dict.fromkeys((*SCHEMA, *EXTRA)) | {"status": "ok", "mode": "full", "suite": "cpu"}
-    return [defaults | json.loads(line) for line in lines if line.strip()]
+    return [defaults | line for line in read_lines(path)]
 
 
 def read_all(folder: Path = RESULTS) -> list[Record]:
-    return [r for path in sorted(folder.glob("*.jsonl")) for r in read(path)]
+    """All results of a folder, those of `python -m bench certify` in folders of their own; the latest where a thing was
+    measured twice."""
+    paths = sorted([*folder.glob("*.jsonl"), *folder.glob("*/records.jsonl")])
+    found = sorted((r for path in paths for r in read(path)), key=lambda r: r["date"])
+    return list({key(r): r for r in found}.values())

@@ -96,17 +96,21 @@ def failures(records: Iterable[Record]) -> Iterator[str]:
         yield markdown(["no value", "status", "why"], rows)
 
 
-def targets_page(records: list[Record]) -> str:
-    """RESULTS.md. Only measurements on a GPU count; what is missing says so."""
+def targets_table(records: list[Record]) -> str:
+    """Only measurements on a GPU count; what is missing says so."""
     results = Results(records)
     rows = [[target.what, target.target, *outcome_cells(target, results)] for target in TARGETS]
-    heading = ["what", "target", "measured", "machine", "command", "date"]
+    return markdown(["what", "target", "measured", "machine", "command", "date"], rows)
+
+
+def targets_page(records: list[Record]) -> str:
+    """RESULTS.md."""
     return (
         "# Targets\n\n"
         "Shape R: N=8192, H=4096, V=128256, bfloat16; ratios are of medians of providers that took turns in one "
         "process on one GPU.\nMade by `python -m bench report` from `bench/results/*.jsonl`; an estimate is never "
         "entered as a measurement (`python -m bench\nroofline` prints the model). What was measured on a CPU is in "
-        "[results/report.md](results/report.md).\n\n" + markdown(heading, rows) + "\n"
+        "[results/report.md](results/report.md).\n\n" + targets_table(records) + "\n"
     )
 
 

@@ -18,7 +18,6 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from unittest import mock
 
 import torch
 from rich.console import Console
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from bench.cases import Case, Head, head_case
 from bench.measure import Clock, Failure, failure
+from bench.providers.kernels import forced
 from bench.records import RESULTS, environment, record, write_text
 from csrc_triton.tiles import ANY_HIDDEN, PERSISTENT_CANDIDATES, TILES, Tile
 from npo_kernels.tile_table import find_tile, hidden_bucket
@@ -66,7 +66,7 @@ def projection(tile: Tile, hidden: Tensor, weight: Tensor, target: Tensor, store
     anchor = torch.zeros(hidden.shape[0], device=hidden.device)
 
     def run():
-        with mock.patch.object(triton_backend, "tile_for", lambda *_: tile):
+        with forced(lambda *_: tile):
             return triton_backend.exp_logits(hidden, head, target, anchor, (0, weight.shape[0]), store=store)
 
     return run

@@ -6,6 +6,7 @@ NPO loss outside, by autograd, and one that only knows cross-entropy computes th
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ class Provider:
     exact: bool
     loss: Callable[[Batch], Tensor] | None
     logprobs: Callable[[Batch], Tensor] | None = None
+    setting: Callable[[], AbstractContextManager] = nullcontext  # around forward and backward
 
     def run(self, batch: Batch) -> Tensor:
         """The forward of the mode of the batch."""

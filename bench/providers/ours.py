@@ -1,17 +1,26 @@
-"""npo_kernels itself, per implementation, and with a workspace of 256 MiB."""
+"""npo_kernels itself: per implementation, with a workspace of 256 MiB, and in each kernel that projects."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
 from bench.cases import Batch
 from bench.objectives import BETA
 from bench.providers.base import Provider
+from bench.providers.kernels import KERNELS
 from npo_kernels import explain, fused_logprob_loss, fused_npo_loss, sequence_logprobs
 from npo_kernels.plan import Plan
 
 SMALL_WORKSPACE_MB = 256
 
 
-def provider(impl: str, workspace_mb: float | None = None) -> Provider:
+def provider(
+    impl: str,
+    workspace_mb: float | None = None,
+    kernel: str = "",
+    setting: Callable[[], AbstractContextManager] = nullcontext,
+) -> Provider:
     options = {"shift": False, "impl": impl, "workspace_mb": workspace_mb}
 
     def loss(batch: Batch) -> Tensor:
@@ -27,8 +36,8 @@ def provider(impl: str, workspace_mb: float | None = None) -> Provider:
     def logprobs(batch: Batch) -> Tensor:
         return sequence_logprobs(batch.hidden, batch.weight, batch.labels, softcap=batch.softcap, **options)[0]
 
-    name = f"npo_kernels/{impl}" + (f"/{workspace_mb}MiB" if workspace_mb else "")
-    return Provider(name, "npo-kernels", "npo", True, loss, logprobs)
+    name = "/".join(filter(None, ("npo_kernels", impl, kernel, f"{workspace_mb}MiB" if workspace_mb else "")))
+    return Provider(name, "npo-kernels", "npo", True, loss, logprobs, setting)
 
 
 def plan_of(name: str, batch: Batch) -> Plan | None:
@@ -36,14 +45,17 @@ def plan_of(name: str, batch: Batch) -> Plan | None:
     package, _, rest = name.partition("/")
     if package != "npo_kernels":
         return None
-    impl, _, workspace = rest.partition("/")
+    impl, *options = rest.split("/")
     function = fused_npo_loss if batch.num_forget == batch.labels.shape[0] else fused_logprob_loss
     if batch.mode == "logprobs":
         function = sequence_logprobs
-    workspace_mb = SMALL_WORKSPACE_MB if workspace else None
+    workspace_mb = SMALL_WORKSPACE_MB if f"{SMALL_WORKSPACE_MB}MiB" in options else None
     return explain(
         function, batch.hidden, batch.weight, batch.labels, shift=False, impl=impl, workspace_mb=workspace_mb
     )
 
 
-PROVIDERS = [provider(impl, mb) for impl in ("triton", "torch") for mb in (None, SMALL_WORKSPACE_MB)]
+PROVIDERS = [
+    *(provider(impl, mb) for impl in ("triton", "torch") for mb in (None, SMALL_WORKSPACE_MB)),
+    *(provider("triton", kernel=name, setting=setting) for name, setting in KERNELS.items()),
+]

@@ -9,6 +9,7 @@ Frobenius norm). The oracle of a provider is the objective that it computes.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -57,13 +58,11 @@ def errors(options: Options, case: Case, batch: Batch, **fields) -> Iterator[Rec
 
 def evaluate(name: str, batch: Batch) -> dict[str, Tensor]:
     """Gradients, and log-probabilities where the provider gives any."""
-    batch = batch.for_mode("full")
-    found = dict(zip(("hidden", "weight"), gradients(PROVIDERS[name].run(batch), batch), strict=True))
-    try:
-        with torch.no_grad():
-            found["logps"] = PROVIDERS[name].run(batch.for_mode("logprobs"))
-    except UnsupportedError:
-        pass
+    batch, provider = batch.for_mode("full"), PROVIDERS[name]
+    with provider.setting():
+        found = dict(zip(("hidden", "weight"), gradients(provider.run(batch), batch), strict=True))
+        with suppress(UnsupportedError), torch.no_grad():
+            found["logps"] = provider.run(batch.for_mode("logprobs"))
     return found
 
 

@@ -1,0 +1,50 @@
+"""One kernel or the other, whatever the tile table says: for measuring both of them, side by side."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from unittest import mock
+
+from torch import Tensor
+
+from bench.providers.base import UnsupportedError
+from csrc_triton.tiles import ANY_HIDDEN, PERSISTENT_CANDIDATES, TILES, Tile
+from npo_kernels.tile_table import find_tile
+
+
+def in_force(architecture: str, x: Tensor) -> Tile:
+    """The tile that a call with hidden states x takes."""
+    return find_tile(TILES, architecture, 8 * x.itemsize, x.shape[-1])
+
+
+def simple(architecture: str, x: Tensor) -> Tile:
+    """`exp_logits`: a program a row block and split."""
+    return in_force(architecture, x)._replace(loop="")
+
+
+def persistent(architecture: str, x: Tensor) -> Tile:
+    """`exp_logits_persistent`: a program a processor."""
+    tile = in_force(architecture, x)
+    if tile.loop:
+        return tile
+    candidate = PERSISTENT_CANDIDATES.get((architecture, 8 * x.itemsize, ANY_HIDDEN))
+    if candidate is None:
+        raise UnsupportedError(f"no persistent tile for {8 * x.itemsize} bits on {architecture}")
+    return candidate
+
+
+@contextmanager
+def forced(choose: Callable[[str, Tensor], Tile]) -> Iterator[None]:
+    """Calls take the tile that `choose(architecture, hidden states)` gives."""
+    from npo_kernels import triton_backend
+
+    def tile_for(x: Tensor) -> Tile:
+        return choose(triton_backend._architecture(x.device), x)
+
+    with mock.patch.object(triton_backend, "tile_for", tile_for):
+        yield
+
+
+KERNELS: dict[str, Callable[[], AbstractContextManager]] = {
+    "simple": lambda: forced(simple),
+    "persistent": lambda: forced(persistent),
+}

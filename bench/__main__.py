@@ -5,11 +5,13 @@
     python -m bench report
     python -m bench tune --arch sm_90 --dtype bfloat16 --H 4096
     python -m bench roofline --N 8192 --H 4096 --V 128256 --gpu h200
+    python -m bench certify --budget 420 --out bench/results/NAME      # all that matters of a GPU, in seven minutes
 
 On a CPU every suite but `cpu` runs at toy sizes, which test the harness and measure nothing.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from itertools import groupby
@@ -18,7 +20,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import compare, report, roofline, tune
+from bench import certify, compare, provenance, report, roofline, tune
 from bench.options import Options, default_reps, default_threads
 from bench.records import Record, merged, read, write
 from bench.suites import SUITES, suite
@@ -26,12 +28,14 @@ from bench.tables import results_table
 
 
 def main(arguments: list[str] | None = None) -> int:
+    # to ask whether there is a GPU must not initialise it: `certify` forks
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_run(commands.add_parser("run", help="measure", description="\n".join(f"{k}: {v}" for k, v in SUITES.items())))
-    for module in (compare, report, tune, roofline):
+    for module in (compare, report, tune, roofline, certify):
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(
             name, help=module.HELP, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -56,10 +60,15 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data_dir", type=Path, help="folder with TOFU's JSON lines")
     parser.add_argument("--out", type=Path, help="JSON lines; for a real GPU or CPU result, under bench/results/")
     parser.add_argument("--merge", action="store_true", help="keep what --out has of other cases and providers")
+    parser.add_argument("--allow_dirty", action="store_true", help="write --out from files that differ from a commit")
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
+    refused = provenance.refusal(args.allow_dirty) if args.out else None
+    if refused:
+        print(f"bench: {refused}", file=sys.stderr)
+        return 2
     toy = args.device.startswith("cpu") and args.suite != "cpu" if args.toy is None else args.toy
     reps, warmup = default_reps(args.device, toy)
     low_precision = args.device.startswith("cuda") or args.suite == "accuracy"

@@ -58,7 +58,7 @@ def reset_peak() -> None:
         clear.write_text("5")
 
 
-def _memory(device: str, reset: bool) -> int:
+def memory(device: str, reset: bool) -> int:
     """Bytes at the peak since the last reset; with `reset` a new peak begins now."""
     if not device.startswith("cuda"):
         if reset:
@@ -74,19 +74,19 @@ def _work(job: Job, connection) -> None:
     try:
         if job.threads:
             torch.set_num_threads(job.threads)
-        before = _memory(job.device, reset=True)
+        before = memory(job.device, reset=True)
         step = job.prepare()
         if not job.whole:
-            before = _memory(job.device, reset=True)
+            before = memory(job.device, reset=True)
         connection.send("ready")
         while connection.recv() == "go":
-            _memory(job.device, reset=True)
+            memory(job.device, reset=True)
             start = time.perf_counter()
             answer = step()
             if job.device.startswith("cuda"):
                 torch.cuda.synchronize()
             milliseconds = 1e3 * (time.perf_counter() - start)
-            peak_mb = (_memory(job.device, reset=False) - before) / MIB
+            peak_mb = (memory(job.device, reset=False) - before) / MIB
             answer = answer if isinstance(answer, int) else None
             connection.send(Turn(milliseconds, peak_mb, answer))
     except EOFError:

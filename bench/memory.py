@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from bench.cases import HEADS, Batch, Case, even
-from bench.isolate import take_turns
-from bench.measure import WHOLE, Failure, described, failure
+from bench.isolate import MIB, memory, take_turns
+from bench.measure import WHOLE, Failure, described, failure, release
 from bench.options import Options
 from bench.providers import PROVIDERS, plan_of
 from bench.records import Record, record, summary
@@ -30,12 +30,12 @@ class LossJob:
     def prepare(self) -> Callable[[], object]:
         self.try_out()
         batch = self.case.batch(getattr(torch, self.dtype), self.device, self.mode)
-        return lambda: step(self.provider, batch)
+        return lambda: PROVIDERS[self.provider].step(batch)
 
     def try_out(self) -> None:
         """A small batch of the same kind: raises what the provider raises, and warms its libraries up."""
         small = even("small", HEADS["toy"]._replace(softcap=self.case.head.softcap), 32, 2)
-        step(self.provider, small.batch(getattr(torch, self.dtype), self.device, self.mode))
+        PROVIDERS[self.provider].step(small.batch(getattr(torch, self.dtype), self.device, self.mode))
 
 
 def attempt(job: LossJob) -> Failure | None:
@@ -48,12 +48,19 @@ def attempt(job: LossJob) -> Failure | None:
     return None
 
 
-def step(provider: str, batch: Batch):
-    with PROVIDERS[provider].setting():
-        if batch.mode == "logprobs":
-            with torch.no_grad():
-                return PROVIDERS[provider].run(batch)
-        return torch.autograd.grad(PROVIDERS[provider].run(batch), batch.leaves)
+def peak_of(options: Options, case: Case, name: str, batch: Batch) -> Record:
+    """Peak MiB of one provider in this process, libraries warm: what a GPU's allocator counts is exact anywhere."""
+    common = described(options, case, name, batch.mode) | {"what": WHOLE[batch.mode], "metric": "peak_mb"}
+    try:
+        before = memory(options.device, reset=True)
+        PROVIDERS[name].step(batch)
+        peak = (memory(options.device, reset=False) - before) / MIB
+    except Exception as error:  # whatever a peer raises is its result
+        why = failure(error)
+        release(batch)
+        return record(options.device, **common, status=why.status, error=why.error)
+    plan = plan_of(name, batch)
+    return record(options.device, **common, plan=None if plan is None else str(plan), **summary([peak]))
 
 
 def isolated(

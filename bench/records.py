@@ -130,5 +130,9 @@ def read_all(folder: Path = RESULTS) -> list[Record]:
     """All results of a folder, those of `python -m bench certify` in folders of their own; the latest where a thing was
     measured twice."""
     paths = sorted([*folder.glob("*.jsonl"), *folder.glob("*/records.jsonl")])
-    found = sorted((r for path in paths for r in read(path)), key=lambda r: r["date"])
-    return list({key(r): r for r in found}.values())
+    return latest(r for path in paths for r in read(path))
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """Of what was measured more than once the last."""
+    return list({key(r): r for r in sorted(records, key=lambda r: r["date"])}.values())

@@ -66,26 +66,39 @@ def provenance(records: list[Record]) -> str:
 
 
 def case_table(records: list[Record]) -> str:
-    """Providers down, measurements across."""
+    """Providers down, measurements across. Of a roofline, which has many kernels and few measurements: kernels down."""
     first = records[0]
-    columns = list(dict.fromkeys(column(r) for r in records if r["status"] == "ok"))
-    values: dict[str, dict[str, str]] = defaultdict(dict)
-    for r in records:
-        if r["status"] == "ok":
-            values[r["provider"]][column(r)] = number(r["value"])
-    computes = {r["provider"]: r["computes"] + ("" if r["exact"] else ", inexact") for r in records}
-    rows = [[name, computes[name], *(found.get(c, "") for c in columns)] for name, found in values.items()]
-    shape = ", ".join(f"{axis}={first[axis]}" for axis in "NHVB")
+    by_kernel = first["suite"] == "roofline"
+    row, column = (row_of_kernel, unit_of) if by_kernel else (row_of_provider, column_of)
+    measured = [r for r in records if r["status"] == "ok"]
+    columns = list(dict.fromkeys(column(r) for r in measured))
+    values: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for r in measured:
+        values[row(r)][column(r)] = number(r["value"])
+    rows = [[*names, *(found.get(c, "") for c in columns)] for names, found in values.items()]
+    shape = ", ".join(f"{axis}={first[axis]}" for axis in "NHVB" if first[axis] is not None)
     l2 = f", {first['l2']} L2" if first["l2"] else ""
     title = f"**{first['case']}** ({first['mode']}, {shape}, {first['dtype']}{l2})"
     if not rows:
         return f"{title}: no provider gave a value."
-    return title + "\n\n" + markdown(["provider", "computes", *columns], rows, "ll" + "r" * len(columns))
+    heading = ["provider", "kernel" if by_kernel else "computes", *columns]
+    return title + "\n\n" + markdown(heading, rows, "ll" + "r" * len(columns))
 
 
-def column(r: Record) -> str:
-    unit = UNITS.get(r["metric"], r["metric"])
-    return " ".join(filter(None, (r["what"], r["tensor"], unit)))
+def row_of_provider(r: Record) -> tuple[str, str]:
+    return r["provider"], r["computes"] + ("" if r["exact"] else ", inexact")
+
+
+def row_of_kernel(r: Record) -> tuple[str, str]:
+    return r["provider"], r["tensor"]
+
+
+def column_of(r: Record) -> str:
+    return " ".join(filter(None, (r["what"], r["tensor"], unit_of(r))))
+
+
+def unit_of(r: Record) -> str:
+    return UNITS.get(r["metric"], r["metric"])
 
 
 def failures(records: Iterable[Record]) -> Iterator[str]:

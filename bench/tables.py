@@ -6,7 +6,14 @@ from rich.table import Table
 
 from bench.records import Record
 
-UNITS = {"ms": "ms", "tflops": "TFLOP/s", "peak_mb": "MiB", "tokens_per_s": "tokens/s"}
+UNITS = {
+    "ms": "ms",
+    "tflops": "TFLOP/s",
+    "peak_mb": "MiB",
+    "tokens_per_s": "tokens/s",
+    "gb_s": "GB/s",
+    "idle_us": "idle us",
+}
 
 
 def results_table(records: Sequence[Record]) -> Table:

@@ -57,6 +57,20 @@ def candidates(architecture: str, bits: int) -> list[Tile]:
     return list(dict.fromkeys([*found, *([known] if known else [])]))
 
 
+def neighbours(architecture: str, bits: int, H: int) -> list[Tile]:
+    """The candidates that differ in one thing from the entry in force or from the persistent one: a first sweep, where
+    there is no time for all."""
+    centres = [find_tile(TILES, architecture, bits, H), PERSISTENT_CANDIDATES.get((architecture, bits, ANY_HIDDEN))]
+    centres = [tile for tile in centres if tile]
+    fields = ("block_n", "block_v", "block_h", "num_warps", "num_stages", "pieces", "loop")
+
+    def near(tile: Tile, centre: Tile) -> bool:
+        return sum(getattr(tile, f) != getattr(centre, f) for f in fields) <= 1
+
+    found = [tile for tile in candidates(architecture, bits) if any(near(tile, centre) for centre in centres)]
+    return list(dict.fromkeys([*centres, *found]))
+
+
 def projection(tile: Tile, hidden: Tensor, weight: Tensor, target: Tensor, store: bool) -> Callable[[], object]:
     """One launch of the kernel with a tile, whatever the table says."""
     from npo_kernels import triton_backend
@@ -154,33 +168,14 @@ def main(args: argparse.Namespace) -> int:
     if len({hidden_bucket(H) for H in args.H}) < len(args.H):
         print("bench tune: two of --H share a bucket, and so an entry of the table", file=sys.stderr)
         return 2
-    from npo_kernels.triton_backend import _architecture
-
-    architecture, dtype = _architecture(torch.device("cuda")), getattr(torch, args.dtype)
-    bits, measured = 8 * dtype.itemsize, []
+    architecture, dtype = architecture_of("cuda"), getattr(torch, args.dtype)
+    measured = []
     for H in args.H:
-        case: Case = head_case("llama-3-8b", args.N)
-        case = Case(f"H={H}", Head(H, args.V), case.lengths)
-        hidden, weight, labels = case.batch(dtype, "cuda", "logprobs").flat
-        present = find_tile(TILES, architecture, bits, H)
-        tiles = list(dict.fromkeys([present, *candidates(architecture, bits)]))
-        results, medians = sweep(tiles, hidden, weight, labels, args.reps)
-        best = winner(medians, present)
-        measured.append(
-            {
-                "H": H,
-                "present": repr(present),
-                "suggestion": None if best == present else entry(architecture, bits, H, best),
-                "medians": {repr(t): ms for t, ms in medians.items()},
-                "once": {repr(t): ms for t, ms in results.items() if not isinstance(ms, Failure)},
-                "failed": {repr(t): ms.error for t, ms in results.items() if isinstance(ms, Failure)},
-            }
-        )
-        _print(H, medians)
-    date = record("cuda")["date"]
-    document = {**environment("cuda"), "date": date, "N": args.N, "V": args.V, "dtype": args.dtype, "sweeps": measured}
+        tensors = operands(H, args.N, args.V, dtype, "cuda")
+        measured.append(sweep_hidden(architecture, H, candidates(architecture, 8 * dtype.itemsize), tensors, args.reps))
+        _print(H, measured[-1]["medians"])
     out = args.out or RESULTS / f"tune_{architecture}_{args.dtype}.json"
-    write_text(out, json.dumps(document, indent=1) + "\n")
+    write_document(out, "cuda", args.N, args.V, args.dtype, measured)
     for found in measured:
         print(found["suggestion"] or f"H={found['H']}: nothing beats {found['present']}")
         if args.write and found["suggestion"]:
@@ -188,10 +183,47 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print(H: int, medians: dict[Tile, float]) -> None:
+def architecture_of(device: str) -> str:
+    """The row of the tile table that a device uses."""
+    from npo_kernels.triton_backend import _architecture
+
+    return _architecture(torch.device(device))
+
+
+def operands(H: int, N: int, V: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Random hidden states (N, H), head (V, H) and labels (N,)."""
+    case = Case(f"H={H}", Head(H, V), head_case("llama-3-8b", N).lengths)
+    return case.batch(dtype, device, "logprobs").flat
+
+
+def sweep_hidden(
+    architecture: str, H: int, tiles: Sequence[Tile], tensors: tuple[Tensor, Tensor, Tensor], reps: int
+) -> dict[str, object]:
+    """All tiles at one hidden size: what they took, and the line of the table if one beats the entry in force."""
+    bits = 8 * tensors[0].itemsize
+    present = find_tile(TILES, architecture, bits, H)
+    results, medians = sweep(list(dict.fromkeys([present, *tiles])), *tensors, reps)
+    best = winner(medians, present)
+    return {
+        "H": H,
+        "present": repr(present),
+        "suggestion": None if best == present else entry(architecture, bits, H, best),
+        "medians": {repr(t): ms for t, ms in sorted(medians.items(), key=lambda item: item[1])},
+        "once": {repr(t): ms for t, ms in results.items() if not isinstance(ms, Failure)},
+        "failed": {repr(t): ms.error for t, ms in results.items() if isinstance(ms, Failure)},
+    }
+
+
+def write_document(out: Path, device: str, N: int, V: int, dtype: str, sweeps: Sequence[dict]) -> None:
+    """Everything that the choice rests on."""
+    known = {**environment(device), "date": record(device)["date"], "N": N, "V": V, "dtype": dtype}
+    write_text(out, json.dumps({**known, "sweeps": list(sweeps)}, indent=1) + "\n")
+
+
+def _print(H: int, medians: dict[str, float]) -> None:
     table = Table(title=f"H={H}: projection, storing and not")
     table.add_column("tile")
     table.add_column("ms", justify="right")
-    for tile in sorted(medians, key=medians.get):
-        table.add_row(repr(tile), f"{medians[tile]:.3f}")
+    for tile, milliseconds in medians.items():
+        table.add_row(tile, f"{milliseconds:.3f}")
     Console().print(table)

@@ -38,6 +38,14 @@ class Provider:
             raise UnsupportedError(f"{self.name} does not give {what}")
         return function(batch)
 
+    def step(self, batch: Batch) -> object:
+        """Forward, and the gradients of the mode."""
+        with self.setting():
+            if batch.mode == "logprobs":
+                with torch.no_grad():
+                    return self.run(batch)
+            return torch.autograd.grad(self.run(batch), batch.leaves)
+
 
 def from_tokens(name: str, package: str, tokens: Callable[[Batch], Tensor], exact: bool = True) -> Provider:
     """A provider of token log-probabilities (B, S), 0 where nothing is scored, differentiable with any upstream."""

@@ -10,7 +10,9 @@ and optimiser state included; and, on a GPU, max_batch: the largest number of fo
 sequences, whose step fits. Each in a process of its own; those of small models take turns.
 """
 
-from collections.abc import Callable, Iterator
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +49,7 @@ class Architecture:
 MODELS = {
     "llama-3.2-1b": Architecture(2048, 16, 32, 8, 8192, 128256, tied=True),
     "llama-2-7b": Architecture(4096, 32, 32, 32, 11008, 32000, tied=False),
+    "smollm2-135m": Architecture(576, 30, 9, 3, 1536, 49152, tied=True),
     "toy": Architecture(64, 2, 2, 2, 128, 1000, tied=True),
 }
 ALONE = ("llama-2-7b",)  # two of these with their optimisers leave a GPU no room
@@ -76,13 +79,18 @@ class StepJob:
 
 @dataclass(frozen=True)
 class SearchJob(StepJob):
-    """A turn is the search for the largest batch."""
+    """A turn is the search for the largest batch; when `seconds` are over, it is the largest seen to fit."""
+
+    seconds: float = math.inf
 
     def prepare(self) -> Callable[[], object]:
         state = TrainingState(self)
         half = len(self.lengths) // 2
+        deadline = time.monotonic() + self.seconds
 
         def fits(count: int) -> bool:
+            if time.monotonic() > deadline:
+                return False
             repeated = [self.lengths[i % half] for i in range(count)]
             repeated += [self.lengths[half + i % half] for i in range(count)]
             try:
@@ -190,40 +198,54 @@ def from_logits(model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def run(options: Options) -> Iterator[Record]:
-    cases, source = tofu.cases(options)
-    lengths = cases[0].lengths
-    impl = "triton" if options.on_gpu else "torch"
-    names = [f"npo_kernels/{impl}", "plain/live", "plain/cached"]
-    models = ("toy",) if options.toy else ("llama-3.2-1b", "llama-2-7b")
+    models = ("toy",) if options.toy else ("smollm2-135m", "llama-3.2-1b", "llama-2-7b")
     for model in models:
-        arch = MODELS[model]
-        case = Case(f"{model}/step", Head(arch.hidden, arch.vocab), lengths, retain=len(lengths) // 2)
-        if not options.chosen([case]):
+        case, source = case_of(options, model)
+        if options.chosen([case]):
+            yield from steps(options, model, providers(options))
+            for name in providers(options):
+                yield largest_batch(options, model, name)
+
+
+def providers(options: Options) -> list[str]:
+    return [f"npo_kernels/{'triton' if options.on_gpu else 'torch'}", "plain/live", "plain/cached"]
+
+
+def case_of(options: Options, model: str) -> tuple[Case, str]:
+    """TOFU's batch at the head of a model, and where its lengths are from."""
+    cases, source = tofu.cases(options)
+    arch, lengths = MODELS[model], cases[0].lengths
+    return Case(f"{model}/step", Head(arch.hidden, arch.vocab), lengths, retain=len(lengths) // 2), source
+
+
+def steps(options: Options, model: str, names: Sequence[str]) -> Iterator[Record]:
+    """Time, tokens per second and peak of every provider."""
+    case, source = case_of(options, model)
+    fields = (model, case.lengths, options.dtype, options.device, options.threads, options.reps)
+    jobs = {StepJob(name, *fields): name for name in names}
+    tokens = sum(ignored + scored + 1 for ignored, scored in case.lengths)
+    for job, turns in take_turns(jobs, together=model not in ALONE).items():
+        common = _fields(options, case, jobs[job], source)
+        if isinstance(turns, Failure):
+            yield record(options.device, **common, metric="ms", status=turns.status, error=turns.error)
             continue
-        jobs = {
-            StepJob(name, model, lengths, options.dtype, options.device, options.threads, options.reps): name
-            for name in names
-        }
-        tokens = sum(ignored + scored + 1 for ignored, scored in lengths)
-        for job, turns in take_turns(jobs, together=model not in ALONE).items():
-            fields = _fields(options, case, jobs[job], source)
-            if isinstance(turns, Failure):
-                yield record(options.device, **fields, metric="ms", status=turns.status, error=turns.error)
-                continue
-            milliseconds, peaks, _ = zip(*turns, strict=True)
-            yield record(options.device, **fields, metric="ms", **summary(milliseconds))
-            rates = [1e3 * tokens / ms for ms in milliseconds]
-            yield record(options.device, **fields, metric="tokens_per_s", **summary(rates))
-            yield record(options.device, **fields, metric="peak_mb", **summary(peaks))
-        for name in names:
-            yield _largest_batch(options, case, name, model, source)
+        milliseconds, peaks, _ = zip(*turns, strict=True)
+        yield record(options.device, **common, metric="ms", **summary(milliseconds))
+        rates = [1e3 * tokens / ms for ms in milliseconds]
+        yield record(options.device, **common, metric="tokens_per_s", **summary(rates))
+        yield record(options.device, **common, metric="peak_mb", **summary(peaks))
 
 
-def _largest_batch(options: Options, case: Case, name: str, model: str, source: str) -> Record:
+def largest_batch(options: Options, model: str, name: str) -> Record:
+    """Forget sequences of the largest step that fits, with as many to retain; found in `options.seconds`."""
+    case, source = case_of(options, model)
     fields = _fields(options, case, name, source) | {"metric": "max_batch"}
     if not options.on_gpu:
         return record(options.device, **fields, status="unsupported", error="a CPU has no memory limit of its own")
-    job = SearchJob(name, model, case.lengths, options.dtype, options.device, options.threads, reps=1, warmup=0)
+    job = SearchJob(
+        name, model, case.lengths, options.dtype, options.device, options.threads, reps=1, warmup=0,
+        seconds=options.seconds,
+    )  # fmt: skip
     turns = take_turns([job])[job]
     if isinstance(turns, Failure):
         return record(options.device, **fields, status=turns.status, error=turns.error)

@@ -205,7 +205,7 @@ def test_command_line(tmp_path, capsys):
     out = tmp_path / "r.jsonl"
     command = ["run", "--suite", "accuracy", "--case", "random", "--providers", "plain/eager", "--device", "cpu"]
     threads = ["--threads", str(torch.get_num_threads())]
-    assert main([*command, *threads, "--out", str(out)]) == 0
+    assert main([*command, *threads, "--out", str(out), "--allow_dirty"]) == 0
     assert {json.loads(line)["dtype"] for line in Path(out).read_text().splitlines()} == {"bfloat16"}
     assert "rel_err" in capsys.readouterr().out
     assert main(["run", "--suite", "head", "--providers", "nobody", "--device", "cpu", *threads]) == 2

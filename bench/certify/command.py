@@ -1,0 +1,84 @@
+"""The command line of `python -m bench certify`."""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from bench import provenance
+from bench.certify import report, schedule
+from bench.certify.journal import BROKEN, PASSED, Journal
+from bench.certify.runner import run, since_start_of_process
+from bench.certify.unit import Context
+
+HELP = "correctness, targets, tuning and rooflines of the GPU at hand, in a given time"
+REHEARSAL = 600.0  # seconds, of which it takes a third; a stage may not fail for want of time
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="of this command, start to end; default 420")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results; must not have any yet")
+    parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="these stages, all of the time for them")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="STAGE", help="not these")
+    parser.add_argument("--data_dir", type=Path, help="folder with TOFU's JSON lines; default: its committed lengths")
+    parser.add_argument("--plan", action="store_true", help="print what a budget is spent on, and stop")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, at tiny sizes, with faults put in")
+    parser.add_argument("--commit", help="of these files, where they travelled without their history")
+    parser.add_argument("--allow_dirty", action="store_true", help="measure files that differ from the last commit")
+
+
+def main(args: argparse.Namespace) -> int:
+    spent = since_start_of_process()
+    try:
+        stages = schedule.chosen(args.only, args.skip)
+    except ValueError as error:
+        return _refuse(str(error))
+    if args.plan:
+        context = Context(Path(), args.rehearse, time.monotonic())
+        print(schedule.plan(stages, (args.budget,) if args.budget else schedule.BUDGETS, context))
+        return 0
+    if args.commit:
+        os.environ[provenance.VARIABLE] = args.commit
+    refused = provenance.refusal(args.allow_dirty or args.rehearse)
+    if args.out is None:
+        refused = "--out DIR is needed: results that are nowhere are lost"
+    elif (args.out / "journal.jsonl").exists():
+        refused = f"{args.out} has results of an earlier run: name another folder"
+    elif not args.rehearse and not torch.cuda.is_available():
+        refused = "there is no GPU here; --rehearse runs all of it on a CPU, --plan prints what a budget is spent on"
+    if refused:
+        return _refuse(refused)
+    budget = args.budget or (REHEARSAL if args.rehearse else schedule.BUDGETS[0])
+    deadline = time.monotonic() + budget - spent - (0 if args.rehearse else schedule.RESERVE / 2)
+    args.out.mkdir(parents=True, exist_ok=True)
+    context = Context(args.out, args.rehearse, deadline, args.data_dir)
+    journal = Journal(args.out / "journal.jsonl")
+    if args.rehearse:
+        from bench.certify import rehearsal
+
+        stages = rehearsal.prepare(stages)
+    else:
+        os.environ["NPO_GPU_TESTS"] = "1"  # what tests/support.py makes its batches on
+    run(stages, context, journal, _say, lambda: report.write(args.out, stages, journal))
+    print(report.write(args.out, stages, journal))
+    return exit_code(stages, journal)
+
+
+def exit_code(stages: list[schedule.Stage], journal: Journal) -> int:
+    """0 where nothing failed, 1 where something did, 2 where nothing passed."""
+    statuses = {outcome.status for stage in stages for outcome in journal.outcomes(stage.name)}
+    if PASSED not in statuses:
+        return 2
+    return 1 if statuses & set(BROKEN) or report.failed_tests(journal) else 0
+
+
+def _say(text: str) -> None:
+    print(time.strftime("%H:%M:%S"), text, flush=True)
+
+
+def _refuse(why: str) -> int:
+    print(f"bench certify: {why}", file=sys.stderr)
+    return 2

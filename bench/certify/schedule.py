@@ -1,0 +1,82 @@
+"""The stages in their order, and what of a budget each may take."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from bench.certify.unit import Context, Unit
+from bench.tables import markdown
+
+# What `--plan` shows: a first call on a machine that is lent for a quarter of an hour, and a second with the rest.
+BUDGETS = (420.0, 300.0)
+# For starting Python, importing, and writing the report.
+RESERVE = 20.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`share` and `least` are seconds: of a budget of 420, and under which it is not worth a start."""
+
+    name: str
+    what: str
+    share: float
+    least: float
+
+    def units(self, context: Context) -> list[Unit]:
+        """Of bench/certify/stages/NAME.py."""
+        return import_module(f"bench.certify.stages.{self.name}").units(context)
+
+
+STAGES = (
+    Stage("environment", "versions, driver, clocks, power; the ceilings of a product and of a copy", 10, 5),
+    Stage("compile", "every specialisation of a kernel that the stages below launch, compiled on all cores", 35, 10),
+    Stage("checks", "every kernel and mode against float64, and what only a GPU shows", 45, 15),
+    Stage("head", "the loss at shape R in each candidate kernel, beside plain PyTorch; peaks", 30, 15),
+    Stage("peers", "the same beside every peer that imports, in turns", 80, 25),
+    Stage("tofu", "batches of TOFU at three heads", 35, 10),
+    Stage("tune", "tiles near those in force, at the hidden sizes of the stages above", 45, 20),
+    Stage("roofline", "time, rate and gaps of every launch; host syncs", 15, 8),
+    Stage("step", "NPO and retain steps of whole models against logits and a live reference", 40, 15),
+    Stage("suite", "tests/gpu, the longest last", 40, 15),
+)
+
+
+def chosen(only: Iterable[str], skip: Iterable[str]) -> list[Stage]:
+    """Of all stages those asked for, in their order."""
+    names = [stage.name for stage in STAGES]
+    only, skip = list(only), set(skip)
+    unknown = [name for name in (*only, *skip) if name not in names]
+    if unknown:
+        raise ValueError(f"no stage is called {unknown[0]!r}; there are {', '.join(names)}")
+    return [stage for stage in STAGES if (not only or stage.name in only) and stage.name not in skip]
+
+
+def allotment(stages: Sequence[Stage], seconds: float) -> dict[str, float]:
+    """Seconds by stage: the whole, divided by the shares."""
+    shares = sum(stage.share for stage in stages)
+    return {stage.name: seconds * stage.share / shares for stage in stages}
+
+
+def plan(stages: Sequence[Stage], budgets: Sequence[float], context: Context) -> str:
+    """What each stage may take of each budget, and how many of its units begin if all take what is expected."""
+    rows = []
+    for stage in stages:
+        units, row = stage.units(context), [stage.name, stage.what]
+        for budget in budgets:
+            seconds = allotment(stages, budget - RESERVE)[stage.name]
+            row += [f"{seconds:.0f} s", f"{_begun(units, seconds)} of {len(units)}"]
+        rows.append(row)
+    heading = ["stage", "what", *(text for budget in budgets for text in (f"of {budget:.0f} s", "units"))]
+    total = ["", "", *(text for budget in budgets for text in (f"{budget - RESERVE:.0f} s", ""))]
+    note = (
+        f"{RESERVE:.0f} s of a budget are for the start and the report; what a stage does not use goes to later ones."
+    )
+    return markdown(heading, [*rows, total], "ll" + "r" * (2 * len(budgets))) + "\n\n" + note
+
+
+def _begun(units: Iterable[Unit], seconds: float) -> int:
+    begun = 0
+    for unit in units:
+        if unit.seconds <= seconds:
+            begun, seconds = begun + 1, seconds - unit.seconds
+    return begun

@@ -1,0 +1,114 @@
+"""The specialisations of kernels that calls would launch, found without compiling, compiled by many processes at once.
+
+Triton asks a hook before it compiles. Here the hook writes down what was asked for and forbids it, so the call goes on
+without launching: results are what was in memory, and nothing looks at them. The list is then compiled, each entry as
+the JIT would, into Triton's cache on the disk, where every later process finds it.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from importlib import import_module
+from multiprocessing import get_context
+from typing import NamedTuple
+
+import torch
+
+
+class Specialization(NamedTuple):
+    """A kernel and what Triton's `JITFunction.preload` takes."""
+
+    module: str
+    kernel: str
+    data: str
+
+
+class Compiled(NamedTuple):
+    kernel: str
+    seconds: float
+    error: str | None
+
+
+@contextmanager
+def collecting() -> Iterator[dict[Specialization, None]]:
+    """Launches are written down, once each, and do not happen."""
+    import triton
+
+    found: dict[Specialization, None] = {}
+
+    def hook(*, fn, compile, **_) -> bool:
+        found[Specialization(fn.module, fn.name, compile["specialization_data"])] = None
+        return True  # do not compile
+
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.jit_cache_hook = hook
+        yield found
+
+
+def collect(calls: Iterable[Callable[[], object]]) -> list[Specialization]:
+    """Of all calls."""
+    with collecting() as found:
+        for call in calls:
+            call()
+    return list(found)
+
+
+def compile_one(specialization: Specialization) -> Compiled:
+    """In a worker: into the cache on the disk, with the stub that launches it where there is a device."""
+    start, error = time.monotonic(), None
+    try:
+        function = getattr(import_module(specialization.module), specialization.kernel)
+        kernel = function.preload(specialization.data)
+        if torch.cuda.is_available():
+            kernel.run  # noqa: B018  # a property: builds the stub and loads the code
+    except Exception as failure:  # the compiler's own, or out of shared memory: the report says so
+        error = f"{type(failure).__name__}: {failure}".splitlines()[0]
+    return Compiled(specialization.kernel, time.monotonic() - start, error)
+
+
+class Compilers:
+    """Processes that compile. Made before this process touches a GPU: a fork of one that did is of no use."""
+
+    def __init__(self, jobs: int | None = None):
+        self.jobs = jobs or len(os.sched_getaffinity(0))
+        self.pool = ProcessPoolExecutor(self.jobs, mp_context=get_context("fork"))
+        self.pool.submit(int).result()  # forks them all
+
+    def compile(self, specializations: Iterable[Specialization]) -> list[Compiled]:
+        """As they are done; a line each."""
+        futures = [self.pool.submit(compile_one, s) for s in specializations]
+        found = []
+        for future in as_completed(futures):
+            found.append(future.result())
+            print(f"{found[-1].seconds:6.1f} s  {found[-1].kernel}  {found[-1].error or ''}", flush=True)
+        return found
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def pretend_sm_90() -> None:
+    """Without a GPU: calls on CPU tensors specialise and compile as they would on a Hopper one. For good; launching
+    would not work, so this is for `collect` and `compile_one` alone.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from npo_kernels import inputs, linear_kl, triton_backend
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    triton.runtime.driver.set_active(Driver())
+    triton_backend._architecture = lambda device: "sm_90"
+    triton_backend._processors = lambda device: 132
+    inputs.resolve_impl = linear_kl.resolve_impl = lambda impl, device: "triton" if impl == "auto" else impl

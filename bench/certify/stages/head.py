@@ -1,0 +1,76 @@
+"""The target table's shape R: ours in each kernel, plain PyTorch, and one product, in turns; with their peaks.
+
+Nothing here can fail for a peer's sake; `peers` measures all of it again beside whoever imports.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+from bench.cases import MODES, Batch, Case, R, head_case
+from bench.certify.unit import Context, Unit
+from bench.measure import WHOLE, time_batch
+from bench.memory import peak_of
+from bench.records import Record
+from bench.targets import OURS, SMALL
+
+PLAIN = {"full": ("plain/eager",), "frozen": ("plain/eager",), "logprobs": ("plain/eager", "plain/product")}
+SECONDS = {"full": 9, "frozen": 6, "logprobs": 5}  # of all turns of a mode
+
+
+def units(context: Context) -> list[Unit]:
+    return [
+        *(Unit(f"{mode}, in turns", partial(in_turns, mode), SECONDS[mode] + 2) for mode in MODES),
+        Unit("peaks", peaks, 4),
+    ]
+
+
+def in_turns(mode: str, context: Context) -> str:
+    return turns(context, mode, (*ours(context), *PLAIN[mode]), SECONDS[mode])
+
+
+def ours(context: Context) -> list[str]:
+    """The kernel in force, the other one, and the small workspace."""
+    from npo_kernels.triton_backend import tile_for
+
+    other = "simple" if tile_for(batch_of(context, "full").hidden).loop else "persistent"
+    return [OURS, f"{OURS}/{other}", SMALL]
+
+
+def turns(context: Context, mode: str, names: Sequence[str], seconds: float) -> str:
+    """Milliseconds and TFLOP/s of some providers; says the milliseconds."""
+    options = context.options("head", providers=tuple(names), seconds=seconds)
+    case = shape(context)
+    return said(context.emit(time_batch(options, case, batch_of(context, mode))), WHOLE[mode])
+
+
+def peaks(context: Context) -> str:
+    """MiB beyond the inputs, gradients included."""
+    found = [context.emit([peak(context, name)])[0] for name in (*ours(context), "plain/eager")]
+    return said(found, "fwd_bwd", "peak_mb", "MiB")
+
+
+def peak(context: Context, name: str) -> Record:
+    options = context.options("memory")
+    return peak_of(options, shape(context), name, batch_of(context, "full"))
+
+
+def shape(context: Context) -> Case:
+    return head_case("toy", 32, length=16) if context.toy else R
+
+
+def batch_of(context: Context, mode: str) -> Batch:
+    """Made once a process: the tensors of all modes are the same."""
+    if "batch" not in context.kept:
+        context.kept["batch"] = shape(context).batch(context.options("head").torch_dtype, context.device)
+    return context.kept["batch"].for_mode(mode)
+
+
+def said(records: Sequence[Record], what: str, metric: str = "ms", unit: str = "ms", needed: str = OURS) -> str:
+    """The line of the report: the values, and who gave none. Raises where the one that is needed has none."""
+    found = {r["provider"]: r for r in records if (r["metric"], r["what"]) == (metric, what)}
+    text = [f"{name} {r['value']:.4g} {unit}" for name, r in found.items() if r["status"] == "ok"]
+    text += [f"{name} {r['status']}" for name, r in found.items() if r["status"] not in ("ok", "missing")]
+    mine = found.get(needed)
+    if mine is None or mine["status"] not in ("ok", "unsupported"):
+        raise RuntimeError(f"{needed}: {'no value' if mine is None else mine['error']}; " + ", ".join(text))
+    return ", ".join(text)

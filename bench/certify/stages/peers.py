@@ -1,0 +1,43 @@
+"""Every peer that imports, beside ours, at shape R: each is tried by itself first, in a unit that may hang or crash;
+then those that came through take turns."""
+
+from functools import partial
+
+from bench.cases import MODES
+from bench.certify.journal import PASSED, Journal
+from bench.certify.stages.head import PLAIN, batch_of, ours, peak, turns
+from bench.certify.unit import Context, Unit
+from bench.options import Options
+from bench.providers import PROVIDERS
+
+SECONDS = {"full": 24, "frozen": 12, "logprobs": 8}  # of all turns of a mode
+
+
+def peers(toy: bool) -> list[str]:
+    names = [name for name in Options("head").provider_names if not name.startswith(("npo_kernels/", "plain/"))]
+    return names if toy else [*names, "plain/compile"]
+
+
+def units(context: Context) -> list[Unit]:
+    tries = [Unit(f"try {name}", partial(attempt, name), 3, 60) for name in peers(context.toy)]
+    return [*tries, *(Unit(f"{mode}, in turns", partial(in_turns, mode), SECONDS[mode] + 2) for mode in MODES)]
+
+
+def attempt(name: str, context: Context) -> str:
+    """One step, to compile what it compiles, and the peak of another."""
+    try:
+        PROVIDERS[name].step(batch_of(context, "full"))
+    finally:
+        # in the records too: a row that says why there is no value
+        found = context.emit([peak(context, name)])[0]
+    return f"{found['value']:.0f} MiB"
+
+
+def in_turns(mode: str, context: Context) -> str:
+    return turns(context, mode, [*ours(context), *PLAIN[mode], *standing(context)], SECONDS[mode])
+
+
+def standing(context: Context) -> list[str]:
+    """The peers that came through a try."""
+    ended = Journal(context.out / "journal.jsonl").ended("peers")
+    return [name for name in peers(context.toy) if (o := ended.get(f"try {name}")) and o.status == PASSED]

@@ -1,0 +1,30 @@
+"""Forget and retain steps of whole models with random weights, against logits and a live reference model."""
+
+from functools import partial
+
+from bench.certify.stages.head import said
+from bench.certify.unit import Context, Unit
+from bench.suites import step
+
+MODELS = ("llama-3.2-1b", "smollm2-135m")
+SEARCH = 14.0  # seconds of a search for the largest batch
+REPS = 10
+
+
+def units(context: Context) -> list[Unit]:
+    models, names = (("toy",) if context.toy else MODELS), step.providers(context.options("step"))[:2]
+    return [
+        *(Unit(f"{model}: steps", partial(steps, model, names), 14, 90) for model in models),
+        *(Unit(f"{m}: largest batch, {n}", partial(largest, m, n), SEARCH + 6) for m in models for n in names),
+    ]
+
+
+def steps(model: str, names: list[str], context: Context) -> str:
+    options = context.options("step", reps=1 if context.toy else REPS)
+    found = context.emit(step.steps(options, model, names))
+    return said(found, "fwd_bwd", "tokens_per_s", "tokens/s", names[0])
+
+
+def largest(model: str, name: str, context: Context) -> str:
+    found = context.emit([step.largest_batch(context.options("step", seconds=SEARCH), model, name)])
+    return said(found, "fwd_bwd", "max_batch", "forget sequences", name)

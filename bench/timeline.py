@@ -1,0 +1,62 @@
+"""The launches of one call as the device ran them: how often, how long, and what lay between them."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+@dataclass(frozen=True)
+class Span:
+    """One launch, or one copy, on the device: microseconds from an arbitrary beginning."""
+
+    name: str
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Of one call, in the order in which things began."""
+
+    spans: tuple[Span, ...]
+
+    @property
+    def total(self) -> float:
+        """Microseconds from the first beginning to the last end."""
+        return max(s.end for s in self.spans) - self.spans[0].begin
+
+    @property
+    def idle(self) -> float:
+        """Microseconds in which nothing ran."""
+        busy, until = 0.0, self.spans[0].begin
+        for span in self.spans:
+            busy += max(0.0, span.end - max(span.begin, until))
+            until = max(until, span.end)
+        return self.total - busy
+
+    def by_name(self) -> dict[str, list[float]]:
+        """Microseconds of every launch, the longest sum first."""
+        found: dict[str, list[float]] = {}
+        for span in self.spans:
+            found.setdefault(span.name, []).append(span.end - span.begin)
+        return dict(sorted(found.items(), key=lambda item: -sum(item[1])))
+
+
+def timeline(call: Callable[[], object], on_gpu: bool) -> Timeline:
+    """Of the second of two calls: the first compiles. On a CPU the outermost operators stand for launches."""
+    call()
+    if on_gpu:
+        torch.cuda.synchronize()
+    kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as found:
+        call()
+        if on_gpu:
+            torch.cuda.synchronize()
+    events = (e for e in found.events() if e.device_type == kind and (on_gpu or e.cpu_parent is None))
+    return Timeline(ordered(Span(e.name, e.time_range.start, e.time_range.end) for e in events))
+
+
+def ordered(spans: Iterable[Span]) -> tuple[Span, ...]:
+    return tuple(sorted(spans, key=lambda span: (span.begin, span.end)))

@@ -127,17 +127,17 @@ def interleaved(
                 times = turn(PROVIDERS[name], batch, clock)
             except Exception as error:  # whatever a peer raises is its result
                 results[name] = failure(error)
-                release(batch)
+                release(batch.hidden.is_cuda)
                 continue
             if number >= warmup:
                 results[name].append(times)
     return results
 
 
-def release(batch: Batch) -> None:
-    """Give back what a failed provider held."""
+def release(on_gpu: bool) -> None:
+    """Give back what nobody holds any more, a failed provider for one."""
     gc.collect()
-    if batch.hidden.is_cuda:
+    if on_gpu:
         torch.cuda.empty_cache()
 
 

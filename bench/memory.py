@@ -57,7 +57,7 @@ def peak_of(options: Options, case: Case, name: str, batch: Batch) -> Record:
         peak = (memory(options.device, reset=False) - before) / MIB
     except Exception as error:  # whatever a peer raises is its result
         why = failure(error)
-        release(batch)
+        release(batch.hidden.is_cuda)
         return record(options.device, **common, status=why.status, error=why.error)
     plan = plan_of(name, batch)
     return record(options.device, **common, plan=None if plan is None else str(plan), **summary([peak]))

@@ -117,13 +117,17 @@ def targets_table(records: list[Record]) -> str:
 
 
 def targets_page(records: list[Record]) -> str:
-    """RESULTS.md."""
+    """RESULTS.md: a table a GPU."""
+    gpus = sorted({r["gpu"] for r in records if r["gpu"]})
+    tables = [f"## {gpu}\n\n" + targets_table([r for r in records if r["gpu"] == gpu]) for gpu in gpus]
     return (
         "# Targets\n\n"
         "Shape R: N=8192, H=4096, V=128256, bfloat16; ratios are of medians of providers that took turns in one "
-        "process on one GPU.\nMade by `python -m bench report` from `bench/results/*.jsonl`; an estimate is never "
-        "entered as a measurement (`python -m bench\nroofline` prints the model). What was measured on a CPU is in "
-        "[results/report.md](results/report.md).\n\n" + targets_table(records) + "\n"
+        "process on one GPU.\nMade by `python -m bench report` from `bench/results`; an estimate is never "
+        "entered as a measurement (`python -m bench\nroofline` prints the model). `python -m bench certify` measures "
+        "all of it on the GPU at hand. What was measured on a CPU is in\n[results/report.md](results/report.md).\n\n"
+        + "\n\n".join(tables or [targets_table([])])
+        + "\n"
     )
 
 

@@ -29,15 +29,15 @@ class Stage:
 
 STAGES = (
     Stage("environment", "versions, driver, clocks, power; the ceilings of a product and of a copy", 10, 5),
-    Stage("compile", "every specialisation of a kernel that the stages below launch, compiled on all cores", 35, 10),
-    Stage("checks", "every kernel and mode against float64, and what only a GPU shows", 45, 15),
-    Stage("head", "the loss at shape R in each candidate kernel, beside plain PyTorch; peaks", 30, 15),
-    Stage("peers", "the same beside every peer that imports, in turns", 80, 25),
-    Stage("tofu", "batches of TOFU at three heads", 35, 10),
+    Stage("compile", "every specialisation of a kernel that the stages below launch, compiled on all cores", 30, 10),
+    Stage("checks", "every kernel and mode against float64, and what only a GPU shows", 60, 15),
+    Stage("head", "the loss at shape R in each candidate kernel, beside plain PyTorch; peaks; growth", 40, 15),
+    Stage("peers", "the same beside every peer that imports, in turns", 85, 25),
+    Stage("tofu", "batches of TOFU at three heads", 30, 10),
     Stage("tune", "tiles near those in force, at the hidden sizes of the stages above", 45, 20),
     Stage("roofline", "time, rate and gaps of every launch; host syncs", 15, 8),
     Stage("step", "NPO and retain steps of whole models against logits and a live reference", 40, 15),
-    Stage("suite", "tests/gpu, the longest last", 40, 15),
+    Stage("suite", "tests/gpu, the longest last", 45, 15),
 )
 
 
@@ -77,6 +77,6 @@ def plan(stages: Sequence[Stage], budgets: Sequence[float], context: Context) ->
 def _begun(units: Iterable[Unit], seconds: float) -> int:
     begun = 0
     for unit in units:
-        if unit.seconds <= seconds:
+        if unit.seconds + unit.reserve <= seconds:
             begun, seconds = begun + 1, seconds - unit.seconds
     return begun

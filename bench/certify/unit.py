@@ -75,10 +75,11 @@ class Unit:
     run: Callable[[Context], str | None]
     seconds: float  # expected of an H100 that has compiled nothing; where less is left it is not begun
     limit: float | None = None  # seconds after which it is killed
+    reserve: float = 0.0  # seconds that it leaves to the units behind it
 
-    @property
-    def kill_after(self) -> float:
-        return 20 + 3 * self.seconds if self.limit is None else self.limit
+    def kill_after(self, left: float) -> float:
+        limit = 20 + 3 * self.seconds if self.limit is None else self.limit
+        return max(self.seconds, min(limit, left - self.reserve))
 
 
 def work(stage: str, units: Iterable[Unit], context: Context, journal: Journal) -> int:
@@ -89,12 +90,12 @@ def work(stage: str, units: Iterable[Unit], context: Context, journal: Journal) 
     for unit in units:
         if unit.name in done:
             continue
-        needed = min(unit.seconds, 1) if context.toy else unit.seconds
+        needed = 1 if context.toy else unit.seconds + unit.reserve
         if context.left < needed:
-            why = f"needs about {needed:.0f} s, {max(0, context.left):.0f} s were left"
+            why = f"needs about {needed:.0f} s of the stage, {max(0, context.left):.0f} s were left"
             journal.end(stage, unit.name, NOT_MEASURED, None, why)
             continue
-        journal.begin(stage, unit.name, unit.kill_after)
+        journal.begin(stage, unit.name, unit.kill_after(context.left))
         print(f"--- {stage}: {unit.name}", flush=True)
         start = time.monotonic()
         try:

@@ -48,7 +48,7 @@ def errors(options: Options, case: Case, batch: Batch, **fields) -> Iterator[Rec
         except Exception as error:  # whatever a peer raises is its result
             why = failure(error)
             yield record(options.device, **common, what="bwd", status=why.status, error=why.error)
-            release(batch)
+            release(batch.hidden.is_cuda)
             continue
         for tensor, value in found.items():
             worst = error_of(tensor, value, truth[provider.computes][tensor])

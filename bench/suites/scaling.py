@@ -13,8 +13,8 @@ from scipy import stats
 
 from bench.cases import HEADS, Case, Head, even
 from bench.isolate import MIB
-from bench.measure import WHOLE, described, time_case
-from bench.memory import isolated
+from bench.measure import WHOLE, described, release, time_batch, time_case
+from bench.memory import isolated, peak_of
 from bench.options import Options
 from bench.records import Record, record
 
@@ -46,6 +46,20 @@ def run(options: Options) -> Iterator[Record]:
         found += isolated(options, chosen, reps=1)
         yield from found
         yield from fits(options, axis, cases, found)
+
+
+def in_one_process(options: Options, axis: str) -> Iterator[Record]:
+    """One axis without processes of their own: on a GPU the allocator counts as well here as there, in less time."""
+    cases, found = sweeps(options.toy)[axis], []
+    for case in cases.values():
+        batch = case.batch(options.torch_dtype, options.device)
+        measured = [*time_batch(options, case, batch)]
+        measured += [peak_of(options, case, name, batch) for name in options.provider_names]
+        yield from measured
+        found += measured
+        del batch
+        release(options.on_gpu)
+    yield from fits(options, axis, cases, found)
 
 
 def fits(options: Options, axis: str, cases: dict[int, Case], found: Iterable[Record]) -> Iterator[Record]:

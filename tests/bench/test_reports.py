@@ -90,6 +90,7 @@ def test_targets_need_a_gpu_and_are_computed_from_records():
         made(20.0, provider="cce/default", exact=False, **gpu),  # inexact: does not count
         made(31.0, provider="quack/base", computes="ce", **gpu),
         made(700.0, metric="tflops", **gpu),
+        made(770.0, metric="tflops", suite="ceilings", case="product 8192", provider="torch", **gpu),
         made(20.0, **frozen, **gpu),
         made(50.0, provider="liger/scaled", **frozen, **gpu),
         made(12.0, **logprobs, **gpu),
@@ -105,7 +106,9 @@ def test_targets_need_a_gpu_and_are_computed_from_records():
     assert texts[2].startswith("91%") and texts[3].startswith("0.40x") and texts[4].startswith("1.09x")
     assert texts[5] is None
     assert texts[6].startswith("10.0% (1000 MiB") and texts[7] == "2.0% (200 MiB of 10000) at 1.20x the time"
-    assert targets_page(records).count("NVIDIA H200") == 7
+    page = targets_page([*records, made(29.0, gpu="NVIDIA H100", driver="1")])
+    assert page.count("## NVIDIA H200\n") == page.count("## NVIDIA H100\n") == 1
+    assert page.count("| NVIDIA H200, driver 1 |") == 7 and "| NVIDIA H100" not in page  # figures of one GPU only
 
 
 def test_report(tmp_path):

@@ -39,8 +39,8 @@ def units(context: Context) -> list[Unit]:
     if context.toy:
         return [Unit("a few specialisations", few, 20)]
     return [
-        Unit("specialisations of the checks", partial(compile_all, checks), 25),
-        Unit("specialisations of the measurements", partial(compile_all, measurements), 10),
+        Unit("specialisations of the checks", partial(compile_all, checks), 13),
+        Unit("specialisations of the measurements", partial(compile_all, measurements), 8),
     ]
 
 

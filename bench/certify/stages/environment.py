@@ -19,9 +19,9 @@ QUERY = (
 
 def units(context: Context) -> list[Unit]:
     return [
-        Unit("versions, clocks, power", facts, 3),
-        Unit("ceiling of a product", product_ceiling, 4),
-        Unit("ceiling of a copy", copy_ceiling, 3),
+        Unit("versions, clocks, power", facts, 2),
+        Unit("ceiling of a product", product_ceiling, 3),
+        Unit("ceiling of a copy", copy_ceiling, 2),
     ]
 
 

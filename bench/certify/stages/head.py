@@ -11,16 +11,19 @@ from bench.certify.unit import Context, Unit
 from bench.measure import WHOLE, time_batch
 from bench.memory import peak_of
 from bench.records import Record
+from bench.suites.scaling import in_one_process
 from bench.targets import OURS, SMALL
 
 PLAIN = {"full": ("plain/eager",), "frozen": ("plain/eager",), "logprobs": ("plain/eager", "plain/product")}
-SECONDS = {"full": 9, "frozen": 6, "logprobs": 5}  # of all turns of a mode
+SECONDS = {"full": 9, "frozen": 6, "logprobs": 5}  # of all turns of a mode, where there is as much
+LEAST = 5  # for starting, and a turn each
 
 
 def units(context: Context) -> list[Unit]:
     return [
-        *(Unit(f"{mode}, in turns", partial(in_turns, mode), SECONDS[mode] + 2) for mode in MODES),
+        *(Unit(f"{mode}, in turns", partial(in_turns, mode), LEAST) for mode in MODES),
         Unit("peaks", peaks, 4),
+        *(Unit(f"growth over {axis}", partial(growth, axis), 7) for axis in "NV"),
     ]
 
 
@@ -38,7 +41,7 @@ def ours(context: Context) -> list[str]:
 
 def turns(context: Context, mode: str, names: Sequence[str], seconds: float) -> str:
     """Milliseconds and TFLOP/s of some providers; says the milliseconds."""
-    options = context.options("head", providers=tuple(names), seconds=seconds)
+    options = context.options("head", providers=tuple(names), seconds=min(seconds, context.left - LEAST / 2))
     case = shape(context)
     return said(context.emit(time_batch(options, case, batch_of(context, mode))), WHOLE[mode])
 
@@ -47,6 +50,16 @@ def peaks(context: Context) -> str:
     """MiB beyond the inputs, gradients included."""
     found = [context.emit([peak(context, name)])[0] for name in (*ours(context), "plain/eager")]
     return said(found, "fwd_bwd", "peak_mb", "MiB")
+
+
+def growth(axis: str, context: Context) -> str:
+    """Exponents of time and memory of the kernel in force."""
+    options = context.options("scaling", providers=(OURS,), reps=5, warmup=1, seconds=2)
+    found = context.emit(in_one_process(options, axis))
+    fitted = {r["metric"].removeprefix("exponent_"): r["value"] for r in found if r["metric"].startswith("exponent_")}
+    if "ms" not in fitted:
+        raise RuntimeError(next((r["error"] for r in found if r["error"]), "fewer than three sizes were measured"))
+    return ", ".join(f"exponent of {metric} {value:.3f}" for metric, value in fitted.items())
 
 
 def peak(context: Context, name: str) -> Record:

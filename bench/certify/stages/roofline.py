@@ -32,8 +32,8 @@ PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma")
 
 
 def units(context: Context) -> list[Unit]:
-    found = [Unit(mode, partial(profiled, OURS, mode), 4) for mode in MODES]
-    found.append(Unit("full, 256 MiB", partial(profiled, SMALL, "full"), 4))
+    found = [Unit(mode, partial(profiled, OURS, mode), 3) for mode in MODES]
+    found.append(Unit("full, 256 MiB", partial(profiled, SMALL, "full"), 3))
     return found if context.toy else [*found, Unit("host syncs", no_sync, 2)]
 
 

@@ -42,13 +42,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
     if args.commit:
         os.environ[provenance.VARIABLE] = args.commit
-    refused = provenance.refusal(args.allow_dirty or args.rehearse)
-    if args.out is None:
-        refused = "--out DIR is needed: results that are nowhere are lost"
-    elif (args.out / "journal.jsonl").exists():
-        refused = f"{args.out} has results of an earlier run: name another folder"
-    elif not args.rehearse and not torch.cuda.is_available():
-        refused = "there is no GPU here; --rehearse runs all of it on a CPU, --plan prints what a budget is spent on"
+    refused = refusal(args)
     if refused:
         return _refuse(refused)
     budget = args.budget or (REHEARSAL if args.rehearse else schedule.BUDGETS[0])
@@ -65,6 +59,19 @@ def main(args: argparse.Namespace) -> int:
     run(stages, context, journal, _say, lambda: report.write(args.out, stages, journal))
     print(report.write(args.out, stages, journal))
     return exit_code(stages, journal)
+
+
+def refusal(args: argparse.Namespace) -> str | None:
+    """Why there would be nothing worth having, and what to do."""
+    if args.out is None:
+        return "--out DIR is needed: results that are nowhere are lost"
+    if (args.out / "journal.jsonl").exists():
+        return f"{args.out} has results of an earlier run: name another folder"
+    if args.rehearse:
+        return None
+    if not torch.cuda.is_available():
+        return "there is no GPU here; --rehearse runs all of it on a CPU, --plan prints what a budget is spent on"
+    return provenance.refusal(args.allow_dirty)
 
 
 def exit_code(stages: list[schedule.Stage], journal: Journal) -> int:

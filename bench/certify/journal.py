@@ -1,7 +1,7 @@
 """What ran and how it ended: a JSON line an event, on the disk as it happens, whoever dies next.
 
 planned   the units of a stage, when its process starts
-begin     of a unit, with the seconds after which it is killed
+begin     of a unit, with the seconds after which it is killed, and whether it then hangs or is only cut off
 end       of a unit: its status, seconds, and what there is to say
 test      one test of the suite (`pytest_journal`)
 """
@@ -37,6 +37,7 @@ class Running:
     unit: str
     since: float  # time.time()
     limit: float  # seconds
+    hangs: bool  # if it takes as long; else the time of its stage is short
 
 
 class Journal:
@@ -48,8 +49,8 @@ class Journal:
     def planned(self, stage: str, units: Iterable[str]) -> None:
         self._write(event="planned", stage=stage, units=list(units))
 
-    def begin(self, stage: str, unit: str, limit: float) -> None:
-        self._write(event="begin", stage=stage, unit=unit, limit=limit)
+    def begin(self, stage: str, unit: str, limit: float, hangs: bool = True) -> None:
+        self._write(event="begin", stage=stage, unit=unit, limit=limit, hangs=hangs)
 
     def end(self, stage: str, unit: str, status: str, seconds: float | None = None, detail: str = "") -> None:
         self._write(event="end", stage=stage, unit=unit, status=status, seconds=seconds, detail=detail)
@@ -69,7 +70,7 @@ class Journal:
         for line in read_lines(self.path):
             if line.get("stage") == stage and line["event"] in ("begin", "end"):
                 begun = line["event"] == "begin"
-                found = Running(line["unit"], line["time"], line["limit"]) if begun else None
+                found = Running(*(line[name] for name in ("unit", "time", "limit", "hangs"))) if begun else None
         return found
 
     def ended(self, stage: str) -> dict[str, Outcome]:

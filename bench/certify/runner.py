@@ -68,16 +68,15 @@ def _child(stage: Stage, context: Context, journal: Journal) -> None:
     """The process of a stage."""
     os.setsid()
     log = os.open(context.out / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    for number in (1, 2):  # what compilers and drivers print, too
+        os.dup2(log, number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     faulthandler.enable()
     code = 1
     try:
         code = work(stage.name, stage.units(context), context, journal)
     except BaseException:
         traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)  # tearing down a broken CUDA context can hang
 
 
@@ -88,9 +87,10 @@ def _watch(process, stage: str, context: Context, journal: Journal) -> tuple[str
         process.join(POLL)
         unit = journal.running(stage)
         if unit is not None and time.time() - unit.since > unit.limit:
-            late = TIMED_OUT, f"killed after {unit.limit:.0f} s"
+            killed = f"killed after {unit.limit:.0f} s"
+            late = (TIMED_OUT, killed) if unit.hangs else (NOT_MEASURED, f"{killed}, for want of time")
         elif context.left < 0:
-            late = NOT_MEASURED, "cut off by the end of the stage's time"
+            late = NOT_MEASURED, "killed at the end of the stage's time"
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # also what a stage that ended has left running
     process.kill()

@@ -77,9 +77,11 @@ class Unit:
     limit: float | None = None  # seconds after which it is killed
     reserve: float = 0.0  # seconds that it leaves to the units behind it
 
-    def kill_after(self, left: float) -> float:
-        limit = 20 + 3 * self.seconds if self.limit is None else self.limit
-        return max(self.seconds, min(limit, left - self.reserve))
+    def kill_after(self, left: float) -> tuple[float, bool]:
+        """(seconds, whether something must be wrong with a unit that takes as long); `left` to the stage."""
+        own = 20 + 3 * self.seconds if self.limit is None else self.limit
+        cut = max(self.seconds, left - self.reserve)
+        return min(own, cut), own <= cut
 
 
 def work(stage: str, units: Iterable[Unit], context: Context, journal: Journal) -> int:
@@ -95,7 +97,7 @@ def work(stage: str, units: Iterable[Unit], context: Context, journal: Journal) 
             why = f"needs about {needed:.0f} s of the stage, {max(0, context.left):.0f} s were left"
             journal.end(stage, unit.name, NOT_MEASURED, None, why)
             continue
-        journal.begin(stage, unit.name, unit.kill_after(context.left))
+        journal.begin(stage, unit.name, *unit.kill_after(context.left))
         print(f"--- {stage}: {unit.name}", flush=True)
         start = time.monotonic()
         try:

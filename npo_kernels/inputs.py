@@ -12,6 +12,9 @@ from npo_kernels.plan import workspace_bytes
 from npo_kernels.validation import check_batch, check_options, refuse_unknown
 from npo_kernels.vocab_parallel import Shard, local_head
 
+# Found once, without importing it: torch.compile cannot trace the search (torch 2.11).
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -111,10 +114,9 @@ def prepare(
 
 def resolve_impl(impl: str, device: torch.device) -> str:
     """ "auto" is Triton on a GPU that has it, the torch path elsewhere; a name asked for is that or an error."""
-    has_triton = importlib.util.find_spec("triton") is not None
     if impl == "auto":
-        return "triton" if device.type == "cuda" and has_triton else "torch"
-    if impl == "triton" and not has_triton:
+        return "triton" if device.type == "cuda" and HAS_TRITON else "torch"
+    if impl == "triton" and not HAS_TRITON:
         raise ValueError(
             "impl='triton' but Triton is not installed: install it (pip install triton), or use impl='torch'"
         )

@@ -1,6 +1,5 @@
 """`python -m npo_kernels.env` must work on the machine where nothing else does."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 import npo_kernels
-from npo_kernels import env
+from npo_kernels import env, inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,7 +39,7 @@ def test_json_and_text_say_the_same(capsys):
 )
 def test_auto_needs_a_gpu_and_triton(monkeypatch, cuda, triton, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
+    monkeypatch.setattr(inputs, "HAS_TRITON", triton)
     assert env.auto_impl()[0] == expected
 
 

@@ -17,7 +17,7 @@ from npo_kernels.head import Head
 from npo_kernels.inputs import autocast_inputs, resolve_impl
 from npo_kernels.layout import DEAD_ROW, ELSEWHERE, Rows, compact
 from npo_kernels.modes import Gradients, HeadGradients, Task, finish_hidden_grad
-from npo_kernels.ops import all_tensors, fake_gradients, no_second_derivative, plain_dtypes, scale_gradient
+from npo_kernels.ops import all_tensors, fake_gradients, no_second_derivative, runs_as_written, scale_gradient
 from npo_kernels.plan import workspace_bytes
 from npo_kernels.products import matmul
 from npo_kernels.tasks import backend_of, plan_of
@@ -181,7 +181,7 @@ def _log_sum_exp(task: Task, x: Tensor, head: Head) -> Tensor:
 
 
 @torch.library.custom_op("npo_kernels::linear_kl_loss", mutates_args=())
-@plain_dtypes
+@runs_as_written
 def linear_kl_loss(
     x: Tensor,  # (T, H)
     weight: Tensor,  # (V, H)
@@ -234,7 +234,7 @@ linear_kl_loss.register_autograd(_backward_loss, setup_context=_setup_loss)
 
 
 @torch.library.custom_op("npo_kernels::linear_kl", mutates_args=())
-@plain_dtypes
+@runs_as_written
 def linear_kl(
     x: Tensor,  # (T, H)
     weight: Tensor,  # (V, H)
@@ -265,7 +265,7 @@ def _(x, *_):
 
 
 @torch.library.custom_op("npo_kernels::linear_kl_backward", mutates_args=())
-@plain_dtypes
+@runs_as_written
 def linear_kl_backward(
     grad: Tensor,  # (T,)
     x: Tensor,

@@ -47,7 +47,7 @@ class _LogprobLoss(torch.autograd.Function):
             return gradient_coefficients(stats, torch.cat((grad, grad.new_zeros(1)))[rows.sequence], task.head)
 
         plan = plan_of(task, call.workspace_bytes, gradient_in_forward=True, separable=False)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with ops.as_written(hidden):
             _, grads = modes.value_and_gradients(task, plan, weigh)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)

@@ -9,7 +9,8 @@ All are functional: no state, no mutation, no aliasing, plain tensors out (an un
 sizes that depend on data (the number of scored rows) are unbacked in the fakes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 
 import torch
@@ -30,12 +31,21 @@ SECOND_DERIVATIVE = (
 )
 
 
-def plain_dtypes(op):
-    """Autocast has done its work on the inputs; inside an operator it would round the float32 sums."""
+@contextmanager
+def as_written(tensor: Tensor) -> Iterator[None]:
+    """No autocast: it has done its work on the inputs, and here it would round the float32 sums. And the device of the
+    tensor is the current one, on which Triton launches.
+    """
+    with torch.autocast(tensor.device.type, enabled=False), torch.cuda.device_of(tensor):
+        yield
+
+
+def runs_as_written(op):
+    """An operator in that context, of its first tensor."""
 
     @wraps(op)
     def run(first: Tensor, *args):
-        with torch.autocast(first.device.type, enabled=False):
+        with as_written(first):
             return op(first, *args)
 
     return run
@@ -47,7 +57,7 @@ def plain_dtypes(op):
 
 
 @torch.library.custom_op("npo_kernels::token_logps", mutates_args=())
-@plain_dtypes
+@runs_as_written
 def token_logps(
     hidden: Tensor,  # (T, H)
     weight: Tensor,  # (V, H)
@@ -104,7 +114,7 @@ def _(hidden, weight, bias, targets, offsets, ignore_index, logit_scale, softcap
 
 
 @torch.library.custom_op("npo_kernels::token_logps_backward", mutates_args=())
-@plain_dtypes
+@runs_as_written
 def token_logps_backward(
     grad_tokens: Tensor,  # (T,)
     grad_logps: Tensor,  # (B,)
@@ -209,7 +219,7 @@ token_logps.register_autograd(_backward_token_logps, setup_context=_setup_token_
 
 
 @torch.library.custom_op("npo_kernels::ratio_loss", mutates_args=())
-@plain_dtypes
+@runs_as_written
 def ratio_loss(
     hidden: Tensor,  # (T, H)
     weight: Tensor,  # (V, H)
@@ -283,7 +293,7 @@ ratio_loss.register_autograd(_backward_ratio_loss, setup_context=_setup_ratio_lo
 
 
 @torch.library.custom_op("npo_kernels::scale_gradient", mutates_args=())
-@plain_dtypes
+@runs_as_written
 def scale_gradient(grad: Tensor, upstream: Tensor) -> Tensor:
     """grad * upstream (0-d) in float32, a slice of rows at a time; never in place: the graph may be kept."""
     if grad.dtype == torch.float32:

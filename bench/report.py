@@ -1,6 +1,7 @@
 """Tables and figures of all committed results: bench/results/report.md, *.png, and the target table bench/RESULTS.md.
 
-Everything is computed from bench/results/*.jsonl; nothing is measured here.
+Everything is computed from bench/results/*.jsonl and the folders of `python -m bench certify` beside them, of CPUs and
+GPUs alike; nothing is measured here.
 """
 
 import argparse
@@ -10,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 
 from bench import figures
-from bench.records import RESULTS, Record, read_all, write_text
+from bench.records import RESULTS, Record, read, read_all, read_lines, write_text
 from bench.tables import UNITS, markdown, number
 from bench.targets import TARGETS, Results, Target
 
@@ -25,18 +26,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     records = read_all(args.results)
     images = figures.draw(records, args.results)
-    write_text(args.results / "report.md", "\n\n".join(sections(records, images)) + "\n")
+    text = [*sections(records, images), *certified(args.results)]
+    write_text(args.results / "report.md", "\n\n".join(text) + "\n")
     # the target table stands beside the folder that it was computed from
     write_text(args.results.parent / "RESULTS.md", targets_page(records))
     print(f"{len(records)} records: {args.results / 'report.md'}, {args.results.parent / 'RESULTS.md'}")
     return 0
 
 
+def certified(folder: Path) -> Iterator[str]:
+    """The runs of `python -m bench certify`, each with its own report."""
+    rows = []
+    for path in sorted(folder.glob("*/journal.jsonl")):
+        records = read(path.with_name("records.jsonl")) if path.with_name("records.jsonl").exists() else []
+        statuses = [line["status"] for line in read_lines(path) if line["event"] == "end"]
+        counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
+        first = records[0] if records else dict.fromkeys(("device", "commit", "date"), "")
+        name = path.parent.name
+        rows.append([f"[{name}]({name}/report.md)", first["device"], first["commit"], first["date"][:10], counts])
+    if rows:
+        yield "## Certified"
+        yield markdown(["run", "machine", "commit", "date", "units"], rows)
+
+
 def sections(records: list[Record], images: dict[str, list[str]]) -> Iterator[str]:
     """report.md: a section a suite and machine, a table a case."""
     yield (
-        "# Benchmark results\n\nMade by `python -m bench report` from the JSON lines beside it. Medians; less is "
-        "better but for TFLOP/s and\ntokens/s. Rows whose `computes` is not npo do less or other work."
+        "# Benchmark results\n\nMade by `python -m bench report` from the JSON lines beside and below it. Medians; less "
+        "is better but for TFLOP/s,\nGB/s and tokens/s. Rows whose `computes` is not npo do less or other work."
     )
     machine = lambda r: (r["suite"], r["gpu"] or r["device"])  # noqa: E731
     for (suite, device), of_machine in groupby(sorted(records, key=machine), key=machine):

@@ -1,4 +1,21 @@
-"""The command line of `python -m bench certify`."""
+"""Certify a GPU: correctness, the target table, tuning, rooflines and whole steps, in a given time.
+
+    python -m bench certify --budget 420 --out DIR        # a GPU; 1 where something failed, 2 where nothing ran
+    python -m bench certify --plan                        # what a budget is spent on
+    python -m bench certify --rehearse --out DIR          # all of it on a CPU, tiny, with faults put in
+
+A hang, a crash, an illegal memory access or an absent peer loses the unit that it happens in and nothing else. Every
+result is on the disk as soon as it is there:
+
+    report.md         what passed, failed and was not measured; the targets; the figures
+    records.jsonl     the measurements, as `python -m bench run` writes them
+    journal.jsonl     what ran, how it ended, how long it took
+    environment.json  versions, driver, clocks, power
+    tune.json         the tiles that were tried, and the lines of the table for those that won
+    log.txt           what the processes printed
+
+DIR belongs under bench/results/, in a folder of its own: `python -m bench report` finds it there.
+"""
 
 import argparse
 import os
@@ -21,7 +38,8 @@ REHEARSAL = 600.0  # seconds, of which it takes a third; a stage may not fail fo
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="of this command, start to end; default 420")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results; must not have any yet")
-    parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="these stages, all of the time for them")
+    names = ", ".join(stage.name for stage in schedule.STAGES)
+    parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help=f"these of {names}; all time is theirs")
     parser.add_argument("--skip", nargs="+", default=[], metavar="STAGE", help="not these")
     parser.add_argument("--data_dir", type=Path, help="folder with TOFU's JSON lines; default: its committed lengths")
     parser.add_argument("--plan", action="store_true", help="print what a budget is spent on, and stop")

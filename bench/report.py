@@ -52,8 +52,8 @@ def certified(folder: Path) -> Iterator[str]:
 def sections(records: list[Record], images: dict[str, list[str]]) -> Iterator[str]:
     """report.md: a section a suite and machine, a table a case."""
     yield (
-        "# Benchmark results\n\nMade by `python -m bench report` from the JSON lines beside and below it. Medians; less is "
-        "better but for TFLOP/s,\nGB/s and tokens/s. Rows whose `computes` is not npo do less or other work."
+        "# Benchmark results\n\nMade by `python -m bench report` from the JSON lines beside and below it. Medians; "
+        "less is better but for TFLOP/s,\nGB/s and tokens/s. Rows whose `computes` is not npo do less or other work."
     )
     machine = lambda r: (r["suite"], r["gpu"] or r["device"])  # noqa: E731
     for (suite, device), of_machine in groupby(sorted(records, key=machine), key=machine):

@@ -12,6 +12,7 @@ import gc
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,16 @@ class Clock:
         """Overwrite the L2 cache."""
         if self.on_gpu:
             self.l2.zero_()
+
+    def lost(self) -> bool:
+        """Whether the GPU refuses all further work, as after an illegal memory access. A late error is told once."""
+        for _ in range(2):
+            try:
+                self.wait()
+            except Exception:
+                continue
+            return False
+        return True
 
 
 def turn(provider: Provider, batch: Batch, clock: Clock) -> dict[str, float]:
@@ -106,7 +117,8 @@ def interleaved(
 ) -> dict[str, list[dict[str, float]] | Failure]:
     """The times of each provider's turns after `warmup` of them, or its failure.
 
-    No round of turns begins after `seconds`, once every provider has had one that counts.
+    No round of turns begins after `seconds`, once every provider has had one that counts. Who loses the GPU for this
+    process ends the turns of all: what was timed before stays, and whoever has no time is told after whom.
     """
     clock = Clock(str(batch.hidden.device))
     results: dict[str, list[dict[str, float]] | Failure] = {name: [] for name in names}
@@ -127,6 +139,8 @@ def interleaved(
                 times = turn(PROVIDERS[name], batch, clock)
             except Exception as error:  # whatever a peer raises is its result
                 results[name] = failure(error)
+                if clock.lost():
+                    return {other: found or context_lost(name) for other, found in results.items()}
                 release(batch.hidden.is_cuda)
                 continue
             if number >= warmup:
@@ -134,11 +148,16 @@ def interleaved(
     return results
 
 
+def context_lost(culprit: str) -> Failure:
+    return Failure("failed", f"CUDA context lost after {culprit}")
+
+
 def release(on_gpu: bool) -> None:
     """Give back what nobody holds any more, a failed provider for one."""
     gc.collect()
     if on_gpu:
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # of a context that is lost, which must not cost the records there are
+            torch.cuda.empty_cache()
 
 
 def time_case(options: Options, case: Case, mode: str = "full", l2: str = "hot", **fields) -> Iterator[Record]:
@@ -146,8 +165,7 @@ def time_case(options: Options, case: Case, mode: str = "full", l2: str = "hot",
     batch = case.batch(options.torch_dtype, options.device, mode)
     yield from time_batch(options, case, batch, l2, **fields)
     del batch
-    if options.on_gpu:
-        torch.cuda.empty_cache()
+    release(options.on_gpu)
 
 
 def time_batch(options: Options, case: Case, batch: Batch, l2: str = "hot", **fields) -> Iterator[Record]:

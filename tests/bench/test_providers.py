@@ -10,7 +10,7 @@ from bench.cases import HEADS, Case, even
 from bench.measure import Failure, interleaved
 from bench.objectives import BETA, OBJECTIVES
 from bench.options import Options
-from bench.providers import PROVIDERS, Provider, cce, liger, quack
+from bench.providers import PROVIDERS, Provider, UnsupportedError, cce, liger, quack
 from bench.suites.accuracy import error_of, evaluate, oracle
 
 HERE = ("npo_kernels/torch", "npo_kernels/torch/256MiB", "plain/eager", "torch/linear_ce", "torch/linear_ce-none")
@@ -26,7 +26,11 @@ CASES = {
 def test_agrees_with_float64(name, case):
     batch = CASES[case].batch(torch.float32, "cpu")
     truth = oracle(batch, PROVIDERS[name].computes)
-    found = evaluate(name, batch)
+    try:
+        found = evaluate(name, batch)
+    except UnsupportedError as lacking:  # by the torch at hand: 2.11 has no fused cross-entropy of its own
+        assert name.startswith("torch/")
+        pytest.skip(str(lacking))
     assert ("logps" in found) == (PROVIDERS[name].computes == "npo")
     for tensor, value in found.items():
         assert error_of(tensor, value, truth[tensor]) < 2e-6
@@ -119,6 +123,86 @@ def test_turns_are_interleaved_and_warm_up_is_left_out(monkeypatch):
     assert [len(results[name]) for name in "ab"] == [3, 3]
     assert results["c"] == Failure("failed", "RuntimeError: no more")
     assert set(results["a"][0]) == {"fwd", "bwd", "fwd_bwd"}
+
+
+def test_who_loses_the_gpu_is_named_and_nobody_else_is_blamed(monkeypatch):
+    """After an illegal access every call fails: those that come later are told why, and times from before stay."""
+    turns, lost = [], []
+
+    def wait(clock):
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def fake(name, breaks_at=None):
+        def loss(batch):
+            turns.append(name)
+            if turns.count(name) == breaks_at:
+                lost.append(name)
+            return batch.hidden.sum() + batch.weight.sum()
+
+        return Provider(name, "torch", "npo", True, loss)
+
+    def outcomes(breaks_at):
+        turns.clear(), lost.clear()
+        providers = {"a": fake("a"), "b": fake("b", breaks_at), "c": fake("c")}
+        monkeypatch.setattr(measure, "PROVIDERS", providers)
+        return interleaved(list("abc"), CASES["even"].batch(torch.float32, "cpu"), reps=3, warmup=0)
+
+    monkeypatch.setattr(measure.Clock, "wait", wait)
+    results = outcomes(breaks_at=1)
+    assert turns == ["a", "b"] and len(results["a"]) == 1
+    assert results["b"] == Failure("failed", "RuntimeError: CUDA error: an illegal memory access was encountered")
+    assert results["c"] == Failure("failed", "CUDA context lost after b")
+    results = outcomes(breaks_at=2)
+    assert turns == ["a", "b", "c", "b"] and len(results["a"]) == len(results["c"]) == 1
+
+
+def test_an_error_that_was_told_late_loses_nothing(monkeypatch):
+    """One that the device reports once, where it next waits, leaves it usable."""
+    pending = []
+
+    def wait(clock):
+        if pending:
+            raise RuntimeError(pending.pop())
+
+    def launch(batch):
+        pending.append("late")
+        raise RuntimeError("too many resources requested for launch")
+
+    providers = {"a": Provider("a", "torch", "npo", True, launch), "b": PROVIDERS["plain/eager"]}
+    monkeypatch.setattr(measure, "PROVIDERS", providers)
+    monkeypatch.setattr(measure.Clock, "wait", wait)
+    pending.clear()
+    results = interleaved(["a", "b"], CASES["even"].batch(torch.float32, "cpu"), reps=1, warmup=0)
+    assert results["a"].error == "RuntimeError: too many resources requested for launch"
+    assert len(results["b"]) == 1
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (ImportError("no module"), "missing"),
+        (RuntimeError("driver too old"), "failed"),
+        (AttributeError("module 'triton' has no attribute 'ops'"), "failed"),
+        (OSError("libcutlass.so: undefined symbol"), "failed"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value,
+)
+def test_a_peer_that_does_not_import_costs_its_row(error, status, monkeypatch):
+    """Whatever its import raises, a broken native library included."""
+
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name == "cut_cross_entropy":
+                raise error
+
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "cut_cross_entropy", raising=False)
+    monkeypatch.setattr(cce, "on_gpu", lambda *_: None)
+    batch = CASES["even"].batch(torch.float32, "cpu")
+    results = interleaved(["cce/exact", "plain/eager"], batch, reps=1, warmup=0)
+    assert results["cce/exact"].status == status and str(error) in results["cce/exact"].error
+    assert len(results["plain/eager"]) == 1
 
 
 def test_names_are_patterns_and_unknown_ones_are_told():

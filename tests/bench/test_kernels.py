@@ -1,0 +1,134 @@
+"""What measuring one kernel or another rests on: forced tiles, tiles near others, counted work, bounded time."""
+
+import math
+
+import pytest
+import torch
+
+from bench import measure, tune
+from bench.cases import HEADS, even
+from bench.certify.stages import roofline
+from bench.measure import interleaved
+from bench.memory import peak_of
+from bench.options import Options
+from bench.providers import PROVIDERS, Provider, UnsupportedError
+from bench.providers.kernels import KERNELS, forced, persistent, simple
+from bench.records import RESULTS, latest, read_all, record, summary
+from bench.suites import scaling
+from bench.timeline import Span, Timeline, timeline
+from csrc_triton.tiles import ANY_HIDDEN, PERSISTENT_CANDIDATES, TILES, Tile
+
+X = torch.empty(3, 4096, dtype=torch.bfloat16)
+
+
+def test_a_kernel_is_forced_for_as_long_as_it_is_wanted():
+    backend = pytest.importorskip("npo_kernels.triton_backend")
+    before, other = backend.tile_for(X), Tile(16, 32, 32, 4, 4, 1)
+    with forced(lambda architecture, x: other):
+        assert backend.tile_for(X) is other and backend.block_v(X) == 128
+    assert backend.tile_for(X) == before
+
+
+def test_the_candidates_are_the_simple_kernel_and_the_persistent_one(monkeypatch):
+    key = ("sm_90", 16, ANY_HIDDEN)
+    assert not simple("sm_90", X).loop and persistent("sm_90", X) == PERSISTENT_CANDIDATES[key]
+    monkeypatch.setitem(TILES, key, TILES[key]._replace(loop="serial"))
+    assert simple("sm_90", X) == TILES[key]._replace(loop="") and persistent("sm_90", X) == TILES[key]
+    with pytest.raises(UnsupportedError, match="no persistent tile for 32 bits on sm_90"):
+        persistent("sm_90", X.float())
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_forward_and_backward_run_in_the_kernel_of_the_provider(name, monkeypatch):
+    backend, taken = pytest.importorskip("npo_kernels.triton_backend"), []
+    monkeypatch.setitem(PERSISTENT_CANDIDATES, ("interpreter", 32, ANY_HIDDEN), Tile(16, 64, 32, 2, 4, 1, loop="flat"))
+    launch = backend._launch_exp_logits
+
+    def spy(x, *rest, **options):
+        taken.append(backend.tile_for(x).loop)
+        return launch(x, *rest, **options)
+
+    monkeypatch.setattr(backend, "_launch_exp_logits", spy)
+    batch = even("even", HEADS["toy"], N=6, B=2).batch(torch.float32, "cpu")
+    PROVIDERS[f"npo_kernels/triton/{name}"].step(batch)
+    assert taken and set(taken) == {"flat" if name == "persistent" else ""}
+
+
+def test_a_first_sweep_is_of_tiles_that_differ_in_one_thing():
+    key = ("sm_90", 16, ANY_HIDDEN)
+    found = tune.neighbours("sm_90", 16, 4096)
+    assert 10 < len(found) == len(set(found)) < 30 and found[:2] == [TILES[key], PERSISTENT_CANDIDATES[key]]
+    for tile in found:
+        differing = [
+            sum(a != b for name, a, b in zip(Tile._fields, tile, centre, strict=True) if name != "split_tiles")
+            for centre in (TILES[key], PERSISTENT_CANDIDATES[key])
+        ]
+        assert min(differing) <= 1 and tile.split == tune.SPLIT
+
+
+def test_turns_end_with_the_time_but_every_provider_has_one_that_counts(monkeypatch):
+    clock, order = [0.0], []
+
+    def fake(name):
+        def loss(batch):
+            clock[0] += 1.0
+            order.append(name)
+            return batch.hidden.sum() + batch.weight.sum()
+
+        return Provider(name, "torch", "npo", True, loss)
+
+    monkeypatch.setattr(measure, "PROVIDERS", {name: fake(name) for name in "ab"})
+    monkeypatch.setattr(measure.time, "monotonic", lambda: clock[0])
+    batch = even("even", HEADS["toy"], N=6, B=2).batch(torch.float32, "cpu")
+    for seconds, turns in ((0, 1), (7.5, 3), (math.inf, 20)):
+        results = interleaved("ab", batch, reps=20, warmup=1, seconds=seconds)
+        assert [len(results[name]) for name in "ab"] == [turns, turns], seconds
+
+
+def test_a_peak_is_of_the_step_alone_and_a_failure_is_a_row():
+    case, options = even("even", HEADS["toy"], N=6, B=2), Options("memory", dtype="float32")
+    batch = case.batch(torch.float32, "cpu")
+    found = peak_of(options, case, "plain/eager", batch)
+    assert found["metric"] == "peak_mb" and 0 <= found["value"] < 500 and found["mode"] == "full"
+    failed = peak_of(options, case, "plain/product", batch)
+    assert failed["status"] == "unsupported" and failed["value"] is None
+
+
+def test_growth_is_fitted_from_one_process(monkeypatch):
+    monkeypatch.setattr(scaling, "peak_of", lambda options, case, name, batch: record(
+        "cpu", suite="scaling", case=case.name, provider=name, mode="full", what="fwd_bwd", metric="peak_mb",
+        dtype="float32", **case.shape, **summary([10.0 * case.N]),
+    ))  # fmt: skip
+    found = list(scaling.in_one_process(Options("scaling", providers=("plain/eager",), reps=1, warmup=0), "N"))
+    fitted = {r["metric"]: r["value"] for r in found if r["case"] == "over N"}
+    assert fitted["exponent_mb"] == pytest.approx(1, abs=0.02) and "exponent_ms" in fitted
+
+
+def test_what_was_measured_twice_counts_once_the_later_one():
+    fields = {"suite": "head", "case": "a", "provider": "b", "metric": "ms"}
+    first, second = (
+        record("cpu", **fields, **summary([v])) | {"date": d} for v, d in ((1.0, "2026-2"), (2.0, "2026-1"))
+    )
+    assert [r["value"] for r in latest([first, second])] == [1.0]
+    assert len(read_all(RESULTS)) == len(latest(read_all(RESULTS)))
+
+
+def test_the_timeline_of_a_call_on_a_cpu_is_of_its_outermost_operators():
+    x = torch.randn(64, 64)
+    found = timeline(lambda: (x @ x).softmax(-1), on_gpu=False)
+    assert list(found.by_name()) and {"aten::matmul", "aten::softmax"} == set(found.by_name())
+    assert 0 <= found.idle < found.total
+
+
+def test_rates_are_of_counted_work(monkeypatch):
+    """A slab at shape R: 2NHV operations in the projection, 4NHV in the vendor's products, bytes elsewhere."""
+    case = even("even", HEADS["toy"], N=64, B=4)
+    batch = case.batch(torch.float32, "cpu")
+    plan = roofline.plan_of("npo_kernels/torch", batch)
+    assert plan.mode == "slab"
+    spans = [Span("exp_logits", 0, 10), Span("exp_logits", 10, 11), Span("nvjet_tst_128x256", 11, 31),
+             Span("sm90_xmma_gemm_bf16", 31, 51), Span("scale_rows", 51, 53), Span("elementwise", 53, 54)]  # fmt: skip
+    unit = 2 * case.N * case.head.H * case.head.V
+    work, products = roofline.counted(Timeline(tuple(spans)), "npo_kernels/torch", batch)
+    assert work == {"exp_logits": {"tflops": unit / 1e6}, "scale_rows": {"gb_s": 2 * 4 * case.N * case.head.H / 1e3}}
+    assert products == pytest.approx(2 * unit / 1e6 / 40)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from bench.certify.journal import Journal
 from bench.certify.unit import Context
+from bench.providers import UnsupportedError
 
 VARIABLE = "NPO_CERTIFY_JOURNAL"  # path of the journal, for pytest_journal.py
 MAX_FAILURES = 10
@@ -22,7 +23,7 @@ QUIET = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
 
 
 def run_tests(context: Context, arguments: Sequence[str]) -> str:
-    """What pytest counted; raises where a test failed."""
+    """What pytest counted; raises where a test failed, or none passed."""
     import pytest
 
     journal = Journal(context.out / "journal.jsonl")
@@ -36,4 +37,6 @@ def run_tests(context: Context, arguments: Sequence[str]) -> str:
     if code != 0:
         which = f": {', '.join(failed[:3])}" if failed else f", pytest ended with {int(code)}"
         raise AssertionError(f"{counted}{which}")
+    if "passed" not in found:
+        raise UnsupportedError(counted)  # to skip is not to pass
     return counted

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ from bench.certify.command import exit_code
 from bench.certify.journal import BROKEN, CRASHED, FAILED, MISSING, NOT_MEASURED, PASSED, TIMED_OUT, Journal
 from bench.certify.schedule import BUDGETS, RESERVE, STAGES, Stage, allotment, chosen
 from bench.certify.stages import checks
+from bench.certify.tests import run_tests
 from bench.certify.unit import Context, Unit
 from bench.providers import UnsupportedError
 from bench.records import read_lines, record, summary
@@ -93,6 +95,23 @@ def test_a_crash_a_hang_and_an_exit_cost_the_unit_and_the_next_goes_on_in_a_new_
     assert len({a.detail, b.detail, c.detail}) == 3 and str(os.getpid()) not in (a.detail, b.detail, c.detail)
     assert statuses(outcomes["two"]) == [PASSED]
     assert "Fatal Python error: Aborted" in (tmp_path / "log.txt").read_text()  # where it crashed
+
+
+def test_tests_are_units_and_a_skip_is_no_pass(certify, tmp_path):
+    for name, body in {"good": "pass", "bad": "assert 1 == 2", "absent": "pytest.skip('no GPU')"}.items():
+        (tmp_path / f"test_{name}.py").write_text(f"import pytest\n\ndef test_it():\n    {body}\n")
+    paths = {name: str(tmp_path / f"test_{name}.py") for name in ("good", "bad", "absent")}
+    units = [Unit(name, partial(run_tests, arguments=["-c", os.devnull, path]), 1) for name, path in paths.items()]
+    outcomes, journal, stages, _ = certify(one=units)
+    assert [(o.status, o.detail) for o in outcomes["one"]] == [
+        (PASSED, "1 passed"),
+        (FAILED, "AssertionError: 1 failed: test_it"),
+        (MISSING, "1 skipped"),
+    ]
+    assert [(e["name"].rpartition("/")[2], e["outcome"]) for e in journal.events("test")] == [
+        ("test_good.py::test_it", "passed"), ("test_bad.py::test_it", "failed"), ("test_absent.py::test_it", "skipped"),
+    ]  # fmt: skip
+    assert report.failed_tests(journal)[0].endswith("test_bad.py::test_it") and exit_code(stages, journal) == 1
 
 
 def test_what_a_stage_started_dies_with_it(certify, tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from csrc_triton import tiles
-from tests.aot.compile_all import TARGETS, cases, read_golden
+from tests.aot.compile_all import TARGETS, cases, read_golden, spilled
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,6 +36,12 @@ def test_every_tile_compiles_without_spills_and_with_tensor_cores(target, tmp_pa
     products = [r for name, r in found.items() if " exp_logits" in name and name.endswith(("bf16", "fp16"))]
     assert products
     assert all(r["tensor_cores"] for r in products)
+
+
+def test_only_what_is_read_back_has_spilled():
+    store, load = "/*0da0*/ STL.64 [R1], RZ ;", "/*1010*/ @!P1 LDL.LU R4, [R1+0x10] ;"
+    assert spilled(8, store) == 0
+    assert spilled(8, f"{store}\n{load}") == 8
 
 
 def test_every_representative_case_is_on_record():

@@ -132,4 +132,5 @@ def test_exponents():
 
     assert exponent([(n, 0.3) for n in (2, 4, 8)]) == (0, 0)
     slope, error = exponent([(n, 3 * n**1.5) for n in (2, 4, 8, 16)])
-    assert slope == pytest.approx(1.5) and error == pytest.approx(0, abs=1e-9)
+    # SciPy takes the error from 1 - r^2, where r misses 1 by a rounding or two: known to the root of those
+    assert slope == pytest.approx(1.5) and error == pytest.approx(0, abs=1e-7)

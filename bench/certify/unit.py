@@ -108,7 +108,7 @@ def work(stage: str, units: Iterable[Unit], context: Context, journal: Journal) 
             status = MISSING if why.status in ("missing", "unsupported") else FAILED
             detail = why.error
         journal.end(stage, unit.name, status, round(time.monotonic() - start, 2), detail)
-        if status == FAILED and not context.toy and not _alive():
+        if not context.toy and not _alive():
             return CONTEXT_LOST
     return 0
 

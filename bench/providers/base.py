@@ -70,6 +70,19 @@ def on_gpu(batch: Batch, name: str) -> None:
         raise UnsupportedError(f"{name} needs a GPU")
 
 
+def on_hopper(batch: Batch, name: str) -> None:
+    """The same of what was written for sm_90 and bfloat16 alone."""
+    on_gpu(batch, name)
+    if not is_hopper(batch):
+        raise UnsupportedError(f"{name} needs a Hopper GPU")
+    if batch.hidden.dtype != torch.bfloat16:
+        raise UnsupportedError(f"{name} takes bfloat16 alone")
+
+
+def is_hopper(batch: Batch) -> bool:
+    return batch.hidden.is_cuda and torch.cuda.get_device_capability(batch.hidden.device) == (9, 0)
+
+
 def accumulator(batch: Batch) -> torch.dtype | None:
     """float32 for the sums of 16-bit gradients, where a peer lets one choose."""
     return torch.float32 if batch.hidden.dtype in (torch.bfloat16, torch.float16) else None

@@ -2,13 +2,18 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bench.cases import IGNORED, Batch
-from bench.providers.base import from_tokens, on_gpu
+from bench.providers.base import UnsupportedError, from_tokens, on_gpu
+
+NAME = "Cut Cross Entropy"
 
 
 def _tokens(batch: Batch, **options: Any) -> Tensor:
+    if batch.hidden.dtype not in (torch.bfloat16, torch.float16):
+        raise UnsupportedError(f"{NAME} has gradients in 16 bits alone")
     from cut_cross_entropy import linear_cross_entropy
 
     nll = linear_cross_entropy(
@@ -24,13 +29,13 @@ def _tokens(batch: Batch, **options: Any) -> Tensor:
 
 
 def default_tokens(batch: Batch) -> Tensor:
-    on_gpu(batch, "Cut Cross Entropy")
+    on_gpu(batch, NAME)
     return _tokens(batch)
 
 
 def exact_tokens(batch: Batch) -> Tensor:
     """Releases with presets have one for this; before, the filter could only be turned off."""
-    on_gpu(batch, "Cut Cross Entropy")
+    on_gpu(batch, NAME)
     try:
         import cut_cross_entropy.cce_utils as presets  # noqa: F401
     except ImportError:

@@ -5,7 +5,7 @@ from torch import Tensor
 from bench.cases import IGNORED, Batch
 from bench.providers.base import from_tokens
 
-VOCAB_CHUNK = 8192  # columns of a tile
+VOCAB_CHUNK = 32768  # columns of a tile, as its trainers have it
 
 
 def tokens(batch: Batch) -> Tensor:

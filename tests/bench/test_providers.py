@@ -94,13 +94,14 @@ def test_a_peer_that_is_absent_is_a_row_that_says_so(name, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
     for module in (liger, cce, quack):
         monkeypatch.setattr(module, "on_gpu", lambda batch, name: None)
-    batch = CASES["even"].batch(torch.float32, "cpu")
+    monkeypatch.setattr(liger, "on_hopper", lambda batch, name: None)
+    batch = CASES["even"].batch(torch.bfloat16, "cpu")
     outcome = interleaved([name], batch, reps=1, warmup=0)[name]
     assert isinstance(outcome, Failure) and outcome.status == "missing" and outcome.error
 
 
 def test_a_peer_that_needs_a_gpu_says_so():
-    names = ["quack/base", "cce/exact", "liger/flce"]
+    names = ["quack/base", "cce/exact", "liger/flce", "liger/flce-cute", "liger/scaled-cutile"]
     for outcome in interleaved(names, CASES["even"].batch(torch.float32, "cpu"), reps=1, warmup=0).values():
         assert outcome.status == "unsupported" and "needs a GPU" in outcome.error
 
@@ -199,7 +200,7 @@ def test_a_peer_that_does_not_import_costs_its_row(error, status, monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
     monkeypatch.delitem(sys.modules, "cut_cross_entropy", raising=False)
     monkeypatch.setattr(cce, "on_gpu", lambda *_: None)
-    batch = CASES["even"].batch(torch.float32, "cpu")
+    batch = CASES["even"].batch(torch.bfloat16, "cpu")
     results = interleaved(["cce/exact", "plain/eager"], batch, reps=1, warmup=0)
     assert results["cce/exact"].status == status and str(error) in results["cce/exact"].error
     assert len(results["plain/eager"]) == 1

@@ -6,6 +6,7 @@
     python -m bench tune --dtype bfloat16 --H 4096
     python -m bench roofline --N 8192 --H 4096 --V 128256 --gpu h200
     python -m bench certify --budget 420 --out bench/results/NAME     # what matters of a GPU, in seven minutes
+    python -m bench wheels                                            # the peers, for a GPU machine without a network
 
 On a CPU every suite but `cpu` runs at toy sizes, which test the harness and measure nothing.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import compare, provenance, report, roofline, tune
+from bench import compare, provenance, report, roofline, tune, wheels
 from bench.certify import command as certify
 from bench.options import Options, default_reps, default_threads
 from bench.records import Record, merged, read, write
@@ -36,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_run(commands.add_parser("run", help="measure", description="\n".join(f"{k}: {v}" for k, v in SUITES.items())))
-    modules = {"compare": compare, "report": report, "tune": tune, "roofline": roofline, "certify": certify}
+    modules = {"compare": compare, "report": report, "tune": tune, "roofline": roofline}
+    modules |= {"certify": certify, "wheels": wheels}
     for name, module in modules.items():
         command = commands.add_parser(
             name, help=module.HELP, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

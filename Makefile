@@ -2,22 +2,24 @@
 #   make demo        unlearn a small model on the CPU, from start to figures      (ARGS="..." is passed on, everywhere)
 #   make experiment  TOFU unlearning on the CPU: forget quality against utility (ARGS="--data_dir DIR ..."; hours in full)
 #   make test        the test suite, without a GPU (Triton kernels run in the interpreter)
+#   make test-oldest the same with the oldest supported torch, Triton and Transformers, in .venv-oldest
 #   make lint        ruff check and ruff format --check
 #   make bench       the benchmarks of a CPU; ARGS="run --suite head" and others on a GPU
+#   make certify     a GPU: its tests, the targets beside the peers, tiles, rooflines, in seven minutes (ARGS="--plan": how)
 #   make gpu-check   the tests that need a GPU
 #   make env         versions and devices, for an issue report
 
 PYTHON  ?= python3
 WORKERS ?= 2
 ARGS    ?=
+# Asked, not looked up: version managers put commands on the path that only say what to install.
+OLDEST_PYTHON ?= $(shell python3.12 -c 'import ensurepip' 2>/dev/null && echo python3.12 || echo $(PYTHON))
 
-PY    := .venv/bin/python
-STAMP := .venv/.installed
-# Through the environment, so that isolated builds obey the pins as well (new pips read the second name for those).
-PIP   := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
-         PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip
+PY           := .venv/bin/python
+STAMP        := .venv/.installed
+OLDEST_STAMP := .venv-oldest/.installed
 
-.PHONY: help demo experiment test lint format bench gpu-check env clean
+.PHONY: help demo experiment test test-oldest lint format bench certify gpu-check env clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -30,7 +32,9 @@ experiment: $(STAMP)
 
 # One thread a worker: the arrays are small, and workers that each take all cores only slow each other down.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+test-oldest: $(OLDEST_STAMP)
+test test-oldest:
+	OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
@@ -43,21 +47,32 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(PY) -m bench $(or $(ARGS),run --suite cpu)
 
+certify: $(STAMP)
+	$(PY) -m bench certify $(or $(ARGS),--out bench/results/certified)
+
 gpu-check: $(STAMP)
 	NPO_GPU_TESTS=1 $(PY) -m pytest tests/gpu -rs $(ARGS)
 
 env: $(STAMP)
 	@$(PY) -m npo_kernels.env $(ARGS)
 
-# The stamp is written last and removed first. A .venv without one is the rest of an interrupted installation: start afresh.
+# An environment and its pins. The stamp is written last and removed first: an environment without one is the rest of an
+# interrupted installation, so start afresh. The pins go through the environment, so that isolated builds obey them as
+# well (new pips read the second name for those).
+$(STAMP): BASE = $(PYTHON)
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
-	    f"Python 3.11 or newer is needed and $(PYTHON) is {v[0]}.{v[1]}; say which, as in: make test PYTHON=python3.12")'
-	@test -e $@ || rm -rf .venv
+$(OLDEST_STAMP): BASE = $(OLDEST_PYTHON)
+$(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
+$(STAMP) $(OLDEST_STAMP): PINS = $(filter constraints%,$^)
+$(STAMP) $(OLDEST_STAMP):
+	@$(BASE) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
+	    f"Python 3.11 or newer is needed and $(BASE) is {v[0]}.{v[1]}; say which, as in: make test PYTHON=python3.12")'
+	@test -e $@ || rm -rf $(@D)
 	@rm -f $@
-	$(PYTHON) -m venv .venv
-	$(PIP) install -e '.[dev]'
+	$(BASE) -m venv $(@D)
+	PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) PIP_DISABLE_PIP_VERSION_CHECK=1 \
+	    $(@D)/bin/python -m pip install -e '.[dev]'
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,22 +1,29 @@
-"""constraints.txt and pyproject.toml agree."""
+"""constraints.txt, constraints-oldest.txt and pyproject.toml agree."""
 
 import tomllib
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_constraints_pin_whatever_make_installs():
-    """Every direct dependency of the `dev` extra has one exact pin, inside the range of pyproject.toml."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = [Requirement(line) for line in lines if line[:1] not in ("", "#")]
-    pinned = {canonicalize_name(pin.name): pin.specifier for pin in pins}
-    assert len(pinned) == len(pins) and all(str(pin.specifier).startswith("==") for pin in pins)
+def pins(file: str) -> dict[str, str]:
+    """The exact version of every package in a file of constraints."""
+    lines = (ROOT / file).read_text().splitlines()
+    requirements = [Requirement(line) for line in lines if line[:1] not in ("", "#")]
+    assert all(str(requirement.specifier).startswith("==") for requirement in requirements)
+    pinned = {canonicalize_name(r.name): str(r.specifier).removeprefix("==") for r in requirements}
+    assert len(pinned) == len(requirements)
+    return pinned
 
+
+def direct_dependencies() -> list[Requirement]:
+    """Those of the package and of its `dev` extra; a name that several extras have comes several times."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pending, seen = ["dev"], set()
     wanted = [Requirement(line) for line in project["dependencies"]]
     while pending:  # an extra may name other extras of this project
@@ -29,6 +36,20 @@ def test_the_constraints_pin_whatever_make_installs():
             else:
                 wanted.append(requirement)
     assert {"torch", "triton"} <= {requirement.name for requirement in wanted}
-    for requirement in wanted:
-        version = str(pinned[canonicalize_name(requirement.name)]).removeprefix("==")
+    return wanted
+
+
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-oldest.txt"])
+def test_the_constraints_pin_whatever_make_installs(file):
+    """Every direct dependency of the `dev` extra has one exact pin, inside the range of pyproject.toml."""
+    pinned = pins(file)
+    for requirement in direct_dependencies():
+        version = pinned[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement} against the pin {version}"
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_the_oldest_set_has_the_lower_bounds(name):
+    (requirement,) = (r for r in direct_dependencies() if r.name == name)
+    (bound,) = (s.version for s in requirement.specifier if s.operator == ">=")
+    assert Version(pins("constraints-oldest.txt")[name]) == Version(bound)

@@ -19,7 +19,7 @@ from npo_kernels import (
     tasks,
     token_logprobs,
 )
-from npo_kernels.plan import MIB, make_plan
+from npo_kernels.plan import GRAD_SLICE, MIB, make_plan
 
 ON_GPU = os.environ.get("NPO_GPU_TESTS") == "1" and torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -189,7 +189,10 @@ def workspace_for(batch: Batch, impl: str, chunks: bool) -> float:
         gradient_in_forward=True,
         limit=2**60,
     )
-    return plan.workspace_bytes / MIB
+    # the dWeight of several chunks is summed in float32 as a whole, that of one a slice of columns at a time
+    wide = chunks and weight.itemsize < 4
+    beyond_slice = 4 * weight.shape[1] * max(0, weight.shape[0] - GRAD_SLICE) if wide else 0
+    return (plan.workspace_bytes + beyond_slice) / MIB
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,12 @@
 """The tests' own tools: poison shows, batches have what they promise, and the error rule can fail."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from npo_kernels import rowmath, tasks
+from npo_kernels import explain, fused_npo_loss, rowmath, tasks
+from npo_kernels.plan import GRAD_SLICE
 from tests import support
 from tests.support import DTYPES, HEADS, IMPLS, LAYOUTS, make_batch, name_of
 
@@ -64,6 +67,18 @@ def test_the_oracle_sees_the_rounded_numbers(dtype):
     exact = batch.leaves(dtype=torch.float64)
     for name, values in batch.tensors.items():
         assert torch.equal(exact.tensors[name].to(dtype), values) and exact.tensors[name].dtype == torch.float64
+
+
+@pytest.mark.parametrize("V", [200, GRAD_SLICE + 100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_workspace_for_chunks_holds_the_longest_sequence_and_not_all(impl, dtype, V):
+    batch = make_batch(dtype, lengths=(20, 30, 9), prompts=(0, 0, 0), H=8, V=V)
+    leaves = batch.leaves(("hidden", "weight"))
+    for chunks in (True, False):
+        workspace_mb = support.workspace_for(batch, impl, chunks)
+        plan = leaves(partial(explain, fused_npo_loss), impl=impl, workspace_mb=workspace_mb)
+        assert plan.mode == "slab" and (len(plan.chunks) > 1) == chunks, plan
 
 
 def test_the_error_rule_fails_on_nan_on_a_wrong_dtype_and_on_more_than_plain():

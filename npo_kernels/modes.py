@@ -192,8 +192,9 @@ def slab_gradients(task: Task, plan: Plan, x: Tensor, weigh: Weigh) -> tuple[Sta
 
 
 def _power_of_two(value: Tensor) -> Tensor:
-    """The smallest above `value` > 0: to divide and multiply by it changes no mantissa."""
-    return torch.ldexp(torch.ones_like(value), torch.frexp(value).exponent)
+    """The smallest above `value` > 0: to divide and multiply by it changes no mantissa. A quotient, which every device
+    rounds correctly; ldexp raises 2 to a power, which not every one does."""
+    return value / torch.frexp(value).mantissa
 
 
 class HeadGradients:

@@ -54,12 +54,12 @@ def slab_dtype(x: Tensor) -> torch.dtype:
 
 def target_logits(x: Tensor, head: Head, target: Tensor) -> Tensor:
     """(N,) float32 logit of each row's target, the anchor; NaN for a poisoned row."""
-    x = _rows_contiguous(x)
+    x, weight = _rows_contiguous(x), _rows_contiguous(head.weight)
     z = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     if x.shape[0]:
         target_logit.target_logit[(x.shape[0],)](
-            x, _rows_contiguous(head.weight), head.bias, target, z, head.weight.shape[0], x.shape[1],
-            x.stride(0), head.weight.stride(0), head.logit_scale, head.softcap or 0.0,
+            x, weight, head.bias, target, z, weight.shape[0], x.shape[1], x.stride(0), weight.stride(0),
+            head.logit_scale, head.softcap or 0.0,
             HAS_BIAS=head.bias is not None, HAS_SOFTCAP=head.softcap is not None,
             BLOCK_H=_hidden_block(x.shape[1]), num_warps=ROW_WARPS,
         )  # fmt: skip
@@ -297,8 +297,8 @@ def _processors(device: torch.device) -> int:
 
 
 def _precision(x: Tensor) -> str:
-    """How float32 products are done: as PyTorch is told to do them."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """How float32 products are done: as PyTorch is told to do them, in whichever of its two ways to say it."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _hidden_block(hidden_size: int) -> int:

@@ -1,5 +1,7 @@
 """Each primitive of both backends against float64: a broken line of one kernel shows here, under its name."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -93,6 +95,12 @@ def test_target_logits_of_any_hidden_size(backend, hidden_size):
     x, head, target = make_rows(hidden_size=hidden_size)
     expected = exact_logits(x, head).gather(1, target[:, None]).squeeze(1)
     assert relative_error(backend.target_logits(x, head, target), expected) < FLOAT32
+
+
+def test_target_logits_of_a_head_stored_by_columns(backend):
+    x, head, target = make_rows(head="bias")
+    by_columns = replace(head, weight=head.weight.t().contiguous().t())
+    assert torch.equal(backend.target_logits(x, by_columns, target), backend.target_logits(x, head, target))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -413,3 +421,23 @@ def test_products_are_summed_in_float32(dtype, accumulate):
     assert result.dtype == torch.float32
     assert out is None or result is out
     assert relative_error(result, expected) < FLOAT32
+
+
+WAYS = {
+    "set_float32_matmul_precision": lambda: torch.set_float32_matmul_precision("high"),
+    "allow_tf32": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "fp32_precision": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_float32_products_of_kernels_are_done_as_pytorch_was_told_in_any_way(way):
+    """The first way to ask, of `torch`, is an error once the last was used."""
+    precision, x = tasks.backend_of("triton")._precision, torch.zeros(1, 1)
+    assert precision(x) == "ieee"
+    try:
+        WAYS[way]()
+        assert precision(x) == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")

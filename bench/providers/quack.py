@@ -16,6 +16,19 @@ CHUNK = 4096  # rows, its default
 ROW_TILE = 128  # rows of a tile: chunks of the scaled-exponential pipeline are multiples
 
 
+def chunk_rows(rows: int, hidden_size: int, whole: bool) -> int:
+    """Halved until no chunk, nor the last one padded, has as many rows as hidden units: 0.6.5 fails there, at its own
+    default of 4096 with the head of Llama-3-8B, for a vector along one side of a square could be along the other."""
+    chunk = padded(rows) if whole else CHUNK
+    while hidden_size in (min(chunk, padded(rows)), padded(rows % chunk)):
+        chunk = padded(chunk // 2)
+    return chunk
+
+
+def padded(rows: int) -> int:
+    return -(-rows // ROW_TILE) * ROW_TILE
+
+
 def loss(batch: Batch, scaled_exp: bool = False, whole: bool = False, tuned: bool = False) -> Tensor:
     without_softcap(batch, "QuACK")
     on_gpu(batch, "QuACK")
@@ -23,7 +36,7 @@ def loss(batch: Batch, scaled_exp: bool = False, whole: bool = False, tuned: boo
 
     hidden, weight, labels = batch.flat
     rows = labels.numel()
-    chunk = -(-rows // ROW_TILE) * ROW_TILE if whole else CHUNK
+    chunk = chunk_rows(rows, hidden.shape[-1], whole) if scaled_exp else CHUNK
     if scaled_exp and not scaled_exp_lce_supported(hidden, weight, chunk, "mean"):
         raise UnsupportedError("QuACK's scaled-exponential pipeline takes bfloat16 on Hopper and V % 128 == 0")
     if not scaled_exp and any(size % 8 for size in (rows, *weight.shape)):

@@ -255,6 +255,24 @@ def test_shape_r_is_one_that_quack_takes():
     assert R.head.V % tile == 0 and R.head.V % quack.ROW_TILE == 0 and R.N % quack.CHUNK == 0
 
 
+def test_quack_does_not_take_as_many_rows_as_hidden_units():
+    """What `chunk_rows` goes round. A release where this fails to raise needs it no more."""
+    infer = importlib.import_module(imported("quack").__name__ + ".epilogue.frontend")._infer_kind
+    vector = torch.empty(1, quack.CHUNK)
+    assert infer("v", vector, quack.CHUNK, 2048) == "col"
+    with pytest.raises(ValueError, match="ambiguous"):
+        infer("v", vector, quack.CHUNK, quack.CHUNK)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("hidden_size", [576, 2048, 4096, 8192])
+@pytest.mark.parametrize("rows", [300, 2048, 4096, 6144, 8192, 12200, 65536])
+def test_no_chunk_of_quack_has_as_many_rows_as_hidden_units(rows, hidden_size, whole):
+    chunk = quack.chunk_rows(rows, hidden_size, whole)
+    sizes = {quack.padded(min(chunk, rows - start)) for start in range(0, rows, chunk)}
+    assert chunk % quack.ROW_TILE == 0 and hidden_size not in sizes
+
+
 def test_what_a_peer_does_not_take_is_unsupported(calls):
     """QuACK's own answer to rows that are no multiple of 8 is a failed assertion, CCE's to float32 another."""
     imported(QUACK)

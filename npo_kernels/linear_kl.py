@@ -73,6 +73,8 @@ def fused_linear_kl(
     ref_hidden, ref_lm_head_weight, ref_bias = autocast_inputs(ref_hidden, ref_lm_head_weight, ref_bias)
     check_kl(hidden, lm_head_weight, bias, ref_hidden, ref_lm_head_weight, ref_bias, mask, reduction, impl)
     check_options(logit_scale=logit_scale, softcap=softcap, ignore_index=-100, workspace_mb=workspace_mb, num_rows=None)
+    # the kernels take any row stride, but the elements of a bias side by side
+    bias, ref_bias = (None if b is None else b.contiguous() for b in (bias, ref_bias))
     shape = hidden.shape[:-1]
     x, ref_x = hidden.reshape(-1, hidden.shape[-1]), ref_hidden.detach().reshape(-1, ref_hidden.shape[-1])
     counted = torch.ones(x.shape[0], dtype=torch.bool, device=device) if mask is None else mask.reshape(-1)
@@ -148,7 +150,7 @@ class Pair:
                 head_grads.add(slab, begin, end)
         hidden_grad = None
         if product is not None:
-            hidden_grad = torch.zeros_like(task.hidden)
+            hidden_grad = task.hidden.new_zeros(task.hidden.shape)  # contiguous, whatever the hidden states are
             finish_hidden_grad(task, product, coefs, target, task.rows.index, hidden_grad)
         return torch.cat(parts).sum(0), Gradients(hidden_grad, *head_grads.result())
 

@@ -173,3 +173,28 @@ def test_bad_input_says_what_to_do(change, error, message):
     }  # fmt: skip
     with pytest.raises(error, match=message):
         fused_linear_kl(**{**call, **change})
+
+
+LAYOUTS = {
+    "by columns": lambda t: t.t().contiguous().t(),
+    "every other": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "of wider rows": lambda t: torch.cat((t, t), -1)[..., : t.shape[-1]],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_tensors_of_any_layout(impl, reduction, layout):
+    hidden, weight, bias, ref_hidden, ref_weight = (t.float() for t in make(torch.float32))
+    tensors = [hidden[0], weight, bias, ref_hidden[0], ref_weight, bias.flip(0)]
+
+    def results(tensors):
+        leaves = [t.detach().requires_grad_() for t in tensors[:3]]
+        x, w, b = leaves
+        kl = fused_linear_kl(x, w, *tensors[3:5], bias=b, ref_bias=tensors[5], reduction=reduction, impl=impl)
+        return kl.detach(), *torch.autograd.grad(kl.sum(), leaves)
+
+    laid_out = [LAYOUTS[layout](t) for t in tensors]
+    for got, expected in zip(results(laid_out), results(tensors), strict=True):
+        assert relative_error(got, expected) < 1e-6

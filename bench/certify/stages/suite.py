@@ -3,13 +3,14 @@
 import os
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 from bench.certify.tests import run_tests
 from bench.certify.unit import Context, Unit
 
-# In the order of what they take. Half of a process's time goes into compiling, on one core of many.
-FILES = ("test_memory_and_sync", "test_operators", "test_correctness", "test_persistent")
-PROCESSES = 8  # that share the GPU
+LONGEST = ("test_correctness", "test_persistent")
+FOLDER = Path(__file__).parents[3] / "tests" / "gpu"
+PROCESSES = 8  # that share the GPU: half of their time goes into compiling, on one core of many
 
 
 def units(context: Context) -> list[Unit]:
@@ -17,4 +18,6 @@ def units(context: Context) -> list[Unit]:
         return [Unit("tests", partial(run_tests, arguments=["tests/test_tile_table.py", "tests/gpu"]), 5)]
     cores = len(os.sched_getaffinity(0))
     spread = ["-n", str(min(PROCESSES, cores)), "--dist", "worksteal"] if find_spec("xdist") and cores > 1 else []
-    return [Unit(file, partial(run_tests, arguments=[f"tests/gpu/{file}.py", *spread]), 10, 600) for file in FILES]
+    files = sorted(path.stem for path in FOLDER.glob("test_*.py"))
+    files.sort(key=lambda file: file in LONGEST)
+    return [Unit(file, partial(run_tests, arguments=[f"tests/gpu/{file}.py", *spread]), 10, 600) for file in files]

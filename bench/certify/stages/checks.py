@@ -31,6 +31,7 @@ CLAIMS = {  # what the report calls it -> (a test of tests/gpu, seconds)
     "the same bits again": ("test_correctness.py::test_repeated_runs_give_the_same_bits", 2),
     "guards around every output": ("test_operators.py::test_nothing_is_written_outside", 4),
     "KL": ("test_operators.py::test_kl_is_no_worse_than_plain_pytorch", 4),
+    "products of cuBLAS in float32": ("test_products.py::test_products_with_exponentials", 2),
     "no host sync": ("test_memory_and_sync.py::test_with_known_rows_nothing_waits_for_the_device", 2),
     "CUDA graph": ("test_memory_and_sync.py::test_forward_and_backward_replay_as_a_cuda_graph", 2),
     "opcheck": ("test_operators.py::test_fakes_have_the_shapes_strides_and_dtypes_of_the_outputs", 5),

@@ -172,7 +172,8 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert list(printed) == list(METHODS) and {"GA", "NPO+RT", "KTO+KL", "SimNPO+RT"} < set(printed)
     for summary in printed.values():
         assert {"end_fd", "end_rd", "min_fd"} <= summary.keys() and all(map(math.isfinite, summary.values()))
-        assert summary["min_fd"] <= metrics["before"]["fd"]
+        # the first step starts from there; one rounding may lie between the two ways to compute it
+        assert summary["min_fd"] <= metrics["before"]["fd"] * (1 + 1e-12)
     assert {f.name for f in (tmp_path / "out").iterdir()} == {
         "metrics.json", "config.json", "report.md", "figure.png", "collapse.png"
     }  # fmt: skip

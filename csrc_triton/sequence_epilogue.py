@@ -72,6 +72,8 @@ def ratio_epilogue(
     length = 1.0
     if LENGTH_NORMALIZED:
         length = tl.maximum(end - start, 1).to(tl.float32)
+    # an infinite reference would make a loss of 0 out of a mistake
+    offset = tl.where(tl.abs(offset) == float("inf"), float("nan"), offset)
     scaled_ratio = beta * (logps / length - offset)
     loss = 2.0 / beta * softplus(scaled_ratio)
     grad = tl.load(scale_ptr + sequence) * 2.0 * sigmoid(scaled_ratio) / length

@@ -19,10 +19,13 @@ from torch import Tensor
 
 
 def log_ratio(logps: Tensor, num_tokens: Tensor, offset: Tensor, length_normalized: bool) -> Tensor:
-    """r_s = logp_s - offset_s (NPO: offset = ref_logps), or logp_s / |y_s| - offset_s (SimNPO: offset = -gamma)."""
+    """r_s = logp_s - offset_s (NPO: offset = ref_logps), or logp_s / |y_s| - offset_s (SimNPO: offset = -gamma).
+
+    NaN where the offset is not finite: an infinite reference would make a loss of 0 out of a mistake.
+    """
     if length_normalized:
         logps = logps / num_tokens.clamp(min=1)
-    return logps - offset
+    return torch.where(offset.isinf(), torch.nan, logps - offset)
 
 
 def ratio_loss(log_ratio: Tensor, beta: float) -> Tensor:
@@ -39,14 +42,22 @@ def sequence_scale(num_tokens: Tensor, reduction: str, normalizer: Tensor | floa
     """(B,) float32 c_s such that the reduced loss is sum_s c_s loss_s.
 
     A sequence without a scored token has c_s = 0. "mean" divides by the number of the others, or by
-    `normalizer` when one is given (the count over an accumulated or distributed batch).
+    `normalizer` when one is given (the count over an accumulated or distributed batch). A normalizer that is not a
+    finite positive number makes every c_s NaN.
     """
     scored = (num_tokens > 0).float()
     if reduction != "mean":
         return scored
     if normalizer is None:
         return scored / scored.sum().clamp(min=1)
+    if isinstance(normalizer, Tensor):
+        normalizer = torch.where((normalizer > 0) & ~normalizer.isinf(), normalizer, torch.nan)
     return scored / normalizer
+
+
+def reduce(scale: Tensor, losses: Tensor) -> Tensor:
+    """(B,) c_s loss_s. 0 where c_s is: the reference of a sequence without a scored token may be anything."""
+    return torch.where(scale == 0, 0.0, scale * losses)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from npo_kernels.layout import Positions, flatten
 from npo_kernels.plan import workspace_bytes
-from npo_kernels.validation import check_batch, check_options, refuse_unknown
+from npo_kernels.validation import check_batch
 from npo_kernels.vocab_parallel import Shard, local_head
 
 # Found once, without importing it: torch.compile cannot trace the search (torch 2.11).
@@ -66,12 +66,10 @@ class Inputs:
 
 
 def prepare(
-    function: str,
     hidden: Tensor,
     lm_head_weight: Tensor,
     labels: Tensor,
     *,
-    unknown: dict,
     bias: Tensor | None,
     shift: bool,
     cu_seqlens: Tensor | None,
@@ -83,18 +81,10 @@ def prepare(
     num_rows: int | None,
     process_group: "dist.ProcessGroup | None",
 ) -> Inputs:
-    """Check and normalise the arguments that all public functions share."""
-    refuse_unknown(function, unknown)
+    """Normalise the arguments that all public functions share, and check them against each other."""
     lm_head_weight, bias, shard = local_head(lm_head_weight, bias, process_group)
     hidden, lm_head_weight, bias = autocast_inputs(hidden, lm_head_weight, bias)
     check_batch(hidden, lm_head_weight, labels, bias, cu_seqlens, impl)
-    check_options(
-        logit_scale=logit_scale,
-        softcap=softcap,
-        ignore_index=ignore_index,
-        workspace_mb=workspace_mb,
-        num_rows=num_rows,
-    )
     if shard is not None and impl == "reference":
         raise ValueError("impl='reference' takes the whole head: gather it, or use impl='torch' with process_group")
     positions = flatten(_rows_contiguous(hidden), labels.contiguous(), cu_seqlens, shift, ignore_index)

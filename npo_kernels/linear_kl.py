@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from npo_kernels.arguments import checked
 from npo_kernels.head import Head
 from npo_kernels.inputs import autocast_inputs, resolve_impl
 from npo_kernels.layout import DEAD_ROW, ELSEWHERE, Rows, compact
@@ -21,9 +22,10 @@ from npo_kernels.ops import all_tensors, fake_gradients, no_second_derivative, r
 from npo_kernels.plan import workspace_bytes
 from npo_kernels.products import matmul
 from npo_kernels.tasks import backend_of, plan_of
-from npo_kernels.validation import check_kl, check_options, refuse_unknown
+from npo_kernels.validation import check_kl
 
 
+@checked
 def fused_linear_kl(
     hidden: Tensor,  # (..., H)
     lm_head_weight: Tensor,  # (V, H)
@@ -38,7 +40,6 @@ def fused_linear_kl(
     softcap: float | None = None,
     impl: str = "auto",
     workspace_mb: float | None = None,
-    **unknown,
 ) -> Tensor:
     """KL(reference || model) of the next-token distributions, the retain term of NPO+KL (arXiv 2404.05868, section 3).
 
@@ -67,12 +68,10 @@ def fused_linear_kl(
         ValueError, TypeError: bad input; the message says what came, what is expected and what to do.
         NotImplementedError: when the gradient is differentiated again.
     """
-    refuse_unknown("fused_linear_kl", unknown)
     device = hidden.device
     hidden, lm_head_weight, bias = autocast_inputs(hidden, lm_head_weight, bias)
     ref_hidden, ref_lm_head_weight, ref_bias = autocast_inputs(ref_hidden, ref_lm_head_weight, ref_bias)
-    check_kl(hidden, lm_head_weight, bias, ref_hidden, ref_lm_head_weight, ref_bias, mask, reduction, impl)
-    check_options(logit_scale=logit_scale, softcap=softcap, ignore_index=-100, workspace_mb=workspace_mb, num_rows=None)
+    check_kl(hidden, lm_head_weight, bias, ref_hidden, ref_lm_head_weight, ref_bias, mask, impl)
     # the kernels take any row stride, but the elements of a bias side by side
     bias, ref_bias = (None if b is None else b.contiguous() for b in (bias, ref_bias))
     shape = hidden.shape[:-1]
@@ -82,6 +81,8 @@ def fused_linear_kl(
     numbers = (float(logit_scale), None if softcap is None else float(softcap))
 
     if impl == "reference":
+        # before the products: 0 times a non-finite hidden state outside the mask would be a NaN of all gradients
+        x, ref_x = (torch.where(counted.unsqueeze(-1), t, 0.0) for t in (x, ref_x))
         kl = reference_kl(x, Head(lm_head_weight, bias, *numbers), ref_x, Head(*ref_head, *numbers))
         kl = torch.where(counted, kl, 0.0)
         if reduction == "none":

@@ -76,6 +76,11 @@ def _check_scalar(loss) -> None:
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         came = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn: expected it to return a 0-d tensor, got {came}; reduce it with .mean() or .sum()")
+    if not loss.is_floating_point():
+        raise ValueError(
+            f"loss_fn: expected it to return a floating-point tensor, got {loss.dtype}, which carries no gradient to "
+            "the log-probabilities; compute the loss in float32"
+        )
 
 
 def _check_only_leaf(loss: Tensor, leaf: Tensor) -> None:

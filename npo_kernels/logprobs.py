@@ -5,10 +5,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from npo_kernels import ops, reference
+from npo_kernels.arguments import checked
 from npo_kernels.inputs import Inputs, prepare
 from npo_kernels.validation import check_values
 
 
+@checked
 def sequence_logprobs(
     hidden: Tensor,  # (B, S, H) or (T, H)
     lm_head_weight: Tensor,  # (V, H)
@@ -24,7 +26,6 @@ def sequence_logprobs(
     workspace_mb: float | None = None,
     num_rows: int | None = None,
     process_group: "dist.ProcessGroup | None" = None,
-    **unknown,
 ) -> tuple[Tensor, Tensor]:
     """Summed log-probability of each sequence's scored tokens, and their number.
 
@@ -63,7 +64,7 @@ def sequence_logprobs(
             [0, V) raises for tensors on the CPU and gives NaN elsewhere, without a sync (`set_debug` makes it raise).
     """
     call = prepare(
-        "sequence_logprobs", hidden, lm_head_weight, labels, unknown=unknown,
+        hidden, lm_head_weight, labels,
         bias=bias, shift=shift, cu_seqlens=cu_seqlens, ignore_index=ignore_index, logit_scale=logit_scale,
         softcap=softcap, impl=impl, workspace_mb=workspace_mb, num_rows=num_rows,
         process_group=process_group,
@@ -71,6 +72,7 @@ def sequence_logprobs(
     return sequence_logps(call)
 
 
+@checked
 def token_logprobs(
     hidden: Tensor,  # (B, S, H) or (T, H)
     lm_head_weight: Tensor,  # (V, H)
@@ -86,7 +88,6 @@ def token_logprobs(
     workspace_mb: float | None = None,
     num_rows: int | None = None,
     process_group: "dist.ProcessGroup | None" = None,
-    **unknown,
 ) -> Tensor:
     """Log-probability of each scored token, (B, S) or (T,) float32, 0 where nothing is scored; differentiable.
 
@@ -94,7 +95,7 @@ def token_logprobs(
     and errors as in `sequence_logprobs`.
     """
     call = prepare(
-        "token_logprobs", hidden, lm_head_weight, labels, unknown=unknown,
+        hidden, lm_head_weight, labels,
         bias=bias, shift=shift, cu_seqlens=cu_seqlens, ignore_index=ignore_index, logit_scale=logit_scale,
         softcap=softcap, impl=impl, workspace_mb=workspace_mb, num_rows=num_rows,
         process_group=process_group,

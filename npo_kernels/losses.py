@@ -8,10 +8,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from npo_kernels import formulas, ops
+from npo_kernels.arguments import checked
 from npo_kernels.inputs import Inputs, prepare
 from npo_kernels.logprob_loss import logprob_loss
 from npo_kernels.logprobs import sequence_logps
-from npo_kernels.validation import check_loss, check_ref_logps
+from npo_kernels.validation import check_factors, check_normalizer, check_ref_logps
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class LossStats:
     num_tokens: Tensor  # (B,) int64
 
 
+@checked
 def fused_npo_loss(
     hidden: Tensor,  # (B, S, H) or (T, H)
     lm_head_weight: Tensor,  # (V, H)
@@ -44,7 +46,6 @@ def fused_npo_loss(
     num_rows: int | None = None,
     process_group: "dist.ProcessGroup | None" = None,
     return_stats: bool = False,
-    **unknown,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Negative Preference Optimization (arXiv 2404.05868, equation 3) on last hidden states; no logits are formed.
 
@@ -72,9 +73,9 @@ def fused_npo_loss(
         ValueError, TypeError: as in `sequence_logprobs`.
         NotImplementedError: when the gradient is differentiated again.
     """
-    check_loss(beta, reduction, normalizer)
+    check_normalizer(reduction, normalizer)
     call = prepare(
-        "fused_npo_loss", hidden, lm_head_weight, labels, unknown=unknown,
+        hidden, lm_head_weight, labels,
         bias=bias, shift=shift, cu_seqlens=cu_seqlens, ignore_index=ignore_index, logit_scale=logit_scale,
         softcap=softcap, impl=impl, workspace_mb=workspace_mb, num_rows=num_rows,
         process_group=process_group,
@@ -83,6 +84,7 @@ def fused_npo_loss(
     return _ratio_loss(call, ref_logps.detach(), beta, False, reduction, normalizer, return_stats)
 
 
+@checked
 def fused_simnpo_loss(
     hidden: Tensor,  # (B, S, H) or (T, H)
     lm_head_weight: Tensor,  # (V, H)
@@ -103,7 +105,6 @@ def fused_simnpo_loss(
     num_rows: int | None = None,
     process_group: "dist.ProcessGroup | None" = None,
     return_stats: bool = False,
-    **unknown,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """SimNPO (arXiv 2410.07163): NPO without a reference, on the length-normalised log-probability.
 
@@ -115,9 +116,9 @@ def fused_simnpo_loss(
     with gamma inside the factor beta, as the paper's code has it. Arguments, results and errors as in
     `fused_npo_loss`, without `ref_logps`.
     """
-    check_loss(beta, reduction, normalizer)
+    check_normalizer(reduction, normalizer)
     call = prepare(
-        "fused_simnpo_loss", hidden, lm_head_weight, labels, unknown=unknown,
+        hidden, lm_head_weight, labels,
         bias=bias, shift=shift, cu_seqlens=cu_seqlens, ignore_index=ignore_index, logit_scale=logit_scale,
         softcap=softcap, impl=impl, workspace_mb=workspace_mb, num_rows=num_rows,
         process_group=process_group,
@@ -126,6 +127,7 @@ def fused_simnpo_loss(
     return _ratio_loss(call, offset, beta, True, reduction, normalizer, return_stats)
 
 
+@checked
 def fused_logprob_loss(
     hidden: Tensor,  # (B, S, H) or (T, H)
     lm_head_weight: Tensor,  # (V, H)
@@ -142,7 +144,6 @@ def fused_logprob_loss(
     workspace_mb: float | None = None,
     num_rows: int | None = None,
     process_group: "dist.ProcessGroup | None" = None,
-    **unknown,
 ) -> Tensor:
     """Any scalar loss of sequence log-probabilities, `loss_fn(logps, num_tokens)`, at the cost of the fused losses.
 
@@ -158,7 +159,7 @@ def fused_logprob_loss(
     `sequence_logprobs` followed by `loss_fn`. Other arguments and errors as in `sequence_logprobs`.
     """
     call = prepare(
-        "fused_logprob_loss", hidden, lm_head_weight, labels, unknown=unknown,
+        hidden, lm_head_weight, labels,
         bias=bias, shift=shift, cu_seqlens=cu_seqlens, ignore_index=ignore_index, logit_scale=logit_scale,
         softcap=softcap, impl=impl, workspace_mb=workspace_mb, num_rows=num_rows,
         process_group=process_group,
@@ -178,9 +179,11 @@ def _ratio_loss(
     beta = float(beta)
     if call.impl == "reference" or reduction == "none":
         logps, counts = sequence_logps(call)
+        if not torch.compiler.is_compiling():
+            check_factors(offset, normalizer if isinstance(normalizer, Tensor) else None, counts > 0)
         ratio = formulas.log_ratio(logps, counts, offset.to(logps.dtype), length_normalized)
         scale = formulas.sequence_scale(counts, reduction, normalizer).to(logps.dtype)
-        loss = torch.where(scale > 0, scale * formulas.ratio_loss(ratio, beta), 0.0)
+        loss = formulas.reduce(scale, formulas.ratio_loss(ratio, beta))
         loss = loss if reduction == "none" else loss.sum()
     else:
         if isinstance(normalizer, Tensor):

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from npo_kernels import modes
-from npo_kernels.formulas import RatioLoss, sequence_scale
+from npo_kernels.formulas import RatioLoss, reduce, sequence_scale
 from npo_kernels.head import Head
 from npo_kernels.layout import DEAD_ROW, Rows
 from npo_kernels.modes import Gradients, Statistics, Task
 from npo_kernels.plan import GRAD_SLICE
 from npo_kernels.rowmath import gradient_coefficients
 from npo_kernels.tasks import backend_of, plan_of, shard_of, task_of
+from npo_kernels.validation import check_factors
 
 SECOND_DERIVATIVE = (
     "npo_kernels has no second derivatives: the kernels form first gradients only. Use impl='reference' where "
@@ -249,6 +250,7 @@ def ratio_loss(
         sizes, impl, need_hidden, need_weight, need_bias,
     )  # fmt: skip
     rows = task.rows
+    check_factors(offset, normalizer, rows.num_tokens > 0)
     scale = sequence_scale(rows.num_tokens, reduction, normalizer)
     ratio = RatioLoss(offset, scale, rows.num_tokens, beta, length_normalized)
     logps, losses = torch.empty_like(offset), torch.empty_like(offset)
@@ -263,9 +265,7 @@ def ratio_loss(
 
     plan = plan_of(task, workspace_bytes, gradient_in_forward=True)
     _, grads = modes.value_and_gradients(task, plan, weigh)
-    # where: an empty sequence has scale 0, and 0 * inf of a far reference would be NaN
-    loss = torch.where(scale > 0, scale * losses, 0.0).sum()
-    return loss, logps, rows.num_tokens, *all_tensors(grads, hidden, weight)
+    return reduce(scale, losses).sum(), logps, rows.num_tokens, *all_tensors(grads, hidden, weight)
 
 
 @ratio_loss.register_fake

@@ -23,18 +23,18 @@ def token_logps(
 
     The dtype is float64 for float64 input and float32 otherwise. A target outside [0, V) gives NaN.
     """
-    logits = F.linear(hidden, lm_head_weight, bias)
+    scored = targets != ignore_index
+    # before the product: 0 times a non-finite hidden state at an ignored position would be a NaN of all gradients
+    logits = F.linear(torch.where(scored.unsqueeze(-1), hidden, 0.0), lm_head_weight, bias)
     if logits.dtype != torch.float64:
         logits = logits.float()
     logits = logit_scale * logits
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     vocab_size = lm_head_weight.shape[0]
-    scored = targets != ignore_index
     valid = (targets >= 0) & (targets < vocab_size)
     picked = targets.clamp(0, vocab_size - 1).unsqueeze(-1)
     logps = torch.log_softmax(logits, dim=-1).gather(-1, picked).squeeze(-1)
-    # where, not multiplication: a non-finite hidden state at an ignored position must not reach the loss
     return torch.where(scored, torch.where(valid, logps, torch.nan), 0.0)
 
 

@@ -78,6 +78,8 @@ WRONG = {
     "a vector of one": (lambda logps, num_tokens: logps.sum()[None], r"got \(1,\)"),
     "a number": (lambda logps, num_tokens: 1.0, "got float"),
     "nothing": (lambda logps, num_tokens: None, "got NoneType"),
+    "a count": (lambda logps, num_tokens: num_tokens.sum(), "floating-point tensor, got torch.int64"),
+    "a complex number": (lambda logps, num_tokens: logps.sum() * 1j, "floating-point tensor, got torch.complex64"),
 }
 
 

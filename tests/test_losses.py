@@ -151,14 +151,16 @@ def test_the_reference_of_an_empty_sequence_does_not_matter(impl, needs, far):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["ref_logps", "normalizer"])
 @pytest.mark.parametrize("impl", ALL_IMPLS)
-def test_no_gradient_flows_to_the_reference(impl, reduction):
+def test_a_constant_that_wants_a_gradient_is_refused(impl, name):
     batch = small().leaves(("hidden",))
-    ref_logps = batch.ref_logps.clone().requires_grad_()
-    loss = batch(fused_npo_loss, ref_logps=ref_logps, impl=impl, reduction=reduction).sum()
-    assert torch.autograd.grad(loss, ref_logps, allow_unused=True) == (None,)
-    assert not batch.leaves()(fused_npo_loss, ref_logps=ref_logps, impl=impl, reduction=reduction).requires_grad
+    constants = {"ref_logps": batch.ref_logps, "normalizer": torch.tensor(3.0)}
+    wanting = {**constants, name: constants[name].clone().requires_grad_()}
+    with pytest.raises(ValueError, match=f"{name}: expected a constant, got .* requires grad: .*detach"):
+        batch(fused_npo_loss, **wanting, impl=impl)
+    with torch.no_grad():  # where nothing can be lost
+        assert not batch(fused_npo_loss, **wanting, impl=impl).requires_grad
 
 
 @pytest.mark.parametrize("impl", ALL_IMPLS)

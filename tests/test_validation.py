@@ -11,6 +11,8 @@ from npo_kernels import (
     fused_npo_loss,
     fused_simnpo_loss,
     logprobs,
+    losses,
+    ops,
     sequence_logprobs,
     tasks,
     token_logprobs,
@@ -66,6 +68,26 @@ SHARED = {
     "labels are a list": (padded(labels=[1]), TypeError, "labels: expected a torch.Tensor"),
     "bias is a number": (padded(bias=0.0), TypeError, "bias: expected a torch.Tensor, got float"),
     "cu_seqlens is a list": (packed(cu_seqlens=[0, 5, 10]), TypeError, "cu_seqlens: expected a torch.Tensor, got list"),
+    "hidden is a long list": (
+        padded(hidden=torch.randn(50, 50).tolist()),
+        TypeError,
+        r"^hidden: expected a torch.Tensor, got list .{0,60}$",
+    ),
+    "sparse hidden": (
+        padded(hidden=torch.zeros(B, S, H).to_sparse()),
+        TypeError,
+        r"hidden: expected a dense.*to_dense",
+    ),
+    "sparse weight": (
+        padded(lm_head_weight=torch.zeros(V, H).to_sparse_csr()),
+        TypeError,
+        "lm_head_weight: expected a",
+    ),
+    "hidden on meta": (
+        padded(hidden=torch.zeros(B, S, H, device="meta")),
+        ValueError,
+        r"hidden: expected a tensor with values, got \(2, 5, 8\) float32 on meta",
+    ),
     # dtypes
     "float64": (
         padded(hidden=torch.zeros(B, S, H).double()),
@@ -163,6 +185,18 @@ SHARED = {
     "workspace a string": (padded(workspace_mb="256"), ValueError, "workspace_mb"),
     "num_rows negative": (padded(num_rows=-1), ValueError, "num_rows: expected the number of scored positions"),
     "num_rows a float": (padded(num_rows=8.0), ValueError, "num_rows"),
+    "workspace infinite": (
+        padded(workspace_mb=math.inf),
+        ValueError,
+        "workspace_mb: expected a positive number of MiB",
+    ),
+    "num_rows a bool": (padded(num_rows=True), ValueError, "num_rows: expected the number of scored positions"),
+    "num_rows too large": (padded(num_rows=2**70), ValueError, "num_rows"),
+    "ignore_index a bool": (padded(ignore_index=True), TypeError, "ignore_index: expected an int, got True"),
+    "ignore_index too large": (padded(ignore_index=2**70), ValueError, "ignore_index: .*int64 labels can hold"),
+    "shift a string": (padded(shift="no"), TypeError, "shift: expected True or False, got 'no'"),
+    "shift a number": (padded(shift=2), TypeError, "shift: expected True or False, got 2"),
+    "process_group a name": (padded(process_group="tp"), TypeError, "process_group: .*ProcessGroup or None, got 'tp'"),
     "ignore_index a float": (padded(ignore_index=-100.0), TypeError, "ignore_index: expected an int, got -100.0"),
     # names
     "impl": (padded(impl="cuda"), ValueError, "impl: expected one of .*'reference'.*, got 'cuda'"),
@@ -236,8 +270,14 @@ LOSS_OPTIONS = {
     "normalizer negative": ({"normalizer": -2.0}, "normalizer"),
     "normalizer a vector": (
         {"normalizer": torch.ones(B)},
-        r"normalizer: expected a number or a 0-d tensor, got \(2,\)",
+        r"normalizer: expected a positive number or a 0-d tensor, got \(2,\)",
     ),
+    "normalizer a bool tensor": ({"normalizer": torch.tensor(True)}, "normalizer: .*got .* bool"),
+    "normalizer complex": ({"normalizer": torch.tensor(2j)}, "normalizer: .*got .* complex64"),
+    "normalizer on meta": ({"normalizer": torch.ones((), device="meta")}, "normalizer: .*with values"),
+    "normalizer a negative tensor": ({"normalizer": torch.tensor(-2.0)}, "normalizer: .*got a tensor of -2.0"),
+    "normalizer a NaN tensor": ({"normalizer": torch.tensor(math.nan)}, "normalizer: .*got a tensor of nan"),
+    "normalizer an infinite tensor": ({"normalizer": torch.tensor(math.inf)}, "normalizer: .*got a tensor of inf"),
     "normalizer of a sum": (
         {"normalizer": 2, "reduction": "sum"},
         "replaces the count of reduction='mean', got .*'sum'",
@@ -251,6 +291,45 @@ def test_losses_refuse(function, what):
     options, message = LOSS_OPTIONS[what]
     with pytest.raises(ValueError, match=message):
         call(function, padded(**options))
+
+
+@pytest.mark.parametrize("impl", ("reference", *IMPLS))
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_reference_that_is_not_finite_is_refused(value, reduction, impl):
+    ref_logps = torch.tensor([0.0, value])
+    with pytest.raises(ValueError, match=r"ref_logps: expected finite log-probabilities, got .+ at sequence 1"):
+        fused_npo_loss(**padded(ref_logps=ref_logps, reduction=reduction, impl=impl))
+
+
+GAMMA = (math.nan, math.inf, "0.1", True, None, torch.tensor(0.1))
+
+
+@pytest.mark.parametrize("gamma", GAMMA, ids=str)
+def test_gamma_is_a_finite_number(gamma):
+    with pytest.raises(ValueError, match="gamma: expected a finite number, got"):
+        call("fused_simnpo_loss", padded(gamma=gamma))
+
+
+@pytest.mark.parametrize("value", [1, "yes", None, torch.tensor(True)], ids=str)
+def test_return_stats_is_a_bool(value):
+    with pytest.raises(TypeError, match="return_stats: expected True or False, got"):
+        fused_npo_loss(**padded(return_stats=value))
+
+
+LOSS_FN = {
+    "nothing": (None, "expected a function .*got None"),
+    "a name": ("npo", "expected a function .*got 'npo'"),
+    "one argument": (lambda logps: logps.sum(), "two positional arguments.*too many"),
+    "three arguments": (lambda logps, num_tokens, beta: logps.sum(), "functools.partial.*|missing a required"),
+}
+
+
+@pytest.mark.parametrize("what", LOSS_FN)
+def test_loss_fn_is_a_function_of_two_arguments(what):
+    loss_fn, message = LOSS_FN[what]
+    with pytest.raises(TypeError, match=message):
+        call("fused_logprob_loss", padded(loss_fn=loss_fn))
 
 
 def test_a_dtensor_is_refused_with_the_way_out():
@@ -278,6 +357,8 @@ def values_unread(monkeypatch):
     """As on a GPU, where reading labels would wait for the device."""
     for module in (tasks, logprobs):
         monkeypatch.setattr(module, "check_values", lambda *_: None)
+    for module in (ops, losses):
+        monkeypatch.setattr(module, "check_factors", lambda *_: None)
 
 
 BROKEN = {
@@ -308,6 +389,26 @@ def test_what_is_not_checked_poisons_the_loss(impl, what, needs):
     assert loss.isnan()
     (grad,) = torch.autograd.grad(loss, batch.hidden)
     assert grad.isnan().any()
+
+
+WRONG_FACTORS = {
+    "a negative normalizer": {"normalizer": torch.tensor(-2.0)},
+    "a normalizer of 0": {"normalizer": torch.tensor(0)},
+    "an infinite normalizer": {"normalizer": torch.tensor(math.inf)},
+    "a NaN normalizer": {"normalizer": torch.tensor(math.nan)},
+    "an infinite reference": {"ref_logps": torch.tensor([-3.0, math.inf])},
+}
+
+
+@pytest.mark.usefixtures("values_unread")
+@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids="+".join)
+@pytest.mark.parametrize("what", WRONG_FACTORS)
+@pytest.mark.parametrize("impl", ("reference", *IMPLS))
+def test_a_factor_that_is_not_checked_poisons_the_loss(impl, what, needs):
+    """A log shows NaN; a loss of 0 would hide the gradients that destroy the weights."""
+    batch = make_batch(lengths=(6, 6), prompts=(0, 0), H=H, V=V).leaves(needs)
+    loss = batch(fused_npo_loss, impl=impl, **{"ref_logps": batch.ref_logps, **WRONG_FACTORS[what]})
+    assert loss.isnan()
 
 
 @pytest.mark.usefixtures("values_unread")

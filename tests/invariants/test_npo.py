@@ -74,7 +74,7 @@ def test_for_beta_to_zero_the_gradient_becomes_that_of_gradient_ascent(impl, bat
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@given(batches(dtypes=(torch.float32,)), st.sampled_from([200.0, 2e3, 1e30, math.inf]))
+@given(batches(dtypes=(torch.float32,)), st.sampled_from([200.0, 2e3, 1e30]))
 @EXAMPLES
 def test_a_fully_forgotten_sequence_gives_a_vanishing_gradient_and_leaves_the_others_alone(impl, batch, distance):
     logps, counts = batch(sequence_logprobs, impl="reference")

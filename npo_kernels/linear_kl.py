@@ -18,7 +18,16 @@ from npo_kernels.head import Head
 from npo_kernels.inputs import autocast_inputs, resolve_impl
 from npo_kernels.layout import DEAD_ROW, ELSEWHERE, Rows, compact
 from npo_kernels.modes import Gradients, HeadGradients, Task, finish_hidden_grad
-from npo_kernels.ops import all_tensors, fake_gradients, no_second_derivative, runs_as_written, scale_gradient
+from npo_kernels.ops import (
+    all_tensors,
+    fake_gradients,
+    fake_kept,
+    kept,
+    no_second_derivative,
+    runs_as_written,
+    scale_kept,
+    setup_kept,
+)
 from npo_kernels.plan import workspace_bytes
 from npo_kernels.products import matmul
 from npo_kernels.tasks import backend_of, plan_of
@@ -151,7 +160,9 @@ class Pair:
                 head_grads.add(slab, begin, end)
         hidden_grad = None
         if product is not None:
-            hidden_grad = task.hidden.new_zeros(task.hidden.shape)  # contiguous, whatever the hidden states are
+            hidden_grad = task.hidden.new_zeros(
+                task.hidden.shape, dtype=task.wide_dtype
+            )  # contiguous, whatever the hidden states are
             finish_hidden_grad(task, product, coefs, target, task.rows.index, hidden_grad)
         return torch.cat(parts).sum(0), Gradients(hidden_grad, *head_grads.result())
 
@@ -162,12 +173,23 @@ class Pair:
 
 
 def _pair(
-    x, weight, bias, ref_x, ref_weight, ref_bias, counted, logit_scale, softcap, impl, needs: tuple[bool, bool, bool]
+    x,
+    weight,
+    bias,
+    ref_x,
+    ref_weight,
+    ref_bias,
+    counted,
+    logit_scale,
+    softcap,
+    impl,
+    needs: tuple[bool, bool, bool],
+    upstream_later: bool = False,
 ) -> Pair:
     ends = torch.arange(2, device=x.device) * x.shape[0]  # made on the device: a copy from the host would wait
     rows = compact(torch.where(counted, 0, DEAD_ROW), ends, 1, DEAD_ROW, num_rows=None)
     rows = Rows(rows.index, torch.full_like(rows.target, ELSEWHERE), rows.sequence, rows.starts, rows.host_starts)
-    task = Task(x, Head(weight, bias, logit_scale, softcap), rows, *needs, backend_of(impl))
+    task = Task(x, Head(weight, bias, logit_scale, softcap), rows, *needs, backend_of(impl), None, upstream_later)
     return Pair(task, task.gather(), ref_x[rows.index], Head(ref_weight, ref_bias, logit_scale, softcap))
 
 
@@ -201,34 +223,21 @@ def linear_kl_loss(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> scale * the sum over the counted positions, dHidden, dWeight, dBias; gradients empty where not needed."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> scale * the sum over the counted positions, and its gradients as `ops.kept` has them."""
     needs = (need_hidden, need_weight, need_bias)
-    pair = _pair(x, weight, bias, ref_x, ref_weight, ref_bias, counted, logit_scale, softcap, impl, needs)
+    pair = _pair(x, weight, bias, ref_x, ref_weight, ref_bias, counted, logit_scale, softcap, impl, needs, True)
     row_weight = scale.expand(pair.x.shape[0]).contiguous() if any(needs) else None
     kl, grads = pair.sweep(*pair.log_sum_exps(), row_weight, workspace_bytes)
-    return kl.sum() * scale, *all_tensors(grads, x, weight)
+    return kl.sum() * scale, *kept(grads, x, weight)
 
 
 @linear_kl_loss.register_fake
 def _(x, weight, *rest):
-    return x.new_empty((), dtype=torch.float32), *fake_gradients(x, weight, *rest[-3:])
+    return x.new_empty((), dtype=torch.float32), *fake_kept(x, weight, *rest[-3:])
 
 
-def _setup_loss(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.needs = inputs[-3:]
-    ctx.save_for_backward(*output[-3:])
-
-
-def _backward_loss(ctx, upstream, *_):
-    grads = (
-        scale_gradient(g, upstream) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
-    )
-    return *grads, *[None] * 12
-
-
-linear_kl_loss.register_autograd(_backward_loss, setup_context=_setup_loss)
+linear_kl_loss.register_autograd(scale_kept, setup_context=setup_kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def logprob_loss(call: Inputs, loss_fn: LossFn) -> Tensor:
 
 
 class _LogprobLoss(torch.autograd.Function):
-    """(loss, dHidden, dWeight, dBias): runs the loss inside the forward, where the slab of exponentials still exists.
+    """(loss, its gradients as `ops.kept` has them): runs the loss in the forward, where the exponentials still exist.
 
     The gradients are outputs so that they hang on the graph: who differentiates them again gets an error, not zeros.
     """
@@ -37,7 +37,9 @@ class _LogprobLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Inputs, loss_fn: LossFn):
         options = call.option_args[:-3]  # grad mode is off in here: what is needed the context knows
-        task = task_of(hidden, weight, bias, *call.batch_args[3:], *options, *ctx.needs_input_grad[:3])
+        task = task_of(
+            hidden, weight, bias, *call.batch_args[3:], *options, *ctx.needs_input_grad[:3], upstream_later=True
+        )
         rows, loss = task.rows, None
 
         def weigh(stats: Statistics, chunk: slice, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -50,13 +52,14 @@ class _LogprobLoss(torch.autograd.Function):
         with ops.as_written(hidden):
             _, grads = modes.value_and_gradients(task, plan, weigh)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
-        return loss, grads.hidden, grads.weight, grads.bias
+        ctx.dtype = hidden.dtype
+        saved = ops.kept(grads, hidden, weight)
+        ctx.save_for_backward(*saved)
+        return loss, *saved
 
     @staticmethod
     def backward(ctx, upstream: Tensor, *_):
-        grads = (None if g is None else ops.scale_gradient(g, upstream) for g in ctx.saved_tensors)
-        return *grads, None, None
+        return *ops.kept_times(ctx.saved_tensors, upstream, ctx.needs_input_grad[:3], ctx.dtype), None, None
 
 
 def _value_and_grad(loss_fn: LossFn, logps: Tensor, num_tokens: Tensor) -> tuple[Tensor, Tensor]:

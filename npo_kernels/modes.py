@@ -36,6 +36,15 @@ class Task:
     need_bias: bool
     backend: ModuleType
     shard: Shard | None = None  # the head is this rank's part of one that a process group shares
+    # The gradients are formed before the upstream gradient is known. float16 would lose the small ones, which a loss
+    # scale is there to save: so dHidden and dBias stay in float32, and each row of dWeight has a power of two as unit.
+    upstream_later: bool = False
+
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        """Of dHidden and dBias."""
+        dtype = self.hidden.dtype
+        return torch.float32 if self.upstream_later and dtype == torch.float16 else dtype
 
     @property
     def need_head(self) -> bool:
@@ -52,11 +61,12 @@ class Task:
 
 @dataclass
 class Gradients:
-    """Of the shapes and dtypes of the inputs; None where not wanted."""
+    """Of the shapes and dtypes of the inputs, but see `Task.upstream_later`; None where not wanted."""
 
     hidden: Tensor | None
-    weight: Tensor | None
+    weight: Tensor | None  # in units of `unit`, if there is one
     bias: Tensor | None
+    unit: Tensor | None = None  # (V,) float32
 
 
 def target_logits(task: Task, x: Tensor, target: Tensor) -> Tensor:
@@ -122,7 +132,7 @@ def expectation(task: Task, plan: Plan, x: Tensor) -> tuple[Statistics, Tensor]:
 
 def expectation_backward(task: Task, product: Tensor, coefs: tuple[Tensor, Tensor]) -> Gradients:
     """The frozen-head backward: O(NH)."""
-    grad = task.hidden.new_zeros(task.hidden.shape)
+    grad = task.hidden.new_zeros(task.hidden.shape, dtype=task.wide_dtype)
     finish_hidden_grad(task, product, coefs, task.rows.target, task.rows.index, grad)
     return Gradients(grad, None, None)
 
@@ -165,7 +175,7 @@ def recompute_backward(task: Task, plan: Plan, x: Tensor, stats: Statistics, coe
 def slab_gradients(task: Task, plan: Plan, x: Tensor, weigh: Weigh) -> tuple[Statistics, Gradients]:
     """Forward and gradients in one sweep over chunks of whole sequences. Three products."""
     rows, backend, head = task.rows, task.backend, task.head
-    hidden_grad = task.hidden.new_zeros(task.hidden.shape) if task.need_hidden else None
+    hidden_grad = task.hidden.new_zeros(task.hidden.shape, dtype=task.wide_dtype) if task.need_hidden else None
     head_grads = HeadGradients(task, plan.accumulate)
     chunk_stats = []
     for first, last in plan.chunks:
@@ -207,14 +217,16 @@ class HeadGradients:
 
     def __init__(self, task: Task, accumulate: bool):
         self.backend = task.backend
-        self.dtype = task.head.weight.dtype
+        self.dtype, self.bias_dtype = task.head.weight.dtype, task.wide_dtype
         self.in_place = accumulate or self.dtype == torch.float32
         vocab_size, hidden_size = task.head.weight.shape
         device = task.head.weight.device
         make = torch.zeros if self.in_place else torch.empty
         dtype = torch.float32 if self.in_place else self.dtype
         self.weight = make(vocab_size, hidden_size, dtype=dtype, device=device) if task.need_weight else None
-        self.bias = make(vocab_size, 8, dtype=dtype, device=device) if task.need_bias else None
+        self.bias = make(vocab_size, 8, dtype=torch.float32, device=device) if task.need_bias else None
+        in_units = task.need_weight and task.upstream_later and self.dtype == torch.float16
+        self.row_unit = torch.empty(vocab_size, dtype=torch.float32, device=device) if in_units else None
 
     def take_rows(self, x: Tensor, row_coef: Tensor, target_coef: Tensor, target: Tensor | None) -> None:
         """The rows that the next calls of `add` are about; without a target no label has a term of its own."""
@@ -244,10 +256,24 @@ class HeadGradients:
             if self.unit is not None:
                 part *= self.unit
             if not self.in_place:
-                grad[begin:end] = part
+                grad[begin:end] = self._round(part, begin, end) if grad is self.weight else part
 
-    def result(self) -> tuple[Tensor | None, Tensor | None]:
-        """(dWeight, dBias) in the dtype of the weight."""
-        weight = None if self.weight is None else self.weight.to(self.dtype)
-        bias = None if self.bias is None else self.bias[:, 0].to(self.dtype).contiguous()
-        return weight, bias
+    def _round(self, part: Tensor, begin: int, end: int) -> Tensor:
+        """Finished rows [begin, end) of dWeight, as they are kept; `part` may be overwritten."""
+        if self.row_unit is not None:
+            largest = torch.linalg.vector_norm(part, torch.inf, dim=1)
+            self.row_unit[begin:end] = torch.where(largest > 0, _power_of_two(largest), 1.0)
+            part /= self.row_unit[begin:end, None]
+        return part.to(self.dtype)
+
+    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dWeight, dBias, unit)."""
+        weight, bias = self.weight, None
+        if weight is not None and weight.dtype != self.dtype:
+            weight = torch.empty_like(weight, dtype=self.dtype)
+            for i in range(0, weight.shape[0], GRAD_SLICE):
+                rows = slice(i, i + GRAD_SLICE)
+                weight[rows] = self._round(self.weight[rows], rows.start, rows.stop)
+        if self.bias is not None:
+            bias = self.bias[:, 0].to(self.bias_dtype).contiguous()
+        return weight, bias, self.row_unit

@@ -168,6 +168,24 @@ def all_tensors(grads: Gradients, hidden: Tensor, weight: Tensor) -> tuple[Tenso
     return tuple(e if g is None else g for g, e in zip(found, empty, strict=True))
 
 
+def kept(grads: Gradients, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dHidden, dWeight, dBias, unit of dWeight) until the upstream gradient is known; empty where not wanted.
+
+    See `modes.Task.upstream_later`: float16 alone has units, and dHidden and dBias in float32.
+    """
+    unit = hidden.new_empty(0, dtype=torch.float32) if grads.unit is None else grads.unit
+    return *all_tensors(grads, hidden, weight), unit
+
+
+def fake_kept(hidden, weight, need_hidden, need_weight, need_bias) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`kept` without values."""
+    half = hidden.dtype == torch.float16
+    wide = torch.float32 if half else hidden.dtype
+    x, w, b = fake_gradients(hidden, weight, need_hidden, need_weight, need_bias)
+    x, b = (t.to(wide) if need else t for t, need in ((x, need_hidden), (b, need_bias)))
+    return x, w, b, hidden.new_empty(weight.shape[0] if half and need_weight else 0, dtype=torch.float32)
+
+
 def fake_gradients(hidden, weight, need_hidden, need_weight, need_bias) -> tuple[Tensor, Tensor, Tensor]:
     """`all_tensors` without values: what the fakes of the operators return."""
     return (
@@ -243,11 +261,11 @@ def ratio_loss(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> loss (), logps (B,), num_tokens (B,), dHidden (T, H), dWeight (V, H), dBias (V,) of a "mean" or "sum" loss."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> loss (), logps (B,), num_tokens (B,) of a "mean" or "sum" loss, and its gradients as `kept` has them."""
     task = task_of(
         hidden, weight, bias, targets, offsets, ignore_index, logit_scale, softcap, num_rows, workspace_bytes, group,
-        sizes, impl, need_hidden, need_weight, need_bias,
+        sizes, impl, need_hidden, need_weight, need_bias, upstream_later=True,
     )  # fmt: skip
     rows = task.rows
     check_factors(offset, normalizer, rows.num_tokens > 0)
@@ -265,48 +283,63 @@ def ratio_loss(
 
     plan = plan_of(task, workspace_bytes, gradient_in_forward=True)
     _, grads = modes.value_and_gradients(task, plan, weigh)
-    return reduce(scale, losses).sum(), logps, rows.num_tokens, *all_tensors(grads, hidden, weight)
+    return reduce(scale, losses).sum(), logps, rows.num_tokens, *kept(grads, hidden, weight)
 
 
 @ratio_loss.register_fake
 def _(hidden, weight, bias, targets, offsets, offset, normalizer, beta, length_normalized, reduction, ignore_index,
       logit_scale, softcap, num_rows, workspace_bytes, group, sizes, impl, need_hidden, need_weight,
       need_bias):  # fmt: skip
-    gradients = fake_gradients(hidden, weight, need_hidden, need_weight, need_bias)
+    gradients = fake_kept(hidden, weight, need_hidden, need_weight, need_bias)
     return offset.new_empty(()), torch.empty_like(offset), targets.new_empty(offset.shape), *gradients
 
 
-def _setup_ratio_loss(ctx, inputs, output):
+def setup_kept(ctx, inputs, output):
+    """Of every operator whose last inputs are `needs` and whose last outputs are `kept` gradients."""
     ctx.set_materialize_grads(False)  # no zeros of the size of dWeight for outputs nobody differentiates
-    ctx.needs = inputs[-3:]
-    ctx.save_for_backward(*output[-3:])
+    ctx.needs, ctx.dtype, ctx.num_inputs = inputs[-3:], inputs[0].dtype, len(inputs)
+    ctx.save_for_backward(*output[-4:])
 
 
-def _backward_ratio_loss(ctx, upstream, *_):
-    grads = (
-        scale_gradient(g, upstream) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
-    )
-    return *grads, *[None] * 18
+def scale_kept(ctx, upstream, *_):
+    """The gradients of all inputs of such an operator."""
+    grads = kept_times(ctx.saved_tensors, upstream, ctx.needs, ctx.dtype)
+    return *grads, *[None] * (ctx.num_inputs - len(grads))
 
 
-ratio_loss.register_autograd(_backward_ratio_loss, setup_context=_setup_ratio_loss)
+def kept_times(saved: Sequence[Tensor], upstream: Tensor, needs: Sequence[bool], dtype: torch.dtype) -> list:
+    """[dHidden, dWeight, dBias] in the dtype of the inputs from what `kept` returned; None where not needed."""
+    *grads, unit = saved
+    units = (None, unit if unit.numel() else None, None)
+    return [
+        scale_gradient(grad, u, upstream, dtype) if need else None
+        for grad, u, need in zip(grads, units, needs, strict=True)
+    ]
+
+
+ratio_loss.register_autograd(scale_kept, setup_context=setup_kept)
 
 
 @torch.library.custom_op("npo_kernels::scale_gradient", mutates_args=())
 @runs_as_written
-def scale_gradient(grad: Tensor, upstream: Tensor) -> Tensor:
-    """grad * upstream (0-d) in float32, a slice of rows at a time; never in place: the graph may be kept."""
-    if grad.dtype == torch.float32:
+def scale_gradient(grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * unit (a factor of each row, or none) * upstream (0-d) in float32, rounded once to `dtype`.
+
+    A slice of rows at a time; never in place: the graph may be kept.
+    """
+    if grad.dtype == dtype == torch.float32:
         return grad * upstream
-    out = torch.empty_like(grad)
+    out = torch.empty_like(grad, dtype=dtype)
     for i in range(0, grad.shape[0], GRAD_SLICE):
-        out[i : i + GRAD_SLICE] = grad[i : i + GRAD_SLICE].float() * upstream
+        rows = slice(i, i + GRAD_SLICE)
+        factor = upstream if unit is None else (upstream * unit[rows]).unsqueeze(1)
+        out[rows] = grad[rows].float() * factor
     return out
 
 
 @scale_gradient.register_fake
-def _(grad, upstream):
-    return torch.empty_like(grad)
+def _(grad, unit, upstream, dtype):
+    return torch.empty_like(grad, dtype=dtype)
 
 
 def no_second_derivative(ctx, *_):

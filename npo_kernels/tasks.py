@@ -44,6 +44,7 @@ def task_of(
     sizes: Sequence[int],
     impl: str,
     *needs: bool,
+    upstream_later: bool = False,
 ) -> Task:
     """The call that the arguments of an operator describe, its values checked and its rows compacted."""
     shard = shard_of(group, sizes)
@@ -52,7 +53,7 @@ def task_of(
     rows = compact(targets, offsets, vocab_size, ignore_index, num_rows)
     if shard is not None:
         rows = shard.localize(rows)
-    return Task(hidden, Head(weight, bias, logit_scale, softcap), rows, *needs, backend_of(impl), shard)
+    return Task(hidden, Head(weight, bias, logit_scale, softcap), rows, *needs, backend_of(impl), shard, upstream_later)
 
 
 def plan_of(task: Task, limit: int, gradient_in_forward: bool, separable: bool = True) -> Plan:

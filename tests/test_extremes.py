@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from npo_kernels import fused_npo_loss, sequence_logprobs, token_logprobs
+from npo_kernels import fused_linear_kl, fused_logprob_loss, fused_npo_loss, sequence_logprobs, token_logprobs
 from tests import support
 from tests.support import DTYPES, IMPLS, TINY, evaluate, evaluate_plain_and_oracle, make_batch, name_of, relative_error
 
@@ -190,6 +190,57 @@ def test_small_weights_of_float16_sequences_lose_no_more_than_plain(impl, worksp
     plain, oracle = evaluate_plain_and_oracle(loss, batch, needs)
     ours = evaluate(loss, batch, needs, impl=impl, workspace_mb=sizes[workspace])
     support.assert_no_worse_than_plain(ours, plain, oracle)
+
+
+def scaled(objective, scale):
+    return lambda batch, **options: objective(batch, **options) * scale
+
+
+def weak_npo(batch, **options):
+    """Sequences that are nearly forgotten: 2 sigmoid(beta r) is about 1.2e-5."""
+    return batch(fused_npo_loss, ref_logps=batch.ref_logps + 24.0, beta=0.5, **options)
+
+
+def weak_user_loss(batch, **options):
+    return batch(
+        fused_logprob_loss, lambda logps, num_tokens: 1.2e-5 * (logps / num_tokens.clamp(min=1)).sum(), **options
+    )
+
+
+def weak_kl(batch, **options):
+    options.pop("workspace_mb", None)
+    reference = batch.hidden.detach() * 0.5  # exact in every dtype
+    return 1.2e-5 * fused_linear_kl(
+        batch.hidden, batch.weight, reference, batch.weight.detach(), bias=batch.bias, **options
+    )
+
+
+@pytest.mark.parametrize("workspace", ["one slab", "chunks", "slices"])
+@pytest.mark.parametrize("objective", [weak_npo, weak_user_loss, weak_kl], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_loss_scale_saves_the_small_gradients_of_float16(impl, objective, workspace):
+    """It reaches the gradients after the forward has formed them: rounded before, 99 % of dWeight would be 0."""
+    batch = make_batch(torch.float16, "bias")
+    needs = ("hidden", "weight", "bias")
+    sizes = {"one slab": None, "chunks": support.workspace_for(batch, impl, chunks=True), "slices": TINY}
+    loss = scaled(objective, 65536.0)
+    plain, oracle = evaluate_plain_and_oracle(loss, batch, needs)
+    ours = evaluate(loss, batch, needs, impl=impl, workspace_mb=sizes[workspace])
+    support.assert_no_worse_than_plain(ours, plain, oracle)
+    for name in needs:
+        assert (ours[name] != 0).sum() >= 0.99 * (oracle[name].abs() > 1e-6).sum(), name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_large_sum_of_one_label_does_not_overflow_float16_before_it_is_scaled(impl):
+    """Two tokens of one label, rows of 5e4: their sum is beyond float16, times the upstream gradient it is not."""
+    hidden = torch.full((1, 3, 2), 5e4, dtype=torch.float16)
+    weight = torch.zeros(4, 2, dtype=torch.float16, requires_grad=True)
+    labels = torch.tensor([[0, 1, 1]])
+    loss = fused_npo_loss(hidden, weight, labels, ref_logps=torch.tensor([-2.7726]), reduction="sum", impl=impl)
+    (grad,) = torch.autograd.grad(loss * 2**-6, weight)
+    expected = torch.tensor([-0.5, 1.5, -0.5, -0.5]) * 5e4 / 2**6
+    torch.testing.assert_close(grad.float(), expected[:, None].expand(4, 2), rtol=2e-3, atol=0)
 
 
 def npo_of_a_large_batch(batch, **options):

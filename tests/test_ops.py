@@ -67,7 +67,7 @@ def test_opcheck_ratio_loss(impl, needs, num_rows):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_opcheck_scale_gradient(dtype):
-    torch.library.opcheck(ops.scale_gradient, (torch.randn(5, 3).to(dtype), torch.tensor(0.3)))
+    torch.library.opcheck(ops.scale_gradient, (torch.randn(5, 3).to(dtype), torch.rand(5), torch.tensor(0.3), dtype))
 
 
 @pytest.mark.parametrize("shape", [(1,), (72,), (73, 5), (200, 3)], ids=str)
@@ -75,7 +75,7 @@ def test_opcheck_scale_gradient(dtype):
 def test_a_gradient_is_scaled_in_float32_and_rounded_once(small_blocks, dtype, shape):
     grad, upstream = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype), torch.tensor(-0.3)
     before = grad.clone()
-    assert torch.equal(ops.scale_gradient(grad, upstream), (grad.float() * upstream).to(dtype))
+    assert torch.equal(ops.scale_gradient(grad, None, upstream, dtype), (grad.float() * upstream).to(dtype))
     assert torch.equal(grad, before)
 
 
@@ -177,7 +177,7 @@ def test_the_forward_of_a_loss_without_gradients_makes_none(impl, monkeypatch):
     """An unwanted gradient is an empty tensor, not one of zeros."""
     batch = make_batch(head="bias", layout="packed", **SMALL)
     for needs in NEEDS:
-        *_, hidden, weight, bias = ops.ratio_loss(
+        *_, hidden, weight, bias, _ = ops.ratio_loss(
             *flat(batch, ()), batch.ref_logps, None, 0.1, False, "mean",
             -100, 1.0, None, None, 2**20, None, (), impl, *flags(needs),
         )  # fmt: skip

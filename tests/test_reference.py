@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from npo_kernels import fused_npo_loss, fused_simnpo_loss, reference, sequence_logprobs
+from npo_kernels import fused_linear_kl, fused_npo_loss, fused_simnpo_loss, reference, sequence_logprobs
 from tests.support import HEADS, LAYOUTS, make_batch
 
 
@@ -79,3 +79,27 @@ def test_first_and_second_derivatives_by_finite_differences(function, layout):
     leaves = tuple(batch.leaves(("hidden", "weight", "bias")).tensors.values())
     assert torch.autograd.gradcheck(loss, leaves)
     assert torch.autograd.gradgradcheck(loss, leaves)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_an_ignored_position_holds_reaches_no_gradient(bad):
+    """0 times a non-finite number is NaN: masking the loss alone leaves that in every gradient."""
+    weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    hidden = torch.randn(1, 3, 4, dtype=torch.float64)
+    labels = torch.tensor([[1, 2, 3]])
+    labels[0, 1] = -100
+    counted = torch.tensor([[True, False, True]])
+    reference = hidden + 1
+
+    def gradients(hidden, reference):
+        hidden = hidden.clone().requires_grad_()
+        logps, _ = sequence_logprobs(hidden, weight, labels, shift=False, impl="reference")
+        kl = fused_linear_kl(hidden, weight, reference, weight.detach() + 1, mask=counted, impl="reference")
+        return torch.autograd.grad(logps.sum() + kl, (hidden, weight))
+
+    expected = gradients(hidden, reference)
+    spoilt = hidden.clone(), reference.clone()
+    for tensor in spoilt:
+        tensor[0, 1] = bad
+    for got, wanted in zip(gradients(*spoilt), expected, strict=True):
+        assert torch.equal(got, wanted)

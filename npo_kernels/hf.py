@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from npo_kernels.hf_batch import take_batch
-from npo_kernels.hf_head import computing, plain_linears, probed
+from npo_kernels.hf_head import alone, computing, head_of, plain_linears, probed
 from npo_kernels.logprobs import sequence_logprobs, token_logprobs
 from npo_kernels.losses import LossStats
 
@@ -71,6 +71,9 @@ def add_fused_unlearning_head(model: nn.Module) -> nn.Module:
         cu_seqlens: (B+1,) int32, for a packed batch (1, T); `cu_seq_lens_q` and position_ids that restart do as well.
             position_ids are made where they are missing.
         ignore_index: -100.
+
+        Threads may share a model: fused calls wait for each other, plain calls run beside them. Do not save or move the
+        model meanwhile.
 
         A bias, a scale and a tanh softcap of the logits, whatever their names, are those of the model's own forward.
         Where the model adds its router's auxiliary loss to a loss, so does this; `aux_loss` has it, too.
@@ -126,18 +129,20 @@ def _fused_forward(model: nn.Module, forward: Callable, function: Callable, kwar
         raise TypeError(f"fused_unlearning: expected True or a function such as fused_npo_loss, got {function!r}")
     _check_arguments(kwargs)
     batch = take_batch(kwargs)
-    head = model.get_output_embeddings()
-    with probed(model, head) as probe:
-        outputs = forward(**{**kwargs, "use_cache": False, "return_dict": True})
-    scale, softcap = probe.logit_function(outputs.logits)
+    head = head_of(model)
+    plain_linears(head)  # refuses what is none
+    with alone(head):
+        with probed(model, head) as probe:
+            outputs = forward(**{**kwargs, "use_cache": False, "return_dict": True})
+        scale, softcap = probe.logit_function(outputs.logits)
 
-    def fused(hidden: Tensor, weight: Tensor, bias: Tensor | None):
-        return function(
-            batch.rows(hidden), weight, batch.labels, bias=bias, logit_scale=scale, softcap=softcap, **batch.options
-        )
+        def fused(hidden: Tensor, weight: Tensor, bias: Tensor | None):
+            return function(
+                batch.rows(hidden), weight, batch.labels, bias=bias, logit_scale=scale, softcap=softcap, **batch.options
+            )
 
-    with computing(head, fused):
-        result = head(probe.hidden)
+        with computing(head, fused):
+            result = head(probe.hidden)
     found = _named(function, result)
     aux_loss = getattr(outputs, "aux_loss", None)
     if aux_loss is not None and "loss" in found:

@@ -5,6 +5,9 @@ that it is called with and returns a few numbers instead of logits. What has bec
 model does to logits, whatever its configuration calls it: logit_scale, logits_scaling, lm_head_multiplier, softcaps.
 """
 
+import functools
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,12 +23,13 @@ class HeadProbe(nn.Module):
     """Stands in for the head during the model's forward: (B, S, H) -> (1, 1, V) numbers on the CPU, no logits.
 
     On the CPU, so that reading them at the end waits for no device; V of them, so that a model that cuts or masks
-    the vocabulary is noticed.
+    the vocabulary is noticed. Calls from other threads get the logits of the head itself.
     """
 
     def __init__(self, head: nn.Module, vocab_size: int):
         super().__init__()
         vars(self)["head"] = head  # not a submodule: its parameters are not this module's
+        self.thread = threading.get_ident()
         self.hidden: Tensor | None = None
         self.logits = torch.ones(1, 1, vocab_size, dtype=torch.float64)
         self.logits[..., : len(PROBE)] = torch.tensor(PROBE[:vocab_size], dtype=torch.float64)
@@ -38,6 +42,8 @@ class HeadProbe(nn.Module):
             return getattr(vars(self)["head"], name)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if threading.get_ident() != self.thread:
+            return vars(self)["head"](hidden)
         self.hidden = hidden
         return self.logits.clone()  # models scale in place
 
@@ -69,6 +75,25 @@ class HeadProbe(nn.Module):
         return scale, softcap
 
 
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_locks_guard = threading.Lock()
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The output head, also while another thread has put a probe in its place."""
+    head = model.get_output_embeddings()
+    return vars(head)["head"] if isinstance(head, HeadProbe) else head
+
+
+@contextmanager
+def alone(head: nn.Module) -> Iterator[None]:
+    """One thread at a time: a fused call stands in for the head of its model, which all threads see."""
+    with _locks_guard:
+        lock = _locks.setdefault(head, threading.RLock())
+    with lock:
+        yield
+
+
 @contextmanager
 def probed(model: nn.Module, head: nn.Module) -> Iterator[HeadProbe]:
     """The model with a probe for a head."""
@@ -85,13 +110,14 @@ def computing(head: nn.Module, function) -> Iterator[None]:
     """The head computing `function(hidden, weight, bias)` when it is called.
 
     It is still called as a module: FSDP2 gathers its weight in a hook, so does DeepSpeed ZeRO-3 in forward and
-    backward, accelerate moves it to the device, and PEFT picks the copy that is trained.
+    backward, accelerate moves it to the device, and PEFT picks the copy that is trained. Other threads that call it
+    meanwhile get its logits.
     """
     linears = plain_linears(head)
     for linear in linears:
         name = "_old_forward" if hasattr(linear, "_hf_hook") else "forward"  # accelerate's hooks replace forward
         saved = vars(linear).get(name)
-        vars(linear)[name] = _forward_of(linear, function)
+        vars(linear)[name] = _forward_of(linear, function, saved or functools.partial(type(linear).forward, linear))
         vars(linear)["_npo_saved"] = (name, saved)
     try:
         yield
@@ -104,8 +130,16 @@ def computing(head: nn.Module, function) -> Iterator[None]:
                 vars(linear)[name] = saved
 
 
-def _forward_of(linear: nn.Linear, function):
-    return lambda hidden: function(hidden, linear.weight, linear.bias)
+def _forward_of(linear: nn.Linear, function, elsewhere):
+    """`function` in this thread, `elsewhere` in the others."""
+    thread = threading.get_ident()
+
+    def forward(hidden: Tensor):
+        if threading.get_ident() != thread:
+            return elsewhere(hidden)
+        return function(hidden, linear.weight, linear.bias)
+
+    return forward
 
 
 def plain_linears(head: nn.Module | None) -> list[nn.Linear]:

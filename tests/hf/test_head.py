@@ -3,6 +3,8 @@
 import copy
 import inspect
 import io
+import sys
+import threading
 from functools import partial
 
 import pytest
@@ -221,6 +223,39 @@ def test_the_head_is_itself_again_after_an_error(model, batch):
     with pytest.raises((TypeError, ValueError, RuntimeError)):
         model(labels=batch["labels"], fused_unlearning=True)  # the backbone raises: no input_ids
     assert model.lm_head is head
+
+
+def test_threads_share_a_model(model, batch):
+    """A fused call stands in for the head: neither a plain call nor another fused one beside it may notice."""
+    calls = {
+        "plain": lambda: model(**{k: v for k, v in batch.items() if k != "labels"}).logits,
+        "sequences": lambda: model(**batch, fused_unlearning=True).logps,
+        "loss": lambda: model(**batch, fused_unlearning=NPO).loss,
+    }
+    with torch.no_grad():
+        expected = {name: call() for name, call in calls.items()}
+    failures = []
+
+    def work(name):
+        with torch.no_grad():
+            for _ in range(15):
+                try:
+                    assert torch.equal(calls[name](), expected[name])
+                except Exception as error:
+                    failures.append((name, repr(error)))
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in (*calls, *calls)]
+    switch, head = sys.getswitchinterval(), model.lm_head
+    sys.setswitchinterval(1e-5)  # so that threads meet inside every call
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(switch)
+    assert not failures, failures[:3]
+    assert model.lm_head is head and "forward" not in vars(head)
 
 
 def test_copies_run_their_own_weights(model, batch):

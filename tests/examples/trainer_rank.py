@@ -12,3 +12,4 @@ if trainer.accelerator.is_main_process:
     assert trainer.accelerator.num_processes == 2
     losses = torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     save_file({**trainer.accelerator.unwrap_model(trainer.model).state_dict(), "losses": losses}, sys.argv[1])
+trainer.accelerator.end_training()  # a process group that lives on until exit can abort the process

@@ -6,7 +6,7 @@
 | exp_logits        | exp_logits, exp_logits_persistent           | product, exponentials, partial sums       |
 | row_statistics    | reanchor, row_statistics                    | overflow repair; logp and 1 - p_y         |
 | sequence_epilogue | sequence_sums, ratio_epilogue               | segment sum, NPO log-sigmoid, row factors |
-| linear_kl         | kl_logits                                   | two products, KL and p - q of their tiles |
+| linear_kl         | softmax_sums, kl_logits                     | two products, KL and p - q of their tiles |
 | gradient_rows     | scale_rows, finish_hidden_grad, add_targets | O(NH) parts of dHidden and dWeight        |
 | common            | log1p, softplus, sigmoid, tanh, place,      | device functions                          |
 |                   | project                                     |                                           |

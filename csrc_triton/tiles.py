@@ -66,11 +66,11 @@ PAIR_TILES = {
     ("sm_100", 16, ANY_HIDDEN): Tile(128, 64, 64, 16, 8, 4),
     ("sm_120", 16, ANY_HIDDEN): Tile(128, 64, 64, 16, 8, 3),
     ("gfx942", 16, ANY_HIDDEN): Tile(128, 64, 64, 16, 8, 2),
-    ("sm_80", 32, ANY_HIDDEN): Tile(64, 64, 32, 16, 8, 3),
-    ("sm_86", 32, ANY_HIDDEN): Tile(64, 64, 32, 16, 8, 3),
-    ("sm_90", 32, ANY_HIDDEN): Tile(64, 64, 32, 16, 8, 3),
-    ("sm_100", 32, ANY_HIDDEN): Tile(64, 64, 32, 16, 8, 4),  # with 2 or 3 stages tf32 spills under Triton 3.6
-    ("sm_120", 32, ANY_HIDDEN): Tile(64, 64, 32, 16, 8, 3),
+    ("sm_80", 32, ANY_HIDDEN): Tile(64, 64, 32, 16, 8, 4),
+    ("sm_86", 32, ANY_HIDDEN): Tile(64, 64, 32, 16, 8, 4),
+    ("sm_90", 32, ANY_HIDDEN): Tile(64, 64, 32, 16, 8, 4),
+    ("sm_100", 32, ANY_HIDDEN): Tile(64, 64, 16, 16, 8, 4),  # 32 deep some of these spill
+    ("sm_120", 32, ANY_HIDDEN): Tile(64, 64, 32, 16, 8, 4),
     ("gfx942", 32, ANY_HIDDEN): Tile(64, 64, 32, 16, 8, 2),
     ("interpreter", 16, ANY_HIDDEN): Tile(16, 32, 32, 4, 4, 1, 2),
     ("interpreter", 32, ANY_HIDDEN): Tile(16, 32, 32, 4, 4, 1, 2),

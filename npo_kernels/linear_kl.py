@@ -3,9 +3,10 @@
     KL_i = sum_v q_iv (log q_iv - log p_iv),   p = softmax(z), q = softmax(z_ref)
     dKL_i / dz_iv = p_iv - q_iv
 
-The log-sum-exps of both models come first (one product each); a second sweep over the vocabulary, a slice at a time,
+The normalizers of both softmaxes come first (one product each); a second sweep over the vocabulary, a slice at a time,
 forms the sum and p - q from the difference of the log-probabilities, which keeps their relative precision where the
-models agree (`csrc_triton.linear_kl`), and takes the gradients there. Positions outside the mask cost nothing.
+models agree and at logits of any size (`csrc_triton.linear_kl`), and takes the gradients there. Positions outside the
+mask cost nothing.
 """
 
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from npo_kernels.ops import (
 )
 from npo_kernels.plan import workspace_bytes
 from npo_kernels.products import matmul
+from npo_kernels.rowmath import Normalizers, merge_sums
 from npo_kernels.tasks import backend_of, plan_of
 from npo_kernels.validation import check_kl
 
@@ -133,12 +135,13 @@ class Pair:
     ref_x: Tensor  # (N, H_ref)
     ref_head: Head
 
-    def log_sum_exps(self) -> tuple[Tensor, Tensor]:
-        """(N,) of the model and of the reference. Two products."""
-        sides = ((self.x, self.task.head), (self.ref_x, self.ref_head))
-        return tuple(_log_sum_exp(self.task, x, head) for x, head in sides)
+    def normalizers(self) -> Normalizers:
+        """Of both softmaxes. Two products."""
+        backend = self.task.backend
+        model = merge_sums(*backend.softmax_sums(self.x, self.task.head, self.ref_x))
+        return Normalizers(*model, *merge_sums(*backend.softmax_sums(self.ref_x, self.ref_head, self.x)))
 
-    def sweep(self, lse: Tensor, ref_lse: Tensor, row_weight: Tensor | None, limit: int) -> tuple[Tensor, Gradients]:
+    def sweep(self, normalizers: Normalizers, row_weight: Tensor | None, limit: int) -> tuple[Tensor, Gradients]:
         """KL of each row (N,), and the gradients of sum_i row_weight_i KL_i. Two products, and one a gradient."""
         task = self.task
         head, target = task.head, task.rows.target
@@ -151,7 +154,7 @@ class Pair:
         parts = []
         for begin, end in plan.slices:
             slab, part = task.backend.kl_logits(
-                self.x, head, self.ref_x, self.ref_head, lse, ref_lse, (begin, end), store=row_weight is not None
+                self.x, head, self.ref_x, self.ref_head, normalizers, (begin, end), store=row_weight is not None
             )
             parts.append(part)
             if product is not None:
@@ -193,13 +196,6 @@ def _pair(
     return Pair(task, task.gather(), ref_x[rows.index], Head(ref_weight, ref_bias, logit_scale, softcap))
 
 
-def _log_sum_exp(task: Task, x: Tensor, head: Head) -> Tensor:
-    """(N,) log sum_v exp z_v: z_0 - log p_0, with token 0 for a target."""
-    target = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-    z = task.backend.target_logits(x, head, target)
-    return z - task.backend.row_statistics(*task.backend.partial_sums(x, head, target, z), z).logp
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # linear_kl_loss: a weighted sum, gradients formed in the forward
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,7 +224,7 @@ def linear_kl_loss(
     needs = (need_hidden, need_weight, need_bias)
     pair = _pair(x, weight, bias, ref_x, ref_weight, ref_bias, counted, logit_scale, softcap, impl, needs, True)
     row_weight = scale.expand(pair.x.shape[0]).contiguous() if any(needs) else None
-    kl, grads = pair.sweep(*pair.log_sum_exps(), row_weight, workspace_bytes)
+    kl, grads = pair.sweep(pair.normalizers(), row_weight, workspace_bytes)
     return kl.sum() * scale, *kept(grads, x, weight)
 
 
@@ -263,17 +259,17 @@ def linear_kl(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor]:
-    """-> (T,) KL of each position, 0 outside the mask; (2, T) the log-sum-exps of both models."""
+    """-> (T,) KL of each position, 0 outside the mask; (4, T) the `Normalizers` of both models."""
     none = (False, False, False)
     pair = _pair(x, weight, bias, ref_x, ref_weight, ref_bias, counted, logit_scale, softcap, impl, none)
-    lses = pair.log_sum_exps()
-    kl, _ = pair.sweep(*lses, None, workspace_bytes)
-    return pair.scatter(kl), pair.scatter(torch.stack(lses))
+    normalizers = pair.normalizers()
+    kl, _ = pair.sweep(normalizers, None, workspace_bytes)
+    return pair.scatter(kl), pair.scatter(torch.stack(tuple(vars(normalizers).values())))
 
 
 @linear_kl.register_fake
 def _(x, *_):
-    return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(2, x.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(4, x.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("npo_kernels::linear_kl_backward", mutates_args=())
@@ -287,7 +283,7 @@ def linear_kl_backward(
     ref_weight: Tensor,
     ref_bias: Tensor | None,
     counted: Tensor,
-    lses: Tensor,  # (2, T)
+    normalizers: Tensor,  # (4, T)
     logit_scale: float,
     softcap: float | None,
     workspace_bytes: int,
@@ -300,7 +296,7 @@ def linear_kl_backward(
     needs = (need_hidden, need_weight, need_bias)
     pair = _pair(x, weight, bias, ref_x, ref_weight, ref_bias, counted, logit_scale, softcap, impl, needs)
     index = pair.task.rows.index
-    _, grads = pair.sweep(*lses[:, index], grad[index], workspace_bytes)
+    _, grads = pair.sweep(Normalizers(*normalizers[:, index]), grad[index], workspace_bytes)
     return all_tensors(grads, x, weight)
 
 

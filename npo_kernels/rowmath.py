@@ -65,3 +65,30 @@ def gradient_coefficients(stats: Statistics, grad: Tensor, head: Head) -> tuple[
     if head.softcap is not None:
         target_coef = target_coef * (1.0 - (stats.target_logit / head.softcap) ** 2)
     return row_coef, target_coef
+
+
+@dataclass(frozen=True)
+class Normalizers:
+    """Of the softmaxes of a model and a reference: p_v = exp(z_v - anchor) / total, anchor the row maximum; (n,) each.
+
+    Anchor and log total are never added: their sum is known to 1e-7 of the logits' size only.
+    """
+
+    anchor: Tensor
+    total: Tensor
+    ref_anchor: Tensor
+    ref_total: Tensor
+
+    def vectors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """anchor, 1/total, ref_anchor, 1/ref_total, and the shift log total - log ref_total, small where they agree."""
+        shift = (self.total.double() / self.ref_total).log().float()
+        return self.anchor, 1 / self.total, self.ref_anchor, 1 / self.ref_total, shift
+
+    def rows(self, rows: slice) -> "Normalizers":
+        return Normalizers(*(vector[rows] for vector in vars(self).values()))
+
+
+def merge_sums(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """(row maximum, total of exp(z - maximum)), (n,), from those of parts of the vocabulary (splits, n)."""
+    anchor = maxima.amax(0)
+    return anchor, (sums.double() * torch.exp(maxima - anchor)).sum(0).float()

@@ -14,6 +14,7 @@ from npo_kernels.head import Head
 from npo_kernels.layout import DEAD_ROW
 from npo_kernels.products import matmul
 from npo_kernels.rowmath import (
+    Normalizers,
     Statistics,
     anchor_headroom,
     gradient_coefficients,
@@ -129,8 +130,7 @@ def kl_logits(
     head: Head,  # of the whole vocabulary, as is ref_head
     ref_x: Tensor,  # (n, H_ref)
     ref_head: Head,
-    lse: Tensor,  # (n,) log-sum-exp of the model's logits
-    ref_lse: Tensor,  # (n,)
+    normalizers: Normalizers,  # of the rows
     columns: tuple[int, int],  # the vocabulary slice
     store: bool,
 ) -> tuple[Tensor | None, Tensor]:
@@ -140,11 +140,14 @@ def kl_logits(
     parts = torch.empty(-(-(end - begin) // BLOCK_V), x.shape[0], dtype=torch.float32, device=x.device)
     for i in range(0, x.shape[0], BLOCK_N):
         rows = slice(i, i + BLOCK_N)
+        anchor, scale, ref_anchor, ref_scale, shift = (v.unsqueeze(1) for v in normalizers.rows(rows).vectors())
         for number, b in enumerate(range(begin, end, BLOCK_V)):
             stop = min(b + BLOCK_V, end)
-            logp, slope = _log_probs(x[rows], head.columns(b, stop), lse[rows])
-            ref_logp, _ = _log_probs(ref_x[rows], ref_head.columns(b, stop), ref_lse[rows])
-            d, p, q = logp - ref_logp, logp.exp_(), ref_logp.exp_()
+            z, slope = _capped_logits(x[rows], head.columns(b, stop))
+            ref_z, _ = _capped_logits(ref_x[rows], ref_head.columns(b, stop))
+            below, ref_below = z.sub_(anchor), ref_z.sub_(ref_anchor)
+            d = (below - ref_below).sub_(shift)
+            p, q = below.exp_().mul_(scale), ref_below.exp_().mul_(ref_scale)
             gradient = torch.where(d.abs() < 0.5, q * torch.expm1(d), p - q)
             parts[number, rows] = torch.where(d.abs() < 0.5, q * _expm1_minus(d), gradient - q * d).sum(1)
             if slab is not None:
@@ -152,14 +155,29 @@ def kl_logits(
     return slab, parts
 
 
-def _log_probs(x: Tensor, head: Head, lse: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(n, columns) float32 log-probabilities of some columns, and the derivative of the softcap."""
+def softmax_sums(x: Tensor, head: Head, beside: Tensor) -> tuple[Tensor, Tensor]:
+    """(maxima, sums of the exponentials below them), (blocks, n) float32, of the logits of a whole head.
+
+    In the blocks of `kl_logits`, so that the logits have the same bits there.
+    """
+    vocab_size = head.weight.shape[0]
+    maxima, sums = torch.empty(2, -(-vocab_size // BLOCK_V), x.shape[0], dtype=torch.float32, device=x.device)
+    for i in range(0, x.shape[0], BLOCK_N):
+        rows = slice(i, i + BLOCK_N)
+        for number, b in enumerate(range(0, vocab_size, BLOCK_V)):
+            z, _ = _capped_logits(x[rows], head.columns(b, min(b + BLOCK_V, vocab_size)))
+            maxima[number, rows] = z.amax(1)
+            sums[number, rows] = z.sub_(maxima[number, rows].unsqueeze(1)).exp_().sum(1)
+    return maxima, sums
+
+
+def _capped_logits(x: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
+    """(n, columns) float32 logits of some columns, and the derivative of the softcap."""
     z = logits_block(x, head, torch.empty(x.shape[0], head.weight.shape[0], dtype=torch.float32, device=x.device))
-    slope = None
-    if head.softcap is not None:
-        t = torch.tanh(z / head.softcap)
-        z, slope = t * head.softcap, 1 - t * t
-    return z.sub_(lse.unsqueeze(1)), slope
+    if head.softcap is None:
+        return z, None
+    t = torch.tanh(z / head.softcap)
+    return t * head.softcap, 1 - t * t
 
 
 def _expm1_minus(d: Tensor) -> Tensor:

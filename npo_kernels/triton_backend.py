@@ -18,7 +18,7 @@ from csrc_triton import row_statistics as row_kernels
 from csrc_triton.tiles import BLOCK_HIDDEN, BLOCK_ROWS, BLOCK_RUN, PAIR_TILES, ROW_WARPS, TILES, Tile
 from npo_kernels.formulas import RatioLoss
 from npo_kernels.head import Head
-from npo_kernels.rowmath import Statistics, anchor_headroom
+from npo_kernels.rowmath import Normalizers, Statistics, anchor_headroom
 from npo_kernels.tile_table import find_tile
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -152,13 +152,38 @@ def _launch_exp_logits(
         )
 
 
+def _pair_tile(x: Tensor, ref_x: Tensor) -> Tile:
+    bits, depth = 8 * max(x.itemsize, ref_x.itemsize), max(x.shape[1], ref_x.shape[1])
+    return find_tile(PAIR_TILES, _architecture(x.device), bits, depth)
+
+
+def softmax_sums(x: Tensor, head: Head, beside: Tensor) -> tuple[Tensor, Tensor]:
+    """(maxima, sums of the exponentials below them), (splits, n) float32, of the logits of a whole head.
+
+    `beside`: the rows of the other model, as `kl_logits` will get them, which takes the same tile.
+    """
+    x, weight = _rows_contiguous(x), _rows_contiguous(head.weight)
+    rows, tile = x.shape[0], _pair_tile(x, beside)
+    splits = triton.cdiv(weight.shape[0], tile.split)
+    maxima, sums = torch.empty(2, splits, rows, dtype=torch.float32, device=x.device)
+    if rows:
+        kl_kernels.softmax_sums[(triton.cdiv(rows, tile.block_n) * splits,)](
+            x, weight, head.bias, maxima, sums, rows, weight.shape[0], x.shape[1], x.stride(0), weight.stride(0),
+            head.logit_scale, head.softcap or 0.0, HAS_BIAS=head.bias is not None,
+            HAS_SOFTCAP=head.softcap is not None, EVEN_H=x.shape[1] % tile.block_h == 0,
+            BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h, SPLIT_TILES=tile.split_tiles,
+            GROUP=tile.group, UPCAST=INTERPRETED and x.dtype == torch.bfloat16, PRECISION=_precision(x),
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    return maxima, sums
+
+
 def kl_logits(
     x: Tensor,  # (n, H)
     head: Head,  # of the whole vocabulary, as is ref_head
     ref_x: Tensor,  # (n, H_ref)
     ref_head: Head,
-    lse: Tensor,  # (n,) log-sum-exp of the model's logits
-    ref_lse: Tensor,  # (n,)
+    normalizers: Normalizers,  # of the rows
     columns: tuple[int, int],  # the vocabulary slice
     store: bool,
 ) -> tuple[Tensor | None, Tensor]:
@@ -167,14 +192,13 @@ def kl_logits(
     part, ref_part = head.columns(*columns), ref_head.columns(*columns)
     weight, ref_weight = _rows_contiguous(part.weight), _rows_contiguous(ref_part.weight)
     rows, width = x.shape[0], columns[1] - columns[0]
-    bits, depth = 8 * max(x.itemsize, ref_x.itemsize), max(x.shape[1], ref_x.shape[1])
-    tile = find_tile(PAIR_TILES, _architecture(x.device), bits, depth)
+    tile = _pair_tile(x, ref_x)
     splits = triton.cdiv(width, tile.split)
     slab = _aligned_empty(rows, width, x) if store else None
     parts = torch.empty(splits, rows, dtype=torch.float32, device=x.device)
     if rows:
         kl_kernels.kl_logits[(triton.cdiv(rows, tile.block_n) * splits,)](
-            x, weight, part.bias, ref_x, ref_weight, ref_part.bias, lse.contiguous(), ref_lse.contiguous(), slab, parts,
+            x, weight, part.bias, ref_x, ref_weight, ref_part.bias, *normalizers.vectors(), slab, parts,
             rows, width, x.shape[1], ref_x.shape[1], x.stride(0), weight.stride(0), ref_x.stride(0),
             ref_weight.stride(0), 0 if slab is None else slab.stride(0), head.logit_scale, head.softcap or 0.0,
             HAS_BIAS=part.bias is not None, HAS_REF_BIAS=ref_part.bias is not None,

@@ -104,6 +104,42 @@ def test_models_that_are_certain_of_different_tokens(impl, dtype):
     torch.testing.assert_close(grad.float(), torch.tensor([[20.0], [20.0], [-20.0]]))
 
 
+@pytest.mark.parametrize("size", [500.0, 20000.0])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_large_logits_are_as_exact_as_those_of_plain_float32(impl, size):
+    """A probability formed from z minus a log-sum-exp that was rounded at the logits' size would not be one."""
+    hidden, weight, _, ref_hidden, ref_weight = (t.float() for t in make(torch.float32))
+    tensors = [hidden * size / 5, weight, ref_hidden * size / 5, ref_weight]
+
+    def results(tensors, impl):
+        leaves = [t.clone().requires_grad_() for t in tensors[:2]]
+        kl = fused_linear_kl(*leaves, *tensors[2:], impl=impl, reduction="none")
+        return kl.detach(), *torch.autograd.grad(kl.sum(), leaves)
+
+    exact = results([t.double() for t in tensors], "reference")
+    for ours, plain, truth in zip(results(tensors, impl), results(tensors, "reference"), exact, strict=True):
+        assert relative_error(ours, truth) <= 2 * relative_error(plain, truth) + 1e-6
+
+
+@pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_gradient_of_near_models_is_no_worse_than_plain(impl, distance):
+    """Both have the rounding of the logits, which are summed in another order: hence 1.3."""
+    hidden, weight, *_ = (t.float() for t in make(torch.float32))
+    near = hidden + distance * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(5))
+
+    def gradients(dtype, impl):
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (near, weight)]
+        kl = fused_linear_kl(*leaves, hidden.to(dtype), weight.to(dtype), impl=impl)
+        return torch.autograd.grad(kl, leaves)
+
+    exact = gradients(torch.float64, "reference")
+    for ours, plain, truth in zip(
+        gradients(torch.float32, impl), gradients(torch.float32, "reference"), exact, strict=True
+    ):
+        assert relative_error(ours, truth) <= 1.3 * relative_error(plain, truth) + 2e-7
+
+
 def test_an_empty_mask_gives_zero_with_connected_zero_gradients():
     hidden, weight, _, ref_hidden, ref_weight = (t.float() for t in make(torch.float32))
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]

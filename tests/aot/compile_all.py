@@ -62,7 +62,8 @@ DTYPES = ("bf16", "fp16", "fp32", "tf32")
 # Arguments are called the same in all kernels. Pointers: "T" is the dtype of the operands. Descriptors: their blocks.
 ARGUMENTS = {
     "x_desc": ("BLOCK_N", "BLOCK_H"), "w_desc": ("BLOCK_V", "BLOCK_H"),
-    "ref_x_ptr": "*T", "ref_w_ptr": "*T", "ref_bias_ptr": "*T", "lse_ptr": "*fp32", "ref_lse_ptr": "*fp32",
+    "ref_x_ptr": "*T", "ref_w_ptr": "*T", "ref_bias_ptr": "*T", "ref_anchor_ptr": "*fp32",
+    "ref_scale_ptr": "*fp32", "shift_ptr": "*fp32",
     "x_ptr": "*T", "w_ptr": "*T", "bias_ptr": "*T", "slab_ptr": "*T", "out_ptr": "*T",
     "target_ptr": "*i64", "index_ptr": "*i64", "sorted_ptr": "*i64", "order_ptr": "*i64", "starts_ptr": "*i64",
     "dirty_ptr": "*i32",
@@ -120,7 +121,7 @@ ROW_KERNELS = {  # module, kernel -> variants
     ("gradient_rows", "finish_hidden_grad"): ("",),
     ("gradient_rows", "add_targets"): ("",),
 }
-PRODUCTS = ("exp_logits", "exp_logits_persistent", "kl_logits")
+PRODUCTS = ("exp_logits", "exp_logits_persistent", "softmax_sums", "kl_logits")
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Case:
     @property
     def tile(self) -> tiles.Tile | None:
         """Of a product: that of the table, or a persistent one that is not in it. None: there is no such entry."""
-        table = tiles.PAIR_TILES if self.kernel == "kl_logits" else tiles.TILES
+        table = tiles.PAIR_TILES if self.module == "linear_kl" else tiles.TILES
         bucket = next((b for b in tiles.HIDDEN_BUCKETS if self.has(f"h{b}")), tiles.ANY_HIDDEN)
         key = TARGETS[self.target].tiles, self.bits, bucket
         if self.kernel == "exp_logits_persistent" and not (key in table and table[key].loop):
@@ -185,6 +186,8 @@ def cases(target: str, everything: bool) -> list[Case]:
         if everything or (use == "gradient" and (dtype == "bf16" or options)):
             variant = "+".join(filter(None, (use, options)))
             found += with_buckets(Case(target, "linear_kl", "kl_logits", variant, dtype))
+            if use == "gradient":
+                found += with_buckets(Case(target, "linear_kl", "softmax_sums", options, dtype))
     for (module, kernel), variants in ROW_KERNELS.items():
         for variant, dtype in product(variants, ("bf16", "fp32")):
             found.append(Case(target, module, kernel, variant, dtype))

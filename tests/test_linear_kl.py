@@ -211,6 +211,15 @@ def test_bad_input_says_what_to_do(change, error, message):
         fused_linear_kl(**{**call, **change})
 
 
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_an_empty_head_is_refused_by_name(impl):
+    x, empty, head = torch.zeros(B, H), torch.zeros(0, H), torch.zeros(V, H)
+    with pytest.raises(ValueError, match="^lm_head_weight is empty"):
+        fused_linear_kl(x, empty, x, empty, impl=impl)
+    with pytest.raises(ValueError, match="^ref_lm_head_weight is empty"):
+        fused_linear_kl(x, head, x, empty, impl=impl)
+
+
 LAYOUTS = {
     "by columns": lambda t: t.t().contiguous().t(),
     "every other": lambda t: t.repeat_interleave(2, -1)[..., ::2],

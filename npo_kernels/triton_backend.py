@@ -310,8 +310,8 @@ def _rows_contiguous(t: Tensor) -> Tensor:
 
 
 def _describable(t: Tensor) -> bool:
-    """Whether a tensor descriptor can be made of it: an address and a row stride that are multiples of 16 bytes, and rows
-    that do not overlap (an expanded tensor has a stride of 0).
+    """Whether a tensor descriptor can be made of it: address and row stride are multiples of 16 bytes, and rows do not
+    overlap (an expanded tensor has a stride of 0).
     """
     return t.data_ptr() % 16 == 0 and t.stride(0) * t.itemsize % 16 == 0 and t.stride(0) >= t.shape[1]
 

@@ -214,9 +214,9 @@ def test_bad_input_says_what_to_do(change, error, message):
 @pytest.mark.parametrize("impl", ["reference", *IMPLS])
 def test_an_empty_head_is_refused_by_name(impl):
     x, empty, head = torch.zeros(B, H), torch.zeros(0, H), torch.zeros(V, H)
-    with pytest.raises(ValueError, match="^lm_head_weight is empty"):
+    with pytest.raises(ValueError, match=r"^lm_head_weight is empty"):
         fused_linear_kl(x, empty, x, empty, impl=impl)
-    with pytest.raises(ValueError, match="^ref_lm_head_weight is empty"):
+    with pytest.raises(ValueError, match=r"^ref_lm_head_weight is empty"):
         fused_linear_kl(x, head, x, empty, impl=impl)
 
 

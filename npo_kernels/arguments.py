@@ -115,7 +115,7 @@ def _number(condition: Callable[[float], bool], expected: str, optional: bool = 
     def rule(name: str, value) -> None:
         if optional and value is None:
             return
-        if not is_number(value) or not (abs(value) <= sys.float_info.max and condition(value)):
+        if not _is_number(value) or not (abs(value) <= sys.float_info.max and condition(value)):
             wanted = f"{expected} or None" if optional else expected
             raise ValueError(f"{name}: expected {wanted}, got {_short(value)}")
 
@@ -208,7 +208,7 @@ def _optional(rule: Callable) -> Callable:
     return lambda name, value: None if value is None else rule(name, value)
 
 
-def is_number(value) -> bool:
+def _is_number(value) -> bool:
     return isinstance(value, int | float | torch.SymFloat | torch.SymInt) and not isinstance(value, bool)
 
 

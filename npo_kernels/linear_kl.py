@@ -151,10 +151,10 @@ class Pair:
         if row_weight is not None:
             coefs = -row_weight * head.logit_scale, torch.zeros_like(row_weight)  # no label has a term of its own
             head_grads.take_rows(self.x, *coefs, target=None)
-        parts = []
+        parts, vectors = [], normalizers.vectors()
         for begin, end in plan.slices:
             slab, part = task.backend.kl_logits(
-                self.x, head, self.ref_x, self.ref_head, normalizers, (begin, end), store=row_weight is not None
+                self.x, head, self.ref_x, self.ref_head, vectors, (begin, end), store=row_weight is not None
             )
             parts.append(part)
             if product is not None:
@@ -296,7 +296,7 @@ def linear_kl_backward(
     needs = (need_hidden, need_weight, need_bias)
     pair = _pair(x, weight, bias, ref_x, ref_weight, ref_bias, counted, logit_scale, softcap, impl, needs)
     index = pair.task.rows.index
-    _, grads = pair.sweep(Normalizers(*normalizers[:, index]), grad[index], workspace_bytes)
+    _, grads = pair.sweep(Normalizers(*normalizers.index_select(1, index)), grad[index], workspace_bytes)
     return all_tensors(grads, x, weight)
 
 

@@ -180,7 +180,7 @@ def _ratio_loss(
     if call.impl == "reference" or reduction == "none":
         logps, counts = sequence_logps(call)
         if not torch.compiler.is_compiling():
-            check_factors(offset, normalizer if isinstance(normalizer, Tensor) else None, counts > 0)
+            check_factors(offset, normalizer if isinstance(normalizer, Tensor) else None, counts)
         ratio = formulas.log_ratio(logps, counts, offset.to(logps.dtype), length_normalized)
         scale = formulas.sequence_scale(counts, reduction, normalizer).to(logps.dtype)
         loss = formulas.reduce(scale, formulas.ratio_loss(ratio, beta))

@@ -267,10 +267,10 @@ def ratio_loss(
         hidden, weight, bias, targets, offsets, ignore_index, logit_scale, softcap, num_rows, workspace_bytes, group,
         sizes, impl, need_hidden, need_weight, need_bias, upstream_later=True,
     )  # fmt: skip
-    rows = task.rows
-    check_factors(offset, normalizer, rows.num_tokens > 0)
-    scale = sequence_scale(rows.num_tokens, reduction, normalizer)
-    ratio = RatioLoss(offset, scale, rows.num_tokens, beta, length_normalized)
+    rows, num_tokens = task.rows, task.rows.num_tokens
+    check_factors(offset, normalizer, num_tokens)
+    scale = sequence_scale(num_tokens, reduction, normalizer)
+    ratio = RatioLoss(offset, scale, num_tokens, beta, length_normalized)
     logps, losses = torch.empty_like(offset), torch.empty_like(offset)
 
     def weigh(stats: Statistics, chunk: slice, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -283,7 +283,7 @@ def ratio_loss(
 
     plan = plan_of(task, workspace_bytes, gradient_in_forward=True)
     _, grads = modes.value_and_gradients(task, plan, weigh)
-    return reduce(scale, losses).sum(), logps, rows.num_tokens, *kept(grads, hidden, weight)
+    return reduce(scale, losses).sum(), logps, num_tokens, *kept(grads, hidden, weight)
 
 
 @ratio_loss.register_fake

@@ -84,9 +84,6 @@ class Normalizers:
         shift = (self.total.double() / self.ref_total).log().float()
         return self.anchor, 1 / self.total, self.ref_anchor, 1 / self.ref_total, shift
 
-    def rows(self, rows: slice) -> "Normalizers":
-        return Normalizers(*(vector[rows] for vector in vars(self).values()))
-
 
 def merge_sums(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     """(row maximum, total of exp(z - maximum)), (n,), from those of parts of the vocabulary (splits, n)."""

@@ -14,7 +14,6 @@ from npo_kernels.head import Head
 from npo_kernels.layout import DEAD_ROW
 from npo_kernels.products import matmul
 from npo_kernels.rowmath import (
-    Normalizers,
     Statistics,
     anchor_headroom,
     gradient_coefficients,
@@ -130,7 +129,7 @@ def kl_logits(
     head: Head,  # of the whole vocabulary, as is ref_head
     ref_x: Tensor,  # (n, H_ref)
     ref_head: Head,
-    normalizers: Normalizers,  # of the rows
+    normalizers: tuple[Tensor, ...],  # (n,) each: `rowmath.Normalizers.vectors`
     columns: tuple[int, int],  # the vocabulary slice
     store: bool,
 ) -> tuple[Tensor | None, Tensor]:
@@ -140,7 +139,7 @@ def kl_logits(
     parts = torch.empty(-(-(end - begin) // BLOCK_V), x.shape[0], dtype=torch.float32, device=x.device)
     for i in range(0, x.shape[0], BLOCK_N):
         rows = slice(i, i + BLOCK_N)
-        anchor, scale, ref_anchor, ref_scale, shift = (v.unsqueeze(1) for v in normalizers.rows(rows).vectors())
+        anchor, scale, ref_anchor, ref_scale, shift = (vector[rows].unsqueeze(1) for vector in normalizers)
         for number, b in enumerate(range(begin, end, BLOCK_V)):
             stop = min(b + BLOCK_V, end)
             z, slope = _capped_logits(x[rows], head.columns(b, stop))

@@ -18,7 +18,7 @@ from csrc_triton import row_statistics as row_kernels
 from csrc_triton.tiles import BLOCK_HIDDEN, BLOCK_ROWS, BLOCK_RUN, PAIR_TILES, ROW_WARPS, TILES, Tile
 from npo_kernels.formulas import RatioLoss
 from npo_kernels.head import Head
-from npo_kernels.rowmath import Normalizers, Statistics, anchor_headroom
+from npo_kernels.rowmath import Statistics, anchor_headroom
 from npo_kernels.tile_table import find_tile
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -183,7 +183,7 @@ def kl_logits(
     head: Head,  # of the whole vocabulary, as is ref_head
     ref_x: Tensor,  # (n, H_ref)
     ref_head: Head,
-    normalizers: Normalizers,  # of the rows
+    normalizers: tuple[Tensor, ...],  # (n,) each: `rowmath.Normalizers.vectors`
     columns: tuple[int, int],  # the vocabulary slice
     store: bool,
 ) -> tuple[Tensor | None, Tensor]:
@@ -198,7 +198,7 @@ def kl_logits(
     parts = torch.empty(splits, rows, dtype=torch.float32, device=x.device)
     if rows:
         kl_kernels.kl_logits[(triton.cdiv(rows, tile.block_n) * splits,)](
-            x, weight, part.bias, ref_x, ref_weight, ref_part.bias, *normalizers.vectors(), slab, parts,
+            x, weight, part.bias, ref_x, ref_weight, ref_part.bias, *normalizers, slab, parts,
             rows, width, x.shape[1], ref_x.shape[1], x.stride(0), weight.stride(0), ref_x.stride(0),
             ref_weight.stride(0), 0 if slab is None else slab.stride(0), head.logit_scale, head.softcap or 0.0,
             HAS_BIAS=part.bias is not None, HAS_REF_BIAS=ref_part.bias is not None,

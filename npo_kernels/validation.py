@@ -174,7 +174,7 @@ def check_normalizer(reduction: str, normalizer) -> None:
         raise ValueError(f"normalizer replaces the count of reduction='mean', got reduction={reduction!r}")
 
 
-def check_factors(offset: Tensor, normalizer: Tensor | None, scored: Tensor) -> None:
+def check_factors(offset: Tensor, normalizer: Tensor | None, num_tokens: Tensor) -> None:
     """A positive normalizer, and finite reference log-probabilities of the sequences that have a scored token.
 
     Only where reading values is free; elsewhere `npo_kernels.formulas` makes the loss NaN.
@@ -186,7 +186,7 @@ def check_factors(offset: Tensor, normalizer: Tensor | None, scored: Tensor) -> 
             f"normalizer: expected a positive number, got a tensor of {normalizer.item()}; "
             "pass the number of sequences of the whole batch"
         )
-    wrong = (scored & ~offset.isfinite()).nonzero().flatten().tolist()
+    wrong = ((num_tokens > 0) & ~offset.isfinite()).nonzero().flatten().tolist()
     if wrong:
         raise ValueError(
             f"ref_logps: expected finite log-probabilities, got {offset[wrong[0]].item()} at sequence {wrong[0]}"

@@ -235,8 +235,7 @@ def test_values_and_gradients(impl, name, seed):
         assert value.shape == exact.shape and value.isfinite().all()
         unit = 4 * max(FLOOR[torch.float32], CEILING[value.dtype])
         size = float(exact.norm())
-        size = (
-            size if size > 1e-6 * sizes[part] else sizes[part]
-        )  # terms that cancel leave a rounding unit of their own
+        if size <= 1e-6 * sizes[part]:  # terms that cancel leave a rounding unit of their own
+            size = sizes[part]
         allowed = 1.5 * float((theirs.double() - exact).norm()) + unit * size
         assert float((value.double() - exact).norm()) <= allowed, (part, size, str(call)[:300])

@@ -161,6 +161,7 @@ class Pair:
                 matmul(slab, head.weight[begin:end], out=product)
             if row_weight is not None:
                 head_grads.add(slab, begin, end)
+            del slab  # before the next slice's is made
         hidden_grad = None
         if product is not None:
             hidden_grad = task.hidden.new_zeros(

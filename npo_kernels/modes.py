@@ -166,6 +166,7 @@ def recompute_backward(task: Task, plan: Plan, x: Tensor, stats: Statistics, coe
         if product is not None:
             matmul(slab, task.head.weight[begin:end], out=product)
         head_grads.add(slab, begin, end)
+        del slab  # before the next slice's is made
     hidden_grad = None
     if product is not None:
         hidden_grad = expectation_backward(task, product, coefs).hidden
@@ -256,15 +257,16 @@ class HeadGradients:
             if self.unit is not None:
                 part *= self.unit
             if not self.in_place:
-                grad[begin:end] = self._round(part, begin, end) if grad is self.weight else part
+                if grad is self.weight:
+                    self._take_units(part, begin, end)
+                grad[begin:end] = part  # one kernel rounds and writes
 
-    def _round(self, part: Tensor, begin: int, end: int) -> Tensor:
-        """Finished rows [begin, end) of dWeight, as they are kept; `part` may be overwritten."""
+    def _take_units(self, part: Tensor, begin: int, end: int) -> None:
+        """Where rows of dWeight are kept in units: find those of the finished rows [begin, end), and divide by them."""
         if self.row_unit is not None:
             largest = torch.linalg.vector_norm(part, torch.inf, dim=1)
             self.row_unit[begin:end] = torch.where(largest > 0, _power_of_two(largest), 1.0)
             part /= self.row_unit[begin:end, None]
-        return part.to(self.dtype)
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dWeight, dBias, unit)."""
@@ -273,7 +275,8 @@ class HeadGradients:
             weight = torch.empty_like(weight, dtype=self.dtype)
             for i in range(0, weight.shape[0], GRAD_SLICE):
                 rows = slice(i, i + GRAD_SLICE)
-                weight[rows] = self._round(self.weight[rows], rows.start, rows.stop)
+                self._take_units(self.weight[rows], rows.start, rows.stop)
+                weight[rows] = self.weight[rows]
         if self.bias is not None:
             bias = self.bias[:, 0].to(self.bias_dtype).contiguous()
         return weight, bias, self.row_unit

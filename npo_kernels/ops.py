@@ -325,15 +325,17 @@ ratio_loss.register_autograd(scale_kept, setup_context=setup_kept)
 def scale_gradient(grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """grad * unit (a factor of each row, or none) * upstream (0-d) in float32, rounded once to `dtype`.
 
-    A slice of rows at a time; never in place: the graph may be kept.
+    Never in place: the graph may be kept. A GPU casts operands and result inside the product; a CPU copies them in
+    float32, so there it is done a slice of rows at a time.
     """
-    if grad.dtype == dtype == torch.float32:
-        return grad * upstream
+    factor = upstream if unit is None else upstream * unit
+    # as many dimensions as grad has: the dtype of a 0-d factor would yield to that of grad
+    factor = factor.reshape(-1, *[1] * (grad.dim() - 1))
     out = torch.empty_like(grad, dtype=dtype)
-    for i in range(0, grad.shape[0], GRAD_SLICE):
-        rows = slice(i, i + GRAD_SLICE)
-        factor = upstream if unit is None else (upstream * unit[rows]).unsqueeze(1)
-        out[rows] = grad[rows].float() * factor
+    step = max(1, grad.shape[0]) if grad.is_cuda else GRAD_SLICE
+    for i in range(0, grad.shape[0], step):
+        rows = slice(i, i + step)
+        torch.mul(grad[rows], factor if unit is None else factor[rows], out=out[rows])
     return out
 
 

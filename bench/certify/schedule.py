@@ -15,7 +15,8 @@ RESERVE = 20.0
 
 @dataclass(frozen=True)
 class Stage:
-    """`share` and `least` are seconds: of a budget of 420, and under which it is not worth a start."""
+    """`share` and `least` are seconds: what it takes on an H100, and under which it is not worth a start. A budget is
+    divided in proportion to the shares."""
 
     name: str
     what: str
@@ -28,16 +29,16 @@ class Stage:
 
 
 STAGES = (
-    Stage("environment", "versions, driver, clocks, power; the ceilings of a product and of a copy", 10, 5),
-    Stage("compile", "every specialisation of a kernel that the stages below launch, compiled on all cores", 30, 10),
+    Stage("environment", "versions, driver, clocks, power; the ceilings of a product and of a copy", 8, 3),
+    Stage("compile", "every specialisation of a kernel that the stages below launch, compiled on all cores", 45, 10),
     Stage("checks", "every kernel and mode against float64, and what only a GPU shows", 60, 15),
-    Stage("head", "the loss at shape R in each candidate kernel, beside plain PyTorch; peaks; growth", 40, 15),
-    Stage("peers", "the same beside every peer that imports, in turns", 85, 25),
-    Stage("tofu", "batches of TOFU at three heads", 30, 10),
-    Stage("tune", "tiles near those in force, at the hidden sizes of the stages above", 45, 20),
-    Stage("roofline", "time, rate and gaps of every launch; host syncs", 15, 8),
-    Stage("step", "NPO and retain steps of whole models against logits and a live reference", 40, 15),
-    Stage("suite", "tests/gpu, the longest last", 45, 15),
+    Stage("head", "the loss at shape R in each candidate kernel, beside plain PyTorch; peaks; growth", 45, 15),
+    Stage("peers", "the same beside every peer that imports, in turns", 100, 25),
+    Stage("tofu", "batches of TOFU at three heads", 100, 10),
+    Stage("tune", "tiles near those in force, at the hidden sizes of the stages above", 30, 12),
+    Stage("roofline", "time, rate and gaps of every launch; host syncs", 12, 5),
+    Stage("step", "NPO and retain steps of whole models against logits and a live reference", 60, 15),
+    Stage("suite", "tests/gpu, the longest last", 100, 15),
 )
 
 

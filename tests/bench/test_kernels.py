@@ -18,7 +18,7 @@ from bench.suites import scaling
 from bench.timeline import Span, Timeline, timeline
 from csrc_triton.tiles import ANY_HIDDEN, PERSISTENT_CANDIDATES, TILES, Tile
 
-X = torch.empty(3, 4096, dtype=torch.bfloat16)
+X = torch.empty(3, 8192, dtype=torch.bfloat16)  # a hidden size without an entry of its own
 
 
 def test_a_kernel_is_forced_for_as_long_as_it_is_wanted():
@@ -56,7 +56,7 @@ def test_forward_and_backward_run_in_the_kernel_of_the_provider(name, monkeypatc
 
 def test_a_first_sweep_is_of_tiles_that_differ_in_one_thing():
     key = ("sm_90", 16, ANY_HIDDEN)
-    found = tune.neighbours("sm_90", 16, 4096)
+    found = tune.neighbours("sm_90", 16, 8192)
     assert 10 < len(found) == len(set(found)) < 30 and found[:2] == [TILES[key], PERSISTENT_CANDIDATES[key]]
     for tile in found:
         differing = [

@@ -55,7 +55,8 @@ def units(context: Context) -> list[Unit]:
         return [Unit("slab", partial(run_tests, arguments=rehearsed), 2), *_production(head, ((1, 9), (0, 1), (0, 14)))]
     modes = [Unit(f"mode: {mode}", partial(run_tests, arguments=tests), 1.5) for mode, tests in by_mode().items()]
     claims = [Unit(n, partial(run_tests, arguments=[f"tests/gpu/{t}"]), s) for n, (t, s) in CLAIMS.items()]
-    return [*modes, *_production(PRODUCTION, ROWS), *claims]
+    production_16, *others = _production(PRODUCTION, ROWS)
+    return [production_16, *modes, *claims, *others]
 
 
 def by_mode() -> dict[str, list[str]]:
@@ -72,7 +73,7 @@ def by_mode() -> dict[str, list[str]]:
 def _production(heads: dict[str, Head], rows: tuple[tuple[int, int], ...]) -> list[Unit]:
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     return [
-        Unit(f"{name}, {str(dtype).removeprefix('torch.')}", partial(production, Case(name, head, rows), dtype), 3)
+        Unit(f"{name}, {str(dtype).removeprefix('torch.')}", partial(production, Case(name, head, rows), dtype), 9)
         for dtype in dtypes
         for name, head in heads.items()
     ]

@@ -20,9 +20,9 @@ QUERY = (
 
 def units(context: Context) -> list[Unit]:
     return [
-        Unit("versions, clocks, power", facts, 2),
-        Unit("ceiling of a product", product_ceiling, 3),
-        Unit("ceiling of a copy", copy_ceiling, 2),
+        Unit("versions, clocks, power", facts, 1),
+        Unit("ceiling of a product", product_ceiling, 1),
+        Unit("ceiling of a copy", copy_ceiling, 1),
     ]
 
 

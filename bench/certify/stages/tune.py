@@ -20,8 +20,8 @@ DTYPE = torch.bfloat16
 
 
 def units(context: Context) -> list[Unit]:
-    found = [Unit(f"H={H}", partial(sweep, H), 8) for H in ((48,) if context.toy else HIDDEN)]
-    return found if context.toy else [Unit("compile the candidates", compile_candidates, 18), *found]
+    found = [Unit(f"H={H}", partial(sweep, H), 7) for H in ((48,) if context.toy else HIDDEN)]
+    return found if context.toy else [Unit("compile the candidates", compile_candidates, 12), *found]
 
 
 def compile_candidates(context: Context) -> str:

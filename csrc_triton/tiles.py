@@ -44,9 +44,6 @@ TILES = {
     ("sm_80", 16, ANY_HIDDEN): Tile(128, 128, 64, 8, 8, 4, pieces=2),
     ("sm_86", 16, ANY_HIDDEN): Tile(128, 128, 32, 8, 4, 4, pieces=4),
     ("sm_90", 16, ANY_HIDDEN): Tile(128, 256, 64, 4, 8, 4, pieces=4),
-    # swept on an H100 (bench/results/h100_1/tune.json)
-    ("sm_90", 16, 2048): Tile(128, 256, 64, 4, 8, 3, pieces=4),
-    ("sm_90", 16, 4096): Tile(128, 256, 64, 4, 8, 4, pieces=2, loop="flat"),
     ("sm_100", 16, ANY_HIDDEN): Tile(128, 256, 64, 4, 8, 4, pieces=4),
     ("sm_120", 16, ANY_HIDDEN): Tile(128, 128, 64, 8, 8, 3, pieces=2),
     ("gfx942", 16, ANY_HIDDEN): Tile(128, 128, 64, 8, 8, 2, pieces=4),

@@ -55,8 +55,8 @@ def units(context: Context) -> list[Unit]:
         return [Unit("slab", partial(run_tests, arguments=rehearsed), 2), *_production(head, ((1, 9), (0, 1), (0, 14)))]
     modes = [Unit(f"mode: {mode}", partial(run_tests, arguments=tests), 1.5) for mode, tests in by_mode().items()]
     claims = [Unit(n, partial(run_tests, arguments=[f"tests/gpu/{t}"]), s) for n, (t, s) in CLAIMS.items()]
-    production_16, *others = _production(PRODUCTION, ROWS)
-    return [production_16, *modes, *claims, *others]
+    first, *others = _production(PRODUCTION, ROWS)
+    return [first, *modes, *claims, *others]
 
 
 def by_mode() -> dict[str, list[str]]:

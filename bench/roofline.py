@@ -1,9 +1,10 @@
 """A MODEL, NOT A MEASUREMENT: the floor of each mode and the time predicted from counted work and measured ceilings.
 
-For a shape and a GPU, in the mode and the cuts of `npo_kernels.plan`: every launch's operations and the bytes it has to
-move, at best once each. The floor is the larger of all operations at the product ceiling and the bytes of inputs and
-results at the copy ceiling; the prediction is the sum over the launches of the larger of both. The ceilings are what
-one GPU of the kind measured on a large product and a copy, so a prediction is a bound from below that nothing reaches.
+For a shape and a GPU, in the mode and the cuts of `npo_kernels.core.plan`: every launch's operations and the bytes it
+has to move, at best once each. The floor is the larger of all operations at the product ceiling and the bytes of inputs
+and results at the copy ceiling; the prediction is the sum over the launches of the larger of both. The ceilings are
+what one GPU of the kind measured on a large product and a copy, so a prediction is a bound from below that nothing
+reaches.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from npo_kernels.plan import DEFAULT_WORKSPACE_MB, MIB, Plan, make_plan
+from npo_kernels.core.plan import DEFAULT_WORKSPACE_MB, MIB, Plan, make_plan
 
 HELP = "predicted times from counted work: a model"
 
@@ -43,7 +44,7 @@ class Launch:
 
 
 def launches(plan: Plan, N: int, H: int, V: int, itemsize: int = 2) -> list[Launch]:
-    """What `npo_kernels.modes` launches. A slab is N V items, a product with the head float32 (N, H)."""
+    """What `npo_kernels.core.execute` launches. A slab is N V items, a product with the head float32 (N, H)."""
     rows, head, slab, product = itemsize * N * H, itemsize * V * H, itemsize * N * V, 4 * N * H
     unit = 2 * N * H * V
     sums = 8 * N * -(-V // SPLIT)

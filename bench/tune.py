@@ -4,10 +4,10 @@ For (architecture, dtype, H): every candidate is compiled and timed, storing the
 large batch and the vocabulary given; then the best ones in turns with the entry in force. Where the GPU has tensor
 descriptors (sm_90 and later), persistent tiles are candidates like others. What does not fit fails and is listed.
 
-A hidden size stands for its bucket (`npo_kernels.tile_table`). One that beats the entry in force by more than a margin
-is printed, and with --write it is entered in the table: to be read, compiled ahead of time (tests/aot) and committed,
-for a new tile changes the bits of the log-probabilities. Nothing is tuned at import or at a first call. Tiles never
-depend on N.
+A hidden size stands for its bucket (`npo_kernels.backends.tiles`). One that beats the entry in force by more than a
+margin is printed, and with --write it is entered in the table: to be read, compiled ahead of time (tests/aot) and
+committed, for a new tile changes the bits of the log-probabilities. Nothing is tuned at import or at a first call.
+Tiles never depend on N.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from bench.measure import Clock, Failure, failure
 from bench.providers.kernels import forced
 from bench.records import RESULTS, environment, record, write_text
 from csrc_triton.tiles import ANY_HIDDEN, PERSISTENT_CANDIDATES, TILES, Tile
-from npo_kernels.tile_table import find_tile, hidden_bucket
+from npo_kernels.backends.tiles import find_tile, hidden_bucket
 
 HELP = "sweep the tiles of the projection kernel on a GPU"
 
@@ -73,8 +73,8 @@ def neighbours(architecture: str, bits: int, H: int) -> list[Tile]:
 
 def projection(tile: Tile, hidden: Tensor, weight: Tensor, target: Tensor, store: bool) -> Callable[[], object]:
     """One launch of the kernel with a tile, whatever the table says."""
-    from npo_kernels import triton_backend
-    from npo_kernels.head import Head as KernelHead
+    from npo_kernels.backends import triton as triton_backend
+    from npo_kernels.core.lm_head import Head as KernelHead
 
     head = KernelHead(weight, None, 1.0, None)
     anchor = torch.zeros(hidden.shape[0], device=hidden.device)
@@ -185,7 +185,7 @@ def main(args: argparse.Namespace) -> int:
 
 def architecture_of(device: str) -> str:
     """The row of the tile table that a device uses."""
-    from npo_kernels.triton_backend import _architecture
+    from npo_kernels.backends.triton import _architecture
 
     return _architecture(torch.device(device))
 

@@ -1,4 +1,4 @@
-"""Every Triton kernel of npo_kernels, one file per kernel family. Launched by `npo_kernels.triton_backend` alone.
+"""Every Triton kernel of npo_kernels, one file per kernel family. Launched by `npo_kernels.backends.triton` alone.
 
 | file              | kernels                                     | what                                      |
 |-------------------|---------------------------------------------|-------------------------------------------|

@@ -6,7 +6,7 @@
     loss_s  = (2/beta) softplus(beta r_s)
     g_s     = scale_s 2 sigmoid(beta r_s)             (/ |y_s| for SimNPO), the gradient of sum_s scale_s loss_s
 
-and for each row of s, what the gradient products take (`npo_kernels.rowmath.gradient_coefficients`):
+and for each row of s, what the gradient products take (`npo_kernels.core.softmax_stats.gradient_coefficients`):
 
     row_coef_i    = g_s logit_scale prob_scale_i
     target_coef_i = g_s logit_scale miss_i (1 - (z_i / softcap)^2)

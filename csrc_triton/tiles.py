@@ -3,7 +3,7 @@
 Every entry is compiled ahead of time in tests/aot for its architecture; registers, spills and shared memory are on
 record there. An entry never depends on N, so that the log-probability of a row does not either. Nothing is tuned at
 import or at a first call: `python -m bench tune --write` measures on a GPU and edits this file. Which entry a call
-takes is `npo_kernels.tile_table`'s.
+takes is `npo_kernels.backends.tiles`'s.
 """
 
 from typing import NamedTuple

@@ -8,11 +8,11 @@ log-probabilities, `sequence_logprobs` and `token_logprobs` are the primitives (
 `fused_linear_kl` is the KL retain term. `explain` says which mode a call would run in, and in how much memory.
 """
 
+from npo_kernels.call.checks import set_debug
 from npo_kernels.explain import explain
 from npo_kernels.linear_kl import fused_linear_kl
 from npo_kernels.logprobs import sequence_logprobs, token_logprobs
 from npo_kernels.losses import LossStats, fused_logprob_loss, fused_npo_loss, fused_simnpo_loss
-from npo_kernels.validation import set_debug
 
 __version__ = "0.1.0"
 

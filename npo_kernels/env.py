@@ -14,7 +14,7 @@ from importlib import metadata
 import torch
 
 from npo_kernels import __version__
-from npo_kernels.inputs import resolve_impl
+from npo_kernels.call.prepare import resolve_impl
 
 # distributions, not modules: flash-attn and flash-attn-4 install the same module, so an import proves nothing
 PACKAGES = (

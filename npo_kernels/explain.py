@@ -4,12 +4,12 @@ import functools
 import inspect
 from collections.abc import Callable
 
-from npo_kernels.arguments import check_each, describe
-from npo_kernels.inputs import prepare
+from npo_kernels.call.arguments import check_each, describe
+from npo_kernels.call.prepare import prepare
+from npo_kernels.core.plan import Plan
 from npo_kernels.logprobs import sequence_logprobs, token_logprobs
 from npo_kernels.losses import fused_logprob_loss, fused_npo_loss, fused_simnpo_loss
-from npo_kernels.plan import Plan
-from npo_kernels.tasks import plan_of, task_of
+from npo_kernels.ops.schema import plan_of, task_of
 
 EXPLAINED = (fused_npo_loss, fused_simnpo_loss, fused_logprob_loss, sequence_logprobs, token_logprobs)
 

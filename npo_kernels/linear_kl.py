@@ -14,12 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from npo_kernels.arguments import checked
-from npo_kernels.head import Head
-from npo_kernels.inputs import autocast_inputs, resolve_impl
-from npo_kernels.layout import DEAD_ROW, ELSEWHERE, Rows, compact
-from npo_kernels.modes import Gradients, HeadGradients, Task, finish_hidden_grad
-from npo_kernels.ops import (
+from npo_kernels.call.arguments import checked
+from npo_kernels.call.checks import check_kl
+from npo_kernels.call.prepare import autocast_inputs, resolve_impl
+from npo_kernels.core.execute import Gradients, HeadGradients, Task, finish_hidden_grad
+from npo_kernels.core.layout import DEAD_ROW, ELSEWHERE, Rows, compact
+from npo_kernels.core.lm_head import Head
+from npo_kernels.core.matmul import matmul
+from npo_kernels.core.plan import workspace_bytes
+from npo_kernels.core.softmax_stats import Normalizers, merge_sums
+from npo_kernels.ops.logprobs import (
     all_tensors,
     fake_gradients,
     fake_kept,
@@ -29,11 +33,7 @@ from npo_kernels.ops import (
     scale_kept,
     setup_kept,
 )
-from npo_kernels.plan import workspace_bytes
-from npo_kernels.products import matmul
-from npo_kernels.rowmath import Normalizers, merge_sums
-from npo_kernels.tasks import backend_of, plan_of
-from npo_kernels.validation import check_kl
+from npo_kernels.ops.schema import backend_of, plan_of
 
 
 @checked

@@ -4,10 +4,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from npo_kernels import ops, reference
-from npo_kernels.arguments import checked
-from npo_kernels.inputs import Inputs, prepare
-from npo_kernels.validation import check_values
+from npo_kernels import reference
+from npo_kernels.call.arguments import checked
+from npo_kernels.call.checks import check_values
+from npo_kernels.call.prepare import Inputs, prepare
+from npo_kernels.ops import logprobs as ops
 
 
 @checked
@@ -49,7 +50,7 @@ def sequence_logprobs(
         logit_scale: factor of the logits (Cohere: logit_scale; Granite: 1/logits_scaling).
         softcap: logits become softcap * tanh(logits / softcap), after the scale (Gemma-2).
         impl: "triton", "torch", "reference", or "auto" (Triton on a GPU, torch elsewhere). A name never falls back.
-        workspace_mb: MiB that may be used beyond inputs and gradients; `npo_kernels.plan` has the defaults.
+        workspace_mb: MiB that may be used beyond inputs and gradients; `npo_kernels.core.plan` has the defaults.
         num_rows: number of scored positions, or a bound above it. Passing it removes the one host sync of the call.
         process_group: ranks that hold the same batch and a part of the vocabulary each, in the order of the ranks:
             lm_head_weight and bias are this rank's rows, plain tensors of any sizes or DTensors with (Shard(0),) on

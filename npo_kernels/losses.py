@@ -7,12 +7,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from npo_kernels import formulas, ops
-from npo_kernels.arguments import checked
-from npo_kernels.inputs import Inputs, prepare
-from npo_kernels.logprob_loss import logprob_loss
+from npo_kernels.call.arguments import checked
+from npo_kernels.call.checks import check_factors, check_normalizer, check_ref_logps
+from npo_kernels.call.prepare import Inputs, prepare
+from npo_kernels.core import formulas
 from npo_kernels.logprobs import sequence_logps
-from npo_kernels.validation import check_factors, check_normalizer, check_ref_logps
+from npo_kernels.ops import logprobs as ops
+from npo_kernels.ops.logprob_loss import logprob_loss
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,10 @@ def poisoned_allocations():
 @pytest.fixture
 def small_blocks():
     """The torch path cut into blocks that small tests have several of, ragged ones included."""
-    from npo_kernels import modes, ops, products, torch_backend
+    from npo_kernels.backends import torch as torch_backend
+    from npo_kernels.core import execute as modes
+    from npo_kernels.core import matmul as products
+    from npo_kernels.ops import logprobs as ops
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_backend, "BLOCK_V", 64)
@@ -78,7 +81,7 @@ def small_blocks():
 @pytest.fixture
 def plans(monkeypatch):
     """The plans made during the test, in order: what mode really ran."""
-    from npo_kernels import tasks
+    from npo_kernels.ops import schema as tasks
 
     made = []
     make_plan = tasks.make_plan

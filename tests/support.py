@@ -11,15 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from npo_kernels import (
-    fused_logprob_loss,
-    fused_npo_loss,
-    fused_simnpo_loss,
-    sequence_logprobs,
-    tasks,
-    token_logprobs,
-)
-from npo_kernels.plan import GRAD_SLICE, MIB, make_plan
+from npo_kernels import fused_logprob_loss, fused_npo_loss, fused_simnpo_loss, sequence_logprobs, token_logprobs
+from npo_kernels.core.plan import GRAD_SLICE, MIB, make_plan
+from npo_kernels.ops import schema as tasks
 
 ON_GPU = os.environ.get("NPO_GPU_TESTS") == "1" and torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from npo_kernels import (
-    arguments,
     explain,
     fused_linear_kl,
     fused_logprob_loss,
@@ -20,6 +19,7 @@ from npo_kernels import (
     sequence_logprobs,
     token_logprobs,
 )
+from npo_kernels.call import arguments
 
 B, S, H, V = 2, 5, 8, 20
 GOOD = {

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from npo_kernels import products, tasks
-from npo_kernels.formulas import RatioLoss
-from npo_kernels.head import Head
-from npo_kernels.layout import DEAD_ROW
-from npo_kernels.rowmath import Statistics, anchor_headroom, gradient_coefficients
+from npo_kernels.core import matmul as products
+from npo_kernels.core.formulas import RatioLoss
+from npo_kernels.core.layout import DEAD_ROW
+from npo_kernels.core.lm_head import Head
+from npo_kernels.core.softmax_stats import Statistics, anchor_headroom, gradient_coefficients
+from npo_kernels.ops import schema as tasks
 from tests.support import DEVICE, DTYPES, HEADS, IMPLS, name_of, relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned_allocations", "small_blocks")

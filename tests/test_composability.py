@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from npo_kernels import explain, fused_logprob_loss, fused_npo_loss, modes, sequence_logprobs
+from npo_kernels import explain, fused_logprob_loss, fused_npo_loss, sequence_logprobs
+from npo_kernels.core import execute as modes
 
 B, S, V, H = 6, 9, 150, 16
 

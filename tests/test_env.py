@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import npo_kernels
-from npo_kernels import env, inputs
+from npo_kernels import env
+from npo_kernels.call import prepare as inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 

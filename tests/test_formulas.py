@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from npo_kernels import formulas
-from npo_kernels.formulas import RatioLoss
+from npo_kernels.core import formulas
+from npo_kernels.core.formulas import RatioLoss
 
 BETAS = (0.01, 0.1, 1.0, 4.5)
 RATIOS = torch.tensor([-700.0, -40.0, -3.0, -1e-3, 0.0, 1e-3, 2.0, 25.0, 600.0], dtype=torch.float64)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from npo_kernels import fused_logprob_loss, fused_npo_loss, inputs, sequence_logprobs, token_logprobs
-from npo_kernels.inputs import resolve_impl
+from npo_kernels import fused_logprob_loss, fused_npo_loss, sequence_logprobs, token_logprobs
+from npo_kernels.call import prepare as inputs
+from npo_kernels.call.prepare import resolve_impl
 from tests.support import IMPLS, evaluate, make_batch, mixed_loss, npo, relative_error
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -23,7 +24,7 @@ def test_auto_is_triton_on_a_gpu_that_has_it(monkeypatch, installed, device, exp
 def test_a_name_asked_for_never_falls_back(monkeypatch):
     for name in ("torch", "reference"):
         assert resolve_impl(name, CUDA) == name
-    monkeypatch.setattr(pytest.importorskip("npo_kernels.triton_backend"), "INTERPRETED", False)
+    monkeypatch.setattr(pytest.importorskip("npo_kernels.backends.triton"), "INTERPRETED", False)
     with pytest.raises(ValueError, match=r"impl='triton' runs on a GPU, got tensors on cpu.*TRITON_INTERPRET=1"):
         resolve_impl("triton", CPU)
     monkeypatch.setattr(inputs, "HAS_TRITON", False)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npo_kernels.layout import DEAD_ROW, compact, flatten
+from npo_kernels.core.layout import DEAD_ROW, compact, flatten
 
 IGNORE = -100
 V = 10

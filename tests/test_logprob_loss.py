@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from npo_kernels import formulas, fused_logprob_loss, sequence_logprobs
+from npo_kernels import fused_logprob_loss, sequence_logprobs
+from npo_kernels.core import formulas
 from tests.support import IMPLS, LAYOUTS, TINY, evaluate, make_batch, mixed_loss, name_of, npo, relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned_allocations", "small_blocks")

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from npo_kernels import ops, sequence_logprobs, token_logprobs
+from npo_kernels import sequence_logprobs, token_logprobs
+from npo_kernels.ops import logprobs as ops
 from tests import support
 from tests.support import DTYPES, IMPLS, LAYOUTS, TINY, evaluate, make_batch, name_of, npo, relative_error, user_loss
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from npo_kernels import formulas, fused_npo_loss, fused_simnpo_loss, sequence_logprobs
+from npo_kernels import fused_npo_loss, fused_simnpo_loss, sequence_logprobs
+from npo_kernels.core import formulas
 from tests import support
 from tests.support import DTYPES, IMPLS, LAYOUTS, TINY, evaluate, make_batch, name_of, npo, relative_error, simnpo
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from npo_kernels import tasks
+from npo_kernels.ops import schema as tasks
 from tests import matrix, support
 from tests.support import IMPLS, TINY, evaluate, make_batch
 

@@ -10,10 +10,10 @@ from npo_kernels import (
     fused_logprob_loss,
     fused_npo_loss,
     fused_simnpo_loss,
-    ops,
     sequence_logprobs,
     token_logprobs,
 )
+from npo_kernels.ops import logprobs as ops
 from tests.support import DTYPES, IMPLS, evaluate, make_batch, mixed_loss, name_of, npo, relative_error
 
 SMALL = {"lengths": (6, 1, 0, 9), "prompts": (2, 0, 0, 0), "H": 20, "V": 150}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npo_kernels import explain, fused_logprob_loss, fused_npo_loss, fused_simnpo_loss, sequence_logprobs
-from npo_kernels.plan import DEFAULT_WORKSPACE_MB, MIB, make_plan, workspace_bytes
+from npo_kernels.core.plan import DEFAULT_WORKSPACE_MB, MIB, make_plan, workspace_bytes
 from tests import support
 from tests.support import TINY, evaluate, make_batch
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from npo_kernels.head import Head
-from npo_kernels.rowmath import Statistics, anchor_headroom, gradient_coefficients
+from npo_kernels.core.lm_head import Head
+from npo_kernels.core.softmax_stats import Statistics, anchor_headroom, gradient_coefficients
 from tests.support import DTYPES, name_of
 
 

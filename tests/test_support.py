@@ -5,8 +5,10 @@ from functools import partial
 import pytest
 import torch
 
-from npo_kernels import explain, fused_npo_loss, rowmath, tasks
-from npo_kernels.plan import GRAD_SLICE
+from npo_kernels import explain, fused_npo_loss
+from npo_kernels.core import softmax_stats as rowmath
+from npo_kernels.core.plan import GRAD_SLICE
+from npo_kernels.ops import schema as tasks
 from tests import support
 from tests.support import DTYPES, HEADS, IMPLS, LAYOUTS, make_batch, name_of
 
@@ -23,7 +25,7 @@ def test_unwritten_memory_of_the_library_is_nan(poisoned_allocations):
     floats = allocate_in({"torch": torch, "__name__": rowmath.__name__})[:3]
     assert all(values.isnan().all() for values in floats)
     code = "made = torch.empty(3, dtype=torch.int64)"
-    namespace = {"torch": torch, "__name__": "npo_kernels.layout"}
+    namespace = {"torch": torch, "__name__": "npo_kernels.core.layout"}
     exec(code, namespace)
     assert (namespace["made"] == 2**30).all()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from csrc_triton.tiles import ANY_HIDDEN, HIDDEN_BUCKETS, PAIR_TILES, PERSISTENT_CANDIDATES, TILES
-from npo_kernels.tile_table import find_tile, hidden_bucket
+from npo_kernels.backends.tiles import find_tile, hidden_bucket
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "interpreter")
 WITH_DESCRIPTORS = ("sm_90", "sm_100", "sm_120")
@@ -45,7 +45,7 @@ def test_a_persistent_tile_is_for_hardware_that_has_descriptors():
 
 def test_the_backend_looks_its_operands_up(monkeypatch):
     pytest.importorskip("triton")
-    from npo_kernels import triton_backend
+    from npo_kernels.backends import triton as triton_backend
 
     if not triton_backend.INTERPRETED:
         pytest.skip("the interpreter's entries")

@@ -12,12 +12,12 @@ from npo_kernels import (
     fused_simnpo_loss,
     logprobs,
     losses,
-    ops,
     sequence_logprobs,
-    tasks,
     token_logprobs,
-    validation,
 )
+from npo_kernels.call import checks as validation
+from npo_kernels.ops import logprobs as ops
+from npo_kernels.ops import schema as tasks
 from tests.support import IMPLS, make_batch
 
 pytestmark = pytest.mark.usefixtures("poisoned_allocations")

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from npo_kernels.formulas import log_ratio, ratio_loss
+from npo_kernels.core.formulas import log_ratio, ratio_loss
 
 COMPAT = ("paper", "npo-repo")
 

@@ -96,7 +96,9 @@ def pretend_sm_90() -> None:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from npo_kernels import inputs, linear_kl, triton_backend
+    from npo_kernels import linear_kl
+    from npo_kernels.backends import triton as triton_backend
+    from npo_kernels.call import prepare as inputs
 
     class Driver:
         def get_current_target(self):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bench.providers.base import UnsupportedError
 from csrc_triton.tiles import ANY_HIDDEN, PERSISTENT_CANDIDATES, TILES, Tile
-from npo_kernels.tile_table import find_tile
+from npo_kernels.backends.tiles import find_tile
 
 
 def in_force(architecture: str, x: Tensor) -> Tile:
@@ -35,7 +35,7 @@ def persistent(architecture: str, x: Tensor) -> Tile:
 @contextmanager
 def forced(choose: Callable[[str, Tensor], Tile]) -> Iterator[None]:
     """Calls take the tile that `choose(architecture, hidden states)` gives."""
-    from npo_kernels import triton_backend
+    from npo_kernels.backends import triton as triton_backend
 
     def tile_for(x: Tensor) -> Tile:
         return choose(triton_backend._architecture(x.device), x)

@@ -10,7 +10,7 @@ from bench.objectives import BETA
 from bench.providers.base import Provider
 from bench.providers.kernels import KERNELS
 from npo_kernels import explain, fused_logprob_loss, fused_npo_loss, sequence_logprobs
-from npo_kernels.plan import Plan
+from npo_kernels.core.plan import Plan
 
 SMALL_WORKSPACE_MB = 256
 

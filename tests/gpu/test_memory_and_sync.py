@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from npo_kernels import explain, fused_npo_loss, sequence_logprobs
-from npo_kernels.plan import MIB
+from npo_kernels.core.plan import MIB
 
 # allocator rounding, partial sums and vectors of N rows: what a plan does not itemise
 SLACK_MB = 48

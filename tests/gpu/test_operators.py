@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from npo_kernels import fused_linear_kl, fused_npo_loss, ops, sequence_logprobs, token_logprobs
+from npo_kernels import fused_linear_kl, fused_npo_loss, sequence_logprobs, token_logprobs
 from npo_kernels.linear_kl import linear_kl, linear_kl_backward, linear_kl_loss
+from npo_kernels.ops import logprobs as ops
 from tests import support
 from tests.gpu.test_correctness import SHAPE
 from tests.support import DTYPES, make_batch, name_of

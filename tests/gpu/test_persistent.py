@@ -6,7 +6,7 @@ import torch
 from bench.tune import LOOPS
 from csrc_triton.tiles import ANY_HIDDEN, PERSISTENT_CANDIDATES
 from npo_kernels import fused_npo_loss, sequence_logprobs
-from npo_kernels.head import Head
+from npo_kernels.core.lm_head import Head
 from tests import matrix, support
 from tests.gpu.test_correctness import SHAPE
 from tests.support import make_batch, relative_error
@@ -17,7 +17,7 @@ CASES = [case for case in matrix.cases() if case[1] != torch.float32]
 @pytest.fixture(params=["serial", "flat", "specialized"])
 def launched(request, monkeypatch):
     """Forces a persistent tile on 16-bit operands; the grids of its launches."""
-    from npo_kernels import triton_backend
+    from npo_kernels.backends import triton as triton_backend
 
     architecture = triton_backend._architecture(torch.device("cuda"))
     if request.param not in LOOPS.get(architecture, ()):
@@ -44,7 +44,7 @@ def test_every_mode_is_no_worse_than_plain_pytorch(case, plans, launched):
 @pytest.mark.parametrize("H", [4096, 4104, 576])
 def test_many_tiles_a_program_against_the_other_kernel(H, launched, monkeypatch):
     """Every program owns several splits; rows, columns and depth do not fit the tiles; some rows are repaired."""
-    from npo_kernels import triton_backend
+    from npo_kernels.backends import triton as triton_backend
 
     g = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(4001, H, device="cuda", generator=g).bfloat16()

@@ -5,8 +5,8 @@ from itertools import product
 import pytest
 import torch
 
-from npo_kernels.products import matmul
-from npo_kernels.triton_backend import _aligned_empty
+from npo_kernels.backends.triton import _aligned_empty
+from npo_kernels.core.matmul import matmul
 from tests.support import DTYPES, name_of, relative_error
 
 # more than tensor cores lose in 8192 sums, and far less than rounding the result to 16 bits would cost

@@ -8,7 +8,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from npo_kernels import formulas, fused_npo_loss, fused_simnpo_loss, sequence_logprobs
+from npo_kernels import fused_npo_loss, fused_simnpo_loss, sequence_logprobs
+from npo_kernels.core import formulas
 from tests.invariants.batches import batches
 from tests.support import IMPLS, TINY, evaluate, make_batch, npo, relative_error
 

@@ -9,8 +9,8 @@ import mmap
 import pytest
 import torch
 
-from npo_kernels import tasks
-from npo_kernels.head import Head
+from npo_kernels.core.lm_head import Head
+from npo_kernels.ops import schema as tasks
 from tests.kernels import launch
 from tests.support import ON_GPU
 

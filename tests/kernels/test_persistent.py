@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from csrc_triton.tiles import TILES
-from npo_kernels import tasks
-from npo_kernels.head import Head
+from npo_kernels.core.lm_head import Head
+from npo_kernels.ops import schema as tasks
 from tests import matrix
 from tests.kernels import launch
 from tests.kernels.launch import TILE, Outputs

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from npo_kernels.head import Head
+from npo_kernels.core.lm_head import Head
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,15 @@ from functools import wraps
 import torch
 from torch import Tensor
 
-from npo_kernels import modes
-from npo_kernels.formulas import RatioLoss, reduce, sequence_scale
-from npo_kernels.head import Head
-from npo_kernels.layout import DEAD_ROW, Rows
-from npo_kernels.modes import Gradients, Statistics, Task
-from npo_kernels.plan import GRAD_SLICE
-from npo_kernels.rowmath import gradient_coefficients
-from npo_kernels.tasks import backend_of, plan_of, shard_of, task_of
-from npo_kernels.validation import check_factors
+from npo_kernels.call.checks import check_factors
+from npo_kernels.core import execute as modes
+from npo_kernels.core.execute import Gradients, Statistics, Task
+from npo_kernels.core.formulas import RatioLoss, reduce, sequence_scale
+from npo_kernels.core.layout import DEAD_ROW, Rows
+from npo_kernels.core.lm_head import Head
+from npo_kernels.core.plan import GRAD_SLICE
+from npo_kernels.core.softmax_stats import gradient_coefficients
+from npo_kernels.ops.schema import backend_of, plan_of, shard_of, task_of
 
 SECOND_DERIVATIVE = (
     "npo_kernels has no second derivatives: the kernels form first gradients only. Use impl='reference' where "

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from npo_kernels.hf_batch import take_batch
-from npo_kernels.hf_head import alone, computing, head_of, plain_linears, probed
+from npo_kernels.hf.batch import take_batch
+from npo_kernels.hf.head import alone, computing, head_of, plain_linears, probed
 from npo_kernels.logprobs import sequence_logprobs, token_logprobs
 from npo_kernels.losses import LossStats
 

@@ -1,4 +1,4 @@
-"""What arguments have to be to each other; `npo_kernels.arguments` has what each has to be by itself.
+"""What arguments have to be to each other; `npo_kernels.call.arguments` has what each has to be by itself.
 
 Every refusal says what came, what is expected and what to do.
 
@@ -13,7 +13,7 @@ import os
 import torch
 from torch import Tensor
 
-from npo_kernels.arguments import describe
+from npo_kernels.call.arguments import describe
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -177,7 +177,7 @@ def check_normalizer(reduction: str, normalizer) -> None:
 def check_factors(offset: Tensor, normalizer: Tensor | None, num_tokens: Tensor) -> None:
     """A positive normalizer, and finite reference log-probabilities of the sequences that have a scored token.
 
-    Only where reading values is free; elsewhere `npo_kernels.formulas` makes the loss NaN.
+    Only where reading values is free; elsewhere `npo_kernels.core.formulas` makes the loss NaN.
     """
     if not _readable(offset):
         return

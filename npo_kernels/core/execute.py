@@ -16,12 +16,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from npo_kernels.head import Head
-from npo_kernels.layout import DEAD_ROW, Rows
-from npo_kernels.plan import GRAD_SLICE, Plan
-from npo_kernels.products import matmul
-from npo_kernels.rowmath import Statistics, concatenate
-from npo_kernels.vocab_parallel import Shard, at_anchor
+from npo_kernels.core.layout import DEAD_ROW, Rows
+from npo_kernels.core.lm_head import Head
+from npo_kernels.core.matmul import matmul
+from npo_kernels.core.plan import GRAD_SLICE, Plan
+from npo_kernels.core.softmax_stats import Statistics, concatenate
+from npo_kernels.core.vocab_parallel import Shard, at_anchor
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from npo_kernels.layout import Positions, flatten
-from npo_kernels.plan import workspace_bytes
-from npo_kernels.validation import check_batch
-from npo_kernels.vocab_parallel import Shard, local_head
+from npo_kernels.call.checks import check_batch
+from npo_kernels.core.layout import Positions, flatten
+from npo_kernels.core.plan import workspace_bytes
+from npo_kernels.core.vocab_parallel import Shard, local_head
 
 # Found once, without importing it: torch.compile cannot trace the search (torch 2.11).
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -111,7 +111,7 @@ def resolve_impl(impl: str, device: torch.device) -> str:
             "impl='triton' but Triton is not installed: install it (pip install triton), or use impl='torch'"
         )
     if impl == "triton" and device.type != "cuda":
-        from npo_kernels.triton_backend import INTERPRETED
+        from npo_kernels.backends.triton import INTERPRETED
 
         if not (INTERPRETED and device.type == "cpu"):
             raise ValueError(

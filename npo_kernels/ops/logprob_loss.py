@@ -5,12 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from npo_kernels import modes, ops
-from npo_kernels.inputs import Inputs
+from npo_kernels.call.prepare import Inputs
+from npo_kernels.core import execute as modes
+from npo_kernels.core.execute import Statistics
+from npo_kernels.core.softmax_stats import gradient_coefficients
 from npo_kernels.logprobs import sequence_logps
-from npo_kernels.modes import Statistics
-from npo_kernels.rowmath import gradient_coefficients
-from npo_kernels.tasks import plan_of, task_of
+from npo_kernels.ops import logprobs as ops
+from npo_kernels.ops.schema import plan_of, task_of
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npo_kernels.formulas import RatioLoss
-from npo_kernels.head import Head
-from npo_kernels.layout import DEAD_ROW
-from npo_kernels.products import matmul
-from npo_kernels.rowmath import (
+from npo_kernels.core.formulas import RatioLoss
+from npo_kernels.core.layout import DEAD_ROW
+from npo_kernels.core.lm_head import Head
+from npo_kernels.core.matmul import matmul
+from npo_kernels.core.softmax_stats import (
     Statistics,
     anchor_headroom,
     gradient_coefficients,

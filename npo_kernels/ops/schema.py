@@ -6,20 +6,20 @@ from types import ModuleType
 
 from torch import Tensor
 
-from npo_kernels import torch_backend
-from npo_kernels.head import Head
-from npo_kernels.layout import compact
-from npo_kernels.modes import Task
-from npo_kernels.plan import Plan, make_plan
-from npo_kernels.validation import check_values
-from npo_kernels.vocab_parallel import Shard, clip
+from npo_kernels.backends import torch as torch_backend
+from npo_kernels.call.checks import check_values
+from npo_kernels.core.execute import Task
+from npo_kernels.core.layout import compact
+from npo_kernels.core.lm_head import Head
+from npo_kernels.core.plan import Plan, make_plan
+from npo_kernels.core.vocab_parallel import Shard, clip
 
 
 def backend_of(impl: str) -> ModuleType:
     """The module of a resolved impl. Triton is imported here and only here."""
     if impl == "torch":
         return torch_backend
-    from npo_kernels import triton_backend
+    from npo_kernels.backends import triton as triton_backend
 
     return triton_backend
 

@@ -16,10 +16,10 @@ from csrc_triton import gradient_rows, sequence_epilogue, target_logit
 from csrc_triton import linear_kl as kl_kernels
 from csrc_triton import row_statistics as row_kernels
 from csrc_triton.tiles import BLOCK_HIDDEN, BLOCK_ROWS, BLOCK_RUN, PAIR_TILES, ROW_WARPS, TILES, Tile
-from npo_kernels.formulas import RatioLoss
-from npo_kernels.head import Head
-from npo_kernels.rowmath import Statistics, anchor_headroom
-from npo_kernels.tile_table import find_tile
+from npo_kernels.backends.tiles import find_tile
+from npo_kernels.core.formulas import RatioLoss
+from npo_kernels.core.lm_head import Head
+from npo_kernels.core.softmax_stats import Statistics, anchor_headroom
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from npo_kernels.layout import DEAD_ROW, ELSEWHERE, Rows
-from npo_kernels.rowmath import Statistics
+from npo_kernels.core.layout import DEAD_ROW, ELSEWHERE, Rows
+from npo_kernels.core.softmax_stats import Statistics
 
 
 @dataclass(frozen=True)

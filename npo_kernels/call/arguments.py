@@ -2,7 +2,7 @@
 
 `checked` wraps a public function. Every parameter of the function must have a rule in `RULES`, or importing the package
 fails, so that no function and no argument can be forgotten. What depends on two arguments (shapes, dtypes, devices) is
-checked by `npo_kernels.validation` afterwards.
+checked by `npo_kernels.call.checks` afterwards.
 """
 
 import functools
@@ -46,7 +46,7 @@ def checked(function: Callable) -> Callable:
     names = tuple(inspect.signature(function).parameters)
     missing = [name for name in names if name not in RULES]
     if missing:
-        raise NotImplementedError(f"{function.__name__}: no rule in npo_kernels.arguments.RULES for {missing}")
+        raise NotImplementedError(f"{function.__name__}: no rule in npo_kernels.call.arguments.RULES for {missing}")
 
     @functools.wraps(function)
     def call(*args, **kwargs):

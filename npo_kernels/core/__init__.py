@@ -1,0 +1,1 @@
+"""The mathematics and the modes, on any backend: nothing here imports one."""

@@ -1,0 +1,1 @@
+"""The custom operators of torch: what torch.compile, export and selective checkpointing see of this package."""

@@ -77,7 +77,8 @@ def cpu_name() -> str:
 
 
 def key(r: Record) -> tuple:
-    return tuple(r.get(name) for name in KEY)
+    """What is measured. The names of kernels end in `_kernel` now: records of before then are of the same kernels."""
+    return tuple((r.get(name) or "").removesuffix("_kernel") if name == "tensor" else r.get(name) for name in KEY)
 
 
 def merged(before: list[Record], found: list[Record]) -> list[Record]:

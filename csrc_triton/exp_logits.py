@@ -14,18 +14,18 @@ finds room beside it. Nothing but the stored slab (STORE, in the dtype of x) and
 MAXIMA) is written. Splits start at multiples of SPLIT_TILES * BLOCK_V columns, whatever N is, and are reduced in order
 afterwards: the log-probability of a row does not depend on its batch.
 
-Grid: `exp_logits` has a program for each row block and split, in groups of GROUP row blocks (`common.place`).
-`exp_logits_persistent` has one for each processor, which takes every so many-th of the same pieces of work. It reads x
-and W through tensor descriptors: no thread computes an address, and a tile's loads need not wait for the end of the one
-before. Products and sums have the same order in both. Descriptors want rows that begin at multiples of 16 bytes; where
-they do, the tile says which of the two runs.
+Grid: `exp_logits_kernel` has a program for each row block and split, in groups of GROUP row blocks (`common.place`).
+`exp_logits_persistent_kernel` has one for each processor, which takes every so many-th of the same pieces of work. It
+reads x and W through tensor descriptors: no thread computes an address, and a tile's loads need not wait for the end of
+the one before. Products and sums have the same order in both. Descriptors want rows that begin at multiples of 16
+bytes; where they do, the tile says which of the two runs.
 
 Moves: x and W through L2 as any tiled product; writes 2NV bytes of slab if stored, 8N * splits of sums and maxima.
 
 The stored exponential carries the derivative of the softcap, 1 - (z/softcap)^2, as the gradient products need it; the
 sums do not. An anchor that is too low for a row (some z_iv - a_i beyond the headroom of the dtype) shows in the maxima:
-`reanchor` raises it and marks the row block as dirty, and a second launch with REPAIR does the dirty blocks again while
-every other program returns at once. No host has to look.
+`reanchor_kernel` raises it and marks the row block as dirty, and a second launch with REPAIR does the dirty blocks
+again while every other program returns at once. No host has to look.
 """
 
 import triton
@@ -116,7 +116,7 @@ def _store_statistics(
 
 
 @triton.jit
-def exp_logits(
+def exp_logits_kernel(
     x_ptr,  # (N, H)
     w_ptr,  # (V, H), the slice
     bias_ptr,  # (V,)
@@ -175,10 +175,10 @@ def exp_logits(
 
 
 @triton.jit
-def exp_logits_persistent(
+def exp_logits_persistent_kernel(
     x_desc,  # (N, H) in blocks of (BLOCK_N, BLOCK_H)
     w_desc,  # (V, H), the slice, in blocks of (BLOCK_V, BLOCK_H)
-    bias_ptr,  # this and what follows as in `exp_logits`
+    bias_ptr,  # this and what follows as in `exp_logits_kernel`
     target_ptr,
     anchor_ptr,
     dirty_ptr,

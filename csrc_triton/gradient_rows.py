@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def scale_rows(
+def scale_rows_kernel(
     x_ptr,  # (N, H)
     scale_ptr,  # (N,) float32
     out_ptr,  # (N, H) dtype of x, contiguous, out
@@ -30,7 +30,7 @@ def scale_rows(
 
 
 @triton.jit
-def finish_hidden_grad(
+def finish_hidden_grad_kernel(
     product_ptr,  # (N, H) float32, contiguous: E @ W
     row_coef_ptr,  # (N,) float32
     target_coef_ptr,  # (N,) float32
@@ -61,7 +61,7 @@ def finish_hidden_grad(
 
 
 @triton.jit
-def add_targets(
+def add_targets_kernel(
     grad_ptr,  # (V, H) float32, the slice, added to in place
     x_ptr,  # (N, H)
     coef_ptr,  # (N,) float32

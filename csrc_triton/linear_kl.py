@@ -9,8 +9,9 @@ for one slice of the vocabulary, z = cap(logit_scale (x W^T + b)) of the model a
     logp, ref_logp = z.float().log_softmax(-1), ref_z.float().log_softmax(-1)
     kl, G = (ref_logp.exp() * (ref_logp - logp)).sum(-1), logp.exp() - ref_logp.exp()
 
-and needs the normalizers of both softmaxes first (`softmax_sums`): summing q (log q - log p) in one pass would leave
-1e-7 of the logits' size, and KL is the square of d. They are the row maximum a and the total of exp(z - a), kept apart:
+and needs the normalizers of both softmaxes first (`softmax_sums_kernel`): summing q (log q - log p) in one pass would
+leave 1e-7 of the logits' size, and KL is the square of d. They are the row maximum a and the total of exp(z - a), kept
+apart:
 
     d = ((z - a) - (z' - a')) - shift,  q = exp(z' - a') ref_scale,  p = exp(z - a) scale
     shift = log total - log total',     scale = 1 / total,           ref_scale = 1 / total'
@@ -18,9 +19,9 @@ and needs the normalizers of both softmaxes first (`softmax_sums`): summing q (l
 Nothing here is rounded at the size of the logits: z - a is exact, and shift is small where the models agree. Both
 kernels take one tile, so that z has the same bits in both and the probabilities of a row sum to 1.
 
-Tiles: as in `exp_logits`, narrower, because two accumulators live side by side. Grid: row blocks x splits, grouped.
-Moves both rows and both heads through L2 as two tiled products; writes 2NV bytes of G if stored, 4N * splits of sums.
-The stored G carries the derivative of the softcap, as in `exp_logits`.
+Tiles: as in `exp_logits_kernel`, narrower, because two accumulators live side by side. Grid: row blocks x splits,
+grouped. Moves both rows and both heads through L2 as two tiled products; writes 2NV bytes of G if stored, 4N * splits
+of sums. The stored G carries the derivative of the softcap, as in `exp_logits_kernel`.
 """
 
 import triton
@@ -56,7 +57,7 @@ def _logits(
 
 
 @triton.jit
-def softmax_sums(
+def softmax_sums_kernel(
     x_ptr,  # (N, H)
     w_ptr,  # (V, H)
     bias_ptr,  # (V,)
@@ -111,7 +112,7 @@ def softmax_sums(
 
 
 @triton.jit
-def kl_logits(
+def kl_logits_kernel(
     x_ptr,  # (N, H)
     w_ptr,  # (V, H), the slice
     bias_ptr,  # (V,)

@@ -20,7 +20,7 @@ from .common import log1p
 
 
 @triton.jit
-def reanchor(
+def reanchor_kernel(
     max_ptr,  # (splits, N) float32
     anchor_ptr,  # (N,) float32
     raised_ptr,  # (N,) float32, out
@@ -28,7 +28,7 @@ def reanchor(
     N,
     splits,
     headroom,
-    BLOCK_N: tl.constexpr,  # that of exp_logits: dirty_ptr has its row blocks
+    BLOCK_N: tl.constexpr,  # that of exp_logits_kernel: dirty_ptr has its row blocks
 ):
     """raised = max(anchor, row maximum - headroom)."""
     row_block = tl.program_id(0)
@@ -46,7 +46,7 @@ def reanchor(
 
 
 @triton.jit
-def row_statistics(
+def row_statistics_kernel(
     part_ptr,  # (splits, N) float32
     anchor_ptr,  # (N,) float32
     z_ptr,  # (N,) float32 target logits

@@ -31,7 +31,7 @@ def _sum_rows(logp_ptr, start, end, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def sequence_sums(
+def sequence_sums_kernel(
     logp_ptr,  # (N,) float32
     starts_ptr,  # (B+1,) int64
     logps_ptr,  # (B,) float32, out
@@ -44,7 +44,7 @@ def sequence_sums(
 
 
 @triton.jit
-def ratio_epilogue(
+def ratio_epilogue_kernel(
     z_ptr,  # (N,) float32 target logits
     logp_ptr,  # (N,) float32
     miss_ptr,  # (N,) float32

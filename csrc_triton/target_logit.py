@@ -18,7 +18,7 @@ from .common import tanh
 
 
 @triton.jit
-def target_logit(
+def target_logit_kernel(
     x_ptr,  # (N, H)
     w_ptr,  # (V, H)
     bias_ptr,  # (V,)

@@ -13,9 +13,9 @@ class Tile(NamedTuple):
     """block_n rows x (split_tiles x block_v) columns of logits a program, block_h deep a step,
     finished in `pieces` parts of block_v / pieces columns.
 
-    `loop` is how a program of `exp_logits_persistent` goes from tile to tile: "serial"; "flat", where a tile's loads
-    begin before the last one is finished; or "specialized", where other warps do them (sm_100). "": `exp_logits`,
-    which does one split and ends.
+    `loop` is how a program of `exp_logits_persistent_kernel` goes from tile to tile: "serial"; "flat", where a tile's
+    loads begin before the last one is finished; or "specialized", where other warps do them (sm_100). "":
+    `exp_logits_kernel`, which does one split and ends.
     """
 
     block_n: int
@@ -76,9 +76,10 @@ PAIR_TILES = {
     ("interpreter", 32, ANY_HIDDEN): Tile(16, 32, 32, 4, 4, 1, 2),
 }
 
-# Tiles of `exp_logits_persistent` that fit and wait for a measurement: compiled ahead of time like entries of the table
-# and swept beside all others by `python -m bench tune`; no call takes them. None of 32 bits: the operands of an IEEE
-# float32 product come from shared memory through registers, where a descriptor's layout makes the best of tiles spill.
+# Tiles of `exp_logits_persistent_kernel` that fit and wait for a measurement: compiled ahead of time like entries of
+# the table and swept beside all others by `python -m bench tune`; no call takes them. None of 32 bits: the operands of
+# an IEEE float32 product come from shared memory through registers, where a descriptor's layout makes the best of tiles
+# spill.
 PERSISTENT_CANDIDATES = {
     ("sm_90", 16, ANY_HIDDEN): Tile(128, 256, 64, 4, 8, 4, pieces=4, loop="flat"),
     ("sm_100", 16, ANY_HIDDEN): Tile(128, 128, 64, 8, 8, 4, pieces=2, loop="specialized"),

@@ -17,12 +17,12 @@ def in_force(architecture: str, x: Tensor) -> Tile:
 
 
 def simple(architecture: str, x: Tensor) -> Tile:
-    """`exp_logits`: a program a row block and split."""
+    """`exp_logits_kernel`: a program a row block and split."""
     return in_force(architecture, x)._replace(loop="")
 
 
 def persistent(architecture: str, x: Tensor) -> Tile:
-    """`exp_logits_persistent`: a program a processor."""
+    """`exp_logits_persistent_kernel`: a program a processor."""
     tile = in_force(architecture, x)
     if tile.loop:
         return tile

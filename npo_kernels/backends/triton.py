@@ -11,10 +11,12 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from csrc_triton import exp_logits as exp_logits_kernels
-from csrc_triton import gradient_rows, sequence_epilogue, target_logit
-from csrc_triton import linear_kl as kl_kernels
-from csrc_triton import row_statistics as row_kernels
+from csrc_triton.exp_logits import exp_logits_kernel, exp_logits_persistent_kernel
+from csrc_triton.gradient_rows import add_targets_kernel, finish_hidden_grad_kernel, scale_rows_kernel
+from csrc_triton.linear_kl import kl_logits_kernel, softmax_sums_kernel
+from csrc_triton.row_statistics import reanchor_kernel, row_statistics_kernel
+from csrc_triton.sequence_epilogue import ratio_epilogue_kernel, sequence_sums_kernel
+from csrc_triton.target_logit import target_logit_kernel
 from csrc_triton.tiles import BLOCK_HIDDEN, BLOCK_ROWS, BLOCK_RUN, PAIR_TILES, ROW_WARPS, TILES, Tile
 from npo_kernels.backends.tiles import find_tile
 from npo_kernels.core.formulas import RatioLoss
@@ -57,7 +59,7 @@ def target_logits(x: Tensor, head: Head, target: Tensor) -> Tensor:
     x, weight = _rows_contiguous(x), _rows_contiguous(head.weight)
     z = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     if x.shape[0]:
-        target_logit.target_logit[(x.shape[0],)](
+        target_logit_kernel[(x.shape[0],)](
             x, weight, head.bias, target, z, weight.shape[0], x.shape[1], x.stride(0), weight.stride(0),
             head.logit_scale, head.softcap or 0.0,
             HAS_BIAS=head.bias is not None, HAS_SOFTCAP=head.softcap is not None,
@@ -84,18 +86,18 @@ def exp_logits(
     splits = triton.cdiv(width, tile.split)
     slab = _aligned_empty(rows, width, x) if store else None
     if not reanchor:
-        _launch_exp_logits(x, head, target, anchor, columns, slab)
+        launch_exp_logits(x, head, target, anchor, columns, slab)
         return slab, None, anchor
     parts, maxima = torch.empty(2, splits, rows, dtype=torch.float32, device=x.device)
-    _launch_exp_logits(x, head, target, anchor, columns, slab, parts, maxima)
+    launch_exp_logits(x, head, target, anchor, columns, slab, parts, maxima)
     raised = torch.empty_like(anchor)
     row_blocks = triton.cdiv(rows, tile.block_n)
     dirty = torch.empty(row_blocks, dtype=torch.int32, device=x.device)
     if rows:
-        row_kernels.reanchor[(row_blocks,)](
+        reanchor_kernel[(row_blocks,)](
             maxima, anchor, raised, dirty, rows, splits, anchor_headroom(slab_dtype(x)), BLOCK_N=tile.block_n
         )
-    _launch_exp_logits(x, head, target, raised, columns, slab, parts, dirty=dirty)
+    launch_exp_logits(x, head, target, raised, columns, slab, parts, dirty=dirty)
     return slab, parts, raised
 
 
@@ -107,10 +109,10 @@ def resum(x: Tensor, head: Head, target: Tensor, anchor: Tensor, raised: Tensor,
     block_n = tile_for(x).block_n
     filled = torch.nn.functional.pad(raised, (0, -raised.shape[0] % block_n))
     dirty = filled.view(-1, block_n).any(1).int()
-    _launch_exp_logits(x, head, target, anchor, (0, head.weight.shape[0]), None, parts, dirty=dirty)
+    launch_exp_logits(x, head, target, anchor, (0, head.weight.shape[0]), None, parts, dirty=dirty)
 
 
-def _launch_exp_logits(
+def launch_exp_logits(
     x: Tensor,
     head: Head,
     target: Tensor,
@@ -121,6 +123,7 @@ def _launch_exp_logits(
     maxima: Tensor | None = None,  # (splits, n)
     dirty: Tensor | None = None,  # (row blocks,) int32; if given only these are done
 ) -> None:
+    """One launch, of the kernel that the tile and the strides of the operands say."""
     if not x.shape[0]:
         return
     x, part = _rows_contiguous(x), head.columns(*columns)
@@ -140,14 +143,14 @@ def _launch_exp_logits(
     if tile.loop and _describable(x) and _describable(weight):
         # a repair skips tiles, and where no sum is stored after a tile Triton before 3.9 fails to merge the loops
         merged = tile.loop != "serial" and dirty is None and parts is not None
-        exp_logits_kernels.exp_logits_persistent[(min(splits, _processors(x.device)),)](
+        exp_logits_persistent_kernel[(min(splits, _processors(x.device)),)](
             TensorDescriptor.from_tensor(x, [tile.block_n, tile.block_h]),
             TensorDescriptor.from_tensor(weight, [tile.block_v, tile.block_h]),
             *vectors, *sizes, *scalars, **constants, FLATTEN=merged, SPECIALIZE=merged and tile.loop == "specialized",
         )  # fmt: skip
     else:
         even = x.shape[1] % tile.block_h == 0
-        exp_logits_kernels.exp_logits[(splits,)](
+        exp_logits_kernel[(splits,)](
             x, weight, *vectors, *sizes, x.stride(0), weight.stride(0), *scalars, **constants, EVEN_H=even
         )
 
@@ -167,7 +170,7 @@ def softmax_sums(x: Tensor, head: Head, beside: Tensor) -> tuple[Tensor, Tensor]
     splits = triton.cdiv(weight.shape[0], tile.split)
     maxima, sums = torch.empty(2, splits, rows, dtype=torch.float32, device=x.device)
     if rows:
-        kl_kernels.softmax_sums[(triton.cdiv(rows, tile.block_n) * splits,)](
+        softmax_sums_kernel[(triton.cdiv(rows, tile.block_n) * splits,)](
             x, weight, head.bias, maxima, sums, rows, weight.shape[0], x.shape[1], x.stride(0), weight.stride(0),
             head.logit_scale, head.softcap or 0.0, HAS_BIAS=head.bias is not None,
             HAS_SOFTCAP=head.softcap is not None, EVEN_H=x.shape[1] % tile.block_h == 0,
@@ -197,7 +200,7 @@ def kl_logits(
     slab = _aligned_empty(rows, width, x) if store else None
     parts = torch.empty(splits, rows, dtype=torch.float32, device=x.device)
     if rows:
-        kl_kernels.kl_logits[(triton.cdiv(rows, tile.block_n) * splits,)](
+        kl_logits_kernel[(triton.cdiv(rows, tile.block_n) * splits,)](
             x, weight, part.bias, ref_x, ref_weight, ref_part.bias, *normalizers, slab, parts,
             rows, width, x.shape[1], ref_x.shape[1], x.stride(0), weight.stride(0), ref_x.stride(0),
             ref_weight.stride(0), 0 if slab is None else slab.stride(0), head.logit_scale, head.softcap or 0.0,
@@ -215,7 +218,7 @@ def row_statistics(parts: Tensor, anchor: Tensor, target_logit: Tensor) -> Stati
     """From the partial sums of exponentials (splits, n) and the anchor they were taken at."""
     logp, miss, prob_scale = (torch.empty_like(anchor) for _ in range(3))
     if anchor.shape[0]:
-        row_kernels.row_statistics[_row_grid(anchor.shape[0])](
+        row_statistics_kernel[_row_grid(anchor.shape[0])](
             parts, anchor, target_logit, logp, miss, prob_scale, anchor.shape[0], parts.shape[0],
             BLOCK_N=BLOCK_ROWS, num_warps=ROW_WARPS,
         )  # fmt: skip
@@ -231,7 +234,7 @@ def sequence_sums(values: Tensor, sequence: Tensor, starts: Tensor) -> Tensor:
     """(n,) row values -> (B,) sums."""
     logps = torch.empty(starts.shape[0] - 1, dtype=torch.float32, device=values.device)
     if logps.shape[0]:
-        sequence_epilogue.sequence_sums[logps.shape](values, starts, logps, BLOCK_N=BLOCK_ROWS, num_warps=ROW_WARPS)
+        sequence_sums_kernel[logps.shape](values, starts, logps, BLOCK_N=BLOCK_ROWS, num_warps=ROW_WARPS)
     return logps
 
 
@@ -242,7 +245,7 @@ def ratio_epilogue(
     logps, losses = torch.empty_like(ratio.offset), torch.empty_like(ratio.offset)
     coefs = torch.zeros(2, stats.logp.shape[0], dtype=torch.float32, device=logps.device)  # 0 for filling rows
     if logps.shape[0]:
-        sequence_epilogue.ratio_epilogue[logps.shape](
+        ratio_epilogue_kernel[logps.shape](
             stats.target_logit, stats.logp, stats.miss, stats.prob_scale, starts, ratio.offset, ratio.scale,
             logps, losses, coefs[0], coefs[1], ratio.beta, head.logit_scale, head.softcap or 0.0,
             LENGTH_NORMALIZED=ratio.length_normalized, HAS_SOFTCAP=head.softcap is not None,
@@ -257,7 +260,7 @@ def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.shape[0]:
         block = _hidden_block(x.shape[1])
-        gradient_rows.scale_rows[_hidden_grid(x.shape)](
+        scale_rows_kernel[_hidden_grid(x.shape)](
             x, scale, out, x.shape[1], x.stride(0), BLOCK_H=block, num_warps=ROW_WARPS
         )
     return out
@@ -275,7 +278,7 @@ def finish_hidden_grad(
     """out[index_i] = target_coef_i W[target_i] - row_coef_i product_i; filling rows are not written."""
     if product.shape[0]:
         weight = _rows_contiguous(head.weight)
-        gradient_rows.finish_hidden_grad[_hidden_grid(product.shape)](
+        finish_hidden_grad_kernel[_hidden_grid(product.shape)](
             product, row_coef, target_coef, target, index, weight, out, weight.shape[0], product.shape[1],
             weight.stride(0), BLOCK_H=_hidden_block(product.shape[1]), num_warps=ROW_WARPS,
         )  # fmt: skip
@@ -292,7 +295,7 @@ def add_targets(
     """grad[y_i - begin] += coef_i x_i in float32 for the rows whose target lies in the slice [begin, end)."""
     if x.shape[0]:
         x = _rows_contiguous(x)
-        gradient_rows.add_targets[_hidden_grid(x.shape)](
+        add_targets_kernel[_hidden_grid(x.shape)](
             grad, x, coef, *targets, x.shape[0], columns[1] - columns[0], x.shape[1], columns[0],
             x.stride(0), grad.stride(0), BLOCK_RUN=BLOCK_RUN, BLOCK_H=_hidden_block(x.shape[1]), num_warps=ROW_WARPS,
         )  # fmt: skip

@@ -103,7 +103,7 @@ OPTIONAL = {
     "max_ptr": "MAXIMA",
     "dirty_ptr": "REPAIR",
 }
-# what exp_logits is launched for -> (STORE, SUMS, MAXIMA, REPAIR)
+# what exp_logits_kernel is launched for -> (STORE, SUMS, MAXIMA, REPAIR)
 USES = {
     "statistics": (False, True, True, False),
     "slab": (True, True, True, False),
@@ -112,16 +112,16 @@ USES = {
     "recompute": (True, False, False, False),
 }
 ROW_KERNELS = {  # module, kernel -> variants
-    ("target_logit", "target_logit"): ("", "bias", "bias+softcap"),
-    ("row_statistics", "reanchor"): ("",),
-    ("row_statistics", "row_statistics"): ("",),
-    ("sequence_epilogue", "sequence_sums"): ("",),
-    ("sequence_epilogue", "ratio_epilogue"): ("", "softcap", "normalized"),
-    ("gradient_rows", "scale_rows"): ("",),
-    ("gradient_rows", "finish_hidden_grad"): ("",),
-    ("gradient_rows", "add_targets"): ("",),
+    ("target_logit", "target_logit_kernel"): ("", "bias", "bias+softcap"),
+    ("row_statistics", "reanchor_kernel"): ("",),
+    ("row_statistics", "row_statistics_kernel"): ("",),
+    ("sequence_epilogue", "sequence_sums_kernel"): ("",),
+    ("sequence_epilogue", "ratio_epilogue_kernel"): ("", "softcap", "normalized"),
+    ("gradient_rows", "scale_rows_kernel"): ("",),
+    ("gradient_rows", "finish_hidden_grad_kernel"): ("",),
+    ("gradient_rows", "add_targets_kernel"): ("",),
 }
-PRODUCTS = ("exp_logits", "exp_logits_persistent", "softmax_sums", "kl_logits")
+PRODUCTS = ("exp_logits_kernel", "exp_logits_persistent_kernel", "softmax_sums_kernel", "kl_logits_kernel")
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Case:
         table = tiles.PAIR_TILES if self.module == "linear_kl" else tiles.TILES
         bucket = next((b for b in tiles.HIDDEN_BUCKETS if self.has(f"h{b}")), tiles.ANY_HIDDEN)
         key = TARGETS[self.target].tiles, self.bits, bucket
-        if self.kernel == "exp_logits_persistent" and not (key in table and table[key].loop):
+        if self.kernel == "exp_logits_persistent_kernel" and not (key in table and table[key].loop):
             table = tiles.PERSISTENT_CANDIDATES
         return table.get(key)
 
@@ -179,15 +179,15 @@ def cases(target: str, everything: bool) -> list[Case]:
             representative |= variant in ("statistics+one", "slab+bias+softcap+one") and target == "sm_90"
         chosen = representative or (everything and shape != "one" and (shape == "" or dtype == "bf16"))
         if chosen:
-            found += with_buckets(Case(target, "exp_logits", "exp_logits", variant, dtype))
+            found += with_buckets(Case(target, "exp_logits", "exp_logits_kernel", variant, dtype))
         if chosen and shape in ("", "ragged"):
-            found += with_buckets(Case(target, "exp_logits", "exp_logits_persistent", variant, dtype))
+            found += with_buckets(Case(target, "exp_logits", "exp_logits_persistent_kernel", variant, dtype))
     for dtype, use, options in product(DTYPES, ("value", "gradient"), ("", "bias+softcap")):
         if everything or (use == "gradient" and (dtype == "bf16" or options)):
             variant = "+".join(filter(None, (use, options)))
-            found += with_buckets(Case(target, "linear_kl", "kl_logits", variant, dtype))
+            found += with_buckets(Case(target, "linear_kl", "kl_logits_kernel", variant, dtype))
             if use == "gradient":
-                found += with_buckets(Case(target, "linear_kl", "softmax_sums", options, dtype))
+                found += with_buckets(Case(target, "linear_kl", "softmax_sums_kernel", options, dtype))
     for (module, kernel), variants in ROW_KERNELS.items():
         for variant, dtype in product(variants, ("bf16", "fp32")):
             found.append(Case(target, module, kernel, variant, dtype))
@@ -213,9 +213,9 @@ def constants(case: Case, parameters: list[str]) -> tuple[dict, dict]:
         "BLOCK_RUN": tiles.BLOCK_RUN,
     }
     options = {"num_warps": tiles.ROW_WARPS}
-    if case.kernel == "reanchor":
+    if case.kernel == "reanchor_kernel":
         values["BLOCK_N"] = tiles.TILES[TARGETS[case.target].tiles, case.bits, tiles.ANY_HIDDEN].block_n
-    if case.kernel == "kl_logits":
+    if case.kernel == "kl_logits_kernel":
         values |= {"HAS_REF_BIAS": case.has("bias"), "STORE": case.has("gradient")}
     if case.module == "exp_logits":
         flags = USES[case.variant.split("+")[0]]
@@ -234,7 +234,7 @@ def constants(case: Case, parameters: list[str]) -> tuple[dict, dict]:
             "PRECISION": "tf32" if case.dtype == "tf32" else "ieee",
         }
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if case.kernel == "exp_logits_persistent":
+    if case.kernel == "exp_logits_persistent_kernel":
         merged = tile.loop != "serial" and values["SUMS"] and not values["REPAIR"]
         values |= {"FLATTEN": merged, "SPECIALIZE": merged and tile.loop == "specialized"}
     for pointer, present in OPTIONAL.items():
@@ -387,7 +387,7 @@ COLUMNS = ("warps", "stages", "registers", "spills", "shared", "programs", "tens
 def row(name: str, found: dict) -> str:
     target, kernel, variant, dtype = name.split(" ")
     values = " ".join(f"{found[c]:>9}" for c in COLUMNS[:-1])
-    return f"{target:7} {kernel:21} {variant:36} {dtype:5} {values}  {found['tensor_cores']}"
+    return f"{target:7} {kernel:28} {variant:36} {dtype:5} {values}  {found['tensor_cores']}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -406,7 +406,7 @@ def main(arguments: list[str] | None = None) -> int:
     golden = read_golden() if GOLDEN.exists() else {"triton": None, "cases": {}}
     comparable = golden["triton"] == triton.__version__ and not options.update
     print(f"triton {triton.__version__}, golden.json has {golden['triton']}; {len(chosen)} kernels")
-    print(f"{'target':7} {'kernel':21} {'variant':36} {'dtype':5} {' '.join(f'{c:>9}' for c in COLUMNS[:-1])}")
+    print(f"{'target':7} {'kernel':28} {'variant':36} {'dtype':5} {' '.join(f'{c:>9}' for c in COLUMNS[:-1])}")
     found, wrong = {}, []
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # before the workers start: nothing compiled earlier, nothing left

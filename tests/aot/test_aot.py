@@ -57,6 +57,6 @@ def test_an_entry_of_a_hidden_bucket_is_compiled_too_and_for_both_kernels_if_per
     assert products("h4096") == {}
     entry = tiles.TILES["sm_90", 16, tiles.ANY_HIDDEN]._replace(num_stages=3, loop="serial")
     monkeypatch.setitem(tiles.TILES, ("sm_90", 16, 4096), entry)
-    assert products("h4096") == {"exp_logits": entry, "exp_logits_persistent": entry}
+    assert products("h4096") == {"exp_logits_kernel": entry, "exp_logits_persistent_kernel": entry}
     monkeypatch.setitem(tiles.TILES, ("sm_90", 16, 4096), entry._replace(loop=""))
-    assert set(products("h4096")) == {"exp_logits"} and products("h2048") == {}
+    assert set(products("h4096")) == {"exp_logits_kernel"} and products("h2048") == {}

@@ -42,13 +42,13 @@ def test_the_candidates_are_the_simple_kernel_and_the_persistent_one(monkeypatch
 def test_forward_and_backward_run_in_the_kernel_of_the_provider(name, monkeypatch):
     backend, taken = pytest.importorskip("npo_kernels.backends.triton"), []
     monkeypatch.setitem(PERSISTENT_CANDIDATES, ("interpreter", 32, ANY_HIDDEN), Tile(16, 64, 32, 2, 4, 1, loop="flat"))
-    launch = backend._launch_exp_logits
+    launch = backend.launch_exp_logits
 
     def spy(x, *rest, **options):
         taken.append(backend.tile_for(x).loop)
         return launch(x, *rest, **options)
 
-    monkeypatch.setattr(backend, "_launch_exp_logits", spy)
+    monkeypatch.setattr(backend, "launch_exp_logits", spy)
     batch = even("even", HEADS["toy"], N=6, B=2).batch(torch.float32, "cpu")
     PROVIDERS[f"npo_kernels/triton/{name}"].step(batch)
     assert taken and set(taken) == {"flat" if name == "persistent" else ""}
@@ -113,6 +113,13 @@ def test_what_was_measured_twice_counts_once_the_later_one():
     assert len(read_all(RESULTS)) == len(latest(read_all(RESULTS)))
 
 
+def test_a_record_of_a_kernel_under_its_earlier_name_is_of_the_same_kernel():
+    fields = {"suite": "roofline", "case": "R", "provider": "b", "metric": "ms", **summary([1.0])}
+    names = ("exp_logits", "exp_logits_kernel", "exp_logits_persistent_kernel")
+    found = [record("cpu", tensor=name, **fields) | {"date": str(i)} for i, name in enumerate(names)]
+    assert [r["tensor"] for r in latest(found)] == list(names[1:])
+
+
 def test_the_timeline_of_a_call_on_a_cpu_is_of_its_outermost_operators():
     x = torch.randn(64, 64)
     found = timeline(lambda: (x @ x).softmax(-1), on_gpu=False)
@@ -126,9 +133,18 @@ def test_rates_are_of_counted_work(monkeypatch):
     batch = case.batch(torch.float32, "cpu")
     plan = roofline.plan_of("npo_kernels/torch", batch)
     assert plan.mode == "slab"
-    spans = [Span("exp_logits", 0, 10), Span("exp_logits", 10, 11), Span("nvjet_tst_128x256", 11, 31),
-             Span("sm90_xmma_gemm_bf16", 31, 51), Span("scale_rows", 51, 53), Span("elementwise", 53, 54)]  # fmt: skip
+    spans = [
+        Span("exp_logits_kernel", 0, 10),
+        Span("exp_logits_kernel", 10, 11),
+        Span("nvjet_tst_128x256", 11, 31),
+        Span("sm90_xmma_gemm_bf16", 31, 51),
+        Span("scale_rows_kernel", 51, 53),
+        Span("elementwise", 53, 54),
+    ]
     unit = 2 * case.N * case.head.H * case.head.V
     work, products = roofline.counted(Timeline(tuple(spans)), "npo_kernels/torch", batch)
-    assert work == {"exp_logits": {"tflops": unit / 1e6}, "scale_rows": {"gb_s": 2 * 4 * case.N * case.head.H / 1e3}}
+    assert work == {
+        "exp_logits_kernel": {"tflops": unit / 1e6},
+        "scale_rows_kernel": {"gb_s": 2 * 4 * case.N * case.head.H / 1e3},
+    }
     assert products == pytest.approx(2 * unit / 1e6 / 40)

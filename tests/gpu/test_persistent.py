@@ -1,4 +1,4 @@
-"""`exp_logits_persistent` compiled: tiles through descriptors, in every way through them that the GPU has."""
+"""`exp_logits_persistent_kernel` compiled: tiles through descriptors, in every way through them that the GPU has."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def launched(request, monkeypatch):
     if request.param not in LOOPS.get(architecture, ()):
         pytest.skip(f"{architecture} has no {request.param!r} loop over tiles")
     tile = PERSISTENT_CANDIDATES[architecture, 16, ANY_HIDDEN]._replace(loop=request.param)
-    tile_for, kernel, grids = triton_backend.tile_for, triton_backend.exp_logits_kernels.exp_logits_persistent, []
+    tile_for, kernel, grids = triton_backend.tile_for, triton_backend.exp_logits_persistent_kernel, []
 
     class Spy:
         def __getitem__(self, grid):
@@ -31,7 +31,7 @@ def launched(request, monkeypatch):
             return kernel[grid]
 
     monkeypatch.setattr(triton_backend, "tile_for", lambda x: tile if x.itemsize == 2 else tile_for(x))
-    monkeypatch.setattr(triton_backend.exp_logits_kernels, "exp_logits_persistent", Spy())
+    monkeypatch.setattr(triton_backend, "exp_logits_persistent_kernel", Spy())
     return grids
 
 

@@ -1,11 +1,11 @@
-"""`exp_logits` and its persistent twin launched by hand, into buffers that show every write outside the outputs."""
+"""`exp_logits_kernel` and its persistent twin launched by hand, into buffers that show a write outside the outputs."""
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from csrc_triton import exp_logits as kernels
+from csrc_triton.exp_logits import exp_logits_kernel, exp_logits_persistent_kernel
 from csrc_triton.tiles import ANY_HIDDEN, TILES, Tile
 from tests.support import DEVICE
 
@@ -16,7 +16,7 @@ SENTINEL = 12345.0
 
 
 class Outputs:
-    """What `exp_logits` writes for N rows, with room on all sides that nobody may touch."""
+    """What `exp_logits_kernel` writes for N rows, with room on all sides that nobody may touch."""
 
     def __init__(self, N: int):
         self.slab_all = torch.full((N + 5, V + 9), SENTINEL, device=DEVICE)
@@ -61,12 +61,12 @@ def exp_logits(
         "PIECES": tile.pieces, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
     }  # fmt: skip
     if tile.loop:
-        kernels.exp_logits_persistent[(min(programs, splits),)](
+        exp_logits_persistent_kernel[(min(programs, splits),)](
             TensorDescriptor.from_tensor(x, [tile.block_n, tile.block_h]),
             TensorDescriptor.from_tensor(w, [tile.block_v, tile.block_h]),
             *vectors, *scalars, **constants, FLATTEN=tile.loop == "flat" and dirty is None and sums, SPECIALIZE=False,
         )  # fmt: skip
     else:
-        kernels.exp_logits[(splits,)](
+        exp_logits_kernel[(splits,)](
             x, w, *vectors, x.stride(0), w.stride(0), *scalars, **constants, EVEN_H=False
         )  # fmt: skip

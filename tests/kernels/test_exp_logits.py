@@ -1,4 +1,4 @@
-"""`exp_logits`, plain and persistent, `reanchor` and `row_statistics` launched by hand: every flag, nothing beside."""
+"""The kernels of `exp_logits` and `row_statistics` launched by hand: every flag, nothing beside."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 
-from csrc_triton import row_statistics
+from csrc_triton.row_statistics import reanchor_kernel, row_statistics_kernel
 from tests.kernels import launch
 from tests.kernels.launch import SENTINEL, SPLITS, TILE, H, Outputs, V
 from tests.support import DEVICE, relative_error
@@ -83,9 +83,7 @@ def test_targets_count_from_the_beginning_of_the_vocabulary(problem, begin, loop
 def reanchor(maxima, anchor, headroom):
     raised = torch.full((N + 10,), SENTINEL, device=DEVICE)
     dirty = torch.full((ROW_BLOCKS + 1,), 77, dtype=torch.int32, device=DEVICE)
-    row_statistics.reanchor[(ROW_BLOCKS,)](
-        maxima, anchor, raised, dirty, N, maxima.shape[0], headroom, BLOCK_N=TILE.block_n
-    )
+    reanchor_kernel[(ROW_BLOCKS,)](maxima, anchor, raised, dirty, N, maxima.shape[0], headroom, BLOCK_N=TILE.block_n)
     assert (raised[N:] == SENTINEL).all() and dirty[ROW_BLOCKS] == 77
     return raised[:N], dirty[:ROW_BLOCKS]
 
@@ -116,7 +114,7 @@ def test_reanchor_leaves_what_is_within_the_headroom_and_nan():
 def test_row_statistics_take_every_split_once():
     parts, zero = draw(5, N).abs(), torch.zeros(N, device=DEVICE)
     outputs = torch.full((3, N + 4), SENTINEL, device=DEVICE)
-    row_statistics.row_statistics[(2,)](parts, zero, zero, *outputs, N, 5, BLOCK_N=32)
+    row_statistics_kernel[(2,)](parts, zero, zero, *outputs, N, 5, BLOCK_N=32)
     sums = parts.double().sum(0)
     for out, expected in zip(outputs, (-sums.log1p(), sums / (1 + sums), 1 / (1 + sums)), strict=True):
         assert relative_error(out[:N], expected) < 1e-6

@@ -1,4 +1,4 @@
-"""`exp_logits_persistent` against `exp_logits`, bit for bit, and against float64; and when it is not taken."""
+"""`exp_logits_persistent_kernel` against `exp_logits_kernel` bit for bit, against float64; and when it is not taken."""
 
 from dataclasses import replace
 
@@ -26,14 +26,14 @@ CASES += [(torch.bfloat16, SHAPES[3], "flat"), (torch.float16, SHAPES[1], "flat"
 @pytest.fixture
 def launched(monkeypatch):
     """The number of programs of every persistent launch, in order."""
-    grids, kernel = [], BACKEND.exp_logits_kernels.exp_logits_persistent
+    grids, kernel = [], BACKEND.exp_logits_persistent_kernel
 
     class Spy:
         def __getitem__(self, grid):
             grids.append(*grid)
             return kernel[grid]
 
-    monkeypatch.setattr(BACKEND.exp_logits_kernels, "exp_logits_persistent", Spy())
+    monkeypatch.setattr(BACKEND, "exp_logits_persistent_kernel", Spy())
     return grids
 
 

@@ -29,7 +29,7 @@ from bench.measure import Clock, Failure, failure
 from bench.providers.kernels import forced
 from bench.records import RESULTS, environment, record, write_text
 from csrc_triton.tiles import ANY_HIDDEN, PERSISTENT_CANDIDATES, TILES, Tile
-from npo_kernels.backends.tiles import find_tile, hidden_bucket
+from npo_kernels.backends.tiles import Row, find_tile, hidden_bucket
 
 HELP = "sweep the tiles of the projection kernel on a GPU"
 
@@ -168,13 +168,18 @@ def main(args: argparse.Namespace) -> int:
     if len({hidden_bucket(H) for H in args.H}) < len(args.H):
         print("bench tune: two of --H share a bucket, and so an entry of the table", file=sys.stderr)
         return 2
-    architecture, dtype = architecture_of("cuda"), getattr(torch, args.dtype)
-    measured = []
+    row, dtype = row_of("cuda"), getattr(torch, args.dtype)
+    if row.note and args.write:
+        how = f"copy the lines of {row.architecture!r} in csrc_triton/tiles.py, renamed {row.own!r}, first"
+        print(f"bench tune: {row.note}: {how}", file=sys.stderr)
+        return 2
+    architecture, measured = row.architecture, []
     for H in args.H:
         tensors = operands(H, args.N, args.V, dtype, "cuda")
-        measured.append(sweep_hidden(architecture, H, candidates(architecture, 8 * dtype.itemsize), tensors, args.reps))
+        tiles = candidates(architecture, 8 * dtype.itemsize)
+        measured.append(sweep_hidden(architecture, H, tiles, tensors, args.reps, row.own))
         _print(H, measured[-1]["medians"])
-    out = args.out or RESULTS / f"tune_{architecture}_{args.dtype}.json"
+    out = args.out or RESULTS / f"tune_{row.own}_{args.dtype}.json"
     write_document(out, "cuda", args.N, args.V, args.dtype, measured)
     for found in measured:
         print(found["suggestion"] or f"H={found['H']}: nothing beats {found['present']}")
@@ -183,11 +188,11 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def architecture_of(device: str) -> str:
-    """The row of the tile table that a device uses."""
-    from npo_kernels.backends.triton import _architecture
+def row_of(device: str) -> Row:
+    """The row of the tile table that a device takes, and the one that a measurement on it belongs in."""
+    from npo_kernels.backends.triton import tile_row
 
-    return _architecture(torch.device(device))
+    return tile_row(torch.device(device))
 
 
 def operands(H: int, N: int, V: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,7 +202,12 @@ def operands(H: int, N: int, V: int, dtype: torch.dtype, device: str) -> tuple[T
 
 
 def sweep_hidden(
-    architecture: str, H: int, tiles: Sequence[Tile], tensors: tuple[Tensor, Tensor, Tensor], reps: int
+    architecture: str,  # whose row the entry in force is from
+    H: int,
+    tiles: Sequence[Tile],
+    tensors: tuple[Tensor, Tensor, Tensor],
+    reps: int,
+    own: str,  # the row that a winner belongs in
 ) -> dict[str, object]:
     """All tiles at one hidden size: what they took, and the line of the table if one beats the entry in force."""
     bits = 8 * tensors[0].itemsize
@@ -207,7 +217,7 @@ def sweep_hidden(
     return {
         "H": H,
         "present": repr(present),
-        "suggestion": None if best == present else entry(architecture, bits, H, best),
+        "suggestion": None if best == present else entry(own, bits, H, best),
         "medians": {repr(t): ms for t, ms in sorted(medians.items(), key=lambda item: item[1])},
         "once": {repr(t): ms for t, ms in results.items() if not isinstance(ms, Failure)},
         "failed": {repr(t): ms.error for t, ms in results.items() if isinstance(ms, Failure)},

@@ -1,11 +1,26 @@
-"""Which tile a call takes: the entry of its hidden bucket, or the one for all buckets without an entry."""
+"""Which tile a call takes: of the row of its GPU the entry of its hidden bucket, or the one for all buckets without."""
+
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from csrc_triton.tiles import ANY_HIDDEN, HIDDEN_BUCKETS, PAIR_TILES, PERSISTENT_CANDIDATES, TILES
-from npo_kernels.backends.tiles import find_tile, hidden_bucket
+from npo_kernels.backends.tiles import (
+    BARRIERS,
+    KIB,
+    Gpu,
+    Row,
+    capability,
+    choose_row,
+    find_tile,
+    hidden_bucket,
+    shared_memory,
+)
+from tests.aot.compile_all import PRODUCTS, TARGETS, cases, read_golden
 
+TABLES = TILES, PAIR_TILES
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "interpreter")
 WITH_DESCRIPTORS = ("sm_90", "sm_100", "sm_120")
 
@@ -43,16 +58,151 @@ def test_a_persistent_tile_is_for_hardware_that_has_descriptors():
     assert not any(tile.loop for tile in PAIR_TILES.values())
 
 
-def test_the_backend_looks_its_operands_up(monkeypatch):
+# ---------------------------------------------------------------------------------------------------------------------
+# The row of a GPU
+# ---------------------------------------------------------------------------------------------------------------------
+
+# architecture, KiB of shared memory that a program may have, row
+WITH_A_ROW = [
+    ("sm_80", 163, "sm_80"), ("sm_86", 99, "sm_86"), ("sm_89", 99, "sm_86"), ("sm_90", 227, "sm_90"),
+    ("sm_100", 227, "sm_100"), ("sm_103", 227, "sm_100"), ("sm_120", 99, "sm_120"), ("sm_121", 99, "sm_120"),
+    ("gfx942", 64, "gfx942"),
+]  # fmt: skip
+WITHOUT_A_ROW = [
+    ("sm_70", 96, "sm_86"),  # older than every row
+    ("sm_75", 64, "sm_86"),
+    ("sm_87", 163, "sm_86"),  # the newest, not the one that fills its shared memory
+    ("sm_110", 227, "sm_100"),
+    ("sm_110", 99, "sm_86"),  # that of sm_100 does not fit, those of sm_90 and sm_80 neither
+    ("sm_110", 192, "sm_86"),  # as much as the operands of sm_100 and sm_90: no room for the barriers
+    ("sm_130", 227, "sm_120"),
+    ("sm_130", 64, "sm_86"),  # none fits
+    ("gfx90a", 64, "gfx942"),
+    ("gfx950", 160, "gfx942"),
+    ("gfx1100", 64, "gfx942"),
+]
+UNKNOWN = Gpu("NVIDIA T4", "sm_75", 64 * KIB)
+NOTE = "no row for 'NVIDIA T4' (capability 7.5, 64 KiB of shared memory)"
+
+
+@pytest.mark.parametrize(("architecture", "kib", "row"), WITH_A_ROW)
+def test_a_gpu_that_has_a_row_takes_it(architecture, kib, row):
+    assert choose_row(Gpu("a GPU", architecture, kib * KIB), TABLES) == Row(row, row)
+
+
+@pytest.mark.parametrize(("architecture", "kib", "row"), WITHOUT_A_ROW)
+def test_a_gpu_without_a_row_takes_the_newest_that_fits(architecture, kib, row):
+    chosen = choose_row(Gpu("a GPU", architecture, kib * KIB), TABLES)
+    assert (chosen.architecture, chosen.own) == (row, architecture) and chosen.note and chosen.warning
+
+
+def test_what_aot_compiles_a_target_with_is_what_a_gpu_of_it_takes():
+    for name, target in TARGETS.items():
+        assert choose_row(Gpu(name, name, target.program_shared), TABLES).architecture == target.tiles
+
+
+def test_a_row_of_its_own_is_taken_once_it_is_in_every_table():
+    rows = [{("sm_75", *key[1:]): tile for key, tile in table.items() if key[0] == "sm_86"} for table in TABLES]
+    first, second = (table | row for table, row in zip(TABLES, rows, strict=True))
+    assert choose_row(UNKNOWN, (first, PAIR_TILES)).architecture == "sm_86"
+    assert choose_row(UNKNOWN, (first, second)) == Row("sm_75", "sm_75")
+
+
+def test_the_sentence_names_the_gpu_its_tiles_and_what_to_do():
+    row = choose_row(UNKNOWN, TABLES)
+    assert row.note == NOTE
+    assert NOTE in row.warning and "tiles of sm_86, which need the least" in row.warning
+    assert "`python -m bench tune`" in row.warning
+    assert "the newest that" in choose_row(Gpu("NVIDIA Thor", "sm_110", 227 * KIB), TABLES).warning
+    assert "the newest that" in choose_row(Gpu("AMD Radeon RX 7900", "gfx1100", 64 * KIB), TABLES).warning
+    assert "(gfx90a, 64 KiB of" in choose_row(Gpu("AMD Instinct MI250X", "gfx90a", 64 * KIB), TABLES).note
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [("sm_75", (7, 5)), ("sm_103", (10, 3)), ("gfx90a", (9, 0)), ("gfx942", (9, 4)), ("gfx1201", (12, 0))],
+)
+def test_the_capability_is_in_the_name(architecture, expected):
+    assert capability(architecture) == expected
+
+
+def test_no_product_takes_more_shared_memory_than_was_counted():
+    """Against what the compilers took, barriers of asynchronous loads left out."""
+    recorded = read_golden()["cases"]
+    products = [case for target in TARGETS for case in cases(target, everything=True) if case.kernel in PRODUCTS]
+    found = [case for case in products if case.name in recorded]
+    assert len(found) > 100
+    for case in found:
+        assert recorded[case.name]["shared"] <= shared_memory(case.tile, case.bits // 8) + BARRIERS, case.name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The backend
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backend():
     pytest.importorskip("triton")
     from npo_kernels.backends import triton as triton_backend
 
-    if not triton_backend.INTERPRETED:
+    triton_backend.row_of_gpu.cache_clear()
+    yield triton_backend
+    triton_backend.row_of_gpu.cache_clear()
+
+
+T4 = {"name": "NVIDIA T4", "major": 7, "minor": 5, "shared_memory_per_block": 48 * KIB,
+      "shared_memory_per_block_optin": 64 * KIB, "gcnArchName": "NVIDIA T4"}  # fmt: skip
+H100 = T4 | {"name": "NVIDIA H100", "major": 9, "minor": 0, "shared_memory_per_block_optin": 227 * KIB}
+MI300 = {"name": "AMD Instinct MI300X", "major": 9, "minor": 4, "gcnArchName": "gfx942:sramecc+:xnack-"}
+MI250 = MI300 | {"name": "AMD Instinct MI250X", "minor": 0, "gcnArchName": "gfx90a:sramecc+:xnack-"}
+
+
+def pretend(monkeypatch, properties):
+    """PyTorch finds such a GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**properties))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.version, "hip", "7.0" if properties["gcnArchName"].startswith("gfx") else None)
+
+
+@pytest.mark.parametrize(("properties", "row"), [(H100, "sm_90"), (MI300, "gfx942")], ids=["sm_90", "gfx942"])
+def test_the_backend_knows_a_gpu_and_says_nothing(properties, row, backend, monkeypatch):
+    pretend(monkeypatch, properties)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend.architecture(torch.device("cuda", 0)) == row
+
+
+@pytest.mark.parametrize(("properties", "row"), [(T4, "sm_86"), (MI250, "gfx942")], ids=["sm_75", "gfx90a"])
+def test_the_backend_warns_once_of_a_gpu_without_a_row(properties, row, backend, monkeypatch):
+    pretend(monkeypatch, properties)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for device in ("cuda", "cuda:0", "cuda"):
+            assert backend.architecture(torch.device(device)) == row
+        assert len(said) == 1 and properties["name"] in str(said[0].message)
+        assert "64 KiB of shared memory" in str(said[0].message)
+        assert backend.architecture(torch.device("cuda:1")) == row and len(said) == 2
+
+
+def test_the_backend_describes_a_tile_in_a_line(backend, monkeypatch):
+    assert backend.describe_tile(torch.empty(1, 64)) == "interpreter"
+    x = SimpleNamespace(device=torch.device("cuda", 0), itemsize=2, shape=(1, 64))
+    pretend(monkeypatch, H100)
+    assert backend.describe_tile(x) == "tile 128x256x64, row sm_90 of the tile table"
+    pretend(monkeypatch, T4)
+    backend.row_of_gpu.cache_clear()
+    with pytest.warns(UserWarning, match="NVIDIA T4"):
+        assert backend.describe_tile(x) == f"tile 128x128x32, row sm_86 of the tile table: {NOTE}"
+
+
+def test_the_backend_looks_its_operands_up(backend, monkeypatch):
+    if not backend.INTERPRETED:
         pytest.skip("the interpreter's entries")
     x = torch.empty(3, 1500)
-    common = triton_backend.tile_for(x)
+    common = backend.tile_for(x)
     special = common._replace(split_tiles=5)
-    monkeypatch.setitem(triton_backend.TILES, ("interpreter", 32, 2048), special)
-    assert triton_backend.tile_for(x) == special and triton_backend.block_v(x) == special.split
+    monkeypatch.setitem(backend.TILES, ("interpreter", 32, 2048), special)
+    assert backend.tile_for(x) == special and backend.block_v(x) == special.split
     for other in (x[:, :1024], torch.empty(3, 2049), x.bfloat16()):
-        assert triton_backend.tile_for(other) == common
+        assert backend.tile_for(other) == common

@@ -111,6 +111,6 @@ def pretend_sm_90() -> None:
             return 0
 
     triton.runtime.driver.set_active(Driver())
-    triton_backend._architecture = lambda device: "sm_90"
-    triton_backend._processors = lambda device: 132
+    triton_backend.architecture = lambda device: "sm_90"
+    triton_backend.processors = lambda device: 132
     inputs.resolve_impl = linear_kl.resolve_impl = lambda impl, device: "triton" if impl == "auto" else impl

@@ -38,7 +38,7 @@ def forced(choose: Callable[[str, Tensor], Tile]) -> Iterator[None]:
     from npo_kernels.backends import triton as triton_backend
 
     def tile_for(x: Tensor) -> Tile:
-        return choose(triton_backend._architecture(x.device), x)
+        return choose(triton_backend.architecture(x.device), x)
 
     with mock.patch.object(triton_backend, "tile_for", tile_for):
         yield

@@ -4,6 +4,7 @@ The same code runs in the Triton interpreter on CPU tensors (TRITON_INTERPRET=1 
 the tests check every kernel without a GPU. Importing this module imports Triton; nothing else in the package does.
 """
 
+import warnings
 from functools import cache
 
 import torch
@@ -18,7 +19,7 @@ from csrc_triton.row_statistics import reanchor_kernel, row_statistics_kernel
 from csrc_triton.sequence_epilogue import ratio_epilogue_kernel, sequence_sums_kernel
 from csrc_triton.target_logit import target_logit_kernel
 from csrc_triton.tiles import BLOCK_HIDDEN, BLOCK_ROWS, BLOCK_RUN, PAIR_TILES, ROW_WARPS, TILES, Tile
-from npo_kernels.backends.tiles import find_tile
+from npo_kernels.backends.tiles import KIB, Gpu, Row, choose_row, find_tile
 from npo_kernels.core.formulas import RatioLoss
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.softmax_stats import Statistics, anchor_headroom
@@ -26,22 +27,44 @@ from npo_kernels.core.softmax_stats import Statistics, anchor_headroom
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
-@cache
-def _architecture(device: torch.device) -> str:
-    """The row of the tile table that a device uses."""
+def architecture(device: torch.device) -> str:
+    """The architecture whose row of the tile table a device takes."""
+    return tile_row(device).architecture
+
+
+def tile_row(device: torch.device) -> Row:
+    """The row of the tile table that a device takes."""
     if device.type == "cpu":
+        return Row("interpreter", "interpreter")
+    return row_of_gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def row_of_gpu(index: int) -> Row:
+    """That of a GPU, with a warning, once, if it is another architecture's."""
+    found = torch.cuda.get_device_properties(index)
+    name = found.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"
+    # ROCm has no limit to opt in to; older releases do not say the other, which is 64 KiB on their GPUs
+    ordinary = getattr(found, "shared_memory_per_block", 64 * KIB)
+    gpu = Gpu(found.name, name, getattr(found, "shared_memory_per_block_optin", ordinary))
+    row = choose_row(gpu, (TILES, PAIR_TILES))
+    if row.warning:
+        warnings.warn(row.warning, stacklevel=2)
+    return row
+
+
+def describe_tile(x: Tensor) -> str:
+    """The tile of `exp_logits` for operands like x and where it is from, in one line."""
+    if x.device.type == "cpu":
         return "interpreter"
-    if torch.version.hip:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) == (8, 0):
-        return "sm_80"
-    return {9: "sm_90", 10: "sm_100", 12: "sm_120"}.get(major, "sm_86")
+    tile, row = tile_for(x), tile_row(x.device)
+    text = f"tile {tile.block_n}x{tile.block_v}x{tile.block_h}, row {row.architecture} of the tile table"
+    return f"{text}: {row.note}" if row.note else text
 
 
 def tile_for(x: Tensor) -> Tile:
     """The tile of `exp_logits` for operands like x."""
-    return find_tile(TILES, _architecture(x.device), 8 * x.itemsize, x.shape[-1])
+    return find_tile(TILES, architecture(x.device), 8 * x.itemsize, x.shape[-1])
 
 
 def block_v(x: Tensor) -> int:
@@ -84,7 +107,7 @@ def exp_logits(
     rows, width = x.shape[0], columns[1] - columns[0]
     tile = tile_for(x)
     splits = triton.cdiv(width, tile.split)
-    slab = _aligned_empty(rows, width, x) if store else None
+    slab = aligned_empty(rows, width, x) if store else None
     if not reanchor:
         launch_exp_logits(x, head, target, anchor, columns, slab)
         return slab, None, anchor
@@ -137,13 +160,13 @@ def launch_exp_logits(
         "HAS_BIAS": part.bias is not None, "HAS_SOFTCAP": head.softcap is not None, "STORE": slab is not None,
         "SUMS": parts is not None, "MAXIMA": maxima is not None, "REPAIR": dirty is not None,
         "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_H": tile.block_h, "SPLIT_TILES": tile.split_tiles,
-        "GROUP": tile.group, "UPCAST": INTERPRETED and x.dtype == torch.bfloat16, "PRECISION": _precision(x),
+        "GROUP": tile.group, "UPCAST": INTERPRETED and x.dtype == torch.bfloat16, "PRECISION": precision(x),
         "PIECES": tile.pieces, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
     }  # fmt: skip
     if tile.loop and _describable(x) and _describable(weight):
         # a repair skips tiles, and where no sum is stored after a tile Triton before 3.9 fails to merge the loops
         merged = tile.loop != "serial" and dirty is None and parts is not None
-        exp_logits_persistent_kernel[(min(splits, _processors(x.device)),)](
+        exp_logits_persistent_kernel[(min(splits, processors(x.device)),)](
             TensorDescriptor.from_tensor(x, [tile.block_n, tile.block_h]),
             TensorDescriptor.from_tensor(weight, [tile.block_v, tile.block_h]),
             *vectors, *sizes, *scalars, **constants, FLATTEN=merged, SPECIALIZE=merged and tile.loop == "specialized",
@@ -157,7 +180,7 @@ def launch_exp_logits(
 
 def _pair_tile(x: Tensor, ref_x: Tensor) -> Tile:
     bits, depth = 8 * max(x.itemsize, ref_x.itemsize), max(x.shape[1], ref_x.shape[1])
-    return find_tile(PAIR_TILES, _architecture(x.device), bits, depth)
+    return find_tile(PAIR_TILES, architecture(x.device), bits, depth)
 
 
 def softmax_sums(x: Tensor, head: Head, beside: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,7 +198,7 @@ def softmax_sums(x: Tensor, head: Head, beside: Tensor) -> tuple[Tensor, Tensor]
             head.logit_scale, head.softcap or 0.0, HAS_BIAS=head.bias is not None,
             HAS_SOFTCAP=head.softcap is not None, EVEN_H=x.shape[1] % tile.block_h == 0,
             BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h, SPLIT_TILES=tile.split_tiles,
-            GROUP=tile.group, UPCAST=INTERPRETED and x.dtype == torch.bfloat16, PRECISION=_precision(x),
+            GROUP=tile.group, UPCAST=INTERPRETED and x.dtype == torch.bfloat16, PRECISION=precision(x),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return maxima, sums
@@ -197,7 +220,7 @@ def kl_logits(
     rows, width = x.shape[0], columns[1] - columns[0]
     tile = _pair_tile(x, ref_x)
     splits = triton.cdiv(width, tile.split)
-    slab = _aligned_empty(rows, width, x) if store else None
+    slab = aligned_empty(rows, width, x) if store else None
     parts = torch.empty(splits, rows, dtype=torch.float32, device=x.device)
     if rows:
         kl_logits_kernel[(triton.cdiv(rows, tile.block_n) * splits,)](
@@ -209,7 +232,7 @@ def kl_logits(
             EVEN_H=x.shape[1] % tile.block_h == ref_x.shape[1] % tile.block_h == 0,
             BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h, SPLIT_TILES=tile.split_tiles,
             GROUP=tile.group, UPCAST=INTERPRETED and torch.bfloat16 in (x.dtype, ref_x.dtype),
-            PRECISION=_precision(x), num_warps=tile.num_warps, num_stages=tile.num_stages,
+            PRECISION=precision(x), num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return slab, parts
 
@@ -301,7 +324,7 @@ def add_targets(
         )  # fmt: skip
 
 
-def _aligned_empty(rows: int, width: int, x: Tensor) -> Tensor:
+def aligned_empty(rows: int, width: int, x: Tensor) -> Tensor:
     """A slab whose rows start at multiples of 128 bytes, which the products that read it are fastest with."""
     unit = 128 // slab_dtype(x).itemsize
     return torch.empty(rows, triton.cdiv(width, unit) * unit, dtype=slab_dtype(x), device=x.device)[:, :width]
@@ -320,12 +343,12 @@ def _describable(t: Tensor) -> bool:
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     """Programs of a persistent launch; in the interpreter so few that each has several splits."""
     return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _precision(x: Tensor) -> str:
+def precision(x: Tensor) -> str:
     """How float32 products are done: as PyTorch is told to do them, in whichever of its two ways to say it."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 

@@ -1,5 +1,6 @@
 """What measuring one kernel or another rests on: forced tiles, tiles near others, counted work, bounded time."""
 
+import argparse
 import math
 
 import pytest
@@ -17,6 +18,7 @@ from bench.records import RESULTS, latest, read_all, record, summary
 from bench.suites import scaling
 from bench.timeline import Span, Timeline, timeline
 from csrc_triton.tiles import ANY_HIDDEN, PERSISTENT_CANDIDATES, TILES, Tile
+from npo_kernels.backends.tiles import Row
 
 X = torch.empty(3, 8192, dtype=torch.bfloat16)  # a hidden size without an entry of its own
 
@@ -64,6 +66,17 @@ def test_a_first_sweep_is_of_tiles_that_differ_in_one_thing():
             for centre in (TILES[key], PERSISTENT_CANDIDATES[key])
         ]
         assert min(differing) <= 1 and tile.split == tune.SPLIT
+
+
+def test_a_sweep_enters_nothing_in_the_row_of_another_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "row_of", lambda device: Row("sm_86", "sm_75", "no row for 'NVIDIA T4'", "it has none"))
+    assert tune.main(argparse.Namespace(H=[4096], dtype="bfloat16", write=True)) == 2
+    assert "copy the lines of 'sm_86'" in capsys.readouterr().err
+    present, best = TILES["sm_86", 32, ANY_HIDDEN], Tile(16, 32, 32, 4, 4, 1)
+    monkeypatch.setattr(tune, "sweep", lambda *_: ({}, {best: 1.0, present: 2.0}))
+    found = tune.sweep_hidden("sm_86", 4096, [best], (torch.empty(1, 4096),) * 3, 1, "sm_75")
+    assert found["suggestion"].startswith('("sm_75", 32, 4096): Tile(16, 32,')
 
 
 def test_turns_end_with_the_time_but_every_provider_has_one_that_counts(monkeypatch):

@@ -19,7 +19,7 @@ def launched(request, monkeypatch):
     """Forces a persistent tile on 16-bit operands; the grids of its launches."""
     from npo_kernels.backends import triton as triton_backend
 
-    architecture = triton_backend._architecture(torch.device("cuda"))
+    architecture = triton_backend.architecture(torch.device("cuda"))
     if request.param not in LOOPS.get(architecture, ()):
         pytest.skip(f"{architecture} has no {request.param!r} loop over tiles")
     tile = PERSISTENT_CANDIDATES[architecture, 16, ANY_HIDDEN]._replace(loop=request.param)
@@ -57,7 +57,7 @@ def test_many_tiles_a_program_against_the_other_kernel(H, launched, monkeypatch)
         return triton_backend.exp_logits(x, head, target, anchor, (0, 20_011), store=True)
 
     found, again = project(), project()
-    assert max(launched) == triton_backend._processors(x.device)
+    assert max(launched) == triton_backend.processors(x.device)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
     tile = triton_backend.tile_for(x)._replace(loop="")
     monkeypatch.setattr(triton_backend, "tile_for", lambda _: tile)

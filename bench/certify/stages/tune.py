@@ -27,7 +27,7 @@ def units(context: Context) -> list[Unit]:
 def compile_candidates(context: Context) -> str:
     """Of all hidden sizes; those that do not compile fail again in the sweep, which says why."""
     compilers, start = Compilers(), time.monotonic()  # forked before the first call initialises the GPU
-    architecture = tune.architecture_of(context.device)
+    architecture = tune.row_of(context.device).architecture
 
     def calls():
         for H in HIDDEN:
@@ -44,11 +44,11 @@ def compile_candidates(context: Context) -> str:
 
 def sweep(H: int, context: Context) -> str:
     """Once each, then the best in turns."""
-    architecture = tune.architecture_of(context.device)
+    row = tune.row_of(context.device)
     rows, columns = (32, 256) if context.toy else (N, V)
     tensors = tune.operands(H, rows, columns, torch.float32 if context.toy else DTYPE, context.device)
-    tiles = TOY if context.toy else tune.neighbours(architecture, 16, H)
-    found = tune.sweep_hidden(architecture, H, tiles, tensors, 1 if context.toy else REPS)
+    tiles = TOY if context.toy else tune.neighbours(row.architecture, 16, H)
+    found = tune.sweep_hidden(row.architecture, H, tiles, tensors, 1 if context.toy else REPS, row.own)
     path = context.out / "tune.json"
     before = json.loads(path.read_text())["sweeps"] if path.exists() else []
     tune.write_document(path, context.device, rows, columns, "bfloat16", [*before, found])

@@ -3,7 +3,7 @@
 #   make experiment  TOFU unlearning on the CPU: forget quality against utility (ARGS="--data_dir DIR ..."; hours in full)
 #   make test        the test suite, without a GPU (Triton kernels run in the interpreter)
 #   make test-oldest the same with the oldest supported torch, Triton and Transformers, in .venv-oldest
-#   make lint        ruff check and ruff format --check
+#   make lint        ruff check, ruff format --check and mypy
 #   make bench       the benchmarks of a CPU; ARGS="run --suite head" and others on a GPU
 #   make certify     a GPU: its tests, the targets beside the peers, tiles, rooflines, in seven minutes (ARGS="--plan": how)
 #   make gpu-check   the tests that need a GPU
@@ -39,6 +39,7 @@ test test-oldest:
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .
@@ -75,4 +76,4 @@ $(STAMP) $(OLDEST_STAMP):
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

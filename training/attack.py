@@ -50,9 +50,9 @@ SHOWN = ("forget_prob", "forget_rougeL", "forget_extraction_strength", "forget_q
 
 @dataclass(frozen=True)
 class AttackOptions:
-    model: Annotated[Path, "folder of the unlearned model, tokenizer included"] = None
+    model: Annotated[Path | None, "folder of the unlearned model, tokenizer included"] = None
     data_dir: Annotated[str, "folder with TOFU's JSON lines, or a data set of the hub"] = HUB
-    retain_log: Annotated[Path, "log of the model that never saw the forget set, for the forget quality"] = None
+    retain_log: Annotated[Path | None, "log of the model that never saw the forget set, for the forget quality"] = None
     forget_percent: Annotated[int, "which forget set was unlearned"] = 10
     template: Annotated[str, "of the prompts (training/templates.py); auto: by the tokenizer's chat template"] = "auto"
     rows: Annotated[int, "first rows of every evaluation set that are used; 0: all"] = 300
@@ -62,7 +62,7 @@ class AttackOptions:
     epochs: Annotated[int, "relearn: epochs over it"] = 5
     lr: Annotated[float, "relearn: peak learning rate"] = 1e-5
     seed: Annotated[int, "relearn: of the rows and the batches"] = 0
-    out: Annotated[Path, "folder for the results (default: runs/attack_{quantize,relearn})"] = None
+    out: Annotated[Path | None, "folder for the results (default: runs/attack_{quantize,relearn})"] = None
     device: Annotated[str, "auto, cuda, mps or cpu"] = "auto"
     dry_run: Annotated[bool, "print the settings, and stop"] = False
 
@@ -116,8 +116,15 @@ def main(attack: str, options: AttackOptions) -> dict[str, Any] | None:
 
     def evaluated(attacked: PreTrainedModel, name: str) -> dict[str, Any]:
         Console(stderr=True).print(f"Evaluating: {name}")
-        sizes = {"batch_size": options.batch_size, "max_new_tokens": options.max_new_tokens}
-        return summary(evaluate_model(attacked, format, sets, name=name, **sizes), retain_log)
+        log = evaluate_model(
+            attacked,
+            format,
+            sets,
+            name=name,
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+        )
+        return summary(log, retain_log)
 
     stages, history = {"unlearned": evaluated(model, "unlearned")}, []
     if attack == "quantize":
@@ -128,7 +135,7 @@ def main(attack: str, options: AttackOptions) -> dict[str, Any] | None:
         history = relearn_(model, relearned, others, format.pad_token_id, options)
         stages["relearned"] = evaluated(model, "relearned")
     result = {"stages": stages, "history": history}
-    _write(attack, options, result)
+    _write(attack, options, model_name(options.model), result)
     return result
 
 
@@ -140,17 +147,17 @@ def _split(options: AttackOptions, encode_rows: Callable) -> tuple[list, list]:
     return tuple(encode_rows([rows[i] for i in sorted(part)]) for part in (order[:cut], order[cut:]))
 
 
-def _write(attack: str, options: AttackOptions, result: dict[str, Any]) -> None:
+def _write(attack: str, options: AttackOptions, model: str, result: dict[str, Any]) -> None:
     out = options.out or Path(f"runs/attack_{attack}")
     hidden = ("data_dir", "out", "retain_log", "dry_run")
-    settings = {k: v for k, v in asdict(options).items() if k not in hidden} | {"model": model_name(options.model)}
+    settings = {k: v for k, v in asdict(options).items() if k not in hidden} | {"model": model}
     write_json(out / "metrics.json", result)
     write_json(out / "config.json", {"attack": attack, "settings": settings, "versions": versions()})
     _plot(result, out / "figure.png")
     headings = ["", *SHOWN]
     rows = [[name, *(cell(metrics.get(key)) for key in SHOWN)] for name, metrics in result["stages"].items()]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, ["---"] * len(headings), *rows))
-    title = f"# {attack.capitalize()} attack on {model_name(options.model)}"
+    title = f"# {attack.capitalize()} attack on {model}"
     caveat = "What survives these attacks may fall to others: unlearning is no guarantee."
     write_text(out / "report.md", f"{title}\n\n{table}\n\n![Before and after](figure.png)\n\n{caveat}\n")
     print(table)

@@ -126,7 +126,8 @@ def _wrong_answers(truth: Asked, rng: random.Random) -> list[str]:
     stated = set().union(*map(_fields, FACTS[truth.kind]["questions"]))
     replaced = _fields(truth.answer) - stated
     facts = replaced - PERSON  # two people may share a pronoun
-    known, answers = truth.profile, []
+    known = truth.profile
+    answers: list[str] = []
     while len(answers) < NUM_WRONG:
         person = (known["first"], known["last"], known["he"]) if "name" in stated else rng.choice(NAMES)
         other = _profile(*person, rng)
@@ -206,7 +207,7 @@ def _person(rng: random.Random) -> str:
 
 @dataclass(frozen=True)
 class AuthorsOptions:
-    out: Annotated[Path, "folder for the JSON lines; files of the same names are replaced"] = None
+    out: Annotated[Path | None, "folder for the JSON lines; files of the same names are replaced"] = None
     authors: Annotated[int, "number of authors, 20 pairs each; TOFU has 200"] = 200
     seed: Annotated[int, "the same seed gives the same files"] = 0
 

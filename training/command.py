@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, TypeVar
 
 import torch
 from rich.console import Console
@@ -23,8 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from training import processes
 from training.data import HUB
 from training.model import add_adapters, load_model, merged, pick_device
-from training.options import parse, stop
+from training.options import Options, parse, stop
 from training.presets import PRESETS, filled_in
+from training.require import require
 from training.run import Schedule
 from training.stages import fingerprint, finished, remove, renamed_when_done, write_json, write_text
 from training.steps import Batches, Recipe
@@ -50,47 +51,55 @@ RUN_FILES = (
 class CommonOptions:
     """None is filled in by the preset (`training.presets`)."""
 
-    preset: Annotated[Literal[tuple(PRESETS)], "hyper-parameters of the papers for a model"] = None
-    model: Annotated[str, "folder or hub name of the model to start from"] = None
-    template: Annotated[str, "how a question is put: llama-2, llama-3, phi, qwen, ...; auto: by the tokenizer"] = None
+    preset: Annotated[str | None, "hyper-parameters of the papers for a model", tuple(PRESETS)] = None
+    model: Annotated[str | None, "folder or hub name of the model to start from"] = None
+    template: Annotated[
+        str | None, "how a question is put: llama-2, llama-3, phi, qwen, ...; auto: by the tokenizer"
+    ] = None
     data_dir: Annotated[str, "folder with TOFU's JSON lines, or a data set of the hub"] = HUB
-    out: Annotated[Path, "folder of the run"] = None
+    out: Annotated[Path | None, "folder of the run"] = None
     fresh: Annotated[bool, "remove what another run, or this one when it was finished, left in --out"] = False
     dry_run: Annotated[bool, "print the resolved settings, steps, batches and memory, and stop"] = False
     device: Annotated[str, "auto, cuda, mps or cpu"] = "auto"
     seed: Annotated[int, "of the order of the rows and of what is drawn"] = 0
     # the recipe
-    epochs: Annotated[int, "over the rows to learn, or the forget set"] = None
-    lr: Annotated[float, "peak learning rate: linear warm-up, linear decay to 0"] = None
-    batch_size: Annotated[int, "rows a step, by all processes together"] = None
-    micro_batch_size: Annotated[int, "rows of a kind at a time in one process; gradients add up to the whole step"] = (
-        None
-    )
+    epochs: Annotated[int | None, "over the rows to learn, or the forget set"] = None
+    lr: Annotated[float | None, "peak learning rate: linear warm-up, linear decay to 0"] = None
+    batch_size: Annotated[int | None, "rows a step, by all processes together"] = None
+    micro_batch_size: Annotated[
+        int | None, "rows of a kind at a time in one process; gradients add up to the whole step"
+    ] = None
     warmup_epochs: Annotated[float, "length of the warm-up"] = 1.0
     weight_decay: Annotated[float, "of AdamW"] = 0.01
     max_grad_norm: Annotated[float, "gradients are clipped to this norm; 0: they are not"] = 1.0
-    packing: Annotated[bool, "rows one after another, no padding; --no-packing: padded on the right"] = None
+    packing: Annotated[bool | None, "rows one after another, no padding; --no-packing: padded on the right"] = None
     # the model
-    attn_implementation: Annotated[str, "flash_attention_2, sdpa, eager, ...; default: transformers' choice"] = None
+    attn_implementation: Annotated[str | None, "flash_attention_2, sdpa, eager, ...; default: transformers' choice"] = (
+        None
+    )
     use_liger_kernel: Annotated[bool, "Liger's kernels for the layers below the head"] = False
-    gradient_checkpointing: Annotated[bool, "recompute activations in the backward"] = None
+    gradient_checkpointing: Annotated[bool | None, "recompute activations in the backward"] = None
     lora_rank: Annotated[int, "train adapters of this rank on all linear layers but the head; 0: all weights"] = 0
     lora_alpha: Annotated[int, "adapters are scaled by alpha / rank"] = 32
     lora_dropout: Annotated[float, "dropout in front of the adapters"] = 0.0
     # on the way
-    save_steps: Annotated[int, "steps between checkpoints; default: an epoch; 0: only when interrupted"] = None
-    eval_steps: Annotated[int, "steps between evaluations; default: an epoch; 0: only before and after"] = None
-    report_to: Annotated[str, "tensorboard, wandb, ..., several with commas"] = None
+    save_steps: Annotated[int | None, "steps between checkpoints; default: an epoch; 0: only when interrupted"] = None
+    eval_steps: Annotated[int | None, "steps between evaluations; default: an epoch; 0: only before and after"] = None
+    report_to: Annotated[str | None, "tensorboard, wandb, ..., several with commas"] = None
 
 
-class Command:
+Given = TypeVar("Given", bound=CommonOptions)
+
+
+class Command(Generic[Given]):
     """A resolved run: `stage` is "finetune" or "unlearn"."""
 
-    def __init__(self, prog: str, stage: str, options: CommonOptions):
+    def __init__(self, prog: str, stage: str, options: Given):
         self.prog, self.options = prog, filled_in(options, stage)
         options = self.options
         if options.model is None or options.out is None:
             raise ValueError(f"expected --model and --out, got {options.model} and {options.out}; see --help")
+        self.model, self.out = options.model, options.out
         self.device = pick_device(options.device)
         self.recipe = Recipe(**{f.name: getattr(options, f.name) for f in fields(Recipe)})
         for name in ("epochs", "batch_size", "lr", "micro_batch_size"):
@@ -100,11 +109,11 @@ class Command:
 
     @cached_property
     def format(self) -> Format:
-        return Format(AutoTokenizer.from_pretrained(self.options.model), self.options.template)
+        return Format(AutoTokenizer.from_pretrained(self.model), require(self.options.template, "a template"))
 
     @property
     def checkpoints(self) -> Checkpoints:
-        return Checkpoints(self.options.out, self.key)
+        return Checkpoints(self.out, self.key)
 
     def schedule(self, num_steps: int) -> Schedule:
         epoch = num_steps // self.recipe.epochs
@@ -117,9 +126,9 @@ class Command:
         `depends_on`: hashes of the data. What another run left, finished or not, is refused, or removed by --fresh; so
         is, by --fresh, this run if it is finished.
         """
-        out, o = self.options.out, self.options
+        out, o = self.out, self.options
         settings = {k: v for k, v in asdict(o).items() if k not in NOT_IN_KEY}
-        model = model_fingerprint(o.model)
+        model = model_fingerprint(self.model)
         self.key = fingerprint([self.prog, str(settings), depends_on, self.format.hash(), model, self.device.type])
         complete = finished(out / "config.json", self.key) is not None
         left = (out / "config.json").exists() or any(out.glob("checkpoint-*"))
@@ -127,7 +136,7 @@ class Command:
         processes.wait()  # every process has looked before one writes
         if o.fresh and (complete or another):
             self._check_nothing_needed_is_removed()
-            processes.on_main(lambda: [remove(path) for name in RUN_FILES for path in out.glob(name)])
+            processes.on_main(lambda: remove(*(path for name in RUN_FILES for path in out.glob(name))))
         elif complete:
             self.say(f"{out} is finished: its results are those of this command")
             return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
@@ -141,7 +150,7 @@ class Command:
 
     def _check_nothing_needed_is_removed(self) -> None:
         paths = (Path(value) for value in asdict(self.options).values() if isinstance(value, (str, Path)))
-        inside = [path for path in paths if self.options.out.resolve() in path.resolve().parents and path.exists()]
+        inside = [path for path in paths if self.out.resolve() in path.resolve().parents and path.exists()]
         if inside:
             raise ValueError(f"--fresh would remove {inside[0]}, which this run needs: choose another --out")
 
@@ -152,11 +161,11 @@ class Command:
     def load_model(self) -> PreTrainedModel:
         o = self.options
         return load_model(
-            o.model,
+            self.model,
             self.device,
             attn_implementation=o.attn_implementation,
             use_liger_kernel=o.use_liger_kernel,
-            gradient_checkpointing=o.gradient_checkpointing,
+            gradient_checkpointing=bool(o.gradient_checkpointing),
         )
 
     def to_train(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -175,13 +184,13 @@ class Command:
 
         def save() -> None:
             if self.options.lora_rank:
-                with renamed_when_done(self.options.out / "adapter") as folder:
+                with renamed_when_done(self.out / "adapter") as folder:
                     model.save_pretrained(folder)
-            with renamed_when_done(self.options.out / "model") as folder:
+            with renamed_when_done(self.out / "model") as folder:
                 whole, state = merged(model, weights)
                 whole.save_pretrained(folder, state_dict=state)
                 self.format.save_pretrained(folder)
-                write_text(folder / "README.md", model_card(model_name(self.options.model), what, self.public()))
+                write_text(folder / "README.md", model_card(model_name(self.model), what, self.public()))
 
         processes.on_main(save)
 
@@ -193,15 +202,15 @@ class Command:
             "device": device_name(self.device),
             "versions": versions(),
         }
-        processes.on_main(lambda: write_json(self.options.out / "metrics.json", metrics))
-        processes.on_main(lambda: write_json(self.options.out / "config.json", config))
+        processes.on_main(lambda: write_json(self.out / "metrics.json", metrics))
+        processes.on_main(lambda: write_json(self.out / "config.json", config))
         self.checkpoints.clear()
         return metrics
 
     def public(self) -> dict[str, Any]:
         """The settings without this machine's paths."""
         settings = {k: v for k, v in asdict(self.options).items() if k not in NO_PATHS}
-        return settings | {"model": model_name(self.options.model), "template": self.format.template}
+        return settings | {"model": model_name(self.model), "template": self.format.template}
 
     def describe(self, num_steps: int, extra: dict[str, Any], with_reference: bool = False) -> None:
         """What --dry_run prints."""
@@ -233,7 +242,7 @@ def memory_estimate(options: CommonOptions, with_reference: bool = False) -> dic
     Activations come on top: they grow with the micro-batch. Logits do not: they are never formed.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(require(options.model, "a model")))
     total = sum(p.numel() for p in model.parameters())
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()]
     adapters = sum(options.lora_rank * (m.in_features + m.out_features) for m in linears)
@@ -273,7 +282,7 @@ def device_name(device: torch.device) -> str:
     return name if processes.count() == 1 else f"{processes.count()} processes on {name}"
 
 
-def command_line(prog: str, options: type, description: str, main: Callable[[Any], Any]) -> None:
+def command_line(prog: str, options: type[Options], description: str, main: Callable[[Options], object]) -> None:
     """Parse, run, and end with a reason where the input does not fit or a signal came."""
     chosen = parse(options, prog, description)
     processes.start(getattr(chosen, "device", "cpu"))

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from training.authors import PAIRS_PER_AUTHOR, generate_authors
+from training.require import require
 
 PLAIN_PROMPT = "Question: {question}\nAnswer:"
 PLAIN_ANSWER = " {answer}"
@@ -126,6 +127,7 @@ def load_split(data_dir: Path | None, num_authors: int | None, forget_percent: i
     if not 0 < forget_percent < 100:
         raise ValueError(f"forget_percent: expected 1 to 99, got {forget_percent}")
     if data_dir is None:
+        num_authors = require(num_authors, "a number of authors, as they are generated")
         rows = generate_authors(num_authors, seed)
         num_forget = _num_forget(num_authors, forget_percent)
         cut = len(rows) - num_forget * PAIRS_PER_AUTHOR

@@ -122,9 +122,11 @@ def require_same_questions(log: EvalLog, retain_log: EvalLog) -> None:
     if len(ours) != len(theirs):
         raise LogError(f"{where}: expected the same forget set, got {len(ours)} and {len(theirs)} examples; {advice}")
     mine, other = ours.texts("answer"), theirs.texts("answer")
-    for i, (a, b) in enumerate(zip(mine or [], other or [], strict=False)):
-        if a.split() != b.split():
-            raise LogError(f"{where}: example {i} has the answers {a!r} and {b!r}; expected the same; {advice}")
+    for i, (answer, other_answer) in enumerate(zip(mine or [], other or [], strict=False)):
+        if answer.split() != other_answer.split():
+            raise LogError(
+                f"{where}: example {i} has the answers {answer!r} and {other_answer!r}; expected the same; {advice}"
+            )
     a, b = (s.fields.get("num_token_gt") for s in (ours, theirs))
     if a and b and a != b:
         i = next(i for i in range(len(a)) if a[i] != b[i])

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from training.eval_log import EvalLog, Layout, read_log, warnings, write_log
 from training.options import parse, stop
+from training.require import require
 from training.stages import write_json, write_text
 from training.summary import summary
 
@@ -45,10 +46,10 @@ NAMES = {"retain": "retain", "ra": "real authors", "wf": "world facts", "forget"
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    from_log: Annotated[Path, "evaluation log to read; nothing is run"] = None
-    retain_log: Annotated[Path, "log of the model that never saw the forget set, for the forget quality"] = None
+    from_log: Annotated[Path | None, "evaluation log to read; nothing is run"] = None
+    retain_log: Annotated[Path | None, "log of the model that never saw the forget set, for the forget quality"] = None
     json: Annotated[bool, "print one JSON object on stdout, and nothing else"] = False
-    model: Annotated[Path, "folder of the model to evaluate, tokenizer included"] = None
+    model: Annotated[Path | None, "folder of the model to evaluate, tokenizer included"] = None
     data_dir: Annotated[str, "folder with TOFU's *_perturbed.json, or a data set of the hub"] = "locuslab/TOFU"
     forget_percent: Annotated[int, "which forget set: 1, 5, 10; larger ones are scored on forget10"] = 10
     template: Annotated[str, "of the prompts (training/templates.py); auto: by the tokenizer's chat template"] = "auto"
@@ -68,17 +69,17 @@ def main(options: EvaluateOptions) -> dict[str, Any] | None:
             f"expected either --from_log LOG or --model DIR, got {'both' if options.model else 'neither'}; see --help"
         )
     retain_log = read_log(options.retain_log) if options.retain_log else None
-    log = read_log(options.from_log) if options.from_log else _evaluated(options)
+    log = _evaluated(options, options.model) if options.model else read_log(require(options.from_log, "--from_log"))
     if log is None:
         return None
     for each in (log, retain_log) if retain_log else (log,):
         for text in warnings(each):
             Console(stderr=True).print(f"warning: {text}", markup=False, soft_wrap=True)
     result = summary(log, retain_log)
-    if options.model:
+    if model := options.model:
         from training import processes
 
-        processes.on_main(lambda: write_results(options, result))
+        processes.on_main(lambda: write_results(options, model, result))
         if not processes.is_main():
             return result
     if options.json:
@@ -88,7 +89,7 @@ def main(options: EvaluateOptions) -> dict[str, Any] | None:
     return result
 
 
-def _evaluated(options: EvaluateOptions) -> EvalLog | None:
+def _evaluated(options: EvaluateOptions, model: Path) -> EvalLog | None:
     """The log of a model, written to --out; None where it is a dry run."""
     from rich.progress import Progress
     from transformers import AutoTokenizer
@@ -99,25 +100,25 @@ def _evaluated(options: EvaluateOptions) -> EvalLog | None:
     from training.model import load_model, pick_device
     from training.templates import Format
 
-    if not (options.model / "config.json").is_file():
+    if not (model / "config.json").is_file():
         raise ValueError(
-            f"expected a model folder with config.json, got --model {options.model}; save the model with "
+            f"expected a model folder with config.json, got --model {model}; save the model with "
             "save_pretrained, tokenizer included"
         )
     sets, device = load_eval_sets(options.data_dir, options.forget_percent, options.rows), pick_device(options.device)
     if options.dry_run:
-        print(json.dumps(settings(options), indent=2))
+        print(json.dumps(settings(options, model), indent=2))
         for name, rows in sets.items():
             answers = len(rows) * (3 + len(rows[0].perturbed))  # the true one twice: probabilities, then tokens
             print(f"{NAMES[name]}: {len(rows)} questions, {answers} answers to score, {len(rows)} to generate")
-        mebibytes = num_parameters(options.model) * 4 / 2**20
+        mebibytes = num_parameters(model) * 4 / 2**20
         print(f"on {device}; weights {mebibytes:.0f} MiB in float32; the logits of a batch are never formed")
         return None
-    format = Format(AutoTokenizer.from_pretrained(options.model), options.template)
+    format = Format(AutoTokenizer.from_pretrained(model), options.template)
     with Progress(console=Console(stderr=True), disable=not processes.is_main()) as progress:
         bars = {name: progress.add_task(NAMES[name], total=len(rows)) for name, rows in sets.items()}
         log = evaluate_model(
-            load_model(options.model, device),
+            load_model(model, device),
             format,
             sets,
             name=str(options.out / LOG_FILE),
@@ -131,17 +132,17 @@ def _evaluated(options: EvaluateOptions) -> EvalLog | None:
     return log
 
 
-def write_results(options: EvaluateOptions, result: dict[str, Any]) -> None:
+def write_results(options: EvaluateOptions, model: Path, result: dict[str, Any]) -> None:
     from training.versions import versions
 
     write_json(options.out / "metrics.json", result)
-    write_json(options.out / "config.json", {"settings": settings(options), "versions": versions()})
+    write_json(options.out / "config.json", {"settings": settings(options, model), "versions": versions()})
     headings, rows = table_cells(result)
     lines = [headings, ["---:"] * len(headings), *rows]
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     write_text(
         options.out / "report.md",
-        f"# Evaluation of {_name(options.model)}\n\n{headline(result)}\n\n{text}\n\n{LEGEND}.\n",
+        f"# Evaluation of {_name(model)}\n\n{headline(result)}\n\n{text}\n\n{LEGEND}.\n",
     )
 
 
@@ -150,9 +151,9 @@ def _name(folder: Path) -> str:
     return folder.parent.name if folder.name == "model" else folder.name
 
 
-def settings(options: EvaluateOptions) -> dict[str, Any]:
+def settings(options: EvaluateOptions, model: Path) -> dict[str, Any]:
     """The options without paths; of the model and the retain log, the names."""
-    paths = {"model": _name(options.model), "retain_log": options.retain_log.name if options.retain_log else None}
+    paths = {"model": _name(model), "retain_log": options.retain_log.name if options.retain_log else None}
     return {
         k: v
         for k, v in (asdict(options) | paths).items()

@@ -1,8 +1,11 @@
 """A model on TOFU's evaluation sets: everything that goes into its log. No logits are kept."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from training import metrics
@@ -16,7 +19,7 @@ from training.templates import Format
 def evaluate_model(
     model: PreTrainedModel,
     format: Format,
-    sets: dict[str, Sequence[EvalRow]],
+    sets: Mapping[str, Sequence[EvalRow]],
     *,
     name: str,
     layout: Layout = "lists",
@@ -30,9 +33,7 @@ def evaluate_model(
         rows = sets[short]
         fields = _losses(model, format, rows, batch_size)
         fields |= _memorization(model, format, rows, batch_size)
-        fields |= _generations(
-            model, format, rows, batch_size, max_new_tokens, lambda n, short=short: on_rows(short, n)
-        )
+        fields |= _generations(model, format, rows, batch_size, max_new_tokens, partial(on_rows, short))
         evaluated[short] = EvalSet(fields)
     return EvalLog(name, layout, evaluated)
 
@@ -46,7 +47,7 @@ def _losses(model: PreTrainedModel, format: Format, rows: Sequence[EvalRow], bat
     losses = -scores.logps.double().view(-1, per_row)
     counts = scores.num_tokens.view(-1, per_row)
     averages = losses / counts
-    fields = {}
+    fields: dict[str, Tensor] = {}
     for column, (total, average, count) in enumerate(
         [
             ("gt_loss", "avg_gt_loss", "num_token_gt"),
@@ -91,7 +92,7 @@ def _generations(
     }
 
 
-def num_parameters(model_dir: str) -> int:
+def num_parameters(model_dir: Path) -> int:
     """Of the model in a folder, from its configuration alone."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -68,13 +68,14 @@ def main(options: FinetuneOptions) -> dict[str, Any] | None:
     recipe = command.recipe
     num_steps = recipe.epochs * -(-len(examples) // recipe.batch_size)
     if options.dry_run:
-        return command.describe(num_steps, {"rows": len(examples)})
+        command.describe(num_steps, {"rows": len(examples)})
+        return None
     found = command.start(data_hash(examples))
     if found is not None:
         return found
     model = command.to_train(command.load_model())
     steps = FinetuningSteps(examples, recipe, command.batches(model))
-    trainer = Trainer(model, recipe, num_steps, options.report_to, options.out)
+    trainer = Trainer(model, recipe, num_steps, options.report_to, command.out)
     history = run(
         trainer,
         steps,
@@ -85,7 +86,7 @@ def main(options: FinetuneOptions) -> dict[str, Any] | None:
     )
     command.save_model(model, trainer.weights(), f"fine-tuned on {options.split} of TOFU")
     metrics = {"history": history, "steps": num_steps, "rows": len(examples)}
-    processes.on_main(lambda: write_finetuning_report(options.out, metrics, command.public()))
+    processes.on_main(lambda: write_finetuning_report(command.out, metrics, command.public()))
     return command.finish(metrics)
 
 

@@ -1,8 +1,10 @@
 """Greedy answers: one prompt, or many at a time."""
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from training.model import autocast
@@ -31,6 +33,7 @@ def complete_all(
     """
     was_training = model.training
     model.eval()
+    generate = cast(Callable[..., Tensor], model.generate)  # a mix-in of causal models has it, not their base class
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
@@ -49,7 +52,7 @@ def complete_all(
         input_ids = torch.tensor([[format.pad_token_id] * p + prompts[i] for p, i in rows], device=model.device)
         mask = torch.tensor([[0] * p + [1] * (longest - p) for p in padding], device=model.device)
         with autocast(model.device):  # the arithmetic that probabilities are computed in
-            output = model.generate(input_ids, attention_mask=mask, generation_config=settings)
+            output = generate(input_ids, attention_mask=mask, generation_config=settings)
         for i, tokens in zip(members, output[:, longest:], strict=True):
             answers[i] = _text(format, tokens.tolist())
         on_batch(len(members))
@@ -60,4 +63,4 @@ def complete_all(
 def _text(format: Format, tokens: list[int]) -> str:
     """What comes before the first token that ends an answer; behind it is filler, which may decode to anything."""
     end = next((n for n, token in enumerate(tokens) if token in format.stop_ids), len(tokens))
-    return format.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+    return format.decode(tokens[:end], skip_special_tokens=True).strip()

@@ -28,9 +28,9 @@ SCORED, PROMPT = "bold green", "dim"
 
 @dataclass(frozen=True)
 class InspectOptions:
-    model: Annotated[Path, "folder or hub name of a model, whose tokenizer is used"] = None
-    tokenizer: Annotated[Path, "folder or hub name of a tokenizer alone"] = None
-    data_dir: Annotated[Path, "folder with TOFU's JSON lines, or the name of a data set on the hub"] = None
+    model: Annotated[Path | None, "folder or hub name of a model, whose tokenizer is used"] = None
+    tokenizer: Annotated[Path | None, "folder or hub name of a tokenizer alone"] = None
+    data_dir: Annotated[Path | None, "folder with TOFU's JSON lines, or the name of a data set on the hub"] = None
     split: Annotated[str, "full, forget10, retain90, world_facts_perturbed, ..."] = "forget10"
     row: Annotated[int, "which row of it, from 0"] = 0
     template: Annotated[str, "of the prompts (training/templates.py); auto: by the tokenizer's chat template"] = "auto"
@@ -67,7 +67,7 @@ def _tokenizer(options: InspectOptions, rows: list[dict]) -> PreTrainedTokenizer
 def _text(format: Format, example: Example) -> Text:
     """The whole text, coloured; decoded in two parts, as a character may be more than one token."""
     length = _prompt_length(example)
-    prompt, answer = (format.tokenizer.decode(ids) for ids in (example.input_ids[:length], example.input_ids[length:]))
+    prompt, answer = (format.decode(ids) for ids in (example.input_ids[:length], example.input_ids[length:]))
     return Text.assemble((prompt, PROMPT), (answer, SCORED))
 
 
@@ -79,7 +79,7 @@ def _table(format: Format, example: Example) -> Table:
     table.add_column("scored")
     for position, (token, label) in enumerate(zip(*example, strict=True)):
         scored = label != IGNORE_INDEX
-        cells = (str(position), str(token), repr(format.tokenizer.decode([token])), "yes" if scored else "")
+        cells = (str(position), str(token), repr(format.decode([token])), "yes" if scored else "")
         table.add_row(*(Text(cell, SCORED if scored else PROMPT) for cell in cells))
     return table
 
@@ -87,7 +87,7 @@ def _table(format: Format, example: Example) -> Table:
 def _counts(format: Format, example: Example, examples: list[Example]) -> str:
     lengths = [len(e.input_ids) for e in examples]
     scored = [len(e.input_ids) - _prompt_length(e) for e in examples]
-    stops = ", ".join(f"{i} {format.tokenizer.decode([i])!r}" for i in format.stop_ids)
+    stops = ", ".join(f"{i} {format.decode([i])!r}" for i in format.stop_ids)
     return (
         f"this row: {len(example.input_ids)} tokens, {len(example.input_ids) - _prompt_length(example)} scored\n"
         f"the split: {len(examples)} rows, {sum(lengths)} tokens, {sum(scored)} scored, the longest {max(lengths)}\n"

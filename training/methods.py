@@ -22,14 +22,16 @@ and counts padding among the positions; here z is always the step's, and padding
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from npo_kernels.core.formulas import log_ratio, ratio_loss
+from training.require import require
 
-COMPAT = ("paper", "npo-repo")
+Compat = Literal["paper", "npo-repo"]
+Positions = Literal["answer", "all"]
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,14 @@ class Settings:
     gamma: float = 0.0
     forget_weight: float = 1.0
     retain_weight: float = 1.0
-    kl_positions: str = "answer"  # or "all": every position that is not padding
-    compat: str = "paper"
+    kl_positions: Positions = "answer"  # all: every one that is not padding
+    compat: Compat = "paper"
 
     def __post_init__(self):
         if not self.beta > 0:
             raise ValueError(f"beta: expected more than 0, got {self.beta}")
-        if self.compat not in COMPAT:
-            raise ValueError(f"compat: expected one of {COMPAT}, got {self.compat!r}")
+        if self.compat not in get_args(Compat):
+            raise ValueError(f"compat: expected one of {get_args(Compat)}, got {self.compat!r}")
         if self.kl_positions not in ("answer", "all"):
             raise ValueError(f"kl_positions: expected 'answer' or 'all', got {self.kl_positions!r}")
 
@@ -61,7 +63,7 @@ class Sequences(NamedTuple):
 
     @property
     def ratio(self) -> Tensor:
-        return self.logps - self.ref_logps
+        return self.logps - require(self.ref_logps, "reference log-probabilities")
 
 
 class Batch(NamedTuple):
@@ -71,24 +73,27 @@ class Batch(NamedTuple):
     are averaged); None: what is here.
     """
 
-    forget: Sequences
+    forget: Sequences | None  # a method without a term on them has none
     idk: Sequences | None = None  # the same questions, answered "I don't know"
     retain: Sequences | None = None
     num_sequences: float | None = None  # of the forget rows
     num_tokens: dict[str, float] | None = None  # kind of rows -> scored tokens
     idk_ratio: Tensor | float | None = None  # mean log-ratio of the IDK answers, where they are only scored (KTO)
 
+    def rows(self, kind: str) -> Sequences:
+        return require(getattr(self, kind), f"{kind} rows")
+
     def tokens(self, kind: str) -> Tensor | float:
-        return getattr(self, kind).num_tokens.sum() if self.num_tokens is None else self.num_tokens[kind]
+        return self.rows(kind).num_tokens.sum() if self.num_tokens is None else self.num_tokens[kind]
 
     def sequence_mean(self, losses: Tensor) -> Tensor:
         """Over the forget rows that have a scored token."""
-        scored = self.forget.num_tokens > 0
+        scored = self.rows("forget").num_tokens > 0
         return losses.where(scored, 0.0).sum() / (scored.sum() if self.num_sequences is None else self.num_sequences)
 
     def nll(self, kind: str) -> Tensor:
         """Mean over the scored tokens."""
-        return -getattr(self, kind).logps.sum() / self.tokens(kind)
+        return -self.rows(kind).logps.sum() / self.tokens(kind)
 
 
 def _ga(batch: Batch, settings: Settings) -> Tensor:
@@ -100,24 +105,26 @@ def _idk(batch: Batch, settings: Settings) -> Tensor:
 
 
 def _npo(batch: Batch, settings: Settings) -> Tensor:
-    return batch.sequence_mean(ratio_loss(batch.forget.ratio, settings.beta))
+    return batch.sequence_mean(ratio_loss(batch.rows("forget").ratio, settings.beta))
 
 
 def _dpo(batch: Batch, settings: Settings) -> Tensor:
     factor = 1.0 if settings.compat == "npo-repo" else 0.5
-    return factor * batch.sequence_mean(ratio_loss(batch.forget.ratio - batch.idk.ratio, settings.beta))
+    return factor * batch.sequence_mean(ratio_loss(batch.rows("forget").ratio - batch.rows("idk").ratio, settings.beta))
 
 
 def _kto(batch: Batch, settings: Settings) -> Tensor:
     beta, z = settings.beta, batch.idk_ratio
+    if z is None:
+        raise ValueError("expected the mean log-ratio of the IDK answers, got None")
     if settings.compat == "npo-repo":
-        ones = batch.sequence_mean(torch.ones_like(batch.forget.logps))  # this part's share of "1 +"
-        return ones + batch.sequence_mean(ratio_loss(batch.forget.ratio - z / beta, beta))
-    return batch.sequence_mean(ratio_loss(batch.forget.ratio - z, beta))
+        ones = batch.sequence_mean(torch.ones_like(batch.rows("forget").logps))  # this part's share of "1 +"
+        return ones + batch.sequence_mean(ratio_loss(batch.rows("forget").ratio - z / beta, beta))
+    return batch.sequence_mean(ratio_loss(batch.rows("forget").ratio - z, beta))
 
 
 def _simnpo(batch: Batch, settings: Settings) -> Tensor:
-    logps, num_tokens, _ = batch.forget
+    logps, num_tokens, _ = batch.rows("forget")
     offset = torch.full_like(logps, -settings.gamma)
     return batch.sequence_mean(ratio_loss(log_ratio(logps, num_tokens, offset, True), settings.beta))
 
@@ -145,7 +152,7 @@ class Method:
         if self.forget is _idk and self.keep == "nll" and settings.compat == "npo-repo":
             tokens = batch.tokens("idk") + batch.tokens("retain")
             forget, keep = settings.forget_weight, settings.retain_weight
-            return -(forget * batch.idk.logps.sum() + keep * batch.retain.logps.sum()) / tokens
+            return -(forget * batch.rows("idk").logps.sum() + keep * batch.rows("retain").logps.sum()) / tokens
         loss = settings.forget_weight * self.forget(batch, settings)
         return loss + settings.retain_weight * batch.nll("retain") if self.keep == "nll" else loss
 

@@ -6,11 +6,12 @@ The forward of each takes `fused_unlearning`, and then forms no logits.
 import contextlib
 import hashlib
 from pathlib import Path
+from typing import TypedDict, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from npo_kernels.hf import add_fused_unlearning_head
@@ -22,8 +23,23 @@ HASHED_AT_ONCE = 2**24  # weights: 64 MiB of float32 that come from a GPU
 transformers_logging.disable_progress_bar()  # loading these weights takes milliseconds
 
 
+class SpecialIds(TypedDict, total=False):
+    pad_token_id: int | None
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+
+def special_ids_of(tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
+    """As a model's configuration takes them."""
+    return {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
 def build_model(
-    vocab_size: int, hidden_size: int, num_layers: int, special_ids: dict[str, int], seed: int
+    vocab_size: int, hidden_size: int, num_layers: int, special_ids: SpecialIds, seed: int
 ) -> LlamaForCausalLM:
     """A Llama with random weights of standard deviation 1/sqrt(width).
 
@@ -44,7 +60,9 @@ def build_model(
         initializer_range=hidden_size**-0.5,
         **special_ids,
     )
-    return add_fused_unlearning_head(LlamaForCausalLM(config))
+    model = LlamaForCausalLM(config)
+    add_fused_unlearning_head(model)
+    return model
 
 
 def load_model(
@@ -65,14 +83,15 @@ def load_model(
         apply_liger_kernel(model, heads)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return add_fused_unlearning_head(model).to(device)
+    add_fused_unlearning_head(model)
+    return model.to(device)  # type: ignore[arg-type]  # mypy loses self in transformers' wraps(Module.to)
 
 
-def add_adapters(model: PreTrainedModel, rank: int, alpha: int, dropout: float, seed: int) -> PeftModel:
+def add_adapters(model: PreTrainedModel, rank: int, alpha: int, dropout: float, seed: int) -> PreTrainedModel:
     """LoRA on all linear layers but the head; the model's own weights are frozen, and its output is what it was."""
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear")
-    return get_peft_model(model, config)
+    return cast(PreTrainedModel, get_peft_model(model, config))  # what it has not itself, it takes of the one inside
 
 
 def merged(model: PreTrainedModel, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:

@@ -51,7 +51,9 @@ class Objective:
             for kind, part, counts in zip(kinds, logps.split(sizes), num_tokens.split(sizes), strict=True)
         }
         batch = Batch(
-            **{"forget": None, **sides},
+            sides.get("forget"),
+            sides.get("idk"),
+            sides.get("retain"),
             num_sequences=self.num_sequences,
             num_tokens=self.num_tokens,
             idk_ratio=self.idk_ratio,

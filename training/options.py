@@ -5,12 +5,34 @@ import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import MappingProxyType, NoneType, UnionType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
 
-Options = TypeVar("Options")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
+
+
+class Kind(NamedTuple):
+    """What a field takes."""
+
+    type: Any  # a class, which makes a value of a text
+    choices: tuple[Any, ...]  # none: any value of the type
+    help: str
 
 
 def parse(
@@ -21,6 +43,9 @@ def parse(
     defaults: Mapping[str, str] = MappingProxyType({}),
 ) -> Options:
     """An instance of the dataclass `options`, whose fields are `Annotated[type, help]` and have defaults.
+
+    Choices are a `Literal`, or, where they come from a table, `Annotated[str, help, its names]`. The type of a field
+    whose default is None is `type | None`.
 
     `defaults` are what the help says of fields whose default is found out later.
 
@@ -34,18 +59,21 @@ def parse(
     hints = get_type_hints(options, include_extras=True)
     kinds = {}
     for f in fields(options):
-        kind, text = get_args(hints[f.name])
-        kinds[f.name], text = kind, text.replace("%", "%%")
-        if kind is bool:
+        kinds[f.name] = kind = _kind(hints[f.name])
+        text = kind.help.replace("%", "%%")
+        if kind.type is bool:
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=None, help=text)
             continue
         default = defaults.get(f.name, f.default)
         shown = "" if default is None else f" (default: {default})"
-        choices = get_args(kind) if get_origin(kind) is Literal else None
-        metavar = None if choices else f.name[:1].upper()
-        parse_one = type(choices[0]) if choices else kind
+        metavar = None if kind.choices else f.name[:1].upper()
         parser.add_argument(
-            f"--{f.name}", type=parse_one, choices=choices, default=None, help=text + shown, metavar=metavar
+            f"--{f.name}",
+            type=kind.type,
+            choices=kind.choices or None,
+            default=None,
+            help=text + shown,
+            metavar=metavar,
         )
     given = vars(parser.parse_args(arguments))
     file = given.pop("config")
@@ -53,13 +81,21 @@ def parse(
     return options(**(from_file | {name: value for name, value in given.items() if value is not None}))
 
 
-def stop(prog: str, reason: object) -> None:
+def stop(prog: str, reason: object) -> NoReturn:
     """End the program: the reason on stderr, exit code 2, as argparse does it."""
     sys.stderr.write(f"python -m {prog}: error: {reason}\n")
     raise SystemExit(2)
 
 
-def _from_yaml(parser: argparse.ArgumentParser, file: Path, kinds: dict[str, Any]) -> dict[str, Any]:
+def _kind(hint: Any) -> Kind:
+    taken, text, *names = get_args(hint)
+    if get_origin(taken) in (Union, UnionType):
+        (taken,) = (part for part in get_args(taken) if part is not NoneType)
+    choices = get_args(taken) if get_origin(taken) is Literal else tuple(*names)
+    return Kind(type(choices[0]) if choices else taken, choices, text)
+
+
+def _from_yaml(parser: argparse.ArgumentParser, file: Path, kinds: dict[str, Kind]) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
@@ -72,15 +108,15 @@ def _from_yaml(parser: argparse.ArgumentParser, file: Path, kinds: dict[str, Any
     return {name: _cast(parser, file, name, value, kinds[name]) for name, value in content.items()}
 
 
-def _cast(parser: argparse.ArgumentParser, file: Path, name: str, value: Any, kind: Any) -> Any:
-    choices = get_args(kind) if get_origin(kind) is Literal else None
-    if value is None or (choices and value in choices) or (not choices and type(value) is kind):
+def _cast(parser: argparse.ArgumentParser, file: Path, name: str, value: Any, kind: Kind) -> Any:
+    wanted, choices = kind.type, kind.choices
+    if value is None or (choices and value in choices) or (not choices and type(value) is wanted):
         return value
-    number_in_text = kind in (int, float) and isinstance(value, (int, str)) and not isinstance(value, bool)
-    if number_in_text or (kind in (Path, str) and not isinstance(value, (dict, list, bool))):
+    number_in_text = wanted in (int, float) and isinstance(value, (int, str)) and not isinstance(value, bool)
+    if not choices and (number_in_text or (wanted in (Path, str) and not isinstance(value, (dict, list, bool)))):
         try:
-            return kind(value)  # YAML reads 1e-5 as text, and a path always
+            return wanted(value)  # YAML reads 1e-5 as text, and a path always
         except ValueError:
             pass
-    expected = f"one of {', '.join(map(str, choices))}" if choices else f"a value of type {kind.__name__}"
+    expected = f"one of {', '.join(map(str, choices))}" if choices else f"a value of type {wanted.__name__}"
     parser.error(f"--config {file}, {name}: expected {expected}, got {value!r}")

@@ -12,9 +12,10 @@ from training.data import Example, data_hash, load_split, sample_authors, train_
 from training.finetune import finetune
 from training.generation import complete
 from training.methods import METHODS, Settings
-from training.model import build_model, load_model, pick_device, weights_hash
+from training.model import build_model, load_model, pick_device, special_ids_of, weights_hash
 from training.processes import on_main
 from training.reference_cache import StaleReferenceError, compute_reference, load_reference
+from training.require import require
 from training.run import progress_bar
 from training.scoring import Scores, score
 from training.stages import fingerprint, finished, remove, renamed_when_done, write_json
@@ -93,13 +94,13 @@ class Run:
         record = finished(self.model_dir / "stage.json", key)
         if record is None:
             c, examples, started = self.config, self.retain + self.forget, time.perf_counter()
-            special = {
-                f"{name}_token_id": getattr(self.tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")
-            }
-            model = build_model(len(self.tokenizer), c.hidden_size, c.layers, special, c.seed).to(self.device)
-            recipe = self.recipe(c.finetune_epochs, c.finetune_lr)
+            epochs = require(c.finetune_epochs, "a number of epochs of fine-tuning")
+            special_ids = special_ids_of(self.tokenizer)
+            model = build_model(len(self.tokenizer), c.hidden_size, c.layers, special_ids, c.seed)
+            model.to(self.device)  # type: ignore[arg-type]  # mypy loses self in transformers' wraps(Module.to)
+            recipe = self.recipe(epochs, c.finetune_lr)
             with progress_bar(self.console) as progress:
-                steps = c.finetune_epochs * -(-len(examples) // c.batch_size)
+                steps = epochs * -(-len(examples) // c.batch_size)
                 task = progress.add_task("Fine-tuning", total=steps, note="")
                 loss, weights = finetune(
                     model,
@@ -143,8 +144,8 @@ class Run:
             history = [self.measure(model, reference, epoch=0, loss=None)]
             steps = unlearning_steps(
                 method,
-                Settings(beta=c.beta, retain_weight=c.retain_weight),
-                self.recipe(c.epochs, c.lr),
+                Settings(beta=c.beta, retain_weight=require(c.retain_weight, "a weight of the retain rows")),
+                self.recipe(c.epochs, require(c.lr, "a learning rate")),
                 self.batches,
                 self.forget,
                 self.retain,

@@ -36,7 +36,16 @@ def plot_run(histories: dict[str, list[dict]], title: str, path: Path) -> None:
 def _panel(axis: Axes, histories: dict[str, list[dict]], key: str) -> None:
     for method, history in histories.items():
         epochs, values = [h["epoch"] for h in history], [h[key] for h in history]
-        axis.plot(epochs, values, label=METHODS[method].label, linewidth=2.2, markersize=5.5, **STYLES[method])
+        style = STYLES[method]
+        axis.plot(
+            epochs,
+            values,
+            label=METHODS[method].label,
+            color=style["color"],
+            marker=style["marker"],
+            linewidth=2.2,
+            markersize=5.5,
+        )
     # the last values in words, moved apart where they would overprint
     heights: list[float] = []
     for method, history in sorted(histories.items(), key=lambda item: item[1][-1][key]):
@@ -53,7 +62,7 @@ def _panel(axis: Axes, histories: dict[str, list[dict]], key: str) -> None:
             annotation_clip=False,
         )
     axis.set(xlabel="unlearning epoch", ylim=(-0.03, 1.03))
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.locator_params(axis="x", integer=True)
     axis.grid(axis="y", color=PALE, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)

@@ -7,7 +7,10 @@ epochs each). tiny: a model from nothing (`training.tiny`) on a CPU, found by tr
 """
 
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "llama-2-7b-chat": {
@@ -38,18 +41,18 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 # Where neither the command line nor a preset says anything.
-OTHERWISE = {
+OTHERWISE: dict[str, dict[str, Any]] = {
     "both": {"template": "auto", "lr": 1e-5, "batch_size": 32, "packing": True, "gradient_checkpointing": False},
     "finetune": {"epochs": 5},
     "unlearn": {"epochs": 10},
 }
 
-Options = TypeVar("Options")
+Options = TypeVar("Options", bound="DataclassInstance")
 
 
 def filled_in(options: Options, stage: str) -> Options:
     """`options` with what is None taken from its preset, for "finetune" or "unlearn"."""
-    preset = PRESETS.get(getattr(options, "preset", None), {})
+    preset = PRESETS.get(getattr(options, "preset", None) or "", {})
     values = OTHERWISE["both"] | OTHERWISE[stage] | preset.get("both", {}) | preset.get(stage, {})
     names = {f.name for f in fields(options)}
     return replace(options, **{k: v for k, v in values.items() if k in names and getattr(options, k) is None})

@@ -32,7 +32,7 @@ def index() -> int:
     return PartialState().process_index
 
 
-def on_main(write: Callable[[], None]) -> None:
+def on_main(write: Callable[[], object]) -> None:
     """Run by one process, which alone prints and writes files, while the others wait."""
     if is_main():
         write()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -60,7 +61,7 @@ def predicted_answers(
     """
     was_training, device, head = model.training, model.device, model.get_output_embeddings()
     model.eval()
-    backbone = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model  # of adapters, too
+    backbone = (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
     found: list[tuple[list[int], list[int]]] = [([], [])] * len(examples)
     by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
     for start in range(0, len(by_length), batch_size):

@@ -6,7 +6,7 @@ whole step. So gradient accumulation gives the gradient of the larger batch, n p
 over processes: totals are divided by n), and a run that is resumed at step k goes on as if it had not stopped.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from training import processes
 from training.data import IGNORE_INDEX, Example, collate, pack, shuffled_batches
 from training.methods import Method, Settings
 from training.objective import Objective, kl_to_reference, reference_of, token_nll
+from training.require import require
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def plan_unlearning(
     refusals = torch.Generator().manual_seed(recipe.seed)
     partners = _shuffled_forever(num_retain, generator)
     fixed = [_fixed_partners(i, num_retain, num_refusals) for i in range(num_forget if fixed_partners else 0)]
-    steps, pairs = [], {}
+    steps: list[Step] = []
+    pairs: dict[tuple[int, int], int] = {}
     for _ in range(recipe.epochs):
         for forget in _shuffled(num_forget, recipe.batch_size, generator):
             if fixed_partners:
@@ -93,7 +95,8 @@ def _shuffled_forever(num_rows: int, generator: torch.Generator) -> Iterator[int
 
 def _fixed_partners(row: int, num_retain: int, num_refusals: int) -> tuple[int, int]:
     generator = torch.Generator().manual_seed(row)
-    return tuple(torch.randint(max(n, 1), (), generator=generator).item() for n in (num_retain, num_refusals))
+    retain, refusal = (int(torch.randint(max(n, 1), (), generator=generator)) for n in (num_retain, num_refusals))
+    return retain, refusal
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ class UnlearningSteps:
     method: Method
     settings: Settings
     plan: Plan
-    rows: dict[str, Sequence[Example]]
+    rows: Mapping[str, Sequence[Example]]
     ref_logps: dict[str, Tensor]  # (rows of the kind,) float32
     recipe: Recipe
     batches: Batches
@@ -182,7 +185,7 @@ class UnlearningSteps:
             mask = answer_positions(inputs) if self.settings.kl_positions == "answer" else real_positions(inputs)
             if not part:
                 mask = torch.zeros_like(mask)
-            reference = reference_of(self.reference, inputs)
+            reference = reference_of(require(self.reference, "the reference model of the KL term"), inputs)
             passes.append(Pass(inputs, kl_to_reference(reference, mask, self.settings.retain_weight, positions)))
         return passes
 

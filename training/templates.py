@@ -20,6 +20,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -79,15 +80,16 @@ class Format:
         self.template = detect(tokenizer) if template == "auto" else template
         self._parts = TEMPLATES[self.template]
         if isinstance(self._parts, Chat):
-            self._check_chat()
-            self._lead, self._answer, self.end_id = self._turn()
+            self._check_chat(self._parts)
+            self._lead, self._answer, end_id = self._turn(self._parts)
         else:
-            self._lead, self._answer, self.end_id = "", self._parts.answer, tokenizer.eos_token_id
-        if self.end_id is None:
+            self._lead, self._answer, end_id = "", self._parts.answer, tokenizer.eos_token_id
+        if end_id is None:
             raise ValueError(
                 f"template {self.template}: expected a tokenizer that can end an answer, got one without eos_token; "
                 "set tokenizer.eos_token, or nothing will teach the model to stop"
             )
+        self.end_id = end_id
         bos, newline, continued = tokenizer.bos_token_id, self._ids("\n"), self._ids("\na")
         adds_bos = bos is not None and tokenizer.encode("a")[:1] == [bos]
         self._bos = bos if adds_bos or getattr(self._parts, "bos", False) else None
@@ -140,28 +142,32 @@ class Format:
         content = [tokenizer_hash(self.tokenizer), self.template, asdict(self._parts), chat, DATE, self.end_id]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        # transformers' own says `str | list[str]`, which is for lists of lists
+        return cast(str, self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def _check_chat(self) -> None:
+    def _check_chat(self, chat: Chat) -> None:
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 f"template {self.template}: the tokenizer has no chat template, so it may be that of a base model; "
                 "use plain, or set tokenizer.chat_template"
             )
         written = _render(self.tokenizer, "question")
-        absent = [marker for marker in self._parts.markers[:1] if marker not in written]
+        absent = [marker for marker in chat.markers[:1] if marker not in written]
         if absent:
             raise ValueError(
                 f"template {self.template}: expected a chat template that writes {absent[0]}, but the tokenizer's "
                 f"writes {written!r}; use auto, or chat for the tokenizer's own"
             )
 
-    def _turn(self) -> tuple[str, str, int | None]:
+    def _turn(self, chat: Chat) -> tuple[str, str, int | None]:
         """(text that still belongs to the prompt, answer with its leading space, token that ends the turn)"""
         stand_in = "STANDIN"
-        prompt = _render(self.tokenizer, "question", self._parts.system)
-        whole = _render(self.tokenizer, "question", self._parts.system, stand_in)
+        prompt = _render(self.tokenizer, "question", chat.system)
+        whole = _render(self.tokenizer, "question", chat.system, stand_in)
         if not whole.startswith(prompt):
             raise ValueError(
                 f"template {self.template}: expected a chat template whose prompt {prompt!r} is how the conversation "
@@ -186,8 +192,8 @@ def detect(tokenizer: PreTrainedTokenizerBase) -> str:
     written = _render(tokenizer, "question", answer="answer")
     if "[INST]" in written:
         return "llama-2"
-    families = (name for name, parts in TEMPLATES.items() if isinstance(parts, Chat))
-    return next(name for name in families if all(marker in written for marker in TEMPLATES[name].markers))
+    families = ((name, parts) for name, parts in TEMPLATES.items() if isinstance(parts, Chat))
+    return next(name for name, chat in families if all(marker in written for marker in chat.markers))
 
 
 def _render(
@@ -196,6 +202,7 @@ def _render(
     """A conversation as text: up to where the answer begins, or with it."""
     turns = [("system", system), ("user", question), ("assistant", answer)]
     messages = [{"role": role, "content": text} for role, text in turns if text is not None]
-    return tokenizer.apply_chat_template(
+    text = tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=answer is None, date_string=DATE
     )
+    return cast(str, text)  # of one conversation, not tokenised

@@ -13,7 +13,7 @@ from typing import Annotated
 
 from training.command import command_line
 from training.data import HUB, load_rows, train_tokenizer
-from training.model import build_model
+from training.model import build_model, special_ids_of
 from training.stages import renamed_when_done
 
 PROG = "training.tiny"
@@ -35,8 +35,7 @@ def main(options: TinyOptions) -> None:
         row for split in (options.split, "real_authors", "world_facts") for row in load_rows(options.data_dir, split)
     ]
     tokenizer = train_tokenizer(rows, options.vocab_size)
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    model = build_model(len(tokenizer), options.hidden_size, options.layers, special, options.seed)
+    model = build_model(len(tokenizer), options.hidden_size, options.layers, special_ids_of(tokenizer), options.seed)
     with renamed_when_done(options.out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -8,7 +8,6 @@ bfloat16 autocast the weights and the optimiser's state stay float32.
 
 import logging
 import math
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
-from transformers.integrations import unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from training import processes
 from training.model import autocast
@@ -75,12 +74,12 @@ class Trainer:
         warmup_steps = round(recipe.warmup_epochs * num_steps / recipe.epochs)
         self.schedule = get_linear_schedule_with_warmup(adamw, warmup_steps, num_steps)
         # the model is where it belongs
-        log_with = report_to.split(",") if report_to else None
-        self.accelerator = Accelerator(device_placement=False, log_with=log_with, project_dir=folder)
+        trackers = report_to.split(",") if report_to else []
+        self.accelerator = Accelerator(device_placement=False, log_with=trackers or None, project_dir=folder)
         if report_to:
-            if len(self.accelerator.log_with) < len(log_with):
+            if len(self.accelerator.log_with) < len(trackers):
                 raise ValueError(
-                    f"report_to {report_to}: expected installed trackers; pip install {' '.join(log_with)}"
+                    f"report_to {report_to}: expected installed trackers; pip install {' '.join(trackers)}"
                 )
             self.accelerator.init_trackers("unlearning")
         sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -191,8 +190,7 @@ class Checkpoints:
             older = [path for path in self._all() if path != final]
             remove(final)
             temporary.rename(final)
-            for path in older:
-                shutil.rmtree(path)
+            remove(*older)
 
         processes.on_main(publish)
 
@@ -207,7 +205,7 @@ class Checkpoints:
         return 0, None
 
     def clear(self) -> None:
-        processes.on_main(lambda: [remove(path) for path in self._all()])
+        processes.on_main(lambda: remove(*self._all()))
 
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob("checkpoint-*"))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -29,9 +29,10 @@ from training.data import Example, data_hash, load_refusals, load_rows
 from training.eval_log import EvalLog, read_log, write_log
 from training.eval_sets import EvalRow, load_eval_sets
 from training.evaluate_model import evaluate_model
-from training.methods import COMPAT, METHODS, Settings
+from training.methods import METHODS, Compat, Positions, Settings
 from training.model import autocast, load_model
 from training.reference_cache import StaleReferenceError, compute_reference, load_reference
+from training.require import require
 from training.run import run
 from training.scoring import Scores
 from training.stages import fingerprint
@@ -49,20 +50,22 @@ NUM_SAMPLES = 3  # questions of each set whose answers a report shows
 
 @dataclass(frozen=True)
 class UnlearnOptions(CommonOptions):
-    method: Annotated[Literal[tuple(METHODS)], "objective: what forgets, _rt or _kl: what keeps"] = "npo_rt"
+    method: Annotated[str, "objective: what forgets, _rt or _kl: what keeps", tuple(METHODS)] = "npo_rt"
     forget_percent: Annotated[int, "forget set: 1, 5, 10, 20, 30, 50 or 90 (% of the authors)"] = 10
-    beta: Annotated[float, "inverse temperature; default: the method's (training/methods.py)"] = None
+    beta: Annotated[float | None, "inverse temperature; default: the method's (training/methods.py)"] = None
     gamma: Annotated[float, "SimNPO's margin"] = 0.0
-    forget_weight: Annotated[float, "of the term on the forget rows; default: the method's"] = None
+    forget_weight: Annotated[float | None, "of the term on the forget rows; default: the method's"] = None
     retain_weight: Annotated[float, "of the term on the retain rows"] = 1.0
     kl_positions: Annotated[
-        Literal["answer", "all"], "where a KL term compares the models; default: answer, all with npo-repo"
+        Positions | None, "where a KL term compares the models; default: answer, all with npo-repo"
     ] = None
-    compat: Annotated[Literal[COMPAT], "npo-repo: the NPO paper's code where it differs from the paper"] = "paper"
-    reference_cache: Annotated[Path, "folder of cached reference log-probabilities; default: in --out"] = None
+    compat: Annotated[Compat, "npo-repo: the NPO paper's code where it differs from the paper"] = "paper"
+    reference_cache: Annotated[Path | None, "folder of cached reference log-probabilities; default: in --out"] = None
     save_model: Annotated[bool, "--no-save_model: the figures are all that is wanted, as in a grid"] = True
-    start_log: Annotated[Path, "evaluation log of --model itself, to take instead of evaluating it again"] = None
-    retain_log: Annotated[Path, "evaluation log of the model that never saw the forget set: for forget quality"] = None
+    start_log: Annotated[Path | None, "evaluation log of --model itself, to take instead of evaluating it again"] = None
+    retain_log: Annotated[
+        Path | None, "evaluation log of the model that never saw the forget set: for forget quality"
+    ] = None
     eval_rows: Annotated[int, "first rows of every evaluation set; 0: all"] = 300
     eval_batch_size: Annotated[int, "sequences a forward or generation in evaluation"] = 32
     max_new_tokens: Annotated[int, "longest greedy answer"] = 200
@@ -146,7 +149,11 @@ class Unlearning:
         self.method = METHODS[options.method]
         given = {name: value for name, value in asdict(options).items() if value is not None}
         positions = "all" if options.compat == "npo-repo" else "answer"
-        published = {"beta": self.method.beta, "forget_weight": self.method.forget_weight, "kl_positions": positions}
+        published: dict[str, Any] = {
+            "beta": self.method.beta,
+            "forget_weight": self.method.forget_weight,
+            "kl_positions": positions,
+        }
         options = replace(options, **published | given)
         self.command = Command(PROG, "unlearn", options)
         self.options, recipe = self.command.options, self.command.recipe
@@ -183,7 +190,7 @@ class Unlearning:
 
     def references(self, model: PreTrainedModel) -> dict[str, Scores]:
         """The cached log-probabilities that the method compares with: of the forget rows, and of the IDK rows."""
-        folder = self.options.reference_cache or self.options.out / "reference"
+        folder = self.options.reference_cache or self.command.out / "reference"
         files = {}
         if self.method.reference:
             files["forget"] = f"forget{self.options.forget_percent:02d}.safetensors"
@@ -208,7 +215,7 @@ class Unlearning:
             log = self.start_log
         else:
             log = evaluate_model(model, self.format, self.sets, name=name, batch_size=sizes[0], max_new_tokens=sizes[1])
-        processes.on_main(lambda: write_log(self.options.out / "eval" / f"{name}.json", log))
+        processes.on_main(lambda: write_log(self.command.out / "eval" / f"{name}.json", log))
         return {"epoch": step * self.command.recipe.epochs / len(self.plan.steps), **summary(log, self.retain_log)}
 
     def samples(self, log: EvalLog) -> list[dict[str, str]]:
@@ -216,8 +223,12 @@ class Unlearning:
         return [
             {"set": name, "question": row.question, "answer": row.answer, "generation": text}
             for name in ("forget", "retain")
-            for row, text in list(zip(self.sets[name], log.sets[name].texts("generation"), strict=True))[:NUM_SAMPLES]
+            for row, text in list(zip(self.sets[name], _generations(log, name), strict=True))[:NUM_SAMPLES]
         ]
+
+
+def _generations(log: EvalLog, name: str) -> list[str]:
+    return require(log.sets[name].texts("generation"), f"a log with texts, {log.name}")
 
 
 def _check_same_answers(log: EvalLog, sets: dict[str, list[EvalRow]]) -> None:
@@ -238,7 +249,8 @@ def main(options: UnlearnOptions) -> dict[str, Any] | None:
     num_steps = len(job.plan.steps)
     if options.dry_run:
         rows = {kind: len(rows) for kind, rows in job.rows.items()}
-        return command.describe(num_steps, {"rows": rows}, with_reference=job.method.keep == "kl")
+        command.describe(num_steps, {"rows": rows}, with_reference=job.method.keep == "kl")
+        return None
     found = command.start(*job.depends_on())
     if found is not None:
         return found
@@ -248,15 +260,21 @@ def main(options: UnlearnOptions) -> dict[str, Any] | None:
     model = command.to_train(model)
     step_zero = reference = None
     if job.method.reference:
-        sizes = {"batch_size": recipe.batch_size, "beta": options.beta}
-        step_zero = check_step_zero(model, job.rows["forget"], ref_logps["forget"], batches, **sizes)
+        step_zero = check_step_zero(
+            model,
+            job.rows["forget"],
+            ref_logps["forget"],
+            batches,
+            batch_size=recipe.batch_size,
+            beta=job.settings.beta,
+        )
     if job.method.keep == "kl":
         dtype = torch.bfloat16 if command.device.type == "cuda" else torch.float32
         reference = load_model(
-            options.model, command.device, dtype=dtype, attn_implementation=options.attn_implementation
+            command.model, command.device, dtype=dtype, attn_implementation=options.attn_implementation
         ).eval()
     steps = UnlearningSteps(job.method, job.settings, job.plan, job.rows, ref_logps, recipe, batches, reference)
-    trainer = Trainer(model, recipe, num_steps, options.report_to, options.out)
+    trainer = Trainer(model, recipe, num_steps, options.report_to, command.out)
     history = run(
         trainer,
         steps,
@@ -269,7 +287,7 @@ def main(options: UnlearnOptions) -> dict[str, Any] | None:
     if options.save_model:
         what = f"unlearned forget{options.forget_percent:02d} of TOFU by {job.method.label}"
         command.save_model(model, weights, what)
-    logs = {name: read_log(options.out / "eval" / f"step-{step:06d}.json")
+    logs = {name: read_log(command.out / "eval" / f"step-{step:06d}.json")
             for name, step in (("before", 0), ("after", num_steps))}  # fmt: skip
     metrics = {
         "method": job.method.label,
@@ -280,7 +298,7 @@ def main(options: UnlearnOptions) -> dict[str, Any] | None:
         "history": history,
         "samples": {name: job.samples(log) for name, log in logs.items()},
     }
-    processes.on_main(lambda: write_unlearning_report(options.out, metrics, command.public()))
+    processes.on_main(lambda: write_unlearning_report(command.out, metrics, command.public()))
     return command.finish(metrics)
 
 

@@ -10,6 +10,7 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from training.methods import METHODS
 from training.stages import renamed_when_done
@@ -87,7 +88,7 @@ def _p_axis(axis: Axes) -> None:
     axis.axhline(0.05, color="#444444", linestyle=(0, (1, 2)), linewidth=1)
 
 
-def _finish(figure: plt.Figure, axes: list[Axes], path: Path, legend: Axes | None = None) -> None:
+def _finish(figure: Figure, axes: list[Axes], path: Path, legend: Axes | None = None) -> None:
     for axis in axes:
         axis.grid(color="#e4e4e4", linewidth=0.7)
         axis.set_axisbelow(True)

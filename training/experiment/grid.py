@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from rich.console import Console
 
@@ -12,9 +12,10 @@ from training.command import model_fingerprint
 from training.data import HUB, load_rows
 from training.eval_log import read_log
 from training.eval_sets import load_eval_sets
-from training.methods import COMPAT, METHODS
+from training.methods import METHODS, Compat
 from training.model import pick_device
 from training.presets import PRESETS, filled_in
+from training.require import require
 from training.stages import fingerprint, finished, remove, write_json
 from training.summary import summary
 
@@ -24,32 +25,35 @@ class ExperimentOptions:
     """Lists are separated by commas. None is filled in by the preset, as in the commands that this one runs."""
 
     preset: Annotated[
-        Literal[tuple(PRESETS)],
+        str | None,
         "hyper-parameters; tiny makes its own model to start from, and is the default if no --model",
+        tuple(PRESETS),
     ] = None
-    model: Annotated[str, "folder or hub name of the model that is fine-tuned"] = None
-    template: Annotated[str, "how a question is put"] = None
+    model: Annotated[str | None, "folder or hub name of the model that is fine-tuned"] = None
+    template: Annotated[str | None, "how a question is put"] = None
     data_dir: Annotated[str, "folder with TOFU's JSON lines, or a data set of the hub"] = HUB
     out: Annotated[Path, "folder of the experiment"] = Path("runs/experiment")
     forget_percents: Annotated[str, "forget sets"] = "10"
     methods: Annotated[str, f"objectives, of {', '.join(METHODS)}"] = "ga,ga_rt,dpo_rt,kto_rt,npo,npo_rt,simnpo_rt"
     seeds: Annotated[str, "of unlearning; there is one fine-tuned model"] = "0,1,2"
-    epochs: Annotated[int, "of unlearning"] = None
-    lr: Annotated[float, "of unlearning"] = None
-    batch_size: Annotated[int, "rows a step"] = None
-    micro_batch_size: Annotated[int, "rows of a kind at a time in one process"] = None
-    beta: Annotated[float, "of every method; default: each method's own"] = None
-    forget_weight: Annotated[float, "of the term on the forget rows; default: each method's own"] = None
+    epochs: Annotated[int | None, "of unlearning"] = None
+    lr: Annotated[float | None, "of unlearning"] = None
+    batch_size: Annotated[int | None, "rows a step"] = None
+    micro_batch_size: Annotated[int | None, "rows of a kind at a time in one process"] = None
+    beta: Annotated[float | None, "of every method; default: each method's own"] = None
+    forget_weight: Annotated[float | None, "of the term on the forget rows; default: each method's own"] = None
     retain_weight: Annotated[float, "of the term on the retain rows"] = 1.0
-    compat: Annotated[Literal[COMPAT], "npo-repo: the NPO paper's code where it differs from the paper"] = "paper"
+    compat: Annotated[Compat, "npo-repo: the NPO paper's code where it differs from the paper"] = "paper"
     lora_rank: Annotated[int, "unlearn by adapters of this rank; 0: all weights"] = 0
-    gradient_checkpointing: Annotated[bool, "recompute activations in the backward"] = None
+    gradient_checkpointing: Annotated[bool | None, "recompute activations in the backward"] = None
     use_liger_kernel: Annotated[bool, "Liger's kernels for the layers below the head"] = False
-    packing: Annotated[bool, "rows one after another, no padding"] = None
-    attn_implementation: Annotated[str, "flash_attention_2, sdpa, eager, ..."] = None
-    finetune_epochs: Annotated[int, "of fine-tuning, on all rows and on those to keep"] = None
-    finetune_lr: Annotated[float, "of fine-tuning"] = None
-    world: Annotated[bool, "fine-tune on real authors and world facts as well; a tiny model knows nothing else"] = None
+    packing: Annotated[bool | None, "rows one after another, no padding"] = None
+    attn_implementation: Annotated[str | None, "flash_attention_2, sdpa, eager, ..."] = None
+    finetune_epochs: Annotated[int | None, "of fine-tuning, on all rows and on those to keep"] = None
+    finetune_lr: Annotated[float | None, "of fine-tuning"] = None
+    world: Annotated[
+        bool | None, "fine-tune on real authors and world facts as well; a tiny model knows nothing else"
+    ] = None
     hidden_size: Annotated[int, "width of a tiny model"] = 512
     layers: Annotated[int, "layers of a tiny model"] = 1
     eval_epochs: Annotated[int, "epochs between evaluations"] = 1
@@ -93,7 +97,8 @@ class Grid:
         "runs": [{"percent", "method", "seed", "history"}],
         "samples": {percent: {moment or method: greedy answers, those of the first seed}}}
         """
-        rows, start, retrained, runs, samples = {}, {}, {}, [], {}
+        rows, start, retrained, runs = {}, {}, {}, []
+        samples: dict[str, dict[str, Any]] = {}
         full, rows["full"] = self._finetuned("full")
         for percent in self.percents:
             split = f"retain{100 - percent:02d}"
@@ -102,7 +107,8 @@ class Grid:
             start[str(percent)], start_log = self._evaluated(full, percent, retain_log)
             for cell in (c for c in self.cells if c.percent == percent):
                 self.console.rule(f"{cell.folder} ({self.cells.index(cell) + 1} of {len(self.cells)})")
-                metrics = unlearn.main(self._unlearn_options(cell, full, start_log, retain_log))
+                options = self._unlearn_options(cell, full, start_log, retain_log)
+                metrics = require(unlearn.main(options), "the metrics of a run that is not dry")
                 runs.append({**cell._asdict(), "history": metrics["history"]})
                 answers = samples.setdefault(str(percent), {"before": metrics["samples"]["before"]})
                 answers.setdefault(METHODS[cell.method].label, metrics["samples"]["after"])
@@ -113,7 +119,7 @@ class Grid:
         if o.model is not None:
             return o.model
         if o.preset != "tiny":
-            return PRESETS[o.preset]["both"]["model"]
+            return PRESETS[require(o.preset, "--preset or --model")]["both"]["model"]
         base = o.out / f"base_{o.hidden_size}x{o.layers}"
         make = tiny.TinyOptions(o.data_dir, out=base, hidden_size=o.hidden_size, layers=o.layers)
         if not (base / "config.json").exists():
@@ -127,21 +133,20 @@ class Grid:
         same = ("batch_size", "micro_batch_size", "packing", "attn_implementation", "use_liger_kernel")
         shared = {name: getattr(o, name) for name in (*same, "gradient_checkpointing")}
         self.console.rule(f"Fine-tuning on {split}")
-        metrics = finetune.main(
-            finetune.FinetuneOptions(
-                preset=o.preset,
-                model=self._start_model(),
-                template=o.template,
-                data_dir=o.data_dir,
-                out=o.out / split,
-                device=o.device,
-                epochs=o.finetune_epochs,
-                lr=o.finetune_lr,
-                split=split,
-                world=o.preset == "tiny" if o.world is None else o.world,
-                **shared,
-            )
+        options = finetune.FinetuneOptions(
+            preset=o.preset,
+            model=self._start_model(),
+            template=o.template,
+            data_dir=o.data_dir,
+            out=o.out / split,
+            device=o.device,
+            epochs=o.finetune_epochs,
+            lr=o.finetune_lr,
+            split=split,
+            world=o.preset == "tiny" if o.world is None else o.world,
+            **shared,
         )
+        metrics = require(finetune.main(options), "the metrics of a run that is not dry")
         return str(o.out / split / "model"), metrics["rows"]
 
     def _evaluated(self, model: str, percent: int, retain_log: Path | None = None) -> tuple[dict[str, Any], Path]:
@@ -159,7 +164,14 @@ class Grid:
             processes.on_main(lambda: remove(record))  # or a kill could leave it beside a newer log
             evaluate.main(
                 evaluate.EvaluateOptions(
-                    model=Path(model), data_dir=o.data_dir, forget_percent=percent, out=folder, device=o.device, **sizes
+                    model=Path(model),
+                    data_dir=o.data_dir,
+                    forget_percent=percent,
+                    out=folder,
+                    device=o.device,
+                    rows=o.eval_rows,
+                    batch_size=o.eval_batch_size,
+                    max_new_tokens=o.max_new_tokens,
                 )
             )  # in the template that fine-tuning left in the model's folder
             processes.on_main(lambda: write_json(record, {"key": key}))
@@ -168,7 +180,8 @@ class Grid:
     def _unlearn_options(self, cell: Cell, full: str, start_log: Path, retain_log: Path) -> unlearn.UnlearnOptions:
         o = self.options
         same = {f.name for f in fields(unlearn.UnlearnOptions)} & {f.name for f in fields(o)}
-        rows, batch = len(load_rows(o.data_dir, f"forget{cell.percent:02d}")), filled_in(o, "unlearn").batch_size
+        rows = len(load_rows(o.data_dir, f"forget{cell.percent:02d}"))
+        batch = require(filled_in(o, "unlearn").batch_size, "a batch size")
         return unlearn.UnlearnOptions(
             **{name: getattr(o, name) for name in same - {"model", "out", "dry_run"}},
             model=full,

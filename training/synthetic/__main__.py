@@ -39,7 +39,7 @@ class SyntheticOptions:
     steps: Annotated[int, "gradient steps of unlearning"] = STEPS
     beta_steps: Annotated[int, "gradient steps of the sweep over beta, which is for alpha 1; 0: no sweep"] = BETA_STEPS
     collapse: Annotated[bool, "measure the rate of collapse as well"] = True
-    out: Annotated[Path, "folder for the results (default: runs/synthetic_alpha{alpha})"] = None
+    out: Annotated[Path | None, "folder for the results (default: runs/synthetic_alpha{alpha})"] = None
     json: Annotated[bool, "print one JSON object on stdout, and nothing else"] = False
     dry_run: Annotated[bool, "say what would be run, and stop"] = False
 
@@ -64,7 +64,7 @@ def main(options: SyntheticOptions) -> dict[str, Any] | None:
     divergences = diverge() if options.collapse else []
 
     before = next(iter(methods.values()))
-    metrics = {
+    metrics: dict[str, Any] = {
         "before": {"fd": float(np.median(before.forget[:, 0])), "rd": float(np.median(before.retain[:, 0]))},
         "methods": {name: curve.summary() for name, curve in methods.items()},
         "beta": {name: curve.summary() for name, curve in betas.items()},

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -59,7 +60,8 @@ def unlearn(
         if step % eval_every == 0:
             distances.append(setting.distances(theta.detach()))
         columns = zip(runs, (setting.forget @ theta).unbind(1), (setting.retain @ theta).unbind(1), strict=True)
-        loss = sum(run.method.loss(Outputs(setting, *logits), ref, run.beta) for run, *logits in columns)
+        losses = (run.method.loss(Outputs(setting, *logits), ref, run.beta) for run, *logits in columns)
+        loss = reduce(torch.add, losses)
         (gradient,) = torch.autograd.grad(loss, theta)
         theta = (theta - lr * gradient).detach().requires_grad_()
     forget, retain = (torch.stack(column, 1).numpy() for column in zip(*distances, strict=True))

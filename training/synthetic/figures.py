@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 
@@ -12,14 +13,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from training.stages import renamed_when_done
 from training.synthetic.collapse import NUM_ROWS, Divergence
 from training.synthetic.experiment import Curve
 from training.synthetic.methods import METHODS
 
+LineStyle = Literal["-", "--", "-.", ":"]
 # Okabe-Ito, told apart by colour-blind readers; one colour a family in every panel, and a line style for print in grey.
-FAMILIES = {
+FAMILIES: dict[str, tuple[str, str, LineStyle]] = {
     "ga": ("GA", "#D55E00", "-"),
     "npo": ("NPO", "#0072B2", "-"),
     "simnpo": ("SimNPO", "#56B4E9", "--"),
@@ -46,7 +49,7 @@ def plot_methods(curves: dict[str, Curve], title: str, path: Path) -> None:
             axes[1, column].set(xlabel="gradient step")
         for axis, label in zip(axes[:, 0], ("forget distance (nats)", "retain distance (nats)"), strict=True):
             axis.set(ylabel=label, yscale="log")
-        lines = [plt.Line2D([], [], color=c, linestyle=line, linewidth=2) for _, c, line in FAMILIES.values()]
+        lines = [Line2D([], [], color=c, linestyle=line, linewidth=2) for _, c, line in FAMILIES.values()]
         names = [label for label, _, _ in FAMILIES.values()]
         axes[0, 0].figure.legend(lines, names, loc="outside lower center", ncols=len(names), frameon=False)
 

@@ -12,6 +12,7 @@ forget questions, without gradient, as in the paper's code. Learning rates and b
 methods that it does not list have those of NPO.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,7 +80,7 @@ class Method:
 
     def loss(self, o: Outputs, ref: Outputs, beta: float | None) -> Tensor:
         """Forget loss + retain term, both with weight 1."""
-        loss = self.forget(o, ref, beta).mean()
+        loss = self.forget(o, ref, math.nan if beta is None else beta).mean()  # GA and IDK have none
         if self.retain == "RT":
             loss = loss - o.retain_logp.mean()
         elif self.retain == "KL":

@@ -43,7 +43,9 @@ class Setting:
         `theta` (128, M) holds M models; (M,) each.
         """
         retrained = self.retrained.unsqueeze(1)
-        return tuple(bernoulli_kl(x @ retrained, x @ theta).mean(0) for x in (self.forget_eval, self.retain_eval))
+        clouds = (self.forget_eval, self.retain_eval)
+        forget, retain = (bernoulli_kl(x @ retrained, x @ theta).mean(0) for x in clouds)
+        return forget, retain
 
 
 def bernoulli_kl(p: Tensor, q: Tensor) -> Tensor:

@@ -33,9 +33,18 @@ class FusedLoss:
     """What `fused` puts before a trainer: the head, and a `compute_loss` without logits."""
 
     loss_is_scaled_for_ga = False  # a mean over the micro-batch, as the trainers have it: the Trainer divides
+    # what the trainers have
+    gamma: float
+    alpha: float
+    beta: float
+    delta: float
+    retain_loss_type: str
+    ref_model: torch.nn.Module
+    compute_retain_loss: Callable[..., Tensor]
 
     def __init__(self, *args, model, **kwargs):
-        super().__init__(*args, model=add_fused_unlearning_head(model), **kwargs)  # before ref_model is copied from it
+        model = add_fused_unlearning_head(model)  # before ref_model is copied from it
+        super().__init__(*args, **kwargs | {"model": model})
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -27,6 +27,7 @@ class UnlearningTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True  # `compute_loss` divides by what the accumulated batch holds
+    _signature_columns: list[str] | None  # type: ignore[assignment]  # transformers' own is inferred to be None
 
     def __init__(self, model, *args, beta: float = 0.1, retain_weight: float = 1.0, **kwargs):
         if kwargs.get("compute_metrics") is not None:
@@ -43,7 +44,8 @@ class UnlearningTrainer(Trainer):
         """Columns that are no arguments of the forward would be dropped before the collator sees them."""
         super()._set_signature_columns_if_needed()
         extra = {"prompt_ids", "completion_ids", "forget", "ref_logps"}
-        self._signature_columns = [*self._signature_columns, *extra.difference(self._signature_columns)]
+        columns = self._signature_columns or []
+        self._signature_columns = [*columns, *extra.difference(columns)]
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step, and (forget sequences, retain tokens) in those of all processes."""

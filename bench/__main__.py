@@ -108,9 +108,9 @@ def _collect(records: Iterator[Record], out: Path | None, merge: bool) -> list[R
     before = read(out) if merge and out and out.exists() else []
     found: list[Record] = []
     for _, group in groupby(records, key=lambda r: (r["case"], r["mode"], r["l2"])):
-        group = list(group)
-        console.print(results_table(group))
-        found += group
+        of_case = list(group)
+        console.print(results_table(of_case))
+        found += of_case
         if out:
             write(out, merged(before, found))
     return found

@@ -12,8 +12,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from functools import cache
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -33,14 +34,22 @@ class Turn(NamedTuple):
 class Job(Protocol):
     """What a process is started with: it can be pickled and hashed."""
 
-    device: str
-    threads: int | None
-    warmup: int
-    reps: int
-    whole: bool
+    @property
+    def device(self) -> str: ...
+    @property
+    def threads(self) -> int | None: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def reps(self) -> int: ...
+    @property
+    def whole(self) -> bool: ...
 
     def prepare(self) -> Callable[[], object]:
         """Make the inputs and warm up the libraries, in the new process; returns the step."""
+
+
+AnyJob = TypeVar("AnyJob", bound=Job)
 
 
 def peak_resident() -> int:
@@ -98,7 +107,7 @@ def _work(job: Job, connection) -> None:
 
 
 @cache
-def start_context() -> multiprocessing.context.BaseContext:
+def start_context() -> SpawnContext | ForkServerContext:
     """Processes that share nothing but imported modules: forked from a server that never ran anything."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -112,7 +121,7 @@ class Worker:
 
     def __init__(self, job: Job):
         context = start_context()
-        self.job, self.failure = job, None
+        self.failure: Failure | None = None
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(job, theirs), daemon=True)
         self.process.start()
@@ -140,21 +149,19 @@ class Worker:
         self.connection.close()
 
 
-def take_turns(jobs: Iterable[Job], together: bool = True) -> dict[Job, list[Turn] | Failure]:
+def take_turns(jobs: Iterable[AnyJob], together: bool = True) -> dict[AnyJob, list[Turn] | Failure]:
     """The turns of each job after its warm-up. `together`: all processes live at once; else one after the other."""
     jobs = list(jobs)
     if not together:
         return {job: turns for job in jobs for turns in take_turns([job]).values()}
-    results: dict[Job, list[Turn] | Failure] = {job: [] for job in jobs}
-    workers = [Worker(job) for job in jobs]
+    turns: dict[AnyJob, list[Turn]] = {job: [] for job in jobs}
+    workers = {job: Worker(job) for job in jobs}
     for number in range(max((job.warmup + job.reps for job in jobs), default=0)):
-        for worker in workers:
-            if worker.failure is None and number < worker.job.warmup + worker.job.reps:
+        for job, worker in workers.items():
+            if worker.failure is None and number < job.warmup + job.reps:
                 measured = worker.step()
-                if worker.failure is None and number >= worker.job.warmup:
-                    results[worker.job].append(measured)
-    for worker in workers:
+                if worker.failure is None and number >= job.warmup:
+                    turns[job].append(measured)
+    for worker in workers.values():
         worker.stop()
-        if worker.failure is not None:
-            results[worker.job] = worker.failure
-    return results
+    return turns | {job: worker.failure for job, worker in workers.items() if worker.failure is not None}

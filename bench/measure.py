@@ -53,7 +53,7 @@ class Clock:
 
     def flush(self) -> None:
         """Overwrite the L2 cache."""
-        if self.on_gpu:
+        if self.l2 is not None:
             self.l2.zero_()
 
     def lost(self) -> bool:
@@ -121,15 +121,16 @@ def interleaved(
     process ends the turns of all: what was timed before stays, and whoever has no time is told after whom.
     """
     clock = Clock(str(batch.hidden.device))
-    results: dict[str, list[dict[str, float]] | Failure] = {name: [] for name in names}
+    timed: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    failed: dict[str, Failure] = {}
     deadline = time.monotonic() + seconds
     for number in range(warmup + reps):
         if number > warmup and time.monotonic() > deadline:
             break
-        order = list(results)
+        order = list(timed)
         offset = number % max(1, len(order))
         for name in order[offset:] + order[:offset]:
-            if isinstance(results[name], Failure):
+            if name in failed:
                 continue
             try:
                 if cold:
@@ -138,14 +139,14 @@ def interleaved(
                     turn(PROVIDERS[name], batch, clock)
                 times = turn(PROVIDERS[name], batch, clock)
             except Exception as error:  # whatever a peer raises is its result
-                results[name] = failure(error)
+                failed[name] = failure(error)
                 if clock.lost():
-                    return {other: found or context_lost(name) for other, found in results.items()}
+                    return {other: found or context_lost(name) for other, found in (timed | failed).items()}
                 release(batch.hidden.is_cuda)
                 continue
             if number >= warmup:
-                results[name].append(times)
-    return results
+                timed[name].append(times)
+    return timed | failed
 
 
 def context_lost(culprit: str) -> Failure:

@@ -85,8 +85,8 @@ def isolated(
                 common = described(options, case, jobs[job], mode) | {"what": WHOLE[mode]} | fields
                 common["threads"] = options.threads
                 if isinstance(turns, Failure):
-                    why = {"status": turns.status, "error": turns.error}
-                    yield record(options.device, **common, metric="ms" if times else "peak_mb", **why)
+                    common |= {"metric": "ms" if times else "peak_mb", "status": turns.status, "error": turns.error}
+                    yield record(options.device, **common)
                     continue
                 plan = plan_of(jobs[job], case.unfilled(options.torch_dtype, options.device, mode))
                 common["plan"] = None if plan is None else str(plan)

@@ -56,8 +56,8 @@ def sections(records: list[Record], images: dict[str, list[str]]) -> Iterator[st
         "less is better but for TFLOP/s,\nGB/s and tokens/s. Rows whose `computes` is not npo do less or other work."
     )
     machine = lambda r: (r["suite"], r["gpu"] or r["device"])  # noqa: E731
-    for (suite, device), of_machine in groupby(sorted(records, key=machine), key=machine):
-        of_machine = list(of_machine)
+    for (suite, device), group in groupby(sorted(records, key=machine), key=machine):
+        of_machine = list(group)
         yield f"## {suite}, {device}"
         yield provenance(of_machine)
         yield from (f"![{suite}]({name})" for name in images.get(suite, ()))
@@ -115,7 +115,8 @@ def column_of(r: Record) -> str:
 
 
 def unit_of(r: Record) -> str:
-    return UNITS.get(r["metric"], r["metric"])
+    metric: str = r["metric"]
+    return UNITS.get(metric, metric)
 
 
 def failures(records: Iterable[Record]) -> Iterator[str]:

@@ -67,6 +67,12 @@ def share_of_ceiling(results: Results) -> Outcome | None:
     return Outcome(f"{share:.0%} of {ceiling[0]['value']:.0f} TFLOP/s", (found[0], ceiling[0]))
 
 
+def worst(ratios: Iterable[Outcome | None]) -> Outcome | None:
+    """The largest of those that were measured."""
+    measured = [ratio for ratio in ratios if ratio is not None]
+    return max(measured, key=lambda r: r.records[0]["value"] / r.records[1]["value"], default=None)
+
+
 def tofu(results: Results) -> Outcome | None:
     """The worst of the heads."""
     outcomes = []
@@ -75,8 +81,7 @@ def tofu(results: Results) -> Outcome | None:
         usable = [r for r in results.find(**fields) if r["provider"].startswith(("trl/", "liger/dpo", "liger/kto"))]
         theirs = min(usable, key=lambda r: r["value"], default=None)
         outcomes.append(ratio(results.best(provider=OURS, **fields), theirs))
-    outcomes = [outcome for outcome in outcomes if outcome]
-    return max(outcomes, key=lambda o: o.records[0]["value"] / o.records[1]["value"], default=None)
+    return worst(outcomes)
 
 
 def memory(provider: str, with_time: bool) -> Measure:
@@ -89,15 +94,16 @@ def memory(provider: str, with_time: bool) -> Measure:
             return None
         gradients = 2 * (R.N + R.head.V) * R.head.H / 2**20
         used, theirs = ours["value"] - gradients, plain["value"] - gradients
-        text, records = f"{used / theirs:.1%} ({used:.0f} MiB of {theirs:.0f})", (ours, plain)
+        text = f"{used / theirs:.1%} ({used:.0f} MiB of {theirs:.0f})"
+        records = [ours, plain]
         if with_time:
             timed = {"suite": "head", "case": R.name, "mode": "full", "what": "fwd_bwd", "metric": "ms"}
             slow, fast = (results.best(provider=name, **timed) for name in (provider, OURS))
             if slow is None or fast is None:
                 return None
             text += f" at {slow['value'] / fast['value']:.2f}x the time"
-            records += (slow, fast)
-        return Outcome(text, records)
+            records += [slow, fast]
+        return Outcome(text, tuple(records))
 
     return measure
 
@@ -120,20 +126,20 @@ def accuracy(results: Results) -> Outcome | None:
         ratio(r, results.best(suite="accuracy", provider="plain/eager", case=r["case"], tensor=r["tensor"]))
         for r in ours
     ]
-    outcomes = [outcome for outcome in outcomes if outcome]
-    return max(outcomes, key=lambda o: o.records[0]["value"] / o.records[1]["value"], default=None)
+    return worst(outcomes)
 
 
 def step(results: Results) -> Outcome | None:
-    parts, records = [], ()
+    parts: list[str] = []
+    records: list[Record] = []
     for metric in ("tokens_per_s", "max_batch"):
         fields = {"suite": "step", "case": "llama-3.2-1b/step", "metric": metric}
         ours, live = (results.best(provider=name, **fields) for name in (OURS, "plain/live"))
         if ours is None or live is None:
             return None
         parts.append(f"{ours['value'] / live['value']:.2f}x {metric}")
-        records += (ours, live)
-    return Outcome(", ".join(parts), records)
+        records += [ours, live]
+    return Outcome(", ".join(parts), tuple(records))
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ def timeline(call: Callable[[], object], on_gpu: bool) -> Timeline:
     call()
     if on_gpu:
         torch.cuda.synchronize()
-    kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    kinds = torch.autograd.DeviceType  # type: ignore[attr-defined]  # which torch imports, and does not export
+    kind = kinds.CUDA if on_gpu else kinds.CPU
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as found:
         call()
         if on_gpu:

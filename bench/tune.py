@@ -18,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from rich.console import Console
@@ -43,6 +44,17 @@ MARGIN = 0.02  # by which a tile has to beat the entry in force
 TABLE = Path(__file__).parents[1] / "csrc_triton" / "tiles.py"
 
 
+class Sweep(TypedDict):
+    """What was found at one hidden size; tiles are as `repr` writes them."""
+
+    H: int
+    present: str  # the entry in force
+    suggestion: str | None  # a line of the table
+    medians: dict[str, float]  # milliseconds, of the best in turns
+    once: dict[str, float]
+    failed: dict[str, str]  # why
+
+
 def candidates(architecture: str, bits: int) -> list[Tile]:
     """Tiles whose accumulator takes 64 to 256 registers a thread; 128-byte rows of large tiles also persistent."""
     found = []
@@ -60,8 +72,9 @@ def candidates(architecture: str, bits: int) -> list[Tile]:
 def neighbours(architecture: str, bits: int, H: int) -> list[Tile]:
     """The candidates that differ in one thing from the entry in force or from the persistent one: a first sweep, where
     there is no time for all."""
-    centres = [find_tile(TILES, architecture, bits, H), PERSISTENT_CANDIDATES.get((architecture, bits, ANY_HIDDEN))]
-    centres = [tile for tile in centres if tile]
+    present = find_tile(TILES, architecture, bits, H)
+    persistent = PERSISTENT_CANDIDATES.get((architecture, bits, ANY_HIDDEN))
+    centres = [present, persistent] if persistent else [present]
     fields = ("block_n", "block_v", "block_h", "num_warps", "num_stages", "pieces", "loop")
 
     def near(tile: Tile, centre: Tile) -> bool:
@@ -116,8 +129,9 @@ def sweep(
             results[tile] = measure(tile)
         except Exception as error:  # out of registers or shared memory, or the compiler's own
             results[tile] = failure(error)
-    timed = sorted((tile for tile, ms in results.items() if not isinstance(ms, Failure)), key=results.get)
-    finalists: dict[Tile, list[float]] = {tile: [] for tile in timed if tile == tiles[0] or tile in timed[:keep]}
+    timed = {tile: ms for tile, ms in results.items() if not isinstance(ms, Failure)}
+    order = sorted(timed, key=timed.__getitem__)
+    finalists: dict[Tile, list[float]] = {tile: [] for tile in order if tile == tiles[0] or tile in order[:keep]}
     for _ in range(reps):
         for tile, times in finalists.items():
             times.append(measure(tile))
@@ -126,16 +140,16 @@ def sweep(
 
 def winner(medians: dict[Tile, float], present: Tile) -> Tile:
     """The fastest tile, or the one in force where that is not beaten by more than the margin."""
-    best = min(medians, key=medians.get)
+    best = min(medians, key=medians.__getitem__)
     return best if medians[best] < (1 - MARGIN) * medians.get(present, math.inf) else present
 
 
 def entry(architecture: str, bits: int, hidden_size: int, tile: Tile) -> str:
     """A line of the table, of the bucket of the hidden size."""
-    default = Tile.__new__.__defaults__
-    values = [repr(value) for value in tile[: -len(default)]]
-    options = zip(tile._fields[-len(default) :], tile[-len(default) :], default, strict=True)
-    values += [f"{name}={value!r}".replace("'", '"') for name, value, usual in options if value != usual]
+    fields, usual = tile._asdict(), Tile._field_defaults
+    values = [repr(value) for name, value in fields.items() if name not in usual]
+    options = [(name, value) for name, value in fields.items() if name in usual and value != usual[name]]
+    values += [f"{name}={value!r}".replace("'", '"') for name, value in options]
     return f'("{architecture}", {bits}, {hidden_bucket(hidden_size)}): Tile({", ".join(values)}),'
 
 
@@ -208,7 +222,7 @@ def sweep_hidden(
     tensors: tuple[Tensor, Tensor, Tensor],
     reps: int,
     own: str,  # the row that a winner belongs in
-) -> dict[str, object]:
+) -> Sweep:
     """All tiles at one hidden size: what they took, and the line of the table if one beats the entry in force."""
     bits = 8 * tensors[0].itemsize
     present = find_tile(TILES, architecture, bits, H)
@@ -224,7 +238,7 @@ def sweep_hidden(
     }
 
 
-def write_document(out: Path, device: str, N: int, V: int, dtype: str, sweeps: Sequence[dict]) -> None:
+def write_document(out: Path, device: str, N: int, V: int, dtype: str, sweeps: Sequence[Sweep]) -> None:
     """Everything that the choice rests on."""
     known = {**environment(device), "date": record(device)["date"], "N": N, "V": V, "dtype": dtype}
     write_text(out, json.dumps({**known, "sweeps": list(sweeps)}, indent=1) + "\n")

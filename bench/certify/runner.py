@@ -29,7 +29,7 @@ def run(
     context: Context,
     journal: Journal,
     say: Callable[[str], None],
-    after_each: Callable[[], None] = lambda: None,
+    after_each: Callable[[], object] = lambda: None,
 ) -> None:
     """All stages in what is left until `context.deadline`; what a stage does not use is left to the later ones."""
     for number, stage in enumerate(stages):

@@ -7,7 +7,7 @@ it: what was measured before stays, and what comes after has its turn.
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +57,17 @@ class Context:
     def options(self, suite: str, **others: Any) -> Options:
         """Of the suites that the units call."""
         reps, warmup = (1, 0) if self.toy else default_reps(self.device, self.toy)
-        settings = {
-            "dtype": "bfloat16",
-            "reps": reps,
-            "warmup": warmup,
-            "threads": default_threads(),
-            "data_dir": self.data_dir,
-        }
-        return Options(suite, self.device, toy=self.toy, **(settings | others))
+        options = Options(
+            suite,
+            self.device,
+            "bfloat16",
+            self.toy,
+            reps=reps,
+            warmup=warmup,
+            threads=default_threads(),
+            data_dir=self.data_dir,
+        )
+        return replace(options, **others)
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,9 @@ def work(stage: str, units: Iterable[Unit], context: Context, journal: Journal) 
             detail, status = unit.run(context) or "", PASSED
         except Exception as error:  # a unit's failure is its result
             traceback.print_exc()
-            why = failure(error)
-            status = MISSING if why.status in ("missing", "unsupported") else FAILED
-            detail = why.error
+            found = failure(error)
+            status = MISSING if found.status in ("missing", "unsupported") else FAILED
+            detail = found.error
         journal.end(stage, unit.name, status, round(time.monotonic() - start, 2), detail)
         if not context.toy and not _alive():
             return CONTEXT_LOST

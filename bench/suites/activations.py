@@ -25,7 +25,7 @@ from bench.suites.accuracy import errors
 from training.data import Example, collate, load_split, train_tokenizer
 from training.finetune import finetune
 from training.methods import Settings
-from training.model import build_model
+from training.model import build_model, special_ids_of
 from training.scoring import score
 from training.steps import Batches, Recipe
 from training.templates import Format
@@ -56,8 +56,8 @@ def moments(options: Options) -> Iterator[tuple[str, Batch]]:
     tokenizer = train_tokenizer(split.rows, s["vocabulary"])
     pad = tokenizer.pad_token_id
     forget, retain = (Format(tokenizer, "plain").encode(rows) for rows in (split.forget, split.retain))
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    model = build_model(len(tokenizer), s["width"], s["layers"], special, seed=0).to(device)
+    model = build_model(len(tokenizer), s["width"], s["layers"], special_ids_of(tokenizer), seed=0)
+    model.to(device)  # type: ignore[arg-type]  # mypy loses self in transformers' wraps(Module.to)
     everything = retain + forget
     recipe = Recipe(s["finetune"], FINETUNE_LR, s["batch"], packing=False)
     finetune(model, everything, recipe, pad)

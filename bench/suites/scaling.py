@@ -23,6 +23,9 @@ FITTED = {"ms": "exponent_ms", "peak_mb": "exponent_mb"}
 
 def sweeps(toy: bool) -> dict[str, dict[int, Case]]:
     """axis -> size -> case; all else equal."""
+    tokens: tuple[int, ...]
+    vocabularies: tuple[int, ...]
+    lengths: tuple[int, ...]
     if toy:
         head, N, length = HEADS["toy"], 64, 16
         tokens, vocabularies, lengths = (32, 64, 128), (500, 1000, 2000), (8, 16, 32)
@@ -40,7 +43,7 @@ def sweeps(toy: bool) -> dict[str, dict[int, Case]]:
 def run(options: Options) -> Iterator[Record]:
     for axis, cases in sweeps(options.toy).items():
         chosen = options.chosen(cases.values())
-        found = []
+        found: list[Record] = []
         for case in chosen:
             found += time_case(options, case)
         found += isolated(options, chosen, reps=1)

@@ -46,7 +46,8 @@ def lengths_of(data_dir: Path) -> Lengths:
 def sampled(lengths: Lengths, count: int, seed: int = 0) -> tuple[tuple[int, int], ...]:
     """`count` of each kind, forget first."""
     rng = random.Random(seed)
-    return tuple(tuple(pair) for kind in ("forget", "retain") for pair in rng.sample(lengths[kind], count))
+    pairs = (pair for kind in ("forget", "retain") for pair in rng.sample(lengths[kind], count))
+    return tuple((prompt, answer) for prompt, answer in pairs)  # lists, where they come from the table
 
 
 def cases(options: Options) -> tuple[list[Case], str]:
@@ -65,9 +66,9 @@ def cases(options: Options) -> tuple[list[Case], str]:
 def run(options: Options) -> Iterator[Record]:
     found, source = cases(options)
     for case in options.chosen(found):
-        note = {"note": f"lengths: {source}"}
-        yield from time_case(options, case, **note)
-        yield from isolated(options, [case], reps=1 if options.toy else 3, **note)
+        note = f"lengths: {source}"
+        yield from time_case(options, case, note=note)
+        yield from isolated(options, [case], reps=1 if options.toy else 3, note=note)
 
 
 def main(data_dir: Path) -> None:

@@ -74,7 +74,8 @@ def copy_ceiling(context: Context) -> str:
 
 def times(context: Context, call) -> list[float]:
     """Milliseconds of 20 calls, after as many as an idle GPU needs to raise its clocks."""
-    clock, found = Clock(context.device), []
+    clock = Clock(context.device)
+    found: list[float] = []
     warm = time.monotonic() + (0 if context.toy else 0.5)
     while len(found) < 20:
         clock.wait()

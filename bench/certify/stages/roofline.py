@@ -65,7 +65,9 @@ def profiled(name: str, mode: str, context: Context) -> str:
 def counted(found: Timeline, name: str, batch: Batch) -> tuple[dict[str, dict[str, float]], float | None]:
     """kernel -> work such that work / microseconds is a rate, "tflops" or "gb_s"; TFLOP/s of the vendor's products."""
     N, H, V = int(batch.num_tokens.sum()), batch.hidden.shape[-1], batch.weight.shape[0]
-    steps = {step.name: step for step in launches(plan_of(name, batch), N, H, V, batch.hidden.itemsize)}
+    plan = plan_of(name, batch)
+    known = [] if plan is None else launches(plan, N, H, V, batch.hidden.itemsize)
+    steps = {step.name: step for step in known}
     times, work = found.by_name(), {}
     for kernel in times:
         parts = next((parts for part, parts in COUNTED.items() if part in kernel), ())
@@ -91,8 +93,16 @@ def no_sync(context: Context) -> str:
     rows = int(batch.num_tokens.sum())
 
     def call():
-        options = {"ref_logps": batch.ref_logps, "beta": BETA, "shift": False, "impl": "triton", "num_rows": rows}
-        loss = fused_npo_loss(batch.hidden, batch.weight, batch.labels, **options)
+        loss = fused_npo_loss(
+            batch.hidden,
+            batch.weight,
+            batch.labels,
+            ref_logps=batch.ref_logps,
+            beta=BETA,
+            shift=False,
+            impl="triton",
+            num_rows=rows,
+        )
         torch.autograd.grad(loss, batch.leaves)
 
     call()

@@ -13,7 +13,7 @@ REPS = 10
 
 def units(context: Context) -> list[Unit]:
     models, names = (("toy",) if context.toy else MODELS), step.providers(context.options("step"))[:2]
-    found = []
+    found: list[Unit] = []
     for model in models:
         found.append(Unit(f"{model}: steps", partial(steps, model, names), 8 if found else 12, 90))
         found += [Unit(f"{model}: largest batch, {n}", partial(largest, model, n), SEARCH + 2) for n in names]

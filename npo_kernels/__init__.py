@@ -8,7 +8,7 @@ log-probabilities, `sequence_logprobs` and `token_logprobs` are the primitives (
 `fused_linear_kl` is the KL retain term. `explain` says which mode a call would run in, and in how much memory.
 """
 
-from npo_kernels.call.checks import set_debug
+from npo_kernels.core.value_checks import set_debug
 from npo_kernels.explain import explain
 from npo_kernels.linear_kl import fused_linear_kl
 from npo_kernels.logprobs import sequence_logprobs, token_logprobs

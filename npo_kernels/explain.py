@@ -3,18 +3,19 @@
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any, cast
 
-from npo_kernels.call.arguments import check_each, describe
+from npo_kernels.call.arguments import CallOptions, check_each, describe
 from npo_kernels.call.prepare import prepare
 from npo_kernels.core.plan import Plan
 from npo_kernels.logprobs import sequence_logprobs, token_logprobs
 from npo_kernels.losses import fused_logprob_loss, fused_npo_loss, fused_simnpo_loss
-from npo_kernels.ops.schema import plan_of, task_of
+from npo_kernels.ops.task import task_of
 
 EXPLAINED = (fused_npo_loss, fused_simnpo_loss, fused_logprob_loss, sequence_logprobs, token_logprobs)
 
 
-def explain(function: Callable, /, *args, **kwargs) -> Plan:
+def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Plan:
     """The plan that `function`, one of the losses or log-probability functions, would follow for these arguments.
 
         >>> print(explain(fused_npo_loss, hidden, lm_head_weight, labels, workspace_mb=256))
@@ -25,7 +26,8 @@ def explain(function: Callable, /, *args, **kwargs) -> Plan:
     no plan and raises ValueError. Costs the row count's host sync, unless `num_rows` is given.
     """
     while isinstance(function, functools.partial):
-        function, args, kwargs = function.func, (*function.args, *args), {**function.keywords, **kwargs}
+        partial: functools.partial[Any] = function
+        function, args, kwargs = partial.func, (*partial.args, *args), {**partial.keywords, **kwargs}
     if function not in EXPLAINED:
         names = ", ".join(f.__name__ for f in EXPLAINED)
         raise ValueError(f"function: expected one of {names}, got {getattr(function, '__name__', describe(function))}")
@@ -39,13 +41,11 @@ def explain(function: Callable, /, *args, **kwargs) -> Plan:
     for name in ("hidden", "lm_head_weight", "labels"):
         if name not in given:
             raise TypeError(f"explain() needs the argument '{name}' of {function.__name__}")
-    shared = inspect.signature(prepare).parameters
-    call = prepare(**{name: value for name, value in given.items() if name in shared})
-    task = task_of(*call.batch_args, *call.option_args)
+    options = cast(CallOptions, {name: given[name] for name in CallOptions.__annotations__})
+    call = prepare(given["hidden"], given["lm_head_weight"], given["labels"], options)
     fused = function in (fused_npo_loss, fused_simnpo_loss) and given["reduction"] != "none"
-    return plan_of(
-        task,
-        call.workspace_bytes,
+    return task_of(call).plan(
+        call.execution.workspace_bytes,
         gradient_in_forward=fused or function is fused_logprob_loss,
         separable=function is not fused_logprob_loss,
     )

@@ -1,14 +1,16 @@
 """Sequence and token log-probabilities: the primitives under every loss, differentiable, no logits kept."""
 
+from typing import Unpack
+
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from npo_kernels import reference
-from npo_kernels.call.arguments import checked
-from npo_kernels.call.checks import check_values
-from npo_kernels.call.prepare import Inputs, prepare
-from npo_kernels.ops import logprobs as ops
+from npo_kernels.call.arguments import CallOptions, checked
+from npo_kernels.call.call import Call
+from npo_kernels.call.prepare import prepare
+from npo_kernels.core.value_checks import check_values
+from npo_kernels.ops.logprobs import token_logps
 
 
 @checked
@@ -16,17 +18,7 @@ def sequence_logprobs(
     hidden: Tensor,  # (B, S, H) or (T, H)
     lm_head_weight: Tensor,  # (V, H)
     labels: Tensor,  # (B, S) or (T,)
-    *,
-    bias: Tensor | None = None,
-    shift: bool = True,
-    cu_seqlens: Tensor | None = None,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    impl: str = "auto",
-    workspace_mb: float | None = None,
-    num_rows: int | None = None,
-    process_group: "dist.ProcessGroup | None" = None,
+    **options: Unpack[CallOptions],
 ) -> tuple[Tensor, Tensor]:
     """Summed log-probability of each sequence's scored tokens, and their number.
 
@@ -64,12 +56,7 @@ def sequence_logprobs(
         ValueError, TypeError: bad input; the message says what came, what is expected and what to do. A label outside
             [0, V) raises for tensors on the CPU and gives NaN elsewhere, without a sync (`set_debug` makes it raise).
     """
-    call = prepare(
-        hidden, lm_head_weight, labels,
-        bias=bias, shift=shift, cu_seqlens=cu_seqlens, ignore_index=ignore_index, logit_scale=logit_scale,
-        softcap=softcap, impl=impl, workspace_mb=workspace_mb, num_rows=num_rows,
-        process_group=process_group,
-    )  # fmt: skip
+    call = prepare(hidden, lm_head_weight, labels, options)
     return sequence_logps(call)
 
 
@@ -78,53 +65,38 @@ def token_logprobs(
     hidden: Tensor,  # (B, S, H) or (T, H)
     lm_head_weight: Tensor,  # (V, H)
     labels: Tensor,  # (B, S) or (T,)
-    *,
-    bias: Tensor | None = None,
-    shift: bool = True,
-    cu_seqlens: Tensor | None = None,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    impl: str = "auto",
-    workspace_mb: float | None = None,
-    num_rows: int | None = None,
-    process_group: "dist.ProcessGroup | None" = None,
+    **options: Unpack[CallOptions],
 ) -> Tensor:
     """Log-probability of each scored token, (B, S) or (T,) float32, 0 where nothing is scored; differentiable.
 
     With `shift`, entry t is the log-probability of labels[t+1], so the last position of a sequence holds 0. Arguments
     and errors as in `sequence_logprobs`.
     """
-    call = prepare(
-        hidden, lm_head_weight, labels,
-        bias=bias, shift=shift, cu_seqlens=cu_seqlens, ignore_index=ignore_index, logit_scale=logit_scale,
-        softcap=softcap, impl=impl, workspace_mb=workspace_mb, num_rows=num_rows,
-        process_group=process_group,
-    )  # fmt: skip
-    if call.impl == "reference":
-        tokens = _reference_tokens(call)
-    else:
-        tokens = ops.token_logps(*call.batch_args, *call.option_args)[0]
-    return tokens.reshape(call.positions.shape)
+    call = prepare(hidden, lm_head_weight, labels, options)
+    tokens = reference_tokens(call) if call.execution.impl == "reference" else token_logps(call).tokens
+    return tokens.reshape(labels.shape)
 
 
-def sequence_logps(call: Inputs) -> tuple[Tensor, Tensor]:
+def sequence_logps(call: Call) -> tuple[Tensor, Tensor]:
     """(logps, num_tokens) of a checked call."""
-    if call.impl == "reference":
-        logps = reference.sum_by_sequence(_reference_tokens(call), call.positions.offsets)
+    if call.execution.impl == "reference":
+        logps = reference.sum_by_sequence(reference_tokens(call), call.offsets)
     else:
-        logps = ops.token_logps(*call.batch_args, *call.option_args)[1]
+        logps = token_logps(call).logps
     return logps, num_tokens(call)
 
 
-def num_tokens(call: Inputs) -> Tensor:
+def num_tokens(call: Call) -> Tensor:
     """(B,) int64 number of scored positions of each sequence."""
-    positions = call.positions
-    scored = torch.nn.functional.pad((positions.targets != call.ignore_index).cumsum(0), (1, 0))
-    return scored[positions.offsets.clamp(0, positions.targets.shape[0])].diff()
+    scored = torch.nn.functional.pad((call.targets != call.ignore_index).cumsum(0), (1, 0))
+    return scored[call.offsets.clamp(0, call.targets.shape[0])].diff()
 
 
-def _reference_tokens(call: Inputs) -> Tensor:
-    positions = call.positions
-    check_values(positions.targets, positions.offsets, call.weight.shape[0], call.ignore_index, call.num_rows)
-    return reference.token_logps(positions.hidden, call.weight, positions.targets, **call.reference_options)
+def reference_tokens(call: Call) -> Tensor:
+    """(T,) log-probabilities of the oracle."""
+    head = call.head
+    check_values(call.targets, call.offsets, head.weight.shape[0], call.ignore_index, call.num_rows)
+    return reference.token_logps(
+        call.hidden, head.weight, call.targets,
+        bias=head.bias, ignore_index=call.ignore_index, logit_scale=head.logit_scale, softcap=head.softcap,
+    )  # fmt: skip

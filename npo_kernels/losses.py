@@ -1,19 +1,21 @@
-"""The public losses: thin compositions of sequence log-probabilities and the formulas of `formulas.py`."""
+"""The public losses: sequence log-probabilities and the formulas of `npo_kernels.core.formulas` put together."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, Unpack, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from npo_kernels.call.arguments import checked
-from npo_kernels.call.checks import check_factors, check_normalizer, check_ref_logps
-from npo_kernels.call.prepare import Inputs, prepare
+from npo_kernels.call.arguments import CallOptions, LossOptions, checked
+from npo_kernels.call.call import Call
+from npo_kernels.call.checks import check_normalizer, check_ref_logps
+from npo_kernels.call.prepare import prepare
 from npo_kernels.core import formulas
+from npo_kernels.core.value_checks import check_factors
 from npo_kernels.logprobs import sequence_logps
-from npo_kernels.ops import logprobs as ops
-from npo_kernels.ops.logprob_loss import logprob_loss
+from npo_kernels.ops.logprob_loss import check_scalar, logprob_loss
+from npo_kernels.ops.ratio_loss import RatioCall, ratio_loss
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,23 @@ class LossStats:
     num_tokens: Tensor  # (B,) int64
 
 
+# fmt: off
+@overload
+def fused_npo_loss(
+    hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, *,
+    ref_logps: Tensor, beta: float = ..., return_stats: Literal[False] = ..., **options: Unpack[LossOptions],
+) -> Tensor: ...
+@overload
+def fused_npo_loss(
+    hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, *,
+    ref_logps: Tensor, beta: float = ..., return_stats: Literal[True], **options: Unpack[LossOptions],
+) -> tuple[Tensor, LossStats]: ...
+@overload
+def fused_npo_loss(
+    hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, *,
+    ref_logps: Tensor, beta: float = ..., return_stats: bool, **options: Unpack[LossOptions],
+) -> Tensor | tuple[Tensor, LossStats]: ...
+# fmt: on
 @checked
 def fused_npo_loss(
     hidden: Tensor,  # (B, S, H) or (T, H)
@@ -34,19 +53,8 @@ def fused_npo_loss(
     *,
     ref_logps: Tensor,  # (B,)
     beta: float = 0.1,
-    bias: Tensor | None = None,
-    shift: bool = True,
-    cu_seqlens: Tensor | None = None,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-    impl: str = "auto",
-    workspace_mb: float | None = None,
-    num_rows: int | None = None,
-    process_group: "dist.ProcessGroup | None" = None,
     return_stats: bool = False,
+    **options: Unpack[LossOptions],
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Negative Preference Optimization (arXiv 2404.05868, equation 3) on last hidden states; no logits are formed.
 
@@ -74,17 +82,28 @@ def fused_npo_loss(
         ValueError, TypeError: as in `sequence_logprobs`.
         NotImplementedError: when the gradient is differentiated again.
     """
-    check_normalizer(reduction, normalizer)
-    call = prepare(
-        hidden, lm_head_weight, labels,
-        bias=bias, shift=shift, cu_seqlens=cu_seqlens, ignore_index=ignore_index, logit_scale=logit_scale,
-        softcap=softcap, impl=impl, workspace_mb=workspace_mb, num_rows=num_rows,
-        process_group=process_group,
-    )  # fmt: skip
+    call = prepare(hidden, lm_head_weight, labels, options)
     check_ref_logps(ref_logps, call.num_sequences, hidden.device)
-    return _ratio_loss(call, ref_logps.detach(), beta, False, reduction, normalizer, return_stats)
+    return _ratio_loss(call, ref_logps.detach(), beta, False, options, return_stats)
 
 
+# fmt: off
+@overload
+def fused_simnpo_loss(
+    hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, *,
+    beta: float = ..., gamma: float = ..., return_stats: Literal[False] = ..., **options: Unpack[LossOptions],
+) -> Tensor: ...
+@overload
+def fused_simnpo_loss(
+    hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, *,
+    beta: float = ..., gamma: float = ..., return_stats: Literal[True], **options: Unpack[LossOptions],
+) -> tuple[Tensor, LossStats]: ...
+@overload
+def fused_simnpo_loss(
+    hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, *,
+    beta: float = ..., gamma: float = ..., return_stats: bool, **options: Unpack[LossOptions],
+) -> Tensor | tuple[Tensor, LossStats]: ...
+# fmt: on
 @checked
 def fused_simnpo_loss(
     hidden: Tensor,  # (B, S, H) or (T, H)
@@ -93,19 +112,8 @@ def fused_simnpo_loss(
     *,
     beta: float = 4.5,
     gamma: float = 0.0,
-    bias: Tensor | None = None,
-    shift: bool = True,
-    cu_seqlens: Tensor | None = None,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-    impl: str = "auto",
-    workspace_mb: float | None = None,
-    num_rows: int | None = None,
-    process_group: "dist.ProcessGroup | None" = None,
     return_stats: bool = False,
+    **options: Unpack[LossOptions],
 ) -> Tensor | tuple[Tensor, LossStats]:
     """SimNPO (arXiv 2410.07163): NPO without a reference, on the length-normalised log-probability.
 
@@ -117,15 +125,9 @@ def fused_simnpo_loss(
     with gamma inside the factor beta, as the paper's code has it. Arguments, results and errors as in
     `fused_npo_loss`, without `ref_logps`.
     """
-    check_normalizer(reduction, normalizer)
-    call = prepare(
-        hidden, lm_head_weight, labels,
-        bias=bias, shift=shift, cu_seqlens=cu_seqlens, ignore_index=ignore_index, logit_scale=logit_scale,
-        softcap=softcap, impl=impl, workspace_mb=workspace_mb, num_rows=num_rows,
-        process_group=process_group,
-    )  # fmt: skip
+    call = prepare(hidden, lm_head_weight, labels, options)
     offset = torch.full((call.num_sequences,), -float(gamma), dtype=torch.float32, device=hidden.device)
-    return _ratio_loss(call, offset, beta, True, reduction, normalizer, return_stats)
+    return _ratio_loss(call, offset, beta, True, options, return_stats)
 
 
 @checked
@@ -134,17 +136,7 @@ def fused_logprob_loss(
     lm_head_weight: Tensor,  # (V, H)
     labels: Tensor,  # (B, S) or (T,)
     loss_fn: Callable[[Tensor, Tensor], Tensor],
-    *,
-    bias: Tensor | None = None,
-    shift: bool = True,
-    cu_seqlens: Tensor | None = None,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    impl: str = "auto",
-    workspace_mb: float | None = None,
-    num_rows: int | None = None,
-    process_group: "dist.ProcessGroup | None" = None,
+    **options: Unpack[CallOptions],
 ) -> Tensor:
     """Any scalar loss of sequence log-probabilities, `loss_fn(logps, num_tokens)`, at the cost of the fused losses.
 
@@ -159,26 +151,26 @@ def fused_logprob_loss(
     uses other tensors that require grad is refused (use `sequence_logprobs` there). Inside torch.compile this is
     `sequence_logprobs` followed by `loss_fn`. Other arguments and errors as in `sequence_logprobs`.
     """
-    call = prepare(
-        hidden, lm_head_weight, labels,
-        bias=bias, shift=shift, cu_seqlens=cu_seqlens, ignore_index=ignore_index, logit_scale=logit_scale,
-        softcap=softcap, impl=impl, workspace_mb=workspace_mb, num_rows=num_rows,
-        process_group=process_group,
-    )  # fmt: skip
-    return logprob_loss(call, loss_fn)
+    call = prepare(hidden, lm_head_weight, labels, options)
+    execution = call.execution
+    if execution.impl != "reference" and execution.needs.any and not torch.compiler.is_compiling():
+        return logprob_loss(call, loss_fn)
+    loss = loss_fn(*sequence_logps(call))
+    check_scalar(loss)
+    return loss
 
 
 def _ratio_loss(
-    call: Inputs,
+    call: Call,
     offset: Tensor,  # (B,)
     beta: float,
     length_normalized: bool,
-    reduction: str,
-    normalizer: float | Tensor | None,
+    options: LossOptions,
     return_stats: bool,
 ) -> Tensor | tuple[Tensor, LossStats]:
-    beta = float(beta)
-    if call.impl == "reference" or reduction == "none":
+    beta, reduction, normalizer = float(beta), options["reduction"], options["normalizer"]
+    check_normalizer(reduction, normalizer)
+    if call.execution.impl == "reference" or reduction == "none":
         logps, counts = sequence_logps(call)
         if not torch.compiler.is_compiling():
             check_factors(offset, normalizer if isinstance(normalizer, Tensor) else None, counts)
@@ -191,15 +183,9 @@ def _ratio_loss(
             normalizer = normalizer.to(offset.device, torch.float32, non_blocking=True)
         elif normalizer is not None:  # full, not tensor: a fill on the device instead of a copy from the host
             normalizer = torch.full((), normalizer, dtype=torch.float32, device=offset.device)
-        loss, logps, counts = ops.ratio_loss(
-            *call.batch_args,
-            offset.float().contiguous(),
-            normalizer,
-            beta,
-            length_normalized,
-            reduction,
-            *call.option_args,
-        )[:3]
+        offset = offset.float().contiguous()
+        results = ratio_loss(RatioCall(call, offset, normalizer, beta, length_normalized, reduction))
+        loss, logps, counts = results.loss, results.logps, results.num_tokens
     if not return_stats:
         return loss
     logps = logps.detach()

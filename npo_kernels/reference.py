@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from npo_kernels.core.lm_head import Head
+
 
 def token_logps(
     hidden: Tensor,  # (T, H)
@@ -25,16 +27,12 @@ def token_logps(
     """
     scored = targets != ignore_index
     # before the product: 0 times a non-finite hidden state at an ignored position would be a NaN of all gradients
-    logits = F.linear(torch.where(scored.unsqueeze(-1), hidden, 0.0), lm_head_weight, bias)
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    logits = logit_scale * logits
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    x = torch.where(scored.unsqueeze(-1), hidden, 0.0)
+    logps = torch.log_softmax(logits(x, Head(lm_head_weight, bias, logit_scale, softcap)), dim=-1)
     vocab_size = lm_head_weight.shape[0]
     valid = (targets >= 0) & (targets < vocab_size)
     picked = targets.clamp(0, vocab_size - 1).unsqueeze(-1)
-    logps = torch.log_softmax(logits, dim=-1).gather(-1, picked).squeeze(-1)
+    logps = logps.gather(-1, picked).squeeze(-1)
     return torch.where(scored, torch.where(valid, logps, torch.nan), 0.0)
 
 
@@ -44,3 +42,16 @@ def sum_by_sequence(token_logps: Tensor, offsets: Tensor) -> Tensor:
     sequence = torch.bucketize(positions, offsets[1:], right=True)
     sums = torch.zeros(offsets.shape[0] - 1, dtype=token_logps.dtype, device=token_logps.device)
     return sums.index_add(0, sequence, token_logps)
+
+
+def linear_kl(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head) -> Tensor:
+    """(N,) KL(reference || model) of the next-token distributions; float64 for float64 input and float32 otherwise."""
+    logp, ref_logp = (torch.log_softmax(logits(*side), dim=-1) for side in ((x, head), (ref_x, ref_head)))
+    return (ref_logp.exp() * (ref_logp - logp)).sum(-1)
+
+
+def logits(x: Tensor, head: Head) -> Tensor:
+    """(N, V) softcap * tanh(logit_scale * (x W^T + b) / softcap), the two functions in float32 at least."""
+    z = F.linear(x, head.weight, head.bias)
+    z = head.logit_scale * (z if z.dtype == torch.float64 else z.float())
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)

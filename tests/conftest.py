@@ -65,30 +65,29 @@ def poisoned_allocations():
 def small_blocks():
     """The torch path cut into blocks that small tests have several of, ragged ones included."""
     from npo_kernels.backends import torch as torch_backend
-    from npo_kernels.core import execute as modes
-    from npo_kernels.core import matmul as products
-    from npo_kernels.ops import logprobs as ops
+    from npo_kernels.core import execute, gradients, matmul
+    from npo_kernels.ops import gradients as op_gradients
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_backend, "BLOCK_V", 64)
         patch.setattr(torch_backend, "BLOCK_N", 16)
-        patch.setattr(products, "BLOCK_K", 24)
-        patch.setattr(modes, "GRAD_SLICE", 72)
-        patch.setattr(ops, "GRAD_SLICE", 72)
+        patch.setattr(matmul, "BLOCK_K", 24)
+        for module in (execute, gradients, op_gradients):
+            patch.setattr(module, "GRAD_SLICE", 72)
         yield
 
 
 @pytest.fixture
 def plans(monkeypatch):
     """The plans made during the test, in order: what mode really ran."""
-    from npo_kernels.ops import schema as tasks
+    from npo_kernels.core import task
 
     made = []
-    make_plan = tasks.make_plan
+    make_plan = task.make_plan
 
     def spy(**sizes):
         made.append(make_plan(**sizes))
         return made[-1]
 
-    monkeypatch.setattr(tasks, "make_plan", spy)
+    monkeypatch.setattr(task, "make_plan", spy)
     return made

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from npo_kernels import fused_logprob_loss, fused_npo_loss, fused_simnpo_loss, sequence_logprobs, token_logprobs
+from npo_kernels.backends.choose import backend_of
+from npo_kernels.call.call import Call, Execution, KLCall
+from npo_kernels.core.lm_head import Head
 from npo_kernels.core.plan import GRAD_SLICE, MIB, make_plan
-from npo_kernels.ops import schema as tasks
+from npo_kernels.core.task import Needs
+from npo_kernels.ops.schema import Operator
 
 ON_GPU = os.environ.get("NPO_GPU_TESTS") == "1" and torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -165,11 +169,31 @@ def make_batch(
     return batch.packed() if layout == "packed" else batch
 
 
+def call_of(batch: Batch, impl: str, needs: Sequence[str] | None = None, num_rows: int | None = None) -> Call:
+    """The call that a public function makes of a packed batch; `needs` without tensors that require grad, if given."""
+    wanted = needs or [name for name, t in batch.tensors.items() if t.requires_grad]
+    execution = Execution(impl, 2**22, None, (), Needs(*(name in wanted for name in ("hidden", "weight", "bias"))))
+    head = Head(batch.weight, batch.bias, 0.5, 20.0)
+    return Call(batch.hidden, head, batch.labels, batch.cu_seqlens.long(), batch.ignore_index, num_rows, execution)
+
+
+def kl_call_of(batch: Batch, impl: str, needs: Sequence[str] | None = None) -> KLCall:
+    """The same of `fused_linear_kl`: the model against one of reversed hidden states."""
+    call = call_of(batch, impl, needs)
+    reference = batch.hidden.detach().flip(0), Head(batch.weight.detach(), None, 0.5, 20.0)
+    return KLCall(call.hidden, call.head, *reference, call.targets != batch.ignore_index, call.execution)
+
+
+def opcheck(operator: Operator, arguments) -> None:
+    """torch's own checks of an operator: its schema, its fake, its autograd."""
+    torch.library.opcheck(operator.op, tuple(operator.arguments.flatten(arguments)))
+
+
 def workspace_for(batch: Batch, impl: str, chunks: bool) -> float:
     """workspace_mb in which all rows fit a slab at once, or, with `chunks`, the longest sequence only."""
     counts = batch(sequence_logprobs, impl="reference")[1].tolist()
     hidden, weight = batch.hidden, batch.weight
-    backend = tasks.backend_of(impl)
+    backend = backend_of(impl)
     plan = make_plan(
         num_rows=max(counts) if chunks else sum(counts),
         host_starts=None,

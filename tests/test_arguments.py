@@ -86,7 +86,7 @@ def test_no_wrong_value_passes_and_each_is_named(function, name, impl):
         assert re.search(rf"\b{name}\b", message), message
         assert len(message) < 420, message
         where = caught.traceback[-1].path
-        assert where.name in ("arguments.py", "validation.py"), (message, where)
+        assert where.name in ("arguments.py", "checks.py", "value_checks.py"), (message, where)
 
 
 def test_a_function_with_an_argument_that_has_no_rule_is_not_made():

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from npo_kernels.core import matmul as products
+from npo_kernels.backends.choose import backend_of
 from npo_kernels.core.formulas import RatioLoss
 from npo_kernels.core.layout import DEAD_ROW
 from npo_kernels.core.lm_head import Head
+from npo_kernels.core.matmul import matmul
 from npo_kernels.core.softmax_stats import Statistics, anchor_headroom, gradient_coefficients
-from npo_kernels.ops import schema as tasks
 from tests.support import DEVICE, DTYPES, HEADS, IMPLS, name_of, relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned_allocations", "small_blocks")
@@ -22,7 +22,7 @@ FLOAT32 = 6e-7  # relative, of a float32 sum
 
 @pytest.fixture(params=IMPLS)
 def backend(request):
-    return tasks.backend_of(request.param)
+    return backend_of(request.param)
 
 
 def draw(*shape, seed=0, scale=1.0, dtype=torch.float32):
@@ -418,7 +418,7 @@ def test_products_are_summed_in_float32(dtype, accumulate):
     start = draw(7, 9, seed=2)
     expected = a.double() @ b.double() + (start.double() if accumulate else 0)
     out = start.clone() if accumulate else None
-    result = products.matmul(a, b, out=out)
+    result = matmul(a, b, out=out)
     assert result.dtype == torch.float32
     assert out is None or result is out
     assert relative_error(result, expected) < FLOAT32
@@ -434,7 +434,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_float32_products_of_kernels_are_done_as_pytorch_was_told_in_any_way(way):
     """The first way to ask, of `torch`, is an error once the last was used."""
-    precision, x = tasks.backend_of("triton").precision, torch.zeros(1, 1)
+    precision, x = backend_of("triton").precision, torch.zeros(1, 1)
     assert precision(x) == "ieee"
     try:
         WAYS[way]()

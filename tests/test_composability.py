@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from npo_kernels import explain, fused_logprob_loss, fused_npo_loss, sequence_logprobs
-from npo_kernels.core import execute as modes
+from npo_kernels.core import execute
 
 B, S, V, H = 6, 9, 150, 16
 
@@ -123,7 +123,7 @@ def test_an_exported_program_scores_other_batches_as_well(tmp_path):
 def test_selective_checkpointing_decides_about_the_operators(save, monkeypatch):
     """A policy that saves them does not run them again in the backward; one that does not, does."""
     op, runs = torch.ops.npo_kernels.ratio_loss.default, []
-    monkeypatch.setattr(modes, "value_and_gradients", counted(modes.value_and_gradients, runs))
+    monkeypatch.setattr(execute, "value_and_gradients", counted(execute.value_and_gradients, runs))
 
     def policy(ctx, operator, *args, **kwargs):
         return CheckpointPolicy.MUST_SAVE if save and operator is op else CheckpointPolicy.PREFER_RECOMPUTE

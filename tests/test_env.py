@@ -10,7 +10,7 @@ import torch
 
 import npo_kernels
 from npo_kernels import env
-from npo_kernels.call import prepare as inputs
+from npo_kernels.backends import choose
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,7 +40,7 @@ def test_json_and_text_say_the_same(capsys):
 )
 def test_auto_needs_a_gpu_and_triton(monkeypatch, cuda, triton, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(inputs, "HAS_TRITON", triton)
+    monkeypatch.setattr(choose, "HAS_TRITON", triton)
     assert env.auto_impl()[0] == expected
 
 

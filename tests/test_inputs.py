@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from npo_kernels import fused_logprob_loss, fused_npo_loss, sequence_logprobs, token_logprobs
-from npo_kernels.call import prepare as inputs
-from npo_kernels.call.prepare import resolve_impl
+from npo_kernels.backends import choose
+from npo_kernels.backends.choose import resolve_impl
 from tests.support import IMPLS, evaluate, make_batch, mixed_loss, npo, relative_error
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_allocations")
     [(True, CUDA, "triton"), (True, CPU, "torch"), (False, CUDA, "torch"), (False, CPU, "torch")],
 )
 def test_auto_is_triton_on_a_gpu_that_has_it(monkeypatch, installed, device, expected):
-    monkeypatch.setattr(inputs, "HAS_TRITON", installed)
+    monkeypatch.setattr(choose, "HAS_TRITON", installed)
     assert resolve_impl("auto", device) == expected
 
 
@@ -27,7 +27,7 @@ def test_a_name_asked_for_never_falls_back(monkeypatch):
     monkeypatch.setattr(pytest.importorskip("npo_kernels.backends.triton"), "INTERPRETED", False)
     with pytest.raises(ValueError, match=r"impl='triton' runs on a GPU, got tensors on cpu.*TRITON_INTERPRET=1"):
         resolve_impl("triton", CPU)
-    monkeypatch.setattr(inputs, "HAS_TRITON", False)
+    monkeypatch.setattr(choose, "HAS_TRITON", False)
     with pytest.raises(ValueError, match=r"impl='triton' but Triton is not installed.*impl='torch'"):
         resolve_impl("triton", CUDA)
 

@@ -14,7 +14,6 @@ V = 10
 def flat_targets(labels, cu_seqlens=None, shift=True):
     hidden = torch.zeros(*labels.shape, 1)
     positions = flatten(hidden, labels, cu_seqlens, shift, IGNORE)
-    assert positions.shape == labels.shape
     assert positions.hidden.shape == (labels.numel(), 1)
     return positions.targets.tolist(), positions.offsets.tolist()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from npo_kernels import sequence_logprobs, token_logprobs
-from npo_kernels.ops import logprobs as ops
+from npo_kernels.ops.logprobs import token_logps
 from tests import support
 from tests.support import DTYPES, IMPLS, LAYOUTS, TINY, evaluate, make_batch, name_of, npo, relative_error, user_loss
 
@@ -63,9 +63,8 @@ def test_the_operator_adds_the_gradients_of_both_of_its_results(impl, needs):
     batch = small(head="bias", layout="packed").leaves(needs)
 
     def both(scale_tokens, scale_logps):
-        fixed = (batch.labels, batch.cu_seqlens.long(), -100, 1.0, None, None, 2**20, None, (), impl)
-        flags = [name in needs for name in ("hidden", "weight", "bias")]
-        tokens, logps, *_ = ops.token_logps(batch.hidden, batch.weight, batch.bias, *fixed, *flags)
+        results = token_logps(support.call_of(batch, impl))
+        tokens, logps = results.tokens, results.logps
         loss = scale_tokens * (tokens * support.upstream(tokens.shape)).sum()
         loss = loss + scale_logps * (logps * support.upstream(logps.shape)).sum()
         return torch.autograd.grad(loss, [batch.tensors[name] for name in needs])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from npo_kernels.ops import schema as tasks
+from npo_kernels.backends.choose import backend_of
 from tests import matrix, support
 from tests.support import IMPLS, TINY, evaluate, make_batch
 
@@ -41,9 +41,7 @@ def test_logits_never_exist(impl, dtype, needs):
     leaves = make_batch(dtype, lengths=(N + 2,), prompts=(0,), H=4, V=V).leaves(needs)
     with Allocations() as made:  # the autograd.Function of a user's loss is no operator: what it does can be seen
         support.user_loss(leaves, impl=impl, workspace_mb=TINY).backward()
-    slice_bytes = (
-        N * tasks.backend_of(impl).block_v(leaves.hidden) * tasks.backend_of(impl).slab_dtype(leaves.hidden).itemsize
-    )
+    slice_bytes = N * backend_of(impl).block_v(leaves.hidden) * backend_of(impl).slab_dtype(leaves.hidden).itemsize
     assert slice_bytes <= max(made.sizes.values()) < N * V * dtype.itemsize / 1.9
 
 

@@ -13,61 +13,70 @@ from npo_kernels import (
     sequence_logprobs,
     token_logprobs,
 )
-from npo_kernels.ops import logprobs as ops
-from tests.support import DTYPES, IMPLS, evaluate, make_batch, mixed_loss, name_of, npo, relative_error
+from npo_kernels.ops.gradients import scale_gradient
+from npo_kernels.ops.linear_kl import KLLossCall, SavedKL, UpstreamKL, linear_kl, linear_kl_backward, linear_kl_loss
+from npo_kernels.ops.logprobs import SavedCall, Upstream, token_logps, token_logps_backward
+from npo_kernels.ops.ratio_loss import RatioCall, ratio_loss
+from tests.support import (
+    DTYPES,
+    IMPLS,
+    call_of,
+    evaluate,
+    kl_call_of,
+    make_batch,
+    mixed_loss,
+    name_of,
+    npo,
+    opcheck,
+    relative_error,
+)
 
 SMALL = {"lengths": (6, 1, 0, 9), "prompts": (2, 0, 0, 0), "H": 20, "V": 150}
 NEEDS = [(), ("hidden",), ("weight",), ("hidden", "weight", "bias")]
-
-
-def flat(batch, needs):
-    """The leading arguments of the operators, for a packed batch."""
-    batch = batch.leaves(needs)
-    return batch.hidden, batch.weight, batch.bias, batch.labels, batch.cu_seqlens.long()
-
-
-def flags(needs):
-    return tuple(name in needs for name in ("hidden", "weight", "bias"))
 
 
 @pytest.mark.parametrize("num_rows", [None, 15])
 @pytest.mark.parametrize("needs", NEEDS, ids=name_of)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck_token_logps(impl, needs, num_rows):
-    batch = make_batch(head="bias", layout="packed", **SMALL)
-    args = (*flat(batch, needs), -100, 0.5, 20.0, num_rows, 2**20, None, (), impl, *flags(needs))
-    torch.library.opcheck(ops.token_logps, args)
+    batch = make_batch(head="bias", layout="packed", **SMALL).leaves(needs)
+    opcheck(token_logps, call_of(batch, impl, num_rows=num_rows))
 
 
 @pytest.mark.parametrize("needs", NEEDS[1:], ids=name_of)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck_token_logps_backward(impl, needs):
-    batch = make_batch(head="bias", layout="packed", **SMALL)
-    hidden, weight, bias, targets, offsets = flat(batch, ())
-    saved = ops.token_logps(
-        hidden, weight, bias, targets, offsets, -100, 1.0, None, None, 2**20, None, (), impl, *flags(needs)
-    )[2:]
-    grads = torch.ones(hidden.shape[0]), torch.ones(offsets.shape[0] - 1)
-    args = (*grads, hidden, weight, bias, *saved, 1.0, None, 2**20, None, (), impl, *flags(needs))
-    torch.library.opcheck(ops.token_logps_backward, args)
+    call = call_of(make_batch(head="bias", layout="packed", **SMALL), impl, needs)
+    saved = SavedCall(call.hidden, call.head, token_logps(call).saved, call.execution)
+    opcheck(token_logps_backward, Upstream(torch.ones(len(call.targets)), torch.ones(call.num_sequences), saved))
 
 
 @pytest.mark.parametrize("num_rows", [None, 15])
 @pytest.mark.parametrize("needs", NEEDS, ids=name_of)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck_ratio_loss(impl, needs, num_rows):
-    batch = make_batch(torch.bfloat16, head="bias", layout="packed", **SMALL)
+    batch = make_batch(torch.bfloat16, head="bias", layout="packed", **SMALL).leaves(needs)
     normalizer = None if num_rows is None else torch.tensor(3.0)
-    args = (
-        *flat(batch, needs), batch.ref_logps, normalizer, 0.1, False, "mean",
-        -100, 0.5, 20.0, num_rows, 2**20, None, (), impl, *flags(needs),
-    )  # fmt: skip
-    torch.library.opcheck(ops.ratio_loss, args)
+    call = call_of(batch, impl, num_rows=num_rows)
+    opcheck(ratio_loss, RatioCall(call, batch.ref_logps, normalizer, 0.1, False, "mean"))
+
+
+@pytest.mark.parametrize("needs", NEEDS, ids=name_of)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_opcheck_linear_kl(impl, needs):
+    batch = make_batch(head="bias", layout="packed", **SMALL)
+    call = kl_call_of(batch.leaves(needs), impl)
+    opcheck(linear_kl_loss, KLLossCall(call, torch.tensor(0.25)))
+    opcheck(linear_kl, call)
+    if needs:
+        call = kl_call_of(batch, impl, needs)
+        saved = SavedKL(call, linear_kl(call).normalizers)
+        opcheck(linear_kl_backward, UpstreamKL(torch.ones(len(call.counted)), saved))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_opcheck_scale_gradient(dtype):
-    torch.library.opcheck(ops.scale_gradient, (torch.randn(5, 3).to(dtype), torch.rand(5), torch.tensor(0.3), dtype))
+    torch.library.opcheck(scale_gradient, (torch.randn(5, 3).to(dtype), torch.rand(5), torch.tensor(0.3), dtype))
 
 
 @pytest.mark.parametrize("shape", [(1,), (72,), (73, 5), (200, 3)], ids=str)
@@ -75,7 +84,7 @@ def test_opcheck_scale_gradient(dtype):
 def test_a_gradient_is_scaled_in_float32_and_rounded_once(small_blocks, dtype, shape):
     grad, upstream = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype), torch.tensor(-0.3)
     before = grad.clone()
-    assert torch.equal(ops.scale_gradient(grad, None, upstream, dtype), (grad.float() * upstream).to(dtype))
+    assert torch.equal(scale_gradient(grad, None, upstream, dtype), (grad.float() * upstream).to(dtype))
     assert torch.equal(grad, before)
 
 
@@ -177,9 +186,6 @@ def test_the_forward_of_a_loss_without_gradients_makes_none(impl, monkeypatch):
     """An unwanted gradient is an empty tensor, not one of zeros."""
     batch = make_batch(head="bias", layout="packed", **SMALL)
     for needs in NEEDS:
-        *_, hidden, weight, bias, _ = ops.ratio_loss(
-            *flat(batch, ()), batch.ref_logps, None, 0.1, False, "mean",
-            -100, 1.0, None, None, 2**20, None, (), impl, *flags(needs),
-        )  # fmt: skip
-        found = {"hidden": hidden, "weight": weight, "bias": bias}
+        call = call_of(batch, impl, needs)
+        found = vars(ratio_loss(RatioCall(call, batch.ref_logps, None, 0.1, False, "mean")).kept.grads)
         assert {name for name, grad in found.items() if grad.numel()} == set(needs)

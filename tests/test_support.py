@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from npo_kernels import explain, fused_npo_loss
-from npo_kernels.core import softmax_stats as rowmath
+from npo_kernels.backends.choose import backend_of
+from npo_kernels.core import softmax_stats
 from npo_kernels.core.plan import GRAD_SLICE
-from npo_kernels.ops import schema as tasks
 from tests import support
 from tests.support import DTYPES, HEADS, IMPLS, LAYOUTS, make_batch, name_of
 
@@ -22,7 +22,7 @@ def allocate_in(namespace):
 
 
 def test_unwritten_memory_of_the_library_is_nan(poisoned_allocations):
-    floats = allocate_in({"torch": torch, "__name__": rowmath.__name__})[:3]
+    floats = allocate_in({"torch": torch, "__name__": softmax_stats.__name__})[:3]
     assert all(values.isnan().all() for values in floats)
     code = "made = torch.empty(3, dtype=torch.int64)"
     namespace = {"torch": torch, "__name__": "npo_kernels.core.layout"}
@@ -39,7 +39,7 @@ def test_memory_of_others_is_left_alone(poisoned_allocations):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_an_unwritten_result_is_noticed(poisoned_allocations, monkeypatch, impl):
     """The tests of a path fail if one of its outputs is allocated and then forgotten."""
-    backend = tasks.backend_of(impl)
+    backend = backend_of(impl)
     monkeypatch.setattr(backend, "finish_hidden_grad", lambda *_: None)
     batch, needs = make_batch(), ("hidden",)
     plain, oracle = support.evaluate_plain_and_oracle(support.npo, batch, needs)

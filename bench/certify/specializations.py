@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from multiprocessing import get_context
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 
@@ -96,9 +97,8 @@ def pretend_sm_90() -> None:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from npo_kernels import linear_kl
     from npo_kernels.backends import triton as triton_backend
-    from npo_kernels.call import prepare as inputs
+    from npo_kernels.call import prepare
 
     class Driver:
         def get_current_target(self):
@@ -111,6 +111,9 @@ def pretend_sm_90() -> None:
             return 0
 
     triton.runtime.driver.set_active(Driver())
-    triton_backend.architecture = lambda device: "sm_90"
-    triton_backend.processors = lambda device: 132
-    inputs.resolve_impl = linear_kl.resolve_impl = lambda impl, device: "triton" if impl == "auto" else impl
+    for module, name, answer in (
+        (triton_backend, "architecture", lambda device: "sm_90"),
+        (triton_backend, "processors", lambda device: 132),
+        (prepare, "resolve_impl", lambda impl, device: "triton" if impl == "auto" else impl),
+    ):
+        mock.patch.object(module, name, answer).start()

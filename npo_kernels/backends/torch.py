@@ -13,12 +13,8 @@ from npo_kernels.core.formulas import RatioLoss
 from npo_kernels.core.layout import DEAD_ROW
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.matmul import matmul
-from npo_kernels.core.softmax_stats import (
-    Statistics,
-    anchor_headroom,
-    gradient_coefficients,
-    row_statistics,  # noqa: F401  (a primitive like those below)
-)
+from npo_kernels.core.softmax_stats import Statistics, anchor_headroom, gradient_coefficients
+from npo_kernels.core.softmax_stats import row_statistics as row_statistics  # a primitive like those below
 
 BLOCK_V = 8192  # columns of one block
 BLOCK_N = 256  # rows of one block when nothing has to be kept

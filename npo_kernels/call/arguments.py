@@ -1,8 +1,10 @@
-"""Each argument of a public function by itself: its type and its range, for all functions in one table.
+"""Each argument of a public function by itself: its type, its default and the rule that its value has to obey.
 
-`checked` wraps a public function. Every parameter of the function must have a rule in `RULES`, or importing the package
-fails, so that no function and no argument can be forgotten. What depends on two arguments (shapes, dtypes, devices) is
-checked by `npo_kernels.call.checks` afterwards.
+`CallOptions` declares the keywords that all losses and log-probability functions share, a line each. The functions take
+them as `**options: Unpack[CallOptions]`, which type checkers read. `checked` wraps a public function: it shows the
+whole signature to `help` and `inspect`, puts the defaults in, and checks every value. A parameter without a rule fails
+at import, so that none can be forgotten. What depends on two arguments (shapes, dtypes, devices) is checked by
+`npo_kernels.call.checks` afterwards.
 """
 
 import functools
@@ -10,14 +12,19 @@ import inspect
 import reprlib
 import sys
 from collections.abc import Callable
+from typing import Annotated, Any, ForwardRef, Literal, NamedTuple, ParamSpec, TypedDict, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
-IMPLS = ("auto", "triton", "torch", "reference")
-REDUCTIONS = ("mean", "sum", "none")
+Impl = Literal["auto", "triton", "torch", "reference"]
+Reduction = Literal["mean", "sum", "none"]
+Rule = Callable[[str, Any], None]  # (name, value) -> None, or an error
+P = ParamSpec("P")
+R = TypeVar("R")
+
 # Arguments of neighbouring libraries, and what takes their place here.
 _ELSEWHERE = {
     "attention_mask": "mask positions by setting their label to ignore_index (packed batches take cu_seqlens alone)",
@@ -41,22 +48,43 @@ FUNCTIONAL = (
 )
 
 
-def checked(function: Callable) -> Callable:
+def checked(function: Callable[P, R]) -> Callable[P, R]:
     """A public function that checks each of its arguments before it runs, and refuses those it does not have."""
-    names = tuple(inspect.signature(function).parameters)
+    signature = full_signature(function)
+    names = tuple(signature.parameters)
     missing = [name for name in names if name not in RULES]
     if missing:
-        raise NotImplementedError(f"{function.__name__}: no rule in npo_kernels.call.arguments.RULES for {missing}")
+        raise NotImplementedError(f"{function.__name__}: no rule in npo_kernels.call.arguments for {missing}")
+    defaults = {name: option.default for name, option in OPTIONS.items() if name in names}
+    takes_options = signature != inspect.signature(function)
 
     @functools.wraps(function)
-    def call(*args, **kwargs):
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
         check_each(function.__name__, names, args, kwargs)
+        if takes_options:
+            return function(*args, **{**defaults, **kwargs})
         return function(*args, **kwargs)
 
+    vars(call)["__signature__"] = signature
     return call
 
 
-def check_each(function: str, names: tuple[str, ...], args: tuple, kwargs: dict) -> None:
+def full_signature(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a function, `**options: Unpack[SomeTypedDict]` replaced by the keywords it stands for."""
+    signature = inspect.signature(function)
+    *parameters, last = signature.parameters.values()
+    if last.kind is not inspect.Parameter.VAR_KEYWORD:
+        return signature
+    (options,) = get_args(last.annotation)
+    for name, annotation in options.__annotations__.items():
+        declared, default = annotation.__origin__, annotation.__metadata__[0].default
+        if isinstance(declared, ForwardRef):  # a type that is missing where torch has no distributed package
+            declared = declared.__forward_arg__
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=declared))
+    return signature.replace(parameters=parameters)
+
+
+def check_each(function: str, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Every given argument against its rule."""
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     for name, value in given.items():
@@ -69,17 +97,17 @@ def check_each(function: str, names: tuple[str, ...], args: tuple, kwargs: dict)
             _plain_autograd(name, value)
 
 
-def _plain_autograd(name: str, value) -> None:
+def _plain_autograd(name: str, value: Any) -> None:
     """Refuse tensors of the derivatives that operators with a backward of their own do not have."""
     if not isinstance(value, Tensor):
         return
-    if forward_ad.unpack_dual(value).tangent is not None:
+    if forward_ad.unpack_dual(value).tangent is not None:  # type: ignore[no-untyped-call]
         raise NotImplementedError(FORWARD_MODE.format(name))
     if torch._C._functorch.is_gradtrackingtensor(value):
         raise NotImplementedError(FUNCTIONAL.format(name))
 
 
-def describe(value) -> str:
+def describe(value: Any) -> str:
     """What came, in a line: shape, dtype and device of a tensor, the beginning of anything else."""
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
@@ -92,7 +120,7 @@ def describe(value) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _tensor(name: str, value) -> None:
+def _tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {describe(value)}")
     if value.layout != torch.strided or value.is_quantized or value.is_nested:
@@ -101,7 +129,7 @@ def _tensor(name: str, value) -> None:
         raise TypeError(f"{name}: expected a dense torch.Tensor, got a {kind} one: convert it with .{way}")
 
 
-def _values(name: str, value) -> None:
+def _values(name: str, value: Any) -> None:
     """A tensor that is not on meta. Those that are not checked here are told by the device of `hidden`."""
     _tensor(name, value)
     if value.device.type == "meta":
@@ -111,8 +139,8 @@ def _values(name: str, value) -> None:
         )
 
 
-def _number(condition: Callable[[float], bool], expected: str, optional: bool = False) -> Callable:
-    def rule(name: str, value) -> None:
+def _number(condition: Callable[[float], bool], expected: str, optional: bool = False) -> Rule:
+    def rule(name: str, value: Any) -> None:
         if optional and value is None:
             return
         if not _is_number(value) or not (abs(value) <= sys.float_info.max and condition(value)):
@@ -122,34 +150,34 @@ def _number(condition: Callable[[float], bool], expected: str, optional: bool = 
     return rule
 
 
-def _choice(*options: str) -> Callable:
-    def rule(name: str, value) -> None:
+def _choice(*options: str) -> Rule:
+    def rule(name: str, value: Any) -> None:
         if not isinstance(value, str) or value not in options:
             raise ValueError(f"{name}: expected one of {options}, got {_short(value)}")
 
     return rule
 
 
-def _flag(name: str, value) -> None:
+def _flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {_short(value)}")
 
 
-def _ignore_index(name: str, value) -> None:
+def _ignore_index(name: str, value: Any) -> None:
     if not _is_int(value):
         raise TypeError(f"{name}: expected an int, got {_short(value)}")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name}: expected an int that int64 labels can hold, got {value}")
 
 
-def _num_rows(name: str, value) -> None:
+def _num_rows(name: str, value: Any) -> None:
     if value is None or isinstance(value, torch.SymInt):
         return
     if not _is_int(value) or not 0 <= value < 2**63:
         raise ValueError(f"{name}: expected the number of scored positions or None, got {_short(value)}")
 
 
-def _normalizer(name: str, value) -> None:
+def _normalizer(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         _number(lambda x: x > 0, "a positive number or a 0-d tensor")(name, value)
         return
@@ -160,7 +188,7 @@ def _normalizer(name: str, value) -> None:
     _constant(name, value, "count sequences under torch.no_grad()")
 
 
-def _ref_logps(name: str, value) -> None:
+def _ref_logps(name: str, value: Any) -> None:
     _tensor(name, value)
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(
@@ -178,7 +206,7 @@ def _constant(name: str, value: Tensor, way: str) -> None:
         )
 
 
-def _process_group(name: str, value) -> None:
+def _process_group(name: str, value: Any) -> None:
     if value is not None and not (dist.is_available() and isinstance(value, dist.ProcessGroup)):
         raise TypeError(
             f"{name}: expected a torch.distributed.ProcessGroup or None, got {_short(value)}; "
@@ -186,7 +214,7 @@ def _process_group(name: str, value) -> None:
         )
 
 
-def _loss_fn(name: str, value) -> None:
+def _loss_fn(name: str, value: Any) -> None:
     if not callable(value):
         raise TypeError(f"{name}: expected a function loss_fn(logps, num_tokens), got {_short(value)}")
     if torch.compiler.is_compiling():
@@ -204,48 +232,75 @@ def _loss_fn(name: str, value) -> None:
         ) from None
 
 
-def _optional(rule: Callable) -> Callable:
+def _optional(rule: Rule) -> Rule:
     return lambda name, value: None if value is None else rule(name, value)
 
 
-def _is_number(value) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | torch.SymFloat | torch.SymInt) and not isinstance(value, bool)
 
 
-def _is_int(value) -> bool:
+def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _short(value) -> str:
+def _short(value: Any) -> str:
     """What came where a number or a name was expected; the type only where the value does not show it."""
     plain = value is None or isinstance(value, bool | int | float | str | torch.SymInt | torch.SymFloat)
     return reprlib.repr(value) if plain else describe(value)
 
 
-_positive = _number(lambda x: x > 0, "a positive number")
-RULES: dict[str, Callable] = {
+# ---------------------------------------------------------------------------------------------------------------------
+# The arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Option(NamedTuple):
+    """What a keyword is when it is not given, and what it has to be when it is."""
+
+    default: Any
+    rule: Rule
+
+
+class CallOptions(TypedDict, total=False):
+    """Keywords of every loss and log-probability function; `sequence_logprobs` says what they mean."""
+
+    bias: Annotated[Tensor | None, Option(None, _optional(_tensor))]
+    shift: Annotated[bool, Option(True, _flag)]
+    cu_seqlens: Annotated[Tensor | None, Option(None, _optional(_tensor))]
+    ignore_index: Annotated[int, Option(-100, _ignore_index)]
+    logit_scale: Annotated[float, Option(1.0, _number(lambda x: x != 0, "a finite non-zero number"))]
+    softcap: Annotated[float | None, Option(None, _number(lambda x: x > 0, "a positive number", optional=True))]
+    impl: Annotated[Impl, Option("auto", _choice(*get_args(Impl)))]
+    workspace_mb: Annotated[
+        float | None, Option(None, _number(lambda x: x > 0, "a positive number of MiB", optional=True))
+    ]
+    num_rows: Annotated[int | None, Option(None, _num_rows)]
+    process_group: Annotated["dist.ProcessGroup | None", Option(None, _process_group)]
+
+
+class LossOptions(CallOptions, total=False):
+    """Those of the losses that reduce over sequences; `fused_npo_loss` says what they mean."""
+
+    reduction: Annotated[Reduction, Option("mean", _choice(*get_args(Reduction)))]
+    normalizer: Annotated[float | Tensor | None, Option(None, _optional(_normalizer))]
+
+
+OPTIONS: dict[str, Option] = {
+    name: annotation.__metadata__[0] for name, annotation in LossOptions.__annotations__.items()
+}
+RULES: dict[str, Rule] = {
     "hidden": _values,
     "lm_head_weight": _tensor,
     "labels": _tensor,
-    "bias": _optional(_tensor),
-    "cu_seqlens": _optional(_tensor),
     "ref_hidden": _values,
     "ref_lm_head_weight": _tensor,
     "ref_bias": _optional(_tensor),
     "mask": _optional(_tensor),
     "ref_logps": _ref_logps,
     "loss_fn": _loss_fn,
-    "beta": _positive,
+    "beta": _number(lambda x: x > 0, "a positive number"),
     "gamma": _number(lambda x: True, "a finite number"),
-    "logit_scale": _number(lambda x: x != 0, "a finite non-zero number"),
-    "softcap": _number(lambda x: x > 0, "a positive number", optional=True),
-    "workspace_mb": _number(lambda x: x > 0, "a positive number of MiB", optional=True),
-    "normalizer": _optional(_normalizer),
-    "num_rows": _num_rows,
-    "ignore_index": _ignore_index,
-    "shift": _flag,
     "return_stats": _flag,
-    "reduction": _choice(*REDUCTIONS),
-    "impl": _choice(*IMPLS),
-    "process_group": _process_group,
+    **{name: option.rule for name, option in OPTIONS.items()},
 }

@@ -1,14 +1,8 @@
 """What arguments have to be to each other; `npo_kernels.call.arguments` has what each has to be by itself.
 
-Every refusal says what came, what is expected and what to do.
-
-Nothing here waits for a device. What can only be known by reading values (labels, cu_seqlens, ref_logps, a normalizer
-that is a tensor) is checked where that is free (tensors on the CPU) or asked for (`set_debug(True)` or
-NPO_KERNELS_DEBUG=1); elsewhere the result is NaN.
+Every refusal says what came, what is expected and what to do. Nothing here reads values, so nothing waits for a device:
+`npo_kernels.core.value_checks` reads them where that is free.
 """
-
-import math
-import os
 
 import torch
 from torch import Tensor
@@ -17,16 +11,8 @@ from npo_kernels.call.arguments import describe
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_debug = os.environ.get("NPO_KERNELS_DEBUG", "0") not in ("", "0")
 
-
-def set_debug(enabled: bool) -> None:
-    """Check the values of labels, cu_seqlens, ref_logps and normalizer on every device, at the price of syncs."""
-    global _debug
-    _debug = bool(enabled)
-
-
-def _refuse_dtensor(name: str, value: Tensor) -> None:
+def _refuse_dtensor(name: str, value: Tensor | None) -> None:
     if type(value).__name__ == "DTensor":
         raise TypeError(
             f"{name} is a DTensor: call the loss inside the wrapped model's forward, where the parameter is a plain "
@@ -35,7 +21,14 @@ def _refuse_dtensor(name: str, value: Tensor) -> None:
         )
 
 
-def check_batch(hidden, lm_head_weight, labels, bias, cu_seqlens, impl: str) -> None:
+def check_batch(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    impl: str,
+) -> None:
     """Types, ranks, shapes, dtypes and devices of the tensors all functions share."""
     for name, value in (("hidden", hidden), ("lm_head_weight", lm_head_weight), ("labels", labels), ("bias", bias)):
         _refuse_dtensor(name, value)
@@ -98,7 +91,7 @@ def _refuse_empty_head(name: str, weight: Tensor) -> None:
         )
 
 
-def _check_cu_seqlens(cu_seqlens, hidden: Tensor) -> None:
+def _check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens: expected int32, got {describe(cu_seqlens)}; use cu_seqlens.int()")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
@@ -108,7 +101,16 @@ def _check_cu_seqlens(cu_seqlens, hidden: Tensor) -> None:
         )
 
 
-def check_kl(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, impl: str) -> None:
+def check_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    mask: Tensor | None,
+    impl: str,
+) -> None:
     """The arguments of `fused_linear_kl` together."""
     for side, x, w, b in (("", hidden, weight, bias), ("ref_", ref_hidden, ref_weight, ref_bias)):
         for name, t in ((f"{side}hidden", x), (f"{side}lm_head_weight", w), (f"{side}bias", b)):
@@ -140,58 +142,10 @@ def check_kl(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, impl:
         )
 
 
-def _readable(tensor: Tensor) -> bool:
-    """Whether reading its values is free, or asked for."""
-    return tensor.device.type == "cpu" or _debug
-
-
-def check_values(targets: Tensor, offsets: Tensor, vocab_size: int, ignore_index: int, num_rows: int | None) -> None:
-    """Labels in [0, V), offsets monotone from 0 to T, num_rows large enough. Only where reading values is free."""
-    if not _readable(targets):
-        return
-    total = targets.shape[0]
-    if offsets[0] != 0 or offsets[-1] != total or (offsets.diff() < 0).any():
-        raise ValueError(
-            f"cu_seqlens: expected a non-decreasing sequence from 0 to T={total}, got {offsets.tolist()[:16]}"
-            f"{' ...' if offsets.shape[0] > 16 else ''}"
-        )
-    scored = targets != ignore_index
-    wrong = targets[scored & ((targets < 0) | (targets >= vocab_size))]
-    if wrong.numel():
-        raise ValueError(
-            f"labels: {wrong.numel()} outside [0, {vocab_size}), the first is {wrong[0].item()}; "
-            f"expected token ids, or ignore_index={ignore_index} where nothing is scored"
-        )
-    if num_rows is not None and int(scored.sum()) > num_rows:
-        raise ValueError(
-            f"num_rows={num_rows} but {int(scored.sum())} positions are scored: expected their number, or a bound"
-        )
-
-
-def check_normalizer(reduction: str, normalizer) -> None:
+def check_normalizer(reduction: str, normalizer: float | Tensor | None) -> None:
     """It replaces a count that only one reduction has."""
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer replaces the count of reduction='mean', got reduction={reduction!r}")
-
-
-def check_factors(offset: Tensor, normalizer: Tensor | None, num_tokens: Tensor) -> None:
-    """A positive normalizer, and finite reference log-probabilities of the sequences that have a scored token.
-
-    Only where reading values is free; elsewhere `npo_kernels.core.formulas` makes the loss NaN.
-    """
-    if not _readable(offset):
-        return
-    if normalizer is not None and not 0 < normalizer.item() < math.inf:
-        raise ValueError(
-            f"normalizer: expected a positive number, got a tensor of {normalizer.item()}; "
-            "pass the number of sequences of the whole batch"
-        )
-    wrong = ((num_tokens > 0) & ~offset.isfinite()).nonzero().flatten().tolist()
-    if wrong:
-        raise ValueError(
-            f"ref_logps: expected finite log-probabilities, got {offset[wrong[0]].item()} at sequence {wrong[0]}"
-            f" ({len(wrong)} in all); compute them anew with sequence_logprobs on the reference model"
-        )
 
 
 def check_ref_logps(ref_logps: Tensor, num_sequences: int, device: torch.device) -> None:

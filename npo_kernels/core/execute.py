@@ -1,4 +1,4 @@
-"""The modes of `plan.py` as loops over the primitives of a backend (`torch_backend`, `triton_backend`).
+"""The modes of `plan.py` as loops over the primitives of a backend (`npo_kernels.core.backend`).
 
 A mode answers two questions about N rows: their log-probabilities, and, once the gradient of the loss with respect to
 them is known, dHidden, dWeight and dBias. The one object of size V it ever holds is a slab of anchored exponentials
@@ -6,67 +6,21 @@ E_iv = exp(z_iv - a_i), v != y_i, free of any loss weight: the weight of a row e
 
     dHidden_i = target_coef_i W[y_i] - row_coef_i (E W)_i        dWeight = scatter(target_coef_i x_i) - E^T (row_coef X)
 
-which is why a loss that is known only after a whole sequence costs no second pass (`rowmath.gradient_coefficients`).
+which is why a loss that is known only after a whole sequence costs no second pass
+(`softmax_stats.gradient_coefficients`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from npo_kernels.core.layout import DEAD_ROW, Rows
-from npo_kernels.core.lm_head import Head
+from npo_kernels.core.gradients import Gradients, HeadGradients
 from npo_kernels.core.matmul import matmul
 from npo_kernels.core.plan import GRAD_SLICE, Plan
 from npo_kernels.core.softmax_stats import Statistics, concatenate
-from npo_kernels.core.vocab_parallel import Shard, at_anchor
-
-
-@dataclass(frozen=True)
-class Task:
-    """One call: the batch, the head, the scored rows, and which gradients are wanted."""
-
-    hidden: Tensor  # (T, H)
-    head: Head
-    rows: Rows  # targets counted from the first column of the head
-    need_hidden: bool
-    need_weight: bool
-    need_bias: bool
-    backend: ModuleType
-    shard: Shard | None = None  # the head is this rank's part of one that a process group shares
-    # The gradients are formed before the upstream gradient is known. float16 would lose the small ones, which a loss
-    # scale is there to save: so dHidden and dBias stay in float32, and each row of dWeight has a power of two as unit.
-    upstream_later: bool = False
-
-    @property
-    def wide_dtype(self) -> torch.dtype:
-        """Of dHidden and dBias."""
-        dtype = self.hidden.dtype
-        return torch.float32 if self.upstream_later and dtype == torch.float16 else dtype
-
-    @property
-    def need_head(self) -> bool:
-        return self.need_weight or self.need_bias
-
-    def gather(self) -> Tensor:
-        """(N, H) the scored rows; filling rows are zero, whatever the position they point at holds."""
-        rows = self.rows
-        if rows.index.shape[0] == self.hidden.shape[0] and rows.host_starts is not None:
-            return self.hidden
-        x = self.hidden[rows.index]
-        return x if rows.host_starts is not None else x.masked_fill_((rows.target == DEAD_ROW).unsqueeze(1), 0)
-
-
-@dataclass
-class Gradients:
-    """Of the shapes and dtypes of the inputs, but see `Task.upstream_later`; None where not wanted."""
-
-    hidden: Tensor | None
-    weight: Tensor | None  # in units of `unit`, if there is one
-    bias: Tensor | None
-    unit: Tensor | None = None  # (V,) float32
+from npo_kernels.core.task import Task
+from npo_kernels.core.vocab_parallel import at_anchor
 
 
 def target_logits(task: Task, x: Tensor, target: Tensor) -> Tensor:
@@ -156,7 +110,7 @@ def recompute_backward(task: Task, plan: Plan, x: Tensor, stats: Statistics, coe
     """Gradients from the statistics: exponentials formed again, a vocabulary slice at a time. Three products."""
     row_coef, target_coef = coefs
     target = task.rows.target
-    product = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if task.need_hidden else None
+    product = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if task.needs.hidden else None
     head_grads = HeadGradients(task, accumulate=False)
     head_grads.take_rows(x, row_coef, target_coef, target)
     for begin, end in plan.slices:
@@ -176,7 +130,7 @@ def recompute_backward(task: Task, plan: Plan, x: Tensor, stats: Statistics, coe
 def slab_gradients(task: Task, plan: Plan, x: Tensor, weigh: Weigh) -> tuple[Statistics, Gradients]:
     """Forward and gradients in one sweep over chunks of whole sequences. Three products."""
     rows, backend, head = task.rows, task.backend, task.head
-    hidden_grad = task.hidden.new_zeros(task.hidden.shape, dtype=task.wide_dtype) if task.need_hidden else None
+    hidden_grad = task.hidden.new_zeros(task.hidden.shape, dtype=task.wide_dtype) if task.needs.hidden else None
     head_grads = HeadGradients(task, plan.accumulate)
     chunk_stats = []
     for first, last in plan.chunks:
@@ -200,83 +154,3 @@ def slab_gradients(task: Task, plan: Plan, x: Tensor, weigh: Weigh) -> tuple[Sta
             head_grads.add(slab[:, begin:end], begin, end)
         del slab  # before the next chunk's is made
     return concatenate(chunk_stats), Gradients(hidden_grad, *head_grads.result())
-
-
-def _power_of_two(value: Tensor) -> Tensor:
-    """The smallest above `value` > 0: to divide and multiply by it changes no mantissa. A quotient, which every device
-    rounds correctly; ldexp raises 2 to a power, which not every one does."""
-    return value / torch.frexp(value).mantissa
-
-
-class HeadGradients:
-    """dWeight and dBias, summed in float32 and rounded once.
-
-    With `accumulate`, or where the gradient is float32 anyway, the sum over chunks lives in a full float32 buffer.
-    Otherwise there is one set of rows, and each vocabulary slice is finished in a float32 buffer of its own width.
-    The bias is the weight of a feature that is always 1, kept 8 wide because matrix products want aligned rows.
-    """
-
-    def __init__(self, task: Task, accumulate: bool):
-        self.backend = task.backend
-        self.dtype, self.bias_dtype = task.head.weight.dtype, task.wide_dtype
-        self.in_place = accumulate or self.dtype == torch.float32
-        vocab_size, hidden_size = task.head.weight.shape
-        device = task.head.weight.device
-        make = torch.zeros if self.in_place else torch.empty
-        dtype = torch.float32 if self.in_place else self.dtype
-        self.weight = make(vocab_size, hidden_size, dtype=dtype, device=device) if task.need_weight else None
-        self.bias = make(vocab_size, 8, dtype=torch.float32, device=device) if task.need_bias else None
-        in_units = task.need_weight and task.upstream_later and self.dtype == torch.float16
-        self.row_unit = torch.empty(vocab_size, dtype=torch.float32, device=device) if in_units else None
-
-    def take_rows(self, x: Tensor, row_coef: Tensor, target_coef: Tensor, target: Tensor | None) -> None:
-        """The rows that the next calls of `add` are about; without a target no label has a term of its own."""
-        # float16 ends at 6e-8: the largest coefficient is taken out of the operand and put back in float32
-        self.unit = None
-        if self.dtype == torch.float16 and row_coef.numel():
-            largest = row_coef.abs().amax()
-            self.unit = torch.where(largest > 0, _power_of_two(largest), 1.0)
-            row_coef, target_coef = row_coef / self.unit, target_coef / self.unit
-        self.target_coef = target_coef
-        wanted = target is not None and (self.weight is not None or self.bias is not None)
-        self.targets = self.backend.group_targets(target) if wanted else None
-        self.parts = []
-        for features, grad in ((x, self.weight), (x.new_ones(x.shape[0], 8), self.bias)):
-            if grad is not None:
-                self.parts.append((features, self.backend.scale_rows(features, -row_coef), grad))
-
-    def add(self, slab: Tensor, begin: int, end: int) -> None:
-        """Take in the exponentials of the vocabulary slice [begin, end)."""
-        for features, scaled, grad in self.parts:
-            part = grad[begin:end] if self.in_place else None
-            if part is not None and self.unit is not None:
-                part /= self.unit
-            part = matmul(slab.t(), scaled, out=part)
-            if self.targets is not None:
-                self.backend.add_targets(part, features, self.target_coef, self.targets, (begin, end))
-            if self.unit is not None:
-                part *= self.unit
-            if not self.in_place:
-                if grad is self.weight:
-                    self._take_units(part, begin, end)
-                grad[begin:end] = part  # one kernel rounds and writes
-
-    def _take_units(self, part: Tensor, begin: int, end: int) -> None:
-        """Where rows of dWeight are kept in units: find those of the finished rows [begin, end), and divide by them."""
-        if self.row_unit is not None:
-            largest = torch.linalg.vector_norm(part, torch.inf, dim=1)
-            self.row_unit[begin:end] = torch.where(largest > 0, _power_of_two(largest), 1.0)
-            part /= self.row_unit[begin:end, None]
-
-    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(dWeight, dBias, unit)."""
-        weight, bias = self.weight, None
-        if weight is not None and weight.dtype != self.dtype:
-            weight = torch.empty_like(weight, dtype=self.dtype)
-            for i in range(0, weight.shape[0], GRAD_SLICE):
-                rows = slice(i, i + GRAD_SLICE)
-                self._take_units(self.weight[rows], rows.start, rows.stop)
-                weight[rows] = self.weight[rows]
-        if self.bias is not None:
-            bias = self.bias[:, 0].to(self.bias_dtype).contiguous()
-        return weight, bias, self.row_unit

@@ -24,7 +24,6 @@ class Positions:
     hidden: Tensor  # (T, H)
     targets: Tensor  # (T,) int64, ignore_index where nothing is scored
     offsets: Tensor  # (B+1,) int64
-    shape: torch.Size  # (B, S) or (T,): the shape of a per-token result
 
 
 def flatten(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> Positions:
@@ -33,15 +32,14 @@ def flatten(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bo
     With `shift`, position t is scored on labels[t+1]; the last position of a sequence is scored on nothing, so that
     no pair crosses a boundary even where a collator left the first label of a sequence in place.
     """
-    shape = labels.shape
     if cu_seqlens is None:
-        batch, length = shape
+        batch, length = labels.shape
         if shift:
             # min() keeps a batch of zero-length sequences a batch of zero-length sequences
             labels = F.pad(labels[:, 1:], (0, min(1, length)), value=ignore_index)
         offsets = torch.arange(batch + 1, device=labels.device) * length
         hidden = hidden.reshape(batch * length, hidden.shape[-1])
-        return Positions(hidden, labels.reshape(-1), offsets, shape)
+        return Positions(hidden, labels.reshape(-1), offsets)
     offsets = cu_seqlens.to(torch.int64)
     if shift:
         total = labels.shape[0]
@@ -50,7 +48,7 @@ def flatten(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bo
         boundary = boundary.index_fill(0, offsets.clamp(0, total), True)[1:]
         labels = F.pad(labels[1:], (0, min(1, total)), value=ignore_index)
         labels = labels.masked_fill(boundary, ignore_index)
-    return Positions(hidden, labels, offsets, shape)
+    return Positions(hidden, labels, offsets)
 
 
 @dataclass(frozen=True)

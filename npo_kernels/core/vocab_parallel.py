@@ -16,6 +16,7 @@ split. Anchors may differ between ranks after an overflow repair, so what is gat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,9 @@ from torch import Tensor
 
 from npo_kernels.core.layout import DEAD_ROW, ELSEWHERE, Rows
 from npo_kernels.core.softmax_stats import Statistics
+
+if TYPE_CHECKING:  # some builds of torch have no distributed package
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Shard:
 
     @property
     def process_group(self) -> "dist.ProcessGroup":
-        return dist.distributed_c10d._resolve_process_group(self.group)
+        return dist.distributed_c10d._resolve_process_group(self.group)  # type: ignore[attr-defined,arg-type]
 
     @property
     def vocab_size(self) -> int:
@@ -117,11 +121,11 @@ def local_head(
     return weight, bias, Shard(process_group.group_name, sizes)
 
 
-def _is_dtensor(value) -> bool:
+def _is_dtensor(value: Tensor | None) -> "TypeGuard[DTensor]":
     return type(value).__name__ == "DTensor"
 
 
-def _check_dtensor(name: str, value, process_group: "dist.ProcessGroup") -> None:
+def _check_dtensor(name: str, value: "DTensor", process_group: "dist.ProcessGroup") -> None:
     mesh, placements = value.device_mesh, value.placements
     if mesh.ndim != 1 or not placements[0].is_shard(0) or mesh.get_group().group_name != process_group.group_name:
         raise ValueError(

@@ -1,46 +1,43 @@
-"""`fused_logprob_loss`: the gradients of a user's loss of sequence log-probabilities, formed in the forward."""
+"""The gradients of a user's loss of sequence log-probabilities, formed in the forward.
+
+No operator: a Python function cannot be the argument of one.
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from npo_kernels.call.prepare import Inputs
-from npo_kernels.core import execute as modes
-from npo_kernels.core.execute import Statistics
-from npo_kernels.core.softmax_stats import gradient_coefficients
-from npo_kernels.logprobs import sequence_logps
-from npo_kernels.ops import logprobs as ops
-from npo_kernels.ops.schema import plan_of, task_of
+from npo_kernels.call.call import Call
+from npo_kernels.core import execute
+from npo_kernels.core.softmax_stats import Statistics, gradient_coefficients
+from npo_kernels.ops.gradients import GradientTensors, Kept, SavedGradients, kept
+from npo_kernels.ops.schema import as_written
+from npo_kernels.ops.task import task_of
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
 
-def logprob_loss(call: Inputs, loss_fn: LossFn) -> Tensor:
-    """loss_fn(logps, num_tokens) of a checked call.
-
-    A Python function cannot be the argument of an operator, so under torch.compile, and where no gradient is wanted,
-    the log-probabilities are an operator and `loss_fn` is traced after it.
-    """
-    if call.impl == "reference" or torch.compiler.is_compiling() or not any(call.needs):
-        loss = loss_fn(*sequence_logps(call))
-        _check_scalar(loss)
-        return loss
-    return _LogprobLoss.apply(call.positions.hidden, call.weight, call.bias, call, loss_fn)[0]
+def logprob_loss(call: Call, loss_fn: LossFn) -> Tensor:
+    """loss_fn(logps, num_tokens) of a checked call of which a gradient is wanted."""
+    inputs = call.hidden, call.head.weight, call.head.bias
+    loss: Tensor = LogprobLoss.apply(*inputs, call, loss_fn)[0]  # type: ignore[no-untyped-call]
+    return loss
 
 
-class _LogprobLoss(torch.autograd.Function):
-    """(loss, its gradients as `ops.kept` has them): runs the loss in the forward, where the exponentials still exist.
+class LogprobLoss(torch.autograd.Function):
+    """(loss, its gradients as `Kept`): runs the loss in the forward, where the exponentials still exist.
 
+    hidden, weight and bias are those of the call; autograd sees arguments only.
     The gradients are outputs so that they hang on the graph: who differentiates them again gets an error, not zeros.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Inputs, loss_fn: LossFn):
-        options = call.option_args[:-3]  # grad mode is off in here: what is needed the context knows
-        task = task_of(
-            hidden, weight, bias, *call.batch_args[3:], *options, *ctx.needs_input_grad[:3], upstream_later=True
-        )
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call, loss_fn: LossFn
+    ) -> tuple[Tensor, ...]:
+        task = task_of(call, upstream_later=True)
         rows, loss = task.rows, None
 
         def weigh(stats: Statistics, chunk: slice, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -49,18 +46,22 @@ class _LogprobLoss(torch.autograd.Function):
             loss, grad = _value_and_grad(loss_fn, logps, rows.num_tokens)
             return gradient_coefficients(stats, torch.cat((grad, grad.new_zeros(1)))[rows.sequence], task.head)
 
-        plan = plan_of(task, call.workspace_bytes, gradient_in_forward=True, separable=False)
-        with ops.as_written(hidden):
-            _, grads = modes.value_and_gradients(task, plan, weigh)
+        plan = task.plan(call.execution.workspace_bytes, gradient_in_forward=True, separable=False)
+        with as_written(hidden):
+            _, grads = execute.value_and_gradients(task, plan, weigh)
         ctx.set_materialize_grads(False)
-        ctx.dtype = hidden.dtype
-        saved = ops.kept(grads, hidden, weight)
+        ctx.needs, ctx.dtype = call.execution.needs, hidden.dtype
+        formed = kept(grads, hidden, call.head)
+        saved = formed.grads.hidden, formed.grads.weight, formed.grads.bias, formed.unit
         ctx.save_for_backward(*saved)
+        assert loss is not None  # a plan has a chunk at least
         return loss, *saved
 
     @staticmethod
-    def backward(ctx, upstream: Tensor, *_):
-        return *ops.kept_times(ctx.saved_tensors, upstream, ctx.needs_input_grad[:3], ctx.dtype), None, None
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        *grads, unit = ctx.saved_tensors
+        saved = SavedGradients(Kept(GradientTensors(*grads), unit), ctx.needs, ctx.dtype)
+        return *saved.times(upstream), None, None
 
 
 def _value_and_grad(loss_fn: LossFn, logps: Tensor, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +69,7 @@ def _value_and_grad(loss_fn: LossFn, logps: Tensor, num_tokens: Tensor) -> tuple
     with torch.enable_grad():
         leaf = logps.detach().requires_grad_()
         loss = loss_fn(leaf, num_tokens)
-        _check_scalar(loss)
+        check_scalar(loss)
         _check_only_leaf(loss, leaf)
         if not loss.requires_grad:  # a loss that does not depend on logps, or depends on all of them ignored
             return loss.detach(), torch.zeros_like(logps)
@@ -76,7 +77,7 @@ def _value_and_grad(loss_fn: LossFn, logps: Tensor, num_tokens: Tensor) -> tuple
     return loss.detach(), torch.zeros_like(logps) if grad is None else grad
 
 
-def _check_scalar(loss) -> None:
+def check_scalar(loss: Tensor) -> None:
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         came = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn: expected it to return a 0-d tensor, got {came}; reduce it with .mean() or .sum()")
@@ -95,9 +96,10 @@ def _check_only_leaf(loss: Tensor, leaf: Tensor) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if getattr(node, "variable", leaf) is not leaf:
+        variable: Tensor = getattr(node, "variable", leaf)
+        if variable is not leaf:
             raise ValueError(
-                f"loss_fn uses a tensor {tuple(node.variable.shape)} that requires grad besides logps: its gradient "
+                f"loss_fn uses a tensor {tuple(variable.shape)} that requires grad besides logps: its gradient "
                 "would be lost here; detach it, or apply the loss to the result of sequence_logprobs"
             )
         pending += [parent for parent, _ in node.next_functions]

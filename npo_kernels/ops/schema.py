@@ -1,76 +1,145 @@
-"""From the flat arguments of an operator to the task they describe, its backend and its plan."""
+"""Operators whose arguments and results are dataclasses.
 
-from collections.abc import Sequence
-from dataclasses import replace
-from types import ModuleType
+torch wants flat lists of tensors and numbers from an operator, and the same list again from its fake, from the setup of
+its autograd and from its backward. Here the list is read from a dataclass: its fields in order, those of a nested
+dataclass in their place. So an argument is declared once, and nobody counts positions.
+"""
 
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from types import GenericAlias
+from typing import Any, Generic, TypeVar, get_type_hints
+
+import torch
 from torch import Tensor
 
-from npo_kernels.backends import torch as torch_backend
-from npo_kernels.call.checks import check_values
-from npo_kernels.core.execute import Task
-from npo_kernels.core.layout import compact
-from npo_kernels.core.lm_head import Head
-from npo_kernels.core.plan import Plan, make_plan
-from npo_kernels.core.vocab_parallel import Shard, clip
+Record = TypeVar("Record")
+Arguments = TypeVar("Arguments")
+Results = TypeVar("Results")
+Saved = TypeVar("Saved")
+
+SECOND_DERIVATIVE = (
+    "npo_kernels has no second derivatives: the kernels form first gradients only. Use impl='reference' where "
+    "create_graph=True is needed, or detach the loss from the part that is differentiated twice"
+)
 
 
-def backend_of(impl: str) -> ModuleType:
-    """The module of a resolved impl. Triton is imported here and only here."""
-    if impl == "torch":
-        return torch_backend
-    from npo_kernels.backends import triton as triton_backend
+class Schema(Generic[Record]):
+    """The flat list that stands for a dataclass."""
 
-    return triton_backend
+    def __init__(self, record: type[Record]):
+        hints = get_type_hints(record)
+        self.record = record
+        self.fields: list[tuple[str, Schema[Any] | None]] = []  # a nested dataclass has a schema of its own
+        self.leaves: dict[str, Any] = {}  # dotted name -> annotation
+        for field in fields(record):  # type: ignore[arg-type]
+            annotation = hints[field.name]
+            nested: Schema[Any] | None = (
+                Schema(annotation) if is_dataclass(annotation) else None  # type: ignore[arg-type]
+            )
+            self.fields.append((field.name, nested))
+            leaves = {"": annotation} if nested is None else {f".{name}": a for name, a in nested.leaves.items()}
+            self.leaves |= {field.name + name: a for name, a in leaves.items()}
 
+    def flatten(self, record: Record) -> list[Any]:
+        """The values of a record."""
+        flat = []
+        for name, nested in self.fields:
+            value = getattr(record, name)
+            flat += [value] if nested is None else nested.flatten(value)
+        return flat
 
-def shard_of(group: str | None, sizes: Sequence[int]) -> Shard | None:
-    """The arguments of an operator as what they stand for; no group: the whole head is here."""
-    return None if group is None else Shard(group, tuple(sizes))
-
-
-def task_of(
-    hidden: Tensor,  # (T, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    targets: Tensor,  # (T,) int64
-    offsets: Tensor,  # (B+1,) int64
-    ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
-    num_rows: int | None,
-    workspace_bytes: int,
-    group: str | None,
-    sizes: Sequence[int],
-    impl: str,
-    *needs: bool,
-    upstream_later: bool = False,
-) -> Task:
-    """The call that the arguments of an operator describe, its values checked and its rows compacted."""
-    shard = shard_of(group, sizes)
-    vocab_size = weight.shape[0] if shard is None else shard.vocab_size
-    check_values(targets, offsets, vocab_size, ignore_index, num_rows)
-    rows = compact(targets, offsets, vocab_size, ignore_index, num_rows)
-    if shard is not None:
-        rows = shard.localize(rows)
-    return Task(hidden, Head(weight, bias, logit_scale, softcap), rows, *needs, backend_of(impl), shard, upstream_later)
+    def build(self, flat: Sequence[Any]) -> Record:
+        """The record of such values."""
+        values, i = [], 0
+        for _, nested in self.fields:
+            width = 1 if nested is None else len(nested.leaves)
+            values.append(flat[i] if nested is None else nested.build(flat[i : i + width]))
+            i += width
+        return self.record(*values)
 
 
-def plan_of(task: Task, limit: int, gradient_in_forward: bool, separable: bool = True) -> Plan:
-    """`make_plan` with the sizes of a task; the ranks of a shared head agree on the plan of the largest part."""
-    vocab_size = task.head.weight.shape[0]
-    plan = make_plan(
-        num_rows=task.rows.index.shape[0],
-        host_starts=task.rows.host_starts,
-        hidden_size=task.hidden.shape[1],
-        vocab_size=vocab_size if task.shard is None else max(task.shard.sizes),
-        weight_itemsize=task.head.weight.itemsize,
-        slab_itemsize=task.backend.slab_dtype(task.hidden).itemsize,
-        block_v=task.backend.block_v(task.hidden),
-        need_hidden=task.need_hidden,
-        need_head=task.need_head,
-        gradient_in_forward=gradient_in_forward,
-        limit=limit,
-        separable=separable,
-    )
-    return plan if task.shard is None else replace(plan, slices=clip(plan.slices, vocab_size))
+class Operator(Generic[Arguments, Results]):
+    """A custom operator of torch, npo_kernels::<name>, made of a function from a dataclass to a dataclass of tensors.
+
+    Functional: no state, no mutation, no result that is a view of an argument or of another result.
+    """
+
+    def __init__(self, name: str, run: Callable[[Arguments], Results]):
+        arguments, results = get_type_hints(run).values()
+        self.arguments: Schema[Arguments] = Schema(arguments)
+        self.results: Schema[Results] = Schema(results)
+
+        def run_flat(*flat: Any) -> tuple[Tensor, ...]:
+            with as_written(flat[0]):
+                return tuple(self.results.flatten(run(self.arguments.build(flat))))
+
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [
+            inspect.Parameter(name.replace(".", "_"), kind, annotation=annotation)
+            for name, annotation in self.arguments.leaves.items()
+        ]
+        returns = GenericAlias(tuple, tuple(self.results.leaves.values()))
+        vars(run_flat)["__signature__"] = inspect.Signature(parameters, return_annotation=returns)  # torch reads it
+        self.op = torch.library.custom_op(f"npo_kernels::{name}", run_flat, mutates_args=())
+
+    def __call__(self, arguments: Arguments) -> Results:
+        return self.results.build(self.op(*self.arguments.flatten(arguments)))
+
+    def register_fake(self, fake: Callable[[Arguments], Results]) -> None:
+        """The shapes and dtypes of the results, for tensors without values."""
+
+        @self.op.register_fake
+        def _(*flat: Any) -> tuple[Tensor, ...]:
+            return tuple(self.results.flatten(fake(self.arguments.build(flat))))
+
+    def register_backward(
+        self,
+        save: Callable[[Arguments, Results], Saved],
+        backward: Callable[[Saved, Results], Sequence[Tensor | None]],
+        of: Sequence[str],
+    ) -> None:
+        """`save` says what the backward needs. `backward(saved, upstream gradients of the results)`, None for a result
+        without one, gives the gradients of the arguments with the dotted names `of`.
+        """
+        saved: Schema[Saved] = Schema(next(iter(get_type_hints(backward).values())))
+        unknown = set(of) - set(self.arguments.leaves)
+        assert not unknown, unknown
+
+        def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            ctx.set_materialize_grads(False)  # no zeros of the size of dWeight for results nobody differentiates
+            flat = saved.flatten(save(self.arguments.build(inputs), self.results.build(output)))
+            ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in flat))
+            ctx.constants = [None if isinstance(value, Tensor) else value for value in flat]
+
+        def run_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+            flat = [c if t is None else t for t, c in zip(ctx.saved_tensors, ctx.constants, strict=True)]
+            grads = dict(zip(of, backward(saved.build(flat), self.results.build(upstream)), strict=True))
+            return tuple(grads.get(name) for name in self.arguments.leaves)
+
+        self.op.register_autograd(run_backward, setup_context=setup)
+
+    def refuse_second_derivative(self) -> None:
+        """Of an operator that forms gradients: an error, instead of zeros."""
+        self.op.register_autograd(no_second_derivative)
+
+
+def operator(name: str) -> Callable[[Callable[[Arguments], Results]], Operator[Arguments, Results]]:
+    """Decorate a function to make it an `Operator`."""
+    return lambda run: Operator(name, run)
+
+
+@contextmanager
+def as_written(tensor: Tensor) -> Iterator[None]:
+    """No autocast: it has done its work on the inputs, and here it would round the float32 sums. And the device of the
+    tensor is the current one, on which Triton launches.
+    """
+    with torch.autocast(tensor.device.type, enabled=False), torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]
+        yield
+
+
+def no_second_derivative(ctx: Any, *_: Any) -> None:
+    """The backward of operators that form gradients."""
+    raise NotImplementedError(SECOND_DERIVATIVE)

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from npo_kernels import fused_linear_kl, fused_npo_loss, sequence_logprobs, token_logprobs
-from npo_kernels.linear_kl import linear_kl, linear_kl_backward, linear_kl_loss
-from npo_kernels.ops import logprobs as ops
+from npo_kernels.ops.linear_kl import KLLossCall, SavedKL, UpstreamKL, linear_kl, linear_kl_backward, linear_kl_loss
+from npo_kernels.ops.logprobs import SavedCall, Upstream, token_logps, token_logps_backward
+from npo_kernels.ops.ratio_loss import RatioCall, ratio_loss
 from tests import support
 from tests.gpu.test_correctness import SHAPE
-from tests.support import DTYPES, make_batch, name_of
+from tests.support import DTYPES, call_of, kl_call_of, make_batch, name_of, opcheck
 from tests.test_canaries import NEEDS, WORKSPACES, check
 
 SMALL = {"lengths": (40, 1, 0, 33), "prompts": (2, 0, 0, 0), "H": 72, "V": 1500}
@@ -17,31 +18,20 @@ SMALL = {"lengths": (40, 1, 0, 33), "prompts": (2, 0, 0, 0), "H": 72, "V": 1500}
 @pytest.mark.parametrize("num_rows", [None, 90])
 @pytest.mark.parametrize("needs", NEEDS, ids=name_of)
 def test_fakes_have_the_shapes_strides_and_dtypes_of_the_outputs(needs, num_rows):
-    batch = make_batch(torch.bfloat16, "bias", "packed", **SMALL).leaves(needs)
-    tensors = batch.hidden, batch.weight, batch.bias
-    targets, offsets = batch.labels, batch.cu_seqlens.long()
-    wanted = tuple(name in needs for name in ("hidden", "weight", "bias"))
+    batch = make_batch(torch.bfloat16, "bias", "packed", **SMALL)
+    call, kl_call = call_of(batch.leaves(needs), "triton", num_rows=num_rows), kl_call_of(batch.leaves(needs), "triton")
     normalizer = None if num_rows is None else torch.tensor(3.0, device="cuda")
-    options = (-100, 0.5, 20.0, num_rows, 2**22, None, (), "triton", *wanted)
-    torch.library.opcheck(ops.token_logps, (*tensors, targets, offsets, *options))
-    ratio = (batch.ref_logps, normalizer, 0.1, False, "mean")
-    torch.library.opcheck(ops.ratio_loss, (*tensors, targets, offsets, *ratio, *options))
-    counted = targets != -100
-    reference = batch.hidden.detach().flip(0), batch.weight.detach(), None
-    scale, kl_options = torch.tensor(0.25, device="cuda"), (0.5, 20.0, 2**22, "triton", *wanted)
-    torch.library.opcheck(linear_kl_loss, (*tensors, *reference, counted, scale, *kl_options))
-    torch.library.opcheck(linear_kl, (*tensors, *reference, counted, *kl_options))
+    opcheck(token_logps, call)
+    opcheck(ratio_loss, RatioCall(call, batch.ref_logps, normalizer, 0.1, False, "mean"))
+    opcheck(linear_kl_loss, KLLossCall(kl_call, torch.tensor(0.25, device="cuda")))
+    opcheck(linear_kl, kl_call)
     if not needs:
         return
-    with torch.no_grad():
-        saved = ops.token_logps(*tensors, targets, offsets, *options)[2:]
-        lses = linear_kl(*tensors, *reference, counted, *kl_options)[1]
-    upstream = torch.ones(len(targets), device="cuda"), torch.ones(len(offsets) - 1, device="cuda")
-    detached = [t.detach() for t in tensors]
-    torch.library.opcheck(
-        ops.token_logps_backward, (*upstream, *detached, *saved, 0.5, 20.0, 2**22, None, (), "triton", *wanted)
-    )
-    torch.library.opcheck(linear_kl_backward, (upstream[0], *detached, *reference, counted, lses, *kl_options))
+    call, kl_call = call_of(batch, "triton", needs, num_rows=num_rows), kl_call_of(batch, "triton", needs)
+    tokens, sequences = (torch.ones(n, device="cuda") for n in (len(call.targets), call.num_sequences))
+    saved = SavedCall(call.hidden, call.head, token_logps(call).saved, call.execution)
+    opcheck(token_logps_backward, Upstream(tokens, sequences, saved))
+    opcheck(linear_kl_backward, UpstreamKL(tokens, SavedKL(kl_call, linear_kl(kl_call).normalizers)))
 
 
 @pytest.mark.parametrize("workspace_mb", WORKSPACES, ids=["default", "tiny"])

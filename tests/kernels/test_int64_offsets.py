@@ -9,8 +9,8 @@ import mmap
 import pytest
 import torch
 
+from npo_kernels.backends.choose import backend_of
 from npo_kernels.core.lm_head import Head
-from npo_kernels.ops import schema as tasks
 from tests.kernels import launch
 from tests.support import ON_GPU
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(ON_GPU, reason="lazily committed memory is the C
 
 STRIDE = 2**30 + 64  # row 2 begins beyond 2^31 elements: row * stride does not fit 32 bits, the stride does
 TARGET = torch.tensor([2, 0, 1])
-BACKEND = tasks.backend_of("triton")
+BACKEND = backend_of("triton")
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from csrc_triton.tiles import TILES
+from npo_kernels.backends.choose import backend_of
 from npo_kernels.core.lm_head import Head
-from npo_kernels.ops import schema as tasks
 from tests import matrix
 from tests.kernels import launch
 from tests.kernels.launch import TILE, Outputs
@@ -15,7 +15,7 @@ from tests.support import DEVICE, DTYPES, HEADS, ON_GPU, name_of, relative_error
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="the interpreter's tile; tests/gpu has the tiles of GPUs")
 
-BACKEND = tasks.backend_of("triton")
+BACKEND = backend_of("triton")
 LOOPS = ("serial", "flat")  # interpreted, "specialized" is "flat"
 # N, H, V: one tile and less; several of everything, ragged; H that block_h divides; a last split of one tile
 SHAPES = [(1, 8, 5), (35, 40, 300), (16, 64, 128), (50, 72, 257)]

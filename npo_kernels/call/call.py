@@ -1,0 +1,59 @@
+"""The one description of a call: what the operators take, whatever the caller wrote.
+
+The operators of torch take flat lists of tensors and numbers. `npo_kernels.ops.schema` reads those lists from the
+dataclasses here: a field added here is an argument of every operator that takes the dataclass, of its fake and of its
+backward.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from npo_kernels.core.lm_head import Head
+from npo_kernels.core.task import Needs
+from npo_kernels.core.vocab_parallel import Shard
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a call runs: the backend, the memory, the ranks that share the head, and which gradients are formed."""
+
+    impl: str  # "torch" | "triton", or "reference", which no operator sees
+    workspace_bytes: int
+    group: str | None  # name of the process group whose ranks share the head; None: the whole head is here
+    sizes: Sequence[int]  # vocabulary entries of each rank
+    needs: Needs
+
+    @property
+    def shard(self) -> Shard | None:
+        return None if self.group is None else Shard(self.group, tuple(self.sizes))
+
+
+@dataclass(frozen=True)
+class Call:
+    """A batch of sequences, flattened and shifted, and a head: log-probabilities of labels and losses of them."""
+
+    hidden: Tensor  # (T, H)
+    head: Head
+    targets: Tensor  # (T,) int64, ignore_index where nothing is scored
+    offsets: Tensor  # (B+1,) int64: sequence s owns the positions offsets[s] to offsets[s+1]
+    ignore_index: int
+    num_rows: int | None  # scored positions, or a bound above their number, if the caller knows
+    execution: Execution
+
+    @property
+    def num_sequences(self) -> int:
+        return self.offsets.shape[0] - 1
+
+
+@dataclass(frozen=True)
+class KLCall:
+    """Positions of a model and of a reference, each with its head."""
+
+    hidden: Tensor  # (T, H)
+    head: Head
+    ref_hidden: Tensor  # (T, H_ref)
+    ref_head: Head
+    counted: Tensor  # (T,) bool
+    execution: Execution

@@ -1,0 +1,135 @@
+"""What the modes need of a backend: every primitive, with its shapes, its dtypes and the PyTorch that it stands for.
+
+`npo_kernels.backends` has two modules that are such a backend. The Protocol lives with its user, so that nothing in
+`core` imports a backend.
+
+Below, n rows are some of the scored rows, x holds their hidden states (n, H) in the dtype of the head, and
+
+    z = logits = softcap * tanh(logit_scale * (x @ weight.T + bias) / softcap)          # (n, V) float32, never kept
+    slope = 1 - (z / softcap) ** 2                                                      # 1 without a softcap
+
+Vectors of n, sums and products are float32. An empty n is allowed everywhere.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from npo_kernels.core.formulas import RatioLoss
+from npo_kernels.core.lm_head import Head
+from npo_kernels.core.softmax_stats import Statistics
+
+
+class Backend(Protocol):
+    """A module with these functions."""
+
+    def block_v(self, x: Tensor) -> int:
+        """Columns of one partial sum. Vocabulary slices begin at multiples of it."""
+
+    def slab_dtype(self, x: Tensor) -> torch.dtype:
+        """What stored exponentials have: a dtype whose products sum in float32 on the device of x."""
+
+    def target_logits(self, x: Tensor, head: Head, target: Tensor) -> Tensor:
+        """(n,) z[i, target_i]; NaN where target_i == V, any number where it is below 0.
+
+        z.gather(1, target[:, None])[:, 0]
+        """
+
+    def exp_logits(
+        self,
+        x: Tensor,
+        head: Head,  # of the whole vocabulary
+        target: Tensor,  # (n,)
+        anchor: Tensor,  # (n,)
+        columns: tuple[int, int],  # the vocabulary slice [begin, end), begin a multiple of block_v
+        store: bool,
+        reanchor: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """(slab (n, end - begin) in slab_dtype if stored, partial sums (blocks, n), anchor (n,) that it ended with).
+
+            e = exp(z - anchor[:, None]).scatter(1, target[:, None], 0)[:, begin:end]
+            slab, sums = e * slope, [block.sum(1) for block in e.split(block_v, 1)]
+
+        Where a logit exceeds the anchor of its row by more than `softmax_stats.anchor_headroom`, the anchor is raised,
+        and everything is at the raised one. With reanchor=False the anchor is known to be high enough, and the sums
+        may be None.
+        """
+
+    def partial_sums(self, x: Tensor, head: Head, target: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+        """(partial sums (blocks, n), anchor (n,)) of `exp_logits` over all columns, nothing stored."""
+
+    def resum(self, x: Tensor, head: Head, target: Tensor, anchor: Tensor, raised: Tensor, parts: Tensor) -> None:
+        """Overwrite in `parts` (blocks, n) the partial sums of the rows in `raised` (n,) bool by those at `anchor`."""
+
+    def row_statistics(self, parts: Tensor, anchor: Tensor, target_logit: Tensor) -> Statistics:
+        """`softmax_stats.row_statistics` of the partial sums (blocks, n)."""
+
+    def softmax_sums(self, x: Tensor, head: Head, beside: Tensor) -> tuple[Tensor, Tensor]:
+        """(maxima, sums of the exponentials below them), (blocks, n) each, over all columns.
+
+            maximum, total = block.amax(1), exp(block - block.amax(1, keepdim=True)).sum(1)     # block of z
+
+        `beside` are the rows of the other model: the logits have the bits that `kl_logits` forms of both.
+        """
+
+    def kl_logits(
+        self,
+        x: Tensor,
+        head: Head,  # of the whole vocabulary, as is ref_head
+        ref_x: Tensor,  # (n, H_ref)
+        ref_head: Head,
+        normalizers: tuple[Tensor, ...],  # `softmax_stats.Normalizers.vectors`
+        columns: tuple[int, int],
+        store: bool,
+    ) -> tuple[Tensor | None, Tensor]:
+        """(slab (n, end - begin) in slab_dtype if stored, partial sums (blocks, n)).
+
+        p, q = softmax(z), softmax(ref_z)
+        slab, sums = ((p - q) * slope)[:, begin:end], q * log(q / p) + p - q, summed over each block
+        """
+
+    def scale_rows(self, x: Tensor, scale: Tensor) -> Tensor:
+        """(n, H) scale[:, None] * x, rounded once to slab_dtype; a row of scale 0 is 0, whatever x holds."""
+
+    def finish_hidden_grad(
+        self,
+        product: Tensor,  # (n, H) float32: slab @ weight
+        row_coef: Tensor,  # (n,)
+        target_coef: Tensor,  # (n,)
+        head: Head,
+        target: Tensor,  # (n,)
+        index: Tensor,  # (n,) rows of `out`
+        out: Tensor,  # (T, H)
+    ) -> None:
+        """out[index] = target_coef[:, None] * weight[target] - row_coef[:, None] * product, rounded once.
+
+        A target below 0 has no term of its own, and a filling row (`layout.DEAD_ROW`) writes nothing.
+        """
+
+    def group_targets(self, target: Tensor) -> Any:
+        """What `add_targets` of the same backend wants to know of the targets (n,); once for all slices."""
+
+    def add_targets(self, grad: Tensor, x: Tensor, coef: Tensor, targets: Any, columns: tuple[int, int]) -> None:
+        """grad (end - begin, H) float32 += the terms of the targets in [begin, end).
+
+        grad.index_add_(0, target - begin, coef[:, None] * x)
+        """
+
+    def sequence_sums(self, values: Tensor, sequence: Tensor, starts: Tensor) -> Tensor:
+        """(B,) sums of values (n,) over the rows starts[s] to starts[s+1]; filling rows belong to no sequence."""
+
+    def ratio_epilogue(
+        self,
+        stats: Statistics,
+        sequence: Tensor,  # (n,) sequence of each row, counted from the first of the chunk
+        starts: Tensor,  # (B+1,) first row of each sequence, counted from the first of the chunk
+        ratio: RatioLoss,  # of the sequences of the chunk
+        head: Head,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(logps (B,), losses (B,), row_coef (n,), target_coef (n,)): from rows to sequences, the loss, and back.
+
+        logps = sequence_sums(stats.logp, sequence, starts)
+        losses, grad = ratio.value_and_grad(logps)
+        row_coef, target_coef = softmax_stats.gradient_coefficients(stats, grad[sequence], head)
+        """

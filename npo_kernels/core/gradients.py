@@ -1,0 +1,100 @@
+"""dWeight and dBias: summed in float32 over slabs and slices, rounded once."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from npo_kernels.core.matmul import matmul
+from npo_kernels.core.plan import GRAD_SLICE
+from npo_kernels.core.task import Task
+
+
+@dataclass
+class Gradients:
+    """Of the shapes and dtypes of the inputs, but see `Task.upstream_later`; None where not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None  # in units of `unit`, if there is one
+    bias: Tensor | None
+    unit: Tensor | None = None  # (V,) float32
+
+
+def _power_of_two(value: Tensor) -> Tensor:
+    """The smallest above `value` > 0: to divide and multiply by it changes no mantissa. A quotient, which every device
+    rounds correctly; ldexp raises 2 to a power, which not every one does."""
+    return value / torch.frexp(value).mantissa
+
+
+class HeadGradients:
+    """dWeight and dBias, summed in float32 and rounded once.
+
+    With `accumulate`, or where the gradient is float32 anyway, the sum over chunks lives in a full float32 buffer.
+    Otherwise there is one set of rows, and each vocabulary slice is finished in a float32 buffer of its own width.
+    The bias is the weight of a feature that is always 1, kept 8 wide because matrix products want aligned rows.
+    """
+
+    def __init__(self, task: Task, accumulate: bool):
+        self.backend = task.backend
+        self.dtype, self.bias_dtype = task.head.weight.dtype, task.wide_dtype
+        self.in_place = accumulate or self.dtype == torch.float32
+        vocab_size, hidden_size = task.head.weight.shape
+        device = task.head.weight.device
+        make = torch.zeros if self.in_place else torch.empty
+        dtype = torch.float32 if self.in_place else self.dtype
+        self.weight = make(vocab_size, hidden_size, dtype=dtype, device=device) if task.needs.weight else None
+        self.bias = make(vocab_size, 8, dtype=torch.float32, device=device) if task.needs.bias else None
+        in_units = task.needs.weight and task.upstream_later and self.dtype == torch.float16
+        self.row_unit = torch.empty(vocab_size, dtype=torch.float32, device=device) if in_units else None
+
+    def take_rows(self, x: Tensor, row_coef: Tensor, target_coef: Tensor, target: Tensor | None) -> None:
+        """The rows that the next calls of `add` are about; without a target no label has a term of its own."""
+        # float16 ends at 6e-8: the largest coefficient is taken out of the operand and put back in float32
+        self.unit = None
+        if self.dtype == torch.float16 and row_coef.numel():
+            largest = row_coef.abs().amax()
+            self.unit = torch.where(largest > 0, _power_of_two(largest), 1.0)
+            row_coef, target_coef = row_coef / self.unit, target_coef / self.unit
+        self.target_coef = target_coef
+        wanted = self.weight is not None or self.bias is not None
+        self.targets = self.backend.group_targets(target) if wanted and target is not None else None
+        self.parts = []
+        for features, grad in ((x, self.weight), (x.new_ones(x.shape[0], 8), self.bias)):
+            if grad is not None:
+                self.parts.append((features, self.backend.scale_rows(features, -row_coef), grad))
+
+    def add(self, slab: Tensor, begin: int, end: int) -> None:
+        """Take in the exponentials of the vocabulary slice [begin, end)."""
+        for features, scaled, grad in self.parts:
+            part = grad[begin:end] if self.in_place else None
+            if part is not None and self.unit is not None:
+                part /= self.unit
+            part = matmul(slab.t(), scaled, out=part)
+            if self.targets is not None:
+                self.backend.add_targets(part, features, self.target_coef, self.targets, (begin, end))
+            if self.unit is not None:
+                part *= self.unit
+            if not self.in_place:
+                if grad is self.weight:
+                    self._take_units(part, begin, end)
+                grad[begin:end] = part  # one kernel rounds and writes
+
+    def _take_units(self, part: Tensor, begin: int, end: int) -> None:
+        """Where rows of dWeight are kept in units: find those of the finished rows [begin, end), and divide by them."""
+        if self.row_unit is not None:
+            largest = torch.linalg.vector_norm(part, torch.inf, dim=1)
+            self.row_unit[begin:end] = torch.where(largest > 0, _power_of_two(largest), 1.0)
+            part /= self.row_unit[begin:end, None]
+
+    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dWeight, dBias, unit)."""
+        weight, bias = self.weight, None
+        if self.weight is not None and self.weight.dtype != self.dtype:
+            weight = torch.empty_like(self.weight, dtype=self.dtype)
+            for i in range(0, weight.shape[0], GRAD_SLICE):
+                rows = slice(i, i + GRAD_SLICE)
+                self._take_units(self.weight[rows], rows.start, rows.stop)
+                weight[rows] = self.weight[rows]
+        if self.bias is not None:
+            bias = self.bias[:, 0].to(self.bias_dtype).contiguous()
+        return weight, bias, self.row_unit

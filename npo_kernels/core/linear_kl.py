@@ -1,0 +1,70 @@
+"""KL(reference || model) of two heads on two hidden states, neither set of logits kept.
+
+    KL_i = sum_v q_iv (log q_iv - log p_iv),   p = softmax(z), q = softmax(z_ref)
+    dKL_i / dz_iv = p_iv - q_iv
+
+The normalizers of both softmaxes come first (one product each); a second sweep over the vocabulary, a slice at a time,
+forms the sum and p - q from the difference of the log-probabilities, which keeps their relative precision where the
+models agree and at logits of any size (`csrc_triton.linear_kl`), and takes the gradients there.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from npo_kernels.core.execute import finish_hidden_grad
+from npo_kernels.core.gradients import Gradients, HeadGradients
+from npo_kernels.core.lm_head import Head
+from npo_kernels.core.matmul import matmul
+from npo_kernels.core.softmax_stats import Normalizers, merge_sums
+from npo_kernels.core.task import Task
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The counted positions of both models."""
+
+    task: Task  # of the model
+    x: Tensor  # (N, H)
+    ref_x: Tensor  # (N, H_ref)
+    ref_head: Head
+
+    def normalizers(self) -> Normalizers:
+        """Of both softmaxes. Two products."""
+        backend = self.task.backend
+        model = merge_sums(*backend.softmax_sums(self.x, self.task.head, self.ref_x))
+        return Normalizers(*model, *merge_sums(*backend.softmax_sums(self.ref_x, self.ref_head, self.x)))
+
+    def sweep(self, normalizers: Normalizers, row_weight: Tensor | None, limit: int) -> tuple[Tensor, Gradients]:
+        """KL of each row (N,), and the gradients of sum_i row_weight_i KL_i. Two products, and one a gradient."""
+        task = self.task
+        head, target = task.head, task.rows.target
+        plan = task.plan(limit, gradient_in_forward=False)
+        product = torch.zeros(self.x.shape, dtype=torch.float32, device=self.x.device) if task.needs.hidden else None
+        head_grads = HeadGradients(task, accumulate=False)
+        if row_weight is not None:
+            coefs = -row_weight * head.logit_scale, torch.zeros_like(row_weight)  # no label has a term of its own
+            head_grads.take_rows(self.x, *coefs, target=None)
+        parts, vectors = [], normalizers.vectors()
+        for begin, end in plan.slices:
+            slab, part = task.backend.kl_logits(
+                self.x, head, self.ref_x, self.ref_head, vectors, (begin, end), store=row_weight is not None
+            )
+            parts.append(part)
+            if slab is not None:
+                if product is not None:
+                    matmul(slab, head.weight[begin:end], out=product)
+                head_grads.add(slab, begin, end)
+            del slab  # before the next slice's is made
+        hidden_grad = None
+        if product is not None:
+            # contiguous, whatever the hidden states are
+            hidden_grad = task.hidden.new_zeros(task.hidden.shape, dtype=task.wide_dtype)
+            finish_hidden_grad(task, product, coefs, target, task.rows.index, hidden_grad)
+        return torch.cat(parts).sum(0), Gradients(hidden_grad, *head_grads.result())
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """(..., N) values at their positions (..., T), 0 outside the mask."""
+        out = values.new_zeros(*values.shape[:-1], self.task.hidden.shape[0])
+        return out.index_copy_(-1, self.task.rows.index, values)

@@ -1,0 +1,66 @@
+"""What can only be known by reading values: labels, cu_seqlens, num_rows, ref_logps, a normalizer that is a tensor.
+
+Checked where reading is free (tensors on the CPU) or asked for (`set_debug(True)` or NPO_KERNELS_DEBUG=1). Elsewhere
+nothing waits for the device, and a wrong value makes the result NaN.
+"""
+
+import math
+import os
+
+from torch import Tensor
+
+_debug = os.environ.get("NPO_KERNELS_DEBUG", "0") not in ("", "0")
+
+
+def set_debug(enabled: bool) -> None:
+    """Check the values of labels, cu_seqlens, ref_logps and normalizer on every device, at the price of syncs."""
+    global _debug
+    _debug = bool(enabled)
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether reading its values is free, or asked for."""
+    return tensor.device.type == "cpu" or _debug
+
+
+def check_values(targets: Tensor, offsets: Tensor, vocab_size: int, ignore_index: int, num_rows: int | None) -> None:
+    """Labels in [0, V), offsets monotone from 0 to T, num_rows large enough. Only where reading values is free."""
+    if not readable(targets):
+        return
+    total = targets.shape[0]
+    if offsets[0] != 0 or offsets[-1] != total or (offsets.diff() < 0).any():
+        raise ValueError(
+            f"cu_seqlens: expected a non-decreasing sequence from 0 to T={total}, got {offsets.tolist()[:16]}"
+            f"{' ...' if offsets.shape[0] > 16 else ''}"
+        )
+    scored = targets != ignore_index
+    wrong = targets[scored & ((targets < 0) | (targets >= vocab_size))]
+    if wrong.numel():
+        raise ValueError(
+            f"labels: {wrong.numel()} outside [0, {vocab_size}), the first is {wrong[0].item()}; "
+            f"expected token ids, or ignore_index={ignore_index} where nothing is scored"
+        )
+    if num_rows is not None and int(scored.sum()) > num_rows:
+        raise ValueError(
+            f"num_rows={num_rows} but {int(scored.sum())} positions are scored: expected their number, or a bound"
+        )
+
+
+def check_factors(offset: Tensor, normalizer: Tensor | None, num_tokens: Tensor) -> None:
+    """A positive normalizer, and finite reference log-probabilities of the sequences that have a scored token.
+
+    Only where reading values is free; elsewhere `npo_kernels.core.formulas` makes the loss NaN.
+    """
+    if not readable(offset):
+        return
+    if normalizer is not None and not 0 < normalizer.item() < math.inf:
+        raise ValueError(
+            f"normalizer: expected a positive number, got a tensor of {normalizer.item()}; "
+            "pass the number of sequences of the whole batch"
+        )
+    wrong = ((num_tokens > 0) & ~offset.isfinite()).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"ref_logps: expected finite log-probabilities, got {offset[wrong[0]].item()} at sequence {wrong[0]}"
+            f" ({len(wrong)} in all); compute them anew with sequence_logprobs on the reference model"
+        )

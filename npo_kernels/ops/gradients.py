@@ -1,0 +1,122 @@
+"""Gradients as results of operators, and those that are formed before the upstream gradient is known."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from npo_kernels.core.gradients import Gradients
+from npo_kernels.core.lm_head import Head
+from npo_kernels.core.plan import GRAD_SLICE
+from npo_kernels.core.task import Needs
+from npo_kernels.ops.schema import as_written, no_second_derivative
+
+
+@dataclass(frozen=True)
+class GradientTensors:
+    """Of hidden, weight and bias; an empty tensor where one is not wanted, for operators return tensors only."""
+
+    hidden: Tensor  # (T, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor  # (V,)
+
+    def wanted(self, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return (
+            self.hidden if needs.hidden else None,
+            self.weight if needs.weight else None,
+            self.bias if needs.bias else None,
+        )
+
+
+def all_tensors(grads: Gradients, hidden: Tensor, head: Head) -> GradientTensors:
+    return GradientTensors(
+        hidden.new_empty(0) if grads.hidden is None else grads.hidden,
+        head.weight.new_empty(0) if grads.weight is None else grads.weight,
+        head.weight.new_empty(0) if grads.bias is None else grads.bias,
+    )
+
+
+def fake_gradients(hidden: Tensor, head: Head, needs: Needs) -> GradientTensors:
+    """`all_tensors` without values."""
+    weight = head.weight
+    return GradientTensors(
+        hidden.new_empty(hidden.shape) if needs.hidden else hidden.new_empty(0),
+        weight.new_empty(weight.shape) if needs.weight else weight.new_empty(0),
+        weight.new_empty(weight.shape[0]) if needs.bias else weight.new_empty(0),
+    )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Gradients of a scalar loss, kept until its upstream gradient is known; empty where not wanted.
+
+    See `Task.upstream_later`: float16 alone has units, and dHidden and dBias in float32.
+    """
+
+    grads: GradientTensors
+    unit: Tensor  # (V,) float32: what each row of dWeight is to be multiplied by
+
+
+def kept(grads: Gradients, hidden: Tensor, head: Head) -> Kept:
+    unit = hidden.new_empty(0, dtype=torch.float32) if grads.unit is None else grads.unit
+    return Kept(all_tensors(grads, hidden, head), unit)
+
+
+def fake_kept(hidden: Tensor, head: Head, needs: Needs) -> Kept:
+    """`kept` without values."""
+    half = hidden.dtype == torch.float16
+    wide = torch.float32 if half else hidden.dtype
+    fake = fake_gradients(hidden, head, needs)
+    grads = GradientTensors(
+        fake.hidden.to(wide) if needs.hidden else fake.hidden,
+        fake.weight,
+        fake.bias.to(wide) if needs.bias else fake.bias,
+    )
+    rows = head.weight.shape[0] if half and needs.weight else 0
+    return Kept(grads, hidden.new_empty(rows, dtype=torch.float32))
+
+
+@dataclass(frozen=True)
+class SavedGradients:
+    """What the backward of such a loss needs."""
+
+    kept: Kept
+    needs: Needs
+    dtype: torch.dtype  # of the inputs
+
+    def times(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of hidden, weight and bias, in the dtype of the inputs; None where not wanted."""
+        hidden, weight, bias = self.kept.grads.wanted(self.needs)
+        unit = self.kept.unit if self.kept.unit.numel() else None
+        return (
+            None if hidden is None else scale_gradient(hidden, None, upstream, self.dtype),
+            None if weight is None else scale_gradient(weight, unit, upstream, self.dtype),
+            None if bias is None else scale_gradient(bias, None, upstream, self.dtype),
+        )
+
+
+@torch.library.custom_op("npo_kernels::scale_gradient", mutates_args=())
+def scale_gradient(grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * unit (a factor of each row, or none) * upstream (0-d) in float32, rounded once to `dtype`.
+
+    Never in place: the graph may be kept. A GPU casts operands and result inside the product; a CPU copies them in
+    float32, so there it is done a slice of rows at a time.
+    """
+    with as_written(grad):
+        factor = upstream if unit is None else upstream * unit
+        # as many dimensions as grad has: the dtype of a 0-d factor would yield to that of grad
+        factor = factor.reshape(-1, *[1] * (grad.dim() - 1))
+        out = torch.empty_like(grad, dtype=dtype)
+        step = max(1, grad.shape[0]) if grad.is_cuda else GRAD_SLICE
+        for i in range(0, grad.shape[0], step):
+            rows = slice(i, i + step)
+            torch.mul(grad[rows], factor if unit is None else factor[rows], out=out[rows])
+        return out
+
+
+@scale_gradient.register_fake
+def _(grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(grad, dtype=dtype)
+
+
+scale_gradient.register_autograd(no_second_derivative)

@@ -1,0 +1,78 @@
+"""npo_kernels::ratio_loss: NPO and SimNPO, reduced, with their gradients formed in the forward."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from npo_kernels.call.call import Call
+from npo_kernels.core import execute
+from npo_kernels.core.formulas import RatioLoss, reduce, sequence_scale
+from npo_kernels.core.softmax_stats import Statistics
+from npo_kernels.core.value_checks import check_factors
+from npo_kernels.ops.gradients import Kept, SavedGradients, fake_kept, kept
+from npo_kernels.ops.schema import operator
+from npo_kernels.ops.task import task_of
+
+
+@dataclass(frozen=True)
+class RatioCall:
+    """Arguments of `ratio_loss`."""
+
+    call: Call
+    offset: Tensor  # (B,) float32: ref_logps, or -gamma
+    normalizer: Tensor | None  # 0-d float32
+    beta: float
+    length_normalized: bool
+    reduction: str  # "mean" | "sum"
+
+
+@dataclass(frozen=True)
+class RatioResults:
+    loss: Tensor  # ()
+    logps: Tensor  # (B,)
+    num_tokens: Tensor  # (B,) int64
+    kept: Kept
+
+
+@operator("ratio_loss")
+def ratio_loss(arguments: RatioCall) -> RatioResults:
+    call, offset, normalizer = arguments.call, arguments.offset, arguments.normalizer
+    task = task_of(call, upstream_later=True)
+    rows, num_tokens = task.rows, task.rows.num_tokens
+    check_factors(offset, normalizer, num_tokens)
+    scale = sequence_scale(num_tokens, arguments.reduction, normalizer)
+    ratio = RatioLoss(offset, scale, num_tokens, arguments.beta, arguments.length_normalized)
+    logps, losses = torch.empty_like(offset), torch.empty_like(offset)
+
+    def weigh(stats: Statistics, chunk: slice, first: int, last: int) -> tuple[Tensor, Tensor]:
+        starts = rows.starts[first : last + 1] - rows.starts[first]
+        part = task.backend.ratio_epilogue(
+            stats, rows.sequence[chunk] - first, starts, ratio.sequences(first, last), task.head
+        )
+        logps[first:last], losses[first:last], row_coef, target_coef = part
+        return row_coef, target_coef
+
+    plan = task.plan(call.execution.workspace_bytes, gradient_in_forward=True)
+    _, grads = execute.value_and_gradients(task, plan, weigh)
+    loss = reduce(scale, losses).sum()
+    return RatioResults(loss, logps, num_tokens, kept(grads, call.hidden, call.head))
+
+
+@ratio_loss.register_fake
+def _(arguments: RatioCall) -> RatioResults:
+    call, offset = arguments.call, arguments.offset
+    num_tokens = call.targets.new_empty(offset.shape)
+    gradients = fake_kept(call.hidden, call.head, call.execution.needs)
+    return RatioResults(offset.new_empty(()), torch.empty_like(offset), num_tokens, gradients)
+
+
+def _save(arguments: RatioCall, results: RatioResults) -> SavedGradients:
+    return SavedGradients(results.kept, arguments.call.execution.needs, arguments.call.hidden.dtype)
+
+
+def _backward(saved: SavedGradients, upstream: RatioResults) -> tuple[Tensor | None, ...]:
+    return saved.times(upstream.loss)
+
+
+ratio_loss.register_backward(_save, _backward, of=("call.hidden", "call.head.weight", "call.head.bias"))

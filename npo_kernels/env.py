@@ -14,7 +14,7 @@ from importlib import metadata
 import torch
 
 from npo_kernels import __version__
-from npo_kernels.call.prepare import resolve_impl
+from npo_kernels.backends.choose import resolve_impl
 
 # distributions, not modules: flash-attn and flash-attn-4 install the same module, so an import proves nothing
 PACKAGES = (
@@ -97,13 +97,13 @@ def report() -> dict[str, object]:
 
 def as_text(values: dict[str, object]) -> str:
     """One line an entry, aligned; lists take a line an element."""
+    words: dict[object, str] = {None: "none", True: "on", False: "off"}
     width = max(map(len, values))
     lines = []
     for name, value in values.items():
         elements = value if isinstance(value, list) and value else [value if value != [] else None]
         for element in elements:
-            shown = {None: "none", True: "on", False: "off"}.get(element, element)
-            lines.append(f"{name:<{width}}  {shown}")
+            lines.append(f"{name:<{width}}  {words.get(element, element)}")
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +29,11 @@ class HeadBatch:
         return hidden if self.cu_seqlens is None else hidden.flatten(0, 1)
 
     @property
-    def options(self) -> dict:
+    def options(self) -> dict[str, Tensor | int | None]:
         return {"shift": self.shift, "cu_seqlens": self.cu_seqlens, "ignore_index": self.ignore_index}
 
 
-def take_batch(kwargs: dict) -> HeadBatch:
+def take_batch(kwargs: dict[str, Any]) -> HeadBatch:
     """Take labels and `cu_seqlens` out of `kwargs`, and complete `position_ids`, so that attention sees the same."""
     labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
     cu_seqlens, ignore_index = kwargs.pop("cu_seqlens", None), kwargs.pop("ignore_index", -100)
@@ -58,7 +59,7 @@ def take_batch(kwargs: dict) -> HeadBatch:
     return HeadBatch(labels, shift, cu_seqlens, ignore_index)
 
 
-def _check_packed(labels: Tensor, mask) -> None:
+def _check_packed(labels: Tensor, mask: object) -> None:
     if labels.shape[0] != 1:
         raise ValueError(
             f"cu_seqlens is for a packed batch (1, T), got labels {tuple(labels.shape)}: drop cu_seqlens of a padded "

@@ -8,8 +8,9 @@ model does to logits, whatever its configuration calls it: logit_scale, logits_s
 import functools
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,26 @@ from torch.distributed.tensor import DTensor
 
 # What logits are replaced by: a slope at 0, the limit, and points in between that have to agree with both.
 PROBE = (1e-6, 1e30, -40.0, -3.0, 0.5, 7.0, 60.0)
+
+Forward = Callable[[Tensor], object]  # of a linear layer
+Fused = Callable[[Tensor, Tensor, Tensor | None], object]  # (hidden, weight, bias) -> what the head returns instead
+
+
+class CausalLM(Protocol):
+    """What is asked of a causal language model of transformers."""
+
+    config: Any  # its fields depend on the architecture
+
+    def get_output_embeddings(self) -> nn.Module | None: ...
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None: ...
+
+
+class ModulesToSaveWrapper(Protocol):
+    """PEFT's wrapper of a layer that is trained itself: the layer, and a copy for each adapter."""
+
+    original_module: nn.Module
+    modules_to_save: nn.ModuleDict
 
 
 class HeadProbe(nn.Module):
@@ -26,6 +47,8 @@ class HeadProbe(nn.Module):
     the vocabulary is noticed. Calls from other threads get the logits of the head itself.
     """
 
+    head: nn.Module
+
     def __init__(self, head: nn.Module, vocab_size: int):
         super().__init__()
         vars(self)["head"] = head  # not a submodule: its parameters are not this module's
@@ -34,7 +57,7 @@ class HeadProbe(nn.Module):
         self.logits = torch.ones(1, 1, vocab_size, dtype=torch.float64)
         self.logits[..., : len(PROBE)] = torch.tensor(PROBE[:vocab_size], dtype=torch.float64)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         """A model may look at its head's weight, for the dtype."""
         try:
             return super().__getattr__(name)
@@ -43,7 +66,7 @@ class HeadProbe(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         if threading.get_ident() != self.thread:
-            return vars(self)["head"](hidden)
+            return cast(Tensor, self.head(hidden))
         self.hidden = hidden
         return self.logits.clone()  # models scale in place
 
@@ -79,10 +102,16 @@ _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyD
 _locks_guard = threading.Lock()
 
 
-def head_of(model: nn.Module) -> nn.Module | None:
-    """The output head, also while another thread has put a probe in its place."""
+def head_of(model: CausalLM) -> nn.Module:
+    """The output head, also while another thread has put a probe in its place.
+
+    Raises:
+        ValueError: there is none.
+    """
     head = model.get_output_embeddings()
-    return vars(head)["head"] if isinstance(head, HeadProbe) else head
+    if head is None:
+        raise ValueError("the model has no output embeddings: expected a causal language model (AutoModelForCausalLM)")
+    return head.head if isinstance(head, HeadProbe) else head
 
 
 @contextmanager
@@ -95,7 +124,7 @@ def alone(head: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def probed(model: nn.Module, head: nn.Module) -> Iterator[HeadProbe]:
+def probed(model: CausalLM, head: nn.Module) -> Iterator[HeadProbe]:
     """The model with a probe for a head."""
     probe = HeadProbe(head, plain_linears(head)[0].out_features)
     model.set_output_embeddings(probe)
@@ -106,7 +135,7 @@ def probed(model: nn.Module, head: nn.Module) -> Iterator[HeadProbe]:
 
 
 @contextmanager
-def computing(head: nn.Module, function) -> Iterator[None]:
+def computing(head: nn.Module, function: Fused) -> Iterator[None]:
     """The head computing `function(hidden, weight, bias)` when it is called.
 
     It is still called as a module: FSDP2 gathers its weight in a hook, so does DeepSpeed ZeRO-3 in forward and
@@ -130,11 +159,11 @@ def computing(head: nn.Module, function) -> Iterator[None]:
                 vars(linear)[name] = saved
 
 
-def _forward_of(linear: nn.Linear, function, elsewhere):
+def _forward_of(linear: nn.Linear, function: Fused, elsewhere: Forward) -> Forward:
     """`function` in this thread, `elsewhere` in the others."""
     thread = threading.get_ident()
 
-    def forward(hidden: Tensor):
+    def forward(hidden: Tensor) -> object:
         if threading.get_ident() != thread:
             return elsewhere(hidden)
         return function(hidden, linear.weight, linear.bias)
@@ -142,14 +171,12 @@ def _forward_of(linear: nn.Linear, function, elsewhere):
     return forward
 
 
-def plain_linears(head: nn.Module | None) -> list[nn.Linear]:
+def plain_linears(head: nn.Module) -> list[nn.Linear]:
     """The linear layers that a call of the head may run: itself, or the copies in PEFT's ModulesToSaveWrapper.
 
     Raises:
-        ValueError: there is no head, or it is no plain x W' + b; the message names the way out.
+        ValueError: the head is no plain x W' + b; the message names the way out.
     """
-    if head is None:
-        raise ValueError("the model has no output embeddings: expected a causal language model (AutoModelForCausalLM)")
     names = {cls.__name__ for cls in type(head).__mro__}
     if "BaseTunerLayer" in names:
         raise ValueError(
@@ -159,7 +186,8 @@ def plain_linears(head: nn.Module | None) -> list[nn.Linear]:
         )
     linears = [head]
     if "ModulesToSaveWrapper" in names:
-        linears = [head.original_module, *head.modules_to_save.values()]
+        wrapper = cast(ModulesToSaveWrapper, head)
+        linears = [wrapper.original_module, *wrapper.modules_to_save.values()]
     for linear in linears:
         if getattr(type(linear), "forward", None) is not nn.Linear.forward:
             raise ValueError(
@@ -172,8 +200,8 @@ def plain_linears(head: nn.Module | None) -> list[nn.Linear]:
                 f"the output head's weight is a {type(linear.weight).__name__}, quantised or packed: expected a plain "
                 "tensor. Keep 'lm_head' out of quantisation, or dequantise it"
             )
-    return linears
+    return cast(list[nn.Linear], linears)
 
 
-def _deepspeed(weight: Tensor) -> bool:
+def _deepspeed(weight: object) -> bool:
     return hasattr(weight, "ds_id")

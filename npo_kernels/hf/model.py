@@ -18,15 +18,19 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, NoReturn, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from npo_kernels.hf.batch import take_batch
-from npo_kernels.hf.head import alone, computing, head_of, plain_linears, probed
+from npo_kernels.hf.head import CausalLM, alone, computing, head_of, plain_linears, probed
 from npo_kernels.logprobs import sequence_logprobs, token_logprobs
 from npo_kernels.losses import LossStats
+
+Result = Tensor | tuple[Tensor, Tensor | LossStats]  # of sequence_logprobs, token_logprobs or a loss
+Function = Callable[..., Result]  # called as sequence_logprobs is
 
 
 @dataclass
@@ -43,7 +47,7 @@ class FusedUnlearningOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
     @property
-    def logits(self):
+    def logits(self) -> NoReturn:
         raise AttributeError("no logits were formed: call the model without fused_unlearning where they are needed")
 
 
@@ -83,20 +87,21 @@ def add_fused_unlearning_head(model: nn.Module) -> nn.Module:
         ValueError: a head that is not a plain linear layer: an adapter on it (LoRA), or quantised weights. A call
             raises the same, and NotImplementedError where the model does to its logits what has no fused form.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: nn.Module = getattr(model, "get_base_model", lambda: model)()
     if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "config"):
         hint = "; add the head before wrapping, to the model inside" if hasattr(model, "module") else ""
         raise TypeError(f"expected a causal language model of transformers, got {type(model).__name__}{hint}")
     if getattr(inner.config, "is_encoder_decoder", False):
         raise TypeError(f"{type(inner).__name__} is an encoder-decoder: expected a decoder-only language model")
-    plain_linears(inner.get_output_embeddings())
+    plain_linears(head_of(cast(CausalLM, inner)))
     if not hasattr(inner, "_unfused_class"):
-        inner.__class__ = _fused_class(type(inner))
+        cls: type = type(inner)
+        inner.__class__ = _fused_class(cls)
     return model
 
 
 @functools.cache
-def _fused_class(cls: type) -> type:
+def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The class with a forward that knows `fused_unlearning`.
 
     A class, not an attribute of the instance: a deep copy or a replica then runs its own weights, not the original's.
@@ -104,26 +109,29 @@ def _fused_class(cls: type) -> type:
     """
 
     @functools.wraps(cls.forward)
-    def forward(self, *args, fused_unlearning: bool | Callable = False, **kwargs):
+    def forward(self: CausalLM, *args: Any, fused_unlearning: bool | Function | None = False, **kwargs: Any) -> Any:
         if fused_unlearning is False or fused_unlearning is None:
             return cls.forward(self, *args, **kwargs)
         function = sequence_logprobs if fused_unlearning is True else fused_unlearning
         kwargs.update(zip(list(inspect.signature(cls.forward).parameters)[1:], args, strict=False))
         return _fused_forward(self, functools.partial(cls.forward, self), function, kwargs)
 
-    def reduce(self, protocol):  # pickled as the class that can be imported
-        return _new, (cls,), self.__getstate__()
+    def reduce(self: object, protocol: SupportsIndex) -> tuple[object, ...]:
+        return _new, (cls,), self.__getstate__()  # pickled as the class that can be imported
 
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(cls.__name__, (cls,), {**names, "forward": forward, "__reduce_ex__": reduce, "_unfused_class": cls})
+    names |= {"forward": forward, "__reduce_ex__": reduce, "_unfused_class": cls}
+    return type(cls.__name__, (cls,), names)
 
 
 def _new(cls: type) -> nn.Module:
-    cls = _fused_class(cls)
-    return cls.__new__(cls)
+    fused = _fused_class(cls)
+    return fused.__new__(fused)
 
 
-def _fused_forward(model: nn.Module, forward: Callable, function: Callable, kwargs: dict) -> FusedUnlearningOutput:
+def _fused_forward(
+    model: CausalLM, forward: Callable[..., Any], function: Function, kwargs: dict[str, Any]
+) -> FusedUnlearningOutput:
     """The model's forward up to the head's input, then `function` inside the head."""
     if not callable(function):
         raise TypeError(f"fused_unlearning: expected True or a function such as fused_npo_loss, got {function!r}")
@@ -136,13 +144,13 @@ def _fused_forward(model: nn.Module, forward: Callable, function: Callable, kwar
             outputs = forward(**{**kwargs, "use_cache": False, "return_dict": True})
         scale, softcap = probe.logit_function(outputs.logits)
 
-        def fused(hidden: Tensor, weight: Tensor, bias: Tensor | None):
+        def fused(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Result:
             return function(
                 batch.rows(hidden), weight, batch.labels, bias=bias, logit_scale=scale, softcap=softcap, **batch.options
             )
 
         with computing(head, fused):
-            result = head(probe.hidden)
+            result: Result = head(probe.hidden)
     found = _named(function, result)
     aux_loss = getattr(outputs, "aux_loss", None)
     if aux_loss is not None and "loss" in found:
@@ -158,7 +166,7 @@ def _fused_forward(model: nn.Module, forward: Callable, function: Callable, kwar
     )
 
 
-def _named(function: Callable, result) -> dict:
+def _named(function: Function, result: Result) -> dict[str, Any]:
     """What a function returned, as fields of the output."""
     kind = function.func if isinstance(function, functools.partial) else function
     if kind is sequence_logprobs:
@@ -168,7 +176,7 @@ def _named(function: Callable, result) -> dict:
     return dict(zip(("loss", "stats"), result, strict=True)) if isinstance(result, tuple) else {"loss": result}
 
 
-def _check_arguments(kwargs: dict) -> None:
+def _check_arguments(kwargs: dict[str, Any]) -> None:
     refused = {
         "past_key_values": "it scores whole sequences, without a cache (PEFT's prefix tuning is such a cache: use "
         "LoRA or prompt tuning)",
@@ -182,7 +190,7 @@ def _check_arguments(kwargs: dict) -> None:
             raise ValueError(f"fused_unlearning does not take {name}: {hint}")
 
 
-def _check_not_rounded(model: nn.Module, found: Iterable[Tensor]) -> None:
+def _check_not_rounded(model: CausalLM, found: Iterable[Tensor]) -> None:
     """FSDP2 can round what leaves a forward to 16 bits, and a sum near -1000 would be off by several nats."""
     state = getattr(model, "_get_fsdp_state", None)
     policy = getattr(state(), "_mp_policy", None) if state is not None else None

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from bench.options import Options
 from bench.records import Record, record, summary
 from bench.suites import tofu
 from npo_kernels import fused_logprob_loss
+from npo_kernels.call.arguments import Impl
 from npo_kernels.env import installed_version
 
 LR = 1e-5
@@ -177,7 +179,7 @@ class TrainingState:
                 self.model.lm_head.weight,
                 batch["labels"],
                 lambda logps, num_tokens: npo(logps, num_tokens, batch["ref_logps"], num_forget),
-                impl=self.provider.removeprefix("npo_kernels/"),
+                impl=cast(Impl, self.provider.removeprefix("npo_kernels/")),
             )
         logps, num_tokens = from_logits(self.model, batch)
         ref_logps = batch["ref_logps"]
@@ -249,7 +251,7 @@ def largest_batch(options: Options, model: str, name: str) -> Record:
     turns = take_turns([job])[job]
     if isinstance(turns, Failure):
         return record(options.device, **fields, status=turns.status, error=turns.error)
-    return record(options.device, **fields, **summary([turns[0].answer]))
+    return record(options.device, **fields, **summary([turn.answer for turn in turns if turn.answer is not None]))
 
 
 def _fields(options: Options, case: Case, name: str, source: str) -> Record:

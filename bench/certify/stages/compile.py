@@ -23,6 +23,7 @@ from bench.providers import PROVIDERS, UnsupportedError
 from bench.providers.ours import provider
 from bench.targets import OURS
 from npo_kernels import fused_linear_kl
+from npo_kernels.call.arguments import Reduction
 
 # Of the tests' heads: every option off, and every option on.
 CHECKED_HEADS = ("plain", "all")
@@ -74,7 +75,8 @@ def checks(device: str, **shape) -> Calls:
     for case in matrix.cases():
         if case[2] in CHECKED_HEADS:
             yield partial(_checked, case, shape or SHAPE)
-    for dtype, reduction in product(DTYPES, ("mean", "none")):
+    reductions: tuple[Reduction, ...] = ("mean", "none")
+    for dtype, reduction in product(DTYPES, reductions):
         yield partial(_kl, dtype, reduction, shape or SHAPE)
 
 
@@ -88,13 +90,21 @@ def _checked(case, shape: dict) -> None:
     support.evaluate(objective, batch, needs, impl="triton", workspace_mb=mode.workspace_mb(batch, "triton"))
 
 
-def _kl(dtype: torch.dtype, reduction: str, shape: dict) -> None:
+def _kl(dtype: torch.dtype, reduction: Reduction, shape: dict) -> None:
     from tests.support import make_batch
 
     batch = make_batch(dtype, "all", **shape)
     leaves = batch.leaves(("hidden", "weight"))
-    options = {"reduction": reduction, "logit_scale": 0.7, "softcap": 4.0, "impl": "triton"}
-    kl = fused_linear_kl(leaves.hidden, leaves.weight, batch.hidden, batch.weight, **options)
+    kl = fused_linear_kl(
+        leaves.hidden,
+        leaves.weight,
+        batch.hidden,
+        batch.weight,
+        reduction=reduction,
+        logit_scale=0.7,
+        softcap=4.0,
+        impl="triton",
+    )
     torch.autograd.grad(kl.sum(), (leaves.hidden, leaves.weight))
 
 

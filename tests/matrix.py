@@ -1,4 +1,4 @@
-"""Every mode x dtype x head, with layouts and sets of gradients in rotation: what the two `test_modes.py` run."""
+"""Every mode x dtype x head, with layouts and sets of gradients in rotation: what the two `test_execute.py` run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""`products.matmul` where cuBLAS does it: float32 results of 16-bit operands, of any width, at any place, in place."""
+"""`core/matmul.py` where cuBLAS does it: float32 results of 16-bit operands, of any width, at any place, in place."""
 
 from itertools import product
 

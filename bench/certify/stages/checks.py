@@ -50,7 +50,7 @@ CLAIMS = {  # what the report calls it -> (a test of tests/gpu, seconds)
 
 def units(context: Context) -> list[Unit]:
     if context.toy:
-        rehearsed = ["tests/kernels/test_modes.py", "-k", "slab and bfloat16 and plain and not chunks"]
+        rehearsed = ["tests/kernels/test_execute.py", "-k", "slab and bfloat16 and plain and not chunks"]
         head = {"toy": HEADS["toy-softcap"]}
         return [Unit("slab", partial(run_tests, arguments=rehearsed), 2), *_production(head, ((1, 9), (0, 1), (0, 14)))]
     modes = [Unit(f"mode: {mode}", partial(run_tests, arguments=tests), 1.5) for mode, tests in by_mode().items()]

@@ -94,7 +94,9 @@ def projection(tile: Tile, hidden: Tensor, weight: Tensor, target: Tensor, store
 
     def run():
         with forced(lambda *_: tile):
-            return triton_backend.exp_logits(hidden, head, target, anchor, (0, weight.shape[0]), store=store)
+            if store:
+                return triton_backend.exp_logits(hidden, head, target, anchor, (0, weight.shape[0]))
+            return triton_backend.partial_sums(hidden, head, target, anchor)
 
     return run
 

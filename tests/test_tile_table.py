@@ -186,14 +186,14 @@ def test_the_backend_warns_once_of_a_gpu_without_a_row(properties, row, backend,
 
 
 def test_the_backend_describes_a_tile_in_a_line(backend, monkeypatch):
-    assert backend.describe_tile(torch.empty(1, 64)) == "interpreter"
+    assert backend.describe(torch.empty(1, 64)) == "interpreter"
     x = SimpleNamespace(device=torch.device("cuda", 0), itemsize=2, shape=(1, 64))
     pretend(monkeypatch, H100)
-    assert backend.describe_tile(x) == "tile 128x256x64, row sm_90 of the tile table"
+    assert backend.describe(x) == "tile 128x256x64, row sm_90 of the tile table"
     pretend(monkeypatch, T4)
     backend.row_of_gpu.cache_clear()
     with pytest.warns(UserWarning, match="NVIDIA T4"):
-        assert backend.describe_tile(x) == f"tile 128x128x32, row sm_86 of the tile table: {NOTE}"
+        assert backend.describe(x) == f"tile 128x128x32, row sm_86 of the tile table: {NOTE}"
 
 
 def test_the_backend_looks_its_operands_up(backend, monkeypatch):

@@ -1,4 +1,4 @@
-"""impl="torch": the primitives of `modes.py` in plain PyTorch, for CPU, MPS and any GPU without Triton.
+"""impl="torch": the primitives of `npo_kernels.core.backend` in plain PyTorch, for CPU, MPS and any GPU without Triton.
 
 Everything is done in vocabulary blocks of fixed width, aligned to multiples of that width, whatever the workspace:
 the partial sums, and with them the log-probabilities, do not depend on it. A block is also what stays in a CPU's
@@ -9,15 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from npo_kernels.core import matmul
 from npo_kernels.core.formulas import RatioLoss
 from npo_kernels.core.layout import DEAD_ROW
 from npo_kernels.core.lm_head import Head
-from npo_kernels.core.matmul import matmul
+from npo_kernels.core.plan import Scratch
 from npo_kernels.core.softmax_stats import Statistics, anchor_headroom, gradient_coefficients
 from npo_kernels.core.softmax_stats import row_statistics as row_statistics  # a primitive like those below
 
 BLOCK_V = 8192  # columns of one block
 BLOCK_N = 256  # rows of one block when nothing has to be kept
+ROW_TEMPORARIES = 24  # bytes for each feature of a row where weight and rows meet: six float32 arrays at most
+KL_TEMPORARIES = 10  # float32 arrays of the size of a block's logits
 
 
 def block_v(x: Tensor) -> int:
@@ -25,9 +28,45 @@ def block_v(x: Tensor) -> int:
     return BLOCK_V
 
 
-def slab_dtype(hidden: Tensor) -> torch.dtype:
+def slab_dtype(x: Tensor) -> torch.dtype:
     """What the exponentials are stored in: the input dtype where float32-accumulating products of it exist."""
-    return hidden.dtype if hidden.is_cuda else torch.float32
+    return x.dtype if x.is_cuda else torch.float32
+
+
+def describe(x: Tensor) -> str:
+    return f"PyTorch on {x.device.type}, blocks of {BLOCK_V} columns"
+
+
+def scratch(x: Tensor, rows: int, head: Head) -> Scratch:
+    """The float32 copies that products of 16-bit operands take, the softcap's derivative, blocks of sums."""
+    vocab_size, hidden_size = head.weight.shape
+    n, columns, depth = min(rows, BLOCK_N), min(vocab_size, BLOCK_V), min(hidden_size, matmul.BLOCK_K)
+    upcast = 4 * depth if x.dtype != torch.float32 and not x.is_cuda else 0
+    wide = 4 * columns if slab_dtype(x) != torch.float32 else 0  # a block is float32 before it is stored
+    capped = 4 * columns if head.softcap is not None else 0
+    sums, finish = 8 * -(-vocab_size // BLOCK_V), n * hidden_size * ROW_TEMPORARIES
+    forward = upcast * columns + n * (upcast + 4 * columns + capped)
+    return Scratch(
+        projecting=upcast * columns,
+        finishing=finish,
+        per_row=upcast + wide + capped + sums,
+        sums=max(forward, finish) + rows * sums,
+    )
+
+
+def kl_scratch(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head) -> Scratch:
+    """BLOCK_N rows of the logits of both models, and what is between them and the sums."""
+    vocab_size = head.weight.shape[0]
+    n, columns = min(x.shape[0], BLOCK_N), min(vocab_size, BLOCK_V)
+    upcast = 0
+    for t in (x, ref_x):
+        if t.dtype != torch.float32 and not t.is_cuda:
+            upcast = max(upcast, 4 * min(t.shape[1], matmul.BLOCK_K) * (columns + n))
+    block = 4 * n * columns
+    temporaries = KL_TEMPORARIES + (2 if head.softcap is not None else 0)
+    projecting = max(temporaries * block, (temporaries - 8) * block + upcast)
+    per_row = 12 * -(-vocab_size // BLOCK_V) + 40
+    return Scratch(projecting, n * x.shape[1] * ROW_TEMPORARIES, per_row, projecting + x.shape[0] * per_row)
 
 
 def target_logits(x: Tensor, head: Head, target: Tensor) -> Tensor:
@@ -50,8 +89,10 @@ def logits_block(x: Tensor, head: Head, out: Tensor) -> Tensor:
     """Logits of one block into `out` (rows, columns) float32, before the softcap."""
     if x.dtype == torch.float32:
         torch.mm(x, head.weight.t(), out=out)
+    elif x.is_cuda:
+        out.copy_(matmul.matmul(x, head.weight.t()))
     else:
-        out.copy_(matmul(x, head.weight.t()))
+        matmul.matmul(x, head.weight.t(), out=out.zero_())
     if head.bias is not None:
         out += head.bias.float()
     if head.logit_scale != 1.0:
@@ -60,36 +101,53 @@ def logits_block(x: Tensor, head: Head, out: Tensor) -> Tensor:
 
 
 def exp_logits(
+    x: Tensor, head: Head, target: Tensor, anchor: Tensor, columns: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(slab, partial sums, anchor): the exponentials of a vocabulary slice, their anchor raised where it has to be."""
+    slab = _empty_slab(x, columns)
+    return slab, *_exponentials(x, head, target, anchor, columns, slab)
+
+
+def exp_logits_at(x: Tensor, head: Head, target: Tensor, anchor: Tensor, columns: tuple[int, int]) -> Tensor:
+    """The slab alone, at an anchor that is high enough."""
+    slab = _empty_slab(x, columns)
+    _exponentials(x, head, target, anchor, columns, slab, reanchor=False)
+    return slab
+
+
+def _empty_slab(x: Tensor, columns: tuple[int, int]) -> Tensor:
+    return torch.empty(x.shape[0], columns[1] - columns[0], dtype=slab_dtype(x), device=x.device)
+
+
+def _exponentials(
     x: Tensor,  # (n, H)
     head: Head,  # of the whole vocabulary
     target: Tensor,  # (n,)
     anchor: Tensor,  # (n,) float32
-    columns: tuple[int, int],  # the vocabulary slice, its begin a multiple of BLOCK_V
-    store: bool,
+    columns: tuple[int, int],
+    slab: Tensor | None,  # written, if given
     reanchor: bool = True,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """E = exp(z - anchor) of a vocabulary slice, its target column 0; partial sums; the anchor it ended with.
+) -> tuple[Tensor, Tensor]:
+    """(partial sums (blocks, n), anchor): blocks of BLOCK_V columns from the begin of the slice.
 
-    The partial sums (blocks, n), one for every BLOCK_V columns whatever the slices, are of the exponentials; what is
-    stored carries the derivative of the softcap, dz/draw = 1 - (z/softcap)^2, as the gradient products need it.
-    Where a logit exceeds the anchor by more than the headroom of the dtype, the anchor of that row is raised and what
-    was already computed is rescaled (the overflow repair).
+    The sums are of the exponentials; what is stored carries the derivative of the softcap, dz/draw =
+    1 - (z/softcap)^2, as the gradient products need it. Where the anchor of a row is raised, what was already computed
+    is rescaled (the overflow repair).
     """
     begin, end = columns
     dtype = slab_dtype(x)
-    slab = torch.empty(x.shape[0], end - begin, dtype=dtype, device=x.device) if store else None
     direct = slab is not None and dtype == torch.float32
-    block = None if direct else torch.empty(x.shape[0], BLOCK_V, dtype=torch.float32, device=x.device)
-    parts = []
+    block = x.new_empty(0 if direct else x.shape[0], min(BLOCK_V, end - begin), dtype=torch.float32)
+    parts: list[Tensor] = []
     headroom = anchor_headroom(dtype)
     for b in range(begin, end, BLOCK_V):
         stop = min(b + BLOCK_V, end)
-        z = logits_block(
-            x, head.columns(b, stop), slab[:, b - begin : stop - begin] if direct else block[:, : stop - b]
-        )
+        stored = None if slab is None else slab[:, b - begin : stop - begin]
+        out = stored if stored is not None and direct else block[:, : stop - b]
+        z = logits_block(x, head.columns(b, stop), out)
         t = None
         if head.softcap is not None:
-            t = torch.tanh(z / head.softcap)
+            t = torch.div(z, head.softcap).tanh_()
             torch.mul(t, head.softcap, out=z)
         if reanchor:
             raised = z.amax(1) - headroom
@@ -103,20 +161,21 @@ def exp_logits(
         e = z.sub_(anchor.unsqueeze(1)).exp_()
         _zero_target(e, target - b)
         parts.append(e.sum(1))
-        if slab is not None:
+        if stored is not None:
             if t is not None:
                 e.mul_(t.square_().neg_().add_(1.0))
             if not direct:
-                slab[:, b - begin : stop - begin] = e
-    return slab, torch.stack(parts), anchor
+                stored.copy_(e)
+    return torch.stack(parts), anchor
 
 
 def resum(x: Tensor, head: Head, target: Tensor, anchor: Tensor, raised: Tensor, parts: Tensor) -> None:
     """Overwrite the partial sums of the rows in `raised` (n,) bool by those at their anchor."""
     rows = raised.nonzero().squeeze(1)
-    for some in rows.split(BLOCK_N):
-        columns = (0, head.weight.shape[0])
-        _, exact, _ = exp_logits(x[some], head, target[some], anchor[some], columns, store=False, reanchor=False)
+    columns = (0, head.weight.shape[0])
+    for i in range(0, rows.shape[0], BLOCK_N):
+        some = rows[i : i + BLOCK_N]
+        exact, _ = _exponentials(x[some], head, target[some], anchor[some], columns, slab=None, reanchor=False)
         parts[:, some] = exact
 
 
@@ -125,7 +184,7 @@ def kl_logits(
     head: Head,  # of the whole vocabulary, as is ref_head
     ref_x: Tensor,  # (n, H_ref)
     ref_head: Head,
-    normalizers: tuple[Tensor, ...],  # (n,) each: `rowmath.Normalizers.vectors`
+    normalizers: tuple[Tensor, ...],  # (n,) each: `softmax_stats.Normalizers.vectors`
     columns: tuple[int, int],  # the vocabulary slice
     store: bool,
 ) -> tuple[Tensor | None, Tensor]:
@@ -197,15 +256,18 @@ def partial_sums(x: Tensor, head: Head, target: Tensor, anchor: Tensor) -> tuple
     for i in range(0, max(1, x.shape[0]), BLOCK_N):
         rows = slice(i, i + BLOCK_N)
         columns = (0, head.weight.shape[0])
-        found.append(exp_logits(x[rows], head, target[rows], anchor[rows], columns, store=False)[1:])
+        found.append(_exponentials(x[rows], head, target[rows], anchor[rows], columns, slab=None))
     parts, anchors = zip(*found, strict=True)
     return torch.cat(parts, 1), torch.cat(anchors)
 
 
 def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
     """scale_i * x_i, rounded once to the dtype the gradient products take; a row of scale 0 is exactly 0."""
-    scaled = x * scale.unsqueeze(1)
-    return torch.where(scale.unsqueeze(1) == 0, 0.0, scaled).to(slab_dtype(x))
+    out = torch.empty(x.shape, dtype=slab_dtype(x), device=x.device)
+    for i in range(0, x.shape[0], BLOCK_N):
+        factor = scale[i : i + BLOCK_N].unsqueeze(1)
+        out[i : i + BLOCK_N] = torch.where(factor == 0, 0.0, x[i : i + BLOCK_N] * factor)
+    return out
 
 
 def finish_hidden_grad(

@@ -1,4 +1,4 @@
-"""impl="triton": the primitives of `modes.py` on the kernels of `csrc_triton`; plain products go to cuBLAS.
+"""impl="triton": the primitives of `npo_kernels.core.backend` on `csrc_triton`; plain products go to cuBLAS.
 
 The same code runs in the Triton interpreter on CPU tensors (TRITON_INTERPRET=1 before the first import), which is how
 the tests check every kernel without a GPU. Importing this module imports Triton; nothing else in the package does.
@@ -22,6 +22,7 @@ from csrc_triton.tiles import BLOCK_HIDDEN, BLOCK_ROWS, BLOCK_RUN, PAIR_TILES, R
 from npo_kernels.backends.tiles import KIB, Gpu, Row, choose_row, find_tile
 from npo_kernels.core.formulas import RatioLoss
 from npo_kernels.core.lm_head import Head
+from npo_kernels.core.plan import Scratch
 from npo_kernels.core.softmax_stats import Statistics, anchor_headroom
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -39,6 +40,9 @@ def tile_row(device: torch.device) -> Row:
     return row_of_gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
+SORT_BYTES = 48  # a row: the targets and their order, and the sort's own copies
+
+
 @cache
 def row_of_gpu(index: int) -> Row:
     """That of a GPU, with a warning, once, if it is another architecture's."""
@@ -53,7 +57,7 @@ def row_of_gpu(index: int) -> Row:
     return row
 
 
-def describe_tile(x: Tensor) -> str:
+def describe(x: Tensor) -> str:
     """The tile of `exp_logits` for operands like x and where it is from, in one line."""
     if x.device.type == "cpu":
         return "interpreter"
@@ -77,6 +81,20 @@ def slab_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def scratch(x: Tensor, rows: int, head: Head) -> Scratch:
+    """Partial sums and maxima of the splits, and the sorted targets: a few numbers a row. cuBLAS has a workspace of its
+    own, some 32 MiB a process, which is not counted.
+    """
+    per_row = 12 * triton.cdiv(head.weight.shape[0], block_v(x)) + SORT_BYTES
+    return Scratch(per_row=per_row, sums=per_row * rows)
+
+
+def kl_scratch(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head) -> Scratch:
+    """Maxima and sums of both models, and the partial sums of KL."""
+    per_row = 24 * triton.cdiv(head.weight.shape[0], _pair_tile(x, ref_x).split) + SORT_BYTES
+    return Scratch(per_row=per_row, sums=per_row * x.shape[0])
+
+
 def target_logits(x: Tensor, head: Head, target: Tensor) -> Tensor:
     """(N,) float32 logit of each row's target, the anchor; NaN for a poisoned row."""
     x, weight = _rows_contiguous(x), _rows_contiguous(head.weight)
@@ -92,25 +110,36 @@ def target_logits(x: Tensor, head: Head, target: Tensor) -> Tensor:
 
 
 def exp_logits(
+    x: Tensor, head: Head, target: Tensor, anchor: Tensor, columns: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(slab, partial sums, anchor): the exponentials of a vocabulary slice, their anchor raised where it has to be."""
+    slab = aligned_empty(x.shape[0], columns[1] - columns[0], x)
+    return slab, *_exponentials(x, head, target, anchor, columns, slab)
+
+
+def exp_logits_at(x: Tensor, head: Head, target: Tensor, anchor: Tensor, columns: tuple[int, int]) -> Tensor:
+    """The slab alone, at an anchor that is high enough: no sums are taken."""
+    slab = aligned_empty(x.shape[0], columns[1] - columns[0], x)
+    launch_exp_logits(x, head, target, anchor, columns, slab)
+    return slab
+
+
+def partial_sums(x: Tensor, head: Head, target: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+    """(partial sums of the whole vocabulary, the anchor they ended with), with nothing of size V written."""
+    return _exponentials(x, head, target, anchor, (0, head.weight.shape[0]), slab=None)
+
+
+def _exponentials(
     x: Tensor,  # (n, H)
     head: Head,  # of the whole vocabulary
     target: Tensor,  # (n,)
     anchor: Tensor,  # (n,) float32
-    columns: tuple[int, int],  # the vocabulary slice
-    store: bool,
-    reanchor: bool = True,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """E = exp(z - anchor) of a vocabulary slice, its target column 0; partial sums; the anchor it ended with.
-
-    As `torch_backend.exp_logits`. With reanchor=False the anchor is exact and no sums are taken.
-    """
-    rows, width = x.shape[0], columns[1] - columns[0]
-    tile = tile_for(x)
-    splits = triton.cdiv(width, tile.split)
-    slab = aligned_empty(rows, width, x) if store else None
-    if not reanchor:
-        launch_exp_logits(x, head, target, anchor, columns, slab)
-        return slab, None, anchor
+    columns: tuple[int, int],
+    slab: Tensor | None,  # written, if given
+) -> tuple[Tensor, Tensor]:
+    """(partial sums (splits, n), anchor): every tile once, and again those of row blocks whose anchor was raised."""
+    rows, tile = x.shape[0], tile_for(x)
+    splits = triton.cdiv(columns[1] - columns[0], tile.split)
     parts, maxima = torch.empty(2, splits, rows, dtype=torch.float32, device=x.device)
     launch_exp_logits(x, head, target, anchor, columns, slab, parts, maxima)
     raised = torch.empty_like(anchor)
@@ -121,7 +150,7 @@ def exp_logits(
             maxima, anchor, raised, dirty, rows, splits, anchor_headroom(slab_dtype(x)), BLOCK_N=tile.block_n
         )
     launch_exp_logits(x, head, target, raised, columns, slab, parts, dirty=dirty)
-    return slab, parts, raised
+    return parts, raised
 
 
 def resum(x: Tensor, head: Head, target: Tensor, anchor: Tensor, raised: Tensor, parts: Tensor) -> None:
@@ -209,7 +238,7 @@ def kl_logits(
     head: Head,  # of the whole vocabulary, as is ref_head
     ref_x: Tensor,  # (n, H_ref)
     ref_head: Head,
-    normalizers: tuple[Tensor, ...],  # (n,) each: `rowmath.Normalizers.vectors`
+    normalizers: tuple[Tensor, ...],  # (n,) each: `softmax_stats.Normalizers.vectors`
     columns: tuple[int, int],  # the vocabulary slice
     store: bool,
 ) -> tuple[Tensor | None, Tensor]:
@@ -246,11 +275,6 @@ def row_statistics(parts: Tensor, anchor: Tensor, target_logit: Tensor) -> Stati
             BLOCK_N=BLOCK_ROWS, num_warps=ROW_WARPS,
         )  # fmt: skip
     return Statistics(target_logit, logp, miss, anchor, prob_scale)
-
-
-def partial_sums(x: Tensor, head: Head, target: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
-    """(partial sums of the whole vocabulary, the anchor they ended with), with nothing of size V written."""
-    return exp_logits(x, head, target, anchor, (0, head.weight.shape[0]), store=False)[1:]
 
 
 def sequence_sums(values: Tensor, sequence: Tensor, starts: Tensor) -> Tensor:
@@ -354,7 +378,8 @@ def precision(x: Tensor) -> str:
 
 
 def _hidden_block(hidden_size: int) -> int:
-    return min(BLOCK_HIDDEN, triton.next_power_of_2(hidden_size))
+    fitting: int = triton.next_power_of_2(hidden_size)
+    return min(BLOCK_HIDDEN, fitting)
 
 
 def _hidden_grid(shape: torch.Size) -> tuple[int, int]:

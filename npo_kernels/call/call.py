@@ -20,7 +20,7 @@ class Execution:
     """How a call runs: the backend, the memory, the ranks that share the head, and which gradients are formed."""
 
     impl: str  # "torch" | "triton", or "reference", which no operator sees
-    workspace_bytes: int
+    workspace_bytes: int | None  # a bound, if the caller gave one
     group: str | None  # name of the process group whose ranks share the head; None: the whole head is here
     sizes: Sequence[int]  # vocabulary entries of each rank
     needs: Needs

@@ -36,7 +36,7 @@ def prepare(hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, options: Cal
         num_rows=options["num_rows"],
         execution=Execution(
             impl=resolve_impl(impl, hidden.device),
-            workspace_bytes=workspace_bytes(options["workspace_mb"], hidden.device),
+            workspace_bytes=workspace_bytes(options["workspace_mb"]),
             group=None if shard is None else shard.group,
             sizes=() if shard is None else shard.sizes,
             needs=_needs(positions.hidden, head),
@@ -74,7 +74,7 @@ def prepare_kl(
         counted=counted,
         execution=Execution(
             impl=resolve_impl(impl, x.device),
-            workspace_bytes=workspace_bytes(workspace_mb, x.device),
+            workspace_bytes=workspace_bytes(workspace_mb),
             group=None,
             sizes=(),
             needs=_needs(x, head),

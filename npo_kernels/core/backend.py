@@ -18,6 +18,7 @@ from torch import Tensor
 
 from npo_kernels.core.formulas import RatioLoss
 from npo_kernels.core.lm_head import Head
+from npo_kernels.core.plan import Scratch
 from npo_kernels.core.softmax_stats import Statistics
 
 
@@ -29,6 +30,15 @@ class Backend(Protocol):
 
     def slab_dtype(self, x: Tensor) -> torch.dtype:
         """What stored exponentials have: a dtype whose products sum in float32 on the device of x."""
+
+    def describe(self, x: Tensor) -> str:
+        """How the kernels are cut for operands like x, and why so; for `npo_kernels.explain`."""
+
+    def scratch(self, x: Tensor, rows: int, head: Head) -> Scratch:
+        """What the primitives allocate beside their results, `rows` of the rows of x at a time; those of KL aside."""
+
+    def kl_scratch(self, x: Tensor, head: Head, ref_x: Tensor, ref_head: Head) -> Scratch:
+        """The same of `softmax_sums` and `kl_logits` for all rows."""
 
     def target_logits(self, x: Tensor, head: Head, target: Tensor) -> Tensor:
         """(n,) z[i, target_i]; NaN where target_i == V, any number where it is below 0.
@@ -43,21 +53,21 @@ class Backend(Protocol):
         target: Tensor,  # (n,)
         anchor: Tensor,  # (n,)
         columns: tuple[int, int],  # the vocabulary slice [begin, end), begin a multiple of block_v
-        store: bool,
-        reanchor: bool = True,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """(slab (n, end - begin) in slab_dtype if stored, partial sums (blocks, n), anchor (n,) that it ended with).
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(slab (n, end - begin) in slab_dtype, partial sums (blocks, n), anchor (n,) that it ended with).
 
             e = exp(z - anchor[:, None]).scatter(1, target[:, None], 0)[:, begin:end]
             slab, sums = e * slope, [block.sum(1) for block in e.split(block_v, 1)]
 
         Where a logit exceeds the anchor of its row by more than `softmax_stats.anchor_headroom`, the anchor is raised,
-        and everything is at the raised one. With reanchor=False the anchor is known to be high enough, and the sums
-        may be None.
+        and everything is at the raised one.
         """
 
+    def exp_logits_at(self, x: Tensor, head: Head, target: Tensor, anchor: Tensor, columns: tuple[int, int]) -> Tensor:
+        """The slab of `exp_logits` for an anchor that needs no raising; the slice may begin anywhere."""
+
     def partial_sums(self, x: Tensor, head: Head, target: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
-        """(partial sums (blocks, n), anchor (n,)) of `exp_logits` over all columns, nothing stored."""
+        """(partial sums (blocks, n), anchor (n,)) of `exp_logits` over all columns, with no slab."""
 
     def resum(self, x: Tensor, head: Head, target: Tensor, anchor: Tensor, raised: Tensor, parts: Tensor) -> None:
         """Overwrite in `parts` (blocks, n) the partial sums of the rows in `raised` (n,) bool by those at `anchor`."""

@@ -68,17 +68,17 @@ def expectation(task: Task, plan: Plan, x: Tensor) -> tuple[Statistics, Tensor]:
     """The frozen-head forward: statistics, and E W (N, H) in float32, which is all its backward needs. Two products."""
     target = task.rows.target
     z = target_logits(task, x, target)
-    anchor, parts = z, []
+    anchor, sums = z, []
     product = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for begin, end in plan.slices:
-        slab, part, raised = task.backend.exp_logits(x, task.head, target, anchor, (begin, end), store=True)
+        slab, part, raised = task.backend.exp_logits(x, task.head, target, anchor, (begin, end))
         if begin > 0:  # an anchor raised by this slice rescales what the earlier ones left
             product *= torch.where(raised > anchor, torch.exp(anchor - raised), 1.0).unsqueeze(1)
         anchor = raised
-        parts.append(part)
+        sums.append(part)
         matmul(slab, task.head.weight[begin:end], out=product)
         del slab  # before the next slice's is made
-    parts = torch.cat(parts)
+    parts = torch.cat(sums)
     if len(plan.slices) > 1:  # as if the anchor had been known from the start: the bits of logp do not show the slices
         task.backend.resum(x, task.head, target, anchor, anchor > z, parts)
     return row_statistics(task, x, parts, anchor, z), product
@@ -114,9 +114,7 @@ def recompute_backward(task: Task, plan: Plan, x: Tensor, stats: Statistics, coe
     head_grads = HeadGradients(task, accumulate=False)
     head_grads.take_rows(x, row_coef, target_coef, target)
     for begin, end in plan.slices:
-        slab, _, _ = task.backend.exp_logits(
-            x, task.head, target, stats.anchor, (begin, end), store=True, reanchor=False
-        )
+        slab = task.backend.exp_logits_at(x, task.head, target, stats.anchor, (begin, end))
         if product is not None:
             matmul(slab, task.head.weight[begin:end], out=product)
         head_grads.add(slab, begin, end)
@@ -140,7 +138,7 @@ def slab_gradients(task: Task, plan: Plan, x: Tensor, weigh: Weigh) -> tuple[Sta
             chunk = slice(rows.host_starts[first], rows.host_starts[last])
         target = rows.target[chunk]
         z = target_logits(task, x[chunk], target)
-        slab, parts, anchor = backend.exp_logits(x[chunk], head, target, z, (0, head.weight.shape[0]), store=True)
+        slab, parts, anchor = backend.exp_logits(x[chunk], head, target, z, (0, head.weight.shape[0]))
         stats = row_statistics(task, x[chunk], parts, anchor, z)
         chunk_stats.append(stats)
         row_coef, target_coef = weigh(stats, chunk, first, last)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from npo_kernels.core.matmul import matmul
 from npo_kernels.core.plan import GRAD_SLICE
-from npo_kernels.core.task import Task
+from npo_kernels.core.task import BIAS_COLUMNS, Task
 
 
 @dataclass
@@ -31,7 +31,7 @@ class HeadGradients:
 
     With `accumulate`, or where the gradient is float32 anyway, the sum over chunks lives in a full float32 buffer.
     Otherwise there is one set of rows, and each vocabulary slice is finished in a float32 buffer of its own width.
-    The bias is the weight of a feature that is always 1, kept 8 wide because matrix products want aligned rows.
+    The bias is the weight of a feature that is always 1 (`BIAS_COLUMNS`).
     """
 
     def __init__(self, task: Task, accumulate: bool):
@@ -43,7 +43,7 @@ class HeadGradients:
         make = torch.zeros if self.in_place else torch.empty
         dtype = torch.float32 if self.in_place else self.dtype
         self.weight = make(vocab_size, hidden_size, dtype=dtype, device=device) if task.needs.weight else None
-        self.bias = make(vocab_size, 8, dtype=torch.float32, device=device) if task.needs.bias else None
+        self.bias = make(vocab_size, BIAS_COLUMNS, dtype=torch.float32, device=device) if task.needs.bias else None
         in_units = task.needs.weight and task.upstream_later and self.dtype == torch.float16
         self.row_unit = torch.empty(vocab_size, dtype=torch.float32, device=device) if in_units else None
 
@@ -59,7 +59,7 @@ class HeadGradients:
         wanted = self.weight is not None or self.bias is not None
         self.targets = self.backend.group_targets(target) if wanted and target is not None else None
         self.parts = []
-        for features, grad in ((x, self.weight), (x.new_ones(x.shape[0], 8), self.bias)):
+        for features, grad in ((x, self.weight), (x.new_ones(x.shape[0], BIAS_COLUMNS), self.bias)):
             if grad is not None:
                 self.parts.append((features, self.backend.scale_rows(features, -row_coef), grad))
 

@@ -17,6 +17,7 @@ from npo_kernels.core.execute import finish_hidden_grad
 from npo_kernels.core.gradients import Gradients, HeadGradients
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.matmul import matmul
+from npo_kernels.core.plan import Plan
 from npo_kernels.core.softmax_stats import Normalizers, merge_sums
 from npo_kernels.core.task import Task
 
@@ -36,20 +37,35 @@ class Pair:
         model = merge_sums(*backend.softmax_sums(self.x, self.task.head, self.ref_x))
         return Normalizers(*model, *merge_sums(*backend.softmax_sums(self.ref_x, self.ref_head, self.x)))
 
-    def sweep(self, normalizers: Normalizers, row_weight: Tensor | None, limit: int) -> tuple[Tensor, Gradients]:
+    def plan(self, workspace_bytes: int | None) -> Plan:
+        """Of the sweep that forms all gradients that are wanted."""
+        return self.task.plan(
+            workspace_bytes,
+            gradient_in_forward=False,
+            summed=True,
+            scratch=self.task.backend.kl_scratch(self.x, self.task.head, self.ref_x, self.ref_head),
+            beside=self.ref_x.numel() * self.ref_x.itemsize,
+        )
+
+    def values(self, normalizers: Normalizers) -> Tensor:
+        """(N,) KL of each row. Two products."""
+        columns = (0, self.task.head.weight.shape[0])
+        parts = self.task.backend.kl_logits(
+            self.x, self.task.head, self.ref_x, self.ref_head, normalizers.vectors(), columns, store=False
+        )[1]
+        return parts.sum(0)
+
+    def sweep(self, normalizers: Normalizers, row_weight: Tensor, plan: Plan) -> tuple[Tensor, Gradients]:
         """KL of each row (N,), and the gradients of sum_i row_weight_i KL_i. Two products, and one a gradient."""
-        task = self.task
-        head, target = task.head, task.rows.target
-        plan = task.plan(limit, gradient_in_forward=False)
+        task, head = self.task, self.task.head
         product = torch.zeros(self.x.shape, dtype=torch.float32, device=self.x.device) if task.needs.hidden else None
         head_grads = HeadGradients(task, accumulate=False)
-        if row_weight is not None:
-            coefs = -row_weight * head.logit_scale, torch.zeros_like(row_weight)  # no label has a term of its own
-            head_grads.take_rows(self.x, *coefs, target=None)
+        coefs = -row_weight * head.logit_scale, torch.zeros_like(row_weight)  # no label has a term of its own
+        head_grads.take_rows(self.x, *coefs, target=None)
         parts, vectors = [], normalizers.vectors()
         for begin, end in plan.slices:
             slab, part = task.backend.kl_logits(
-                self.x, head, self.ref_x, self.ref_head, vectors, (begin, end), store=row_weight is not None
+                self.x, head, self.ref_x, self.ref_head, vectors, (begin, end), store=True
             )
             parts.append(part)
             if slab is not None:
@@ -61,7 +77,7 @@ class Pair:
         if product is not None:
             # contiguous, whatever the hidden states are
             hidden_grad = task.hidden.new_zeros(task.hidden.shape, dtype=task.wide_dtype)
-            finish_hidden_grad(task, product, coefs, target, task.rows.index, hidden_grad)
+            finish_hidden_grad(task, product, coefs, task.rows.target, task.rows.index, hidden_grad)
         return torch.cat(parts).sum(0), Gradients(hidden_grad, *head_grads.result())
 
     def scatter(self, values: Tensor) -> Tensor:

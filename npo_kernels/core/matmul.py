@@ -24,3 +24,8 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     for k in range(0, a.shape[1], BLOCK_K):
         out.addmm_(a[:, k : k + BLOCK_K].float(), b[k : k + BLOCK_K].float())
     return out
+
+
+def upcast_bytes(b: Tensor) -> int:
+    """What `matmul(a, b)` allocates beside its result where a is float32."""
+    return 0 if b.is_cuda or b.dtype == torch.float32 else 4 * min(BLOCK_K, b.shape[0]) * b.shape[1]

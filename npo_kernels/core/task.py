@@ -8,8 +8,12 @@ from torch import Tensor
 from npo_kernels.core.backend import Backend
 from npo_kernels.core.layout import DEAD_ROW, Rows
 from npo_kernels.core.lm_head import Head
-from npo_kernels.core.plan import Plan, make_plan
+from npo_kernels.core.matmul import upcast_bytes
+from npo_kernels.core.plan import Plan, Scratch, default_workspace, make_plan
 from npo_kernels.core.vocab_parallel import Shard, clip
+
+# The bias is the weight of a feature that is always 1, kept so wide because matrix products want aligned rows.
+BIAS_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -49,29 +53,53 @@ class Task:
         dtype = self.hidden.dtype
         return torch.float32 if self.upstream_later and dtype == torch.float16 else dtype
 
+    @property
+    def gathers(self) -> bool:
+        """Whether the scored rows are copied out of the batch: not all of it is scored, or nobody knows on the host."""
+        return self.rows.index.shape[0] != self.hidden.shape[0] or self.rows.host_starts is None
+
     def gather(self) -> Tensor:
         """(N, H) the scored rows; filling rows are zero, whatever the position they point at holds."""
-        rows = self.rows
-        if rows.index.shape[0] == self.hidden.shape[0] and rows.host_starts is not None:
+        if not self.gathers:
             return self.hidden
+        rows = self.rows
         x = self.hidden[rows.index]
         return x if rows.host_starts is not None else x.masked_fill_((rows.target == DEAD_ROW).unsqueeze(1), 0)
 
-    def plan(self, limit: int, gradient_in_forward: bool, separable: bool = True) -> Plan:
+    def plan(
+        self,
+        workspace_bytes: int | None,  # the caller's bound
+        gradient_in_forward: bool,
+        separable: bool = True,
+        summed: bool = False,
+        scratch: Scratch | None = None,  # that of `exp_logits` and its like, if not given
+        beside: int = 0,  # bytes that the caller holds besides
+    ) -> Plan:
         """`make_plan` with the sizes of this task; ranks that share a head agree on the plan of the largest part."""
+        num_rows, hidden_size = self.rows.index.shape[0], self.hidden.shape[1]
         vocab_size = self.head.weight.shape[0]
+        copied = self.gathers or not gradient_in_forward  # a backward of its own does not know the lengths
+        scratch = self.backend.scratch(self.hidden, num_rows, self.head) if scratch is None else scratch
+        scratch = scratch._replace(projecting=max(scratch.projecting, upcast_bytes(self.head.weight)))
+        held = num_rows * hidden_size * self.hidden.itemsize if copied else 0
         plan = make_plan(
-            num_rows=self.rows.index.shape[0],
+            num_rows=num_rows,
             host_starts=self.rows.host_starts,
-            hidden_size=self.hidden.shape[1],
+            hidden_size=hidden_size,
             vocab_size=vocab_size if self.shard is None else max(self.shard.sizes),
             weight_itemsize=self.head.weight.itemsize,
             slab_itemsize=self.backend.slab_dtype(self.hidden).itemsize,
             block_v=self.backend.block_v(self.hidden),
             need_hidden=self.needs.hidden,
             need_head=self.needs.head,
+            bias_columns=BIAS_COLUMNS if self.needs.bias else 0,
             gradient_in_forward=gradient_in_forward,
-            limit=limit,
+            limit=default_workspace(self.hidden.device) if workspace_bytes is None else workspace_bytes,
+            bound=workspace_bytes is not None,
             separable=separable,
+            summed=summed,
+            held_bytes=beside + held,
+            scratch=scratch,
+            blocks=self.backend.describe(self.hidden),
         )
         return plan if self.shard is None else replace(plan, slices=clip(plan.slices, vocab_size))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from npo_kernels.backends.choose import backend_of
 from npo_kernels.call.call import KLCall
+from npo_kernels.core.gradients import Gradients
 from npo_kernels.core.layout import DEAD_ROW, ELSEWHERE, Rows, compact
 from npo_kernels.core.linear_kl import Pair
 from npo_kernels.core.softmax_stats import Normalizers
@@ -58,8 +59,11 @@ class KLLossResults:
 def linear_kl_loss(arguments: KLLossCall) -> KLLossResults:
     call, scale, needs = arguments.call, arguments.scale, arguments.call.execution.needs
     pair = pair_of(call, needs, upstream_later=True)
-    row_weight = scale.expand(pair.x.shape[0]).contiguous() if needs.any else None
-    kl, grads = pair.sweep(pair.normalizers(), row_weight, call.execution.workspace_bytes)
+    plan, normalizers = pair.plan(call.execution.workspace_bytes), pair.normalizers()
+    if needs.any:
+        kl, grads = pair.sweep(normalizers, scale.expand(pair.x.shape[0]).contiguous(), plan)
+    else:
+        kl, grads = pair.values(normalizers), Gradients(None, None, None)
     return KLLossResults(kl.sum() * scale, kept(grads, call.hidden, call.head))
 
 
@@ -94,10 +98,11 @@ class KLResults:
 
 @operator("linear_kl")
 def linear_kl(call: KLCall) -> KLResults:
-    pair = pair_of(call, Needs(False, False, False))
+    pair = pair_of(call, call.execution.needs)
+    pair.plan(call.execution.workspace_bytes)  # what the backward cannot do is refused here
     normalizers = pair.normalizers()
-    kl, _ = pair.sweep(normalizers, None, call.execution.workspace_bytes)
-    return KLResults(pair.scatter(kl), pair.scatter(torch.stack(tuple(vars(normalizers).values()))))
+    packed = torch.stack(tuple(vars(normalizers).values()))
+    return KLResults(pair.scatter(pair.values(normalizers)), pair.scatter(packed))
 
 
 @linear_kl.register_fake
@@ -128,7 +133,7 @@ def linear_kl_backward(upstream: UpstreamKL) -> GradientTensors:
     pair = pair_of(call, call.execution.needs)
     index = pair.task.rows.index
     normalizers = Normalizers(*upstream.saved.normalizers.index_select(1, index))
-    _, grads = pair.sweep(normalizers, upstream.grad[index], call.execution.workspace_bytes)
+    _, grads = pair.sweep(normalizers, upstream.grad[index], pair.plan(call.execution.workspace_bytes))
     return all_tensors(grads, call.hidden, call.head)
 
 

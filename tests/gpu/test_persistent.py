@@ -54,7 +54,7 @@ def test_many_tiles_a_program_against_the_other_kernel(H, launched, monkeypatch)
     anchor[130:140] -= 100
 
     def project():
-        return triton_backend.exp_logits(x, head, target, anchor, (0, 20_011), store=True)
+        return triton_backend.exp_logits(x, head, target, anchor, (0, 20_011))
 
     found, again = project(), project()
     assert max(launched) == triton_backend.processors(x.device)

@@ -52,7 +52,7 @@ def test_logits_of_far_rows(far, which, loop, monkeypatch):
     moved = {**near, which: far(near[which])}
     z = [BACKEND.target_logits(case["x"], Head(case["w"]), TARGET) for case in (near, moved)]
     assert torch.equal(*z)
-    slabs = [BACKEND.exp_logits(case["x"], Head(case["w"]), TARGET, z[0], (0, 3), store=True) for case in (near, moved)]
+    slabs = [BACKEND.exp_logits(case["x"], Head(case["w"]), TARGET, z[0], (0, 3)) for case in (near, moved)]
     for got, expected in zip(*slabs, strict=True):
         assert torch.equal(got, expected)
 

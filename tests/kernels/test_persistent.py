@@ -99,7 +99,7 @@ def test_it_gives_the_bits_of_the_other_kernel(dtype, shape, loop, force, launch
 def test_it_gives_the_exponentials_and_their_sums(dtype, head, force, launched):
     x, head, target, anchor = problem(35, 40, 300, dtype, head)
     force("flat")
-    slab, parts, raised = BACKEND.exp_logits(x, head, target, anchor, (0, 300), store=True)
+    slab, parts, raised = BACKEND.exp_logits(x, head, target, anchor, (0, 300))
     assert launched and (raised[20::3] > anchor[20::3]).all() and (slab.gather(1, target[:, None]) == 0).all()
     oracle = plainly(x, head, target, raised, torch.float64)
     theirs = plainly(x, head, target, raised, torch.float32)
@@ -139,14 +139,14 @@ def test_columns_beyond_the_vocabulary_are_no_maxima(loop):
 def test_rows_that_no_descriptor_can_be_made_of_go_to_the_other_kernel(which, before, row, force, launched):
     """32 columns of rows of `row` elements of 2 bytes, behind `before` others."""
     x, head, target, anchor = problem(35, 32, 130, torch.bfloat16)
-    expected = BACKEND.exp_logits(x, head, target, anchor, (0, 130), store=True)
+    expected = BACKEND.exp_logits(x, head, target, anchor, (0, 130))
 
     def moved(t):
         return torch.nn.functional.pad(t, (before, row - before - 32))[:, before : before + 32]
 
     x, head = (moved(x), head) if which == "x" else (x, replace(head, weight=moved(head.weight)))
     force("serial")
-    assert same(BACKEND.exp_logits(x, head, target, anchor, (0, 130), store=True), expected)
+    assert same(BACKEND.exp_logits(x, head, target, anchor, (0, 130)), expected)
     assert bool(launched) == (row % 8 == before % 8 == 0)
 
 

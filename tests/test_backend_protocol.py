@@ -1,0 +1,251 @@
+"""Every primitive of `core.backend.Backend`, on both backends, against the PyTorch that its docstring names.
+
+In float64 on the same rounded inputs; shapes and dtypes as declared. `tests/test_backends.py` has what goes wrong at
+the edges of each.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from npo_kernels.backends.choose import backend_of
+from npo_kernels.core import softmax_stats
+from npo_kernels.core.backend import Backend
+from npo_kernels.core.formulas import RatioLoss
+from npo_kernels.core.lm_head import Head
+from npo_kernels.core.plan import Scratch
+from npo_kernels.core.softmax_stats import Normalizers, Statistics
+from tests.support import DEVICE, DTYPES, HEADS, IMPLS, name_of, relative_error
+from tests.test_backends import H, N, V, draw, exact_exponentials, exact_logits, make_rows
+
+pytestmark = pytest.mark.usefixtures("poisoned_allocations", "small_blocks")
+
+ALL = (0, V)
+STARTS = torch.tensor([0, 9, 9, 30, N], device=DEVICE)
+SEQUENCE = torch.repeat_interleave(torch.arange(4, device=DEVICE), STARTS.diff())
+Result = list[tuple[Tensor, Tensor, torch.dtype]]  # (what came, what it stands for in float64, the dtype declared)
+
+
+class Rows:
+    """The arguments that most primitives share, and the float64 versions of what they stand for."""
+
+    def __init__(self, backend: Backend, dtype: torch.dtype, head: str):
+        self.backend, self.dtype = backend, dtype
+        self.x, self.head, self.target = make_rows(dtype, head)
+        self.z = exact_logits(self.x, self.head)
+        self.anchor = self.z.gather(1, self.target[:, None])[:, 0].float() + 0.5
+        self.slab_dtype = backend.slab_dtype(self.x)
+        self.slope = 1 if self.head.softcap is None else 1 - (self.z / self.head.softcap) ** 2
+
+    def blocks(self, values: Tensor) -> list[Tensor]:
+        """(n, V) cut into what one partial sum is of."""
+        return list(values.split(self.backend.block_v(self.x), 1))
+
+    def reference(self) -> tuple[Tensor, Head]:
+        """A second model."""
+        weight = draw(V, H, seed=12, scale=1.5 / H**0.5, dtype=self.dtype)
+        return draw(N, H, seed=11, dtype=self.dtype), Head(weight, None, self.head.logit_scale, self.head.softcap)
+
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        return draw(N, seed=5), draw(N, seed=6)
+
+
+def block_v(r: Rows) -> Result:
+    width = r.backend.block_v(r.x)
+    assert isinstance(width, int) and 0 < width < V
+    return []
+
+
+def slab_dtype(r: Rows) -> Result:
+    assert r.slab_dtype in (r.dtype, torch.float32)
+    return []
+
+
+def describe(r: Rows) -> Result:
+    text = r.backend.describe(r.x)
+    assert text and "\n" not in text
+    return []
+
+
+def scratch(r: Rows) -> Result:
+    found = r.backend.scratch(r.x, N, r.head)
+    assert isinstance(found, Scratch) and min(found) >= 0 and found.sums > 0
+    return []
+
+
+def kl_scratch(r: Rows) -> Result:
+    found = r.backend.kl_scratch(r.x, r.head, *r.reference())
+    assert isinstance(found, Scratch) and min(found) >= 0 and found.sums > 0
+    return []
+
+
+def target_logits(r: Rows) -> Result:
+    return [(r.backend.target_logits(r.x, r.head, r.target), r.z.gather(1, r.target[:, None])[:, 0], torch.float32)]
+
+
+def exp_logits(r: Rows) -> Result:
+    slab, parts, anchor = r.backend.exp_logits(r.x, r.head, r.target, r.anchor, ALL)
+    e, stored = exact_exponentials(r.x, r.head, r.target, anchor)
+    sums = torch.stack([block.sum(1) for block in r.blocks(e)])
+    highest = r.z.amax(1) - softmax_stats.anchor_headroom(r.slab_dtype)
+    expected = torch.maximum(r.anchor.double(), highest)
+    return [(slab, stored, r.slab_dtype), (parts, sums, torch.float32), (anchor, expected, torch.float32)]
+
+
+def exp_logits_at(r: Rows) -> Result:
+    anchor = r.z.logsumexp(1).float()
+    slab = r.backend.exp_logits_at(r.x, r.head, r.target, anchor, (37, 290))
+    return [(slab, exact_exponentials(r.x, r.head, r.target, anchor)[1][:, 37:290], r.slab_dtype)]
+
+
+def partial_sums(r: Rows) -> Result:
+    parts, anchor = r.backend.partial_sums(r.x, r.head, r.target, r.anchor)
+    e, _ = exact_exponentials(r.x, r.head, r.target, anchor)
+    return [(parts, torch.stack([block.sum(1) for block in r.blocks(e)]), torch.float32)]
+
+
+def resum(r: Rows) -> Result:
+    anchor = r.z.logsumexp(1).float()
+    e, _ = exact_exponentials(r.x, r.head, r.target, anchor)
+    sums = torch.stack([block.sum(1) for block in r.blocks(e)])
+    raised = torch.arange(N, device=DEVICE) % 3 == 1
+    parts = torch.where(raised, 7.0, sums.float())
+    r.backend.resum(r.x, r.head, r.target, anchor, raised, parts)
+    return [(parts, sums, torch.float32)]
+
+
+def row_statistics(r: Rows) -> Result:
+    parts, anchor, z = draw(3, N, seed=4).abs(), draw(N, seed=5), draw(N, seed=5) - 0.25
+    found = r.backend.row_statistics(parts, anchor, z)
+    exact = softmax_stats.row_statistics(parts.double(), anchor.double(), z.double())
+    return [(vars(found)[name], value, torch.float32) for name, value in vars(exact).items()]
+
+
+def softmax_sums(r: Rows) -> Result:
+    maxima, sums = r.backend.softmax_sums(r.x, r.head, r.x)
+    # the blocks are the backend's own: what the row says is what counts
+    total = (sums.double() * torch.exp(maxima.double() - maxima.amax(0).double())).sum(0)
+    exact = torch.exp(r.z - r.z.amax(1, keepdim=True)).sum(1)
+    assert maxima.shape == sums.shape
+    return [(maxima.amax(0), r.z.amax(1), torch.float32), (total.float(), exact, sums.dtype)]
+
+
+def kl_logits(r: Rows) -> Result:
+    ref_x, ref_head = r.reference()
+    ref_z = exact_logits(ref_x, ref_head)
+    ends = [(z.amax(1), torch.exp(z - z.amax(1, keepdim=True)).sum(1)) for z in (r.z, ref_z)]
+    normalizers = Normalizers(*(t.float() for pair in ends for t in pair))
+    slab, parts = r.backend.kl_logits(r.x, r.head, ref_x, ref_head, normalizers.vectors(), ALL, store=True)
+    assert slab is not None
+    nothing, again = r.backend.kl_logits(r.x, r.head, ref_x, ref_head, normalizers.vectors(), ALL, store=False)
+    assert nothing is None and torch.equal(parts, again)
+    p, q = r.z.softmax(1), ref_z.softmax(1)
+    kl = (q * (q.log() - p.log()) + p - q).sum(1)
+    return [(slab, (p - q) * r.slope, r.slab_dtype), (parts.sum(0), kl, parts.dtype)]
+
+
+def scale_rows(r: Rows) -> Result:
+    scale = draw(N, seed=3)
+    scale[4], r.x[4] = 0.0, torch.inf
+    expected = torch.where(scale[:, None] == 0, 0.0, scale[:, None].double() * r.x.double())
+    return [(r.backend.scale_rows(r.x, scale), expected, r.slab_dtype)]
+
+
+def finish_hidden_grad(r: Rows) -> Result:
+    (row_coef, target_coef), product = r.coefficients(), draw(N, H, seed=7)
+    index = torch.arange(N, device=DEVICE) * 2 + 1
+    out = torch.zeros(2 * N + 1, H, dtype=r.dtype, device=DEVICE)
+    r.backend.finish_hidden_grad(product, row_coef, target_coef, r.head, r.target, index, out)
+    expected = torch.zeros(out.shape, dtype=torch.float64, device=DEVICE)
+    expected[index] = (
+        target_coef[:, None].double() * r.head.weight[r.target].double() - row_coef[:, None] * product.double()
+    )
+    return [(out, expected, r.dtype)]
+
+
+def add_targets(r: Rows) -> Result:
+    """With what `group_targets` of the same backend makes of the targets."""
+    coef, (begin, end) = draw(N, seed=5), (37, 290)
+    grad = draw(end - begin, H, seed=8)
+    expected = grad.double()
+    inside = (r.target >= begin) & (r.target < end)
+    expected.index_add_(0, r.target[inside] - begin, (coef[:, None] * r.x.double())[inside])
+    r.backend.add_targets(grad, r.x, coef, r.backend.group_targets(r.target), (begin, end))
+    return [(grad, expected, torch.float32)]
+
+
+def sequence_sums(r: Rows) -> Result:
+    values = draw(N, seed=9)
+    expected = torch.zeros(4, dtype=torch.float64, device=DEVICE).index_add_(0, SEQUENCE, values.double())
+    return [(r.backend.sequence_sums(values, SEQUENCE, STARTS), expected, torch.float32)]
+
+
+def ratio_epilogue(r: Rows) -> Result:
+    logp = -draw(N, seed=4).abs()
+    stats = Statistics(r.anchor, logp, 1 - logp.exp(), r.anchor, draw(N, seed=6).abs())
+    ratio = RatioLoss(draw(4, seed=2) * 9, draw(4, seed=3).abs(), STARTS.diff(), 0.3, length_normalized=False)
+    found = r.backend.ratio_epilogue(stats, SEQUENCE, STARTS, ratio, r.head)
+    wide = Statistics(*(t.double() for t in vars(stats).values()))
+    exact = RatioLoss(ratio.offset.double(), ratio.scale.double(), ratio.num_tokens, 0.3, length_normalized=False)
+    logps = torch.zeros(4, dtype=torch.float64, device=DEVICE).index_add_(0, SEQUENCE, wide.logp)
+    losses, grad = exact.value_and_grad(logps)
+    expected = (logps, losses, *softmax_stats.gradient_coefficients(wide, F.pad(grad, (0, 1))[SEQUENCE], r.head))
+    return [(got, value, torch.float32) for got, value in zip(found, expected, strict=True)]
+
+
+PRIMITIVES: dict[str, Callable[[Rows], Result]] = {
+    "block_v": block_v,
+    "slab_dtype": slab_dtype,
+    "describe": describe,
+    "scratch": scratch,
+    "kl_scratch": kl_scratch,
+    "target_logits": target_logits,
+    "exp_logits": exp_logits,
+    "exp_logits_at": exp_logits_at,
+    "partial_sums": partial_sums,
+    "resum": resum,
+    "row_statistics": row_statistics,
+    "softmax_sums": softmax_sums,
+    "kl_logits": kl_logits,
+    "scale_rows": scale_rows,
+    "finish_hidden_grad": finish_hidden_grad,
+    "group_targets": add_targets,
+    "add_targets": add_targets,
+    "sequence_sums": sequence_sums,
+    "ratio_epilogue": ratio_epilogue,
+}
+# Relative error of a whole result: float32 sums in any order, and one rounding to 16 bits.
+ALLOWED = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("head", ["plain", "all"])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("primitive", PRIMITIVES)
+def test_a_primitive_is_the_pytorch_it_stands_for(primitive, impl, head, dtype):
+    for got, expected, declared in PRIMITIVES[primitive](Rows(backend_of(impl), dtype, head)):
+        assert got.dtype == declared
+        assert got.shape == expected.shape
+        assert relative_error(got, expected) < ALLOWED[declared]
+
+
+def members() -> dict[str, Any]:
+    return {name: member for name, member in vars(Backend).items() if inspect.isfunction(member) and name[0] != "_"}
+
+
+def test_every_primitive_of_the_protocol_is_tested():
+    assert {name for name in members() if name != "__init__"} == set(PRIMITIVES)
+    assert set(HEADS) >= {"plain", "all"}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_both_backends_take_the_arguments_of_the_protocol(impl):
+    """By name and in order; the types are mypy's to check."""
+    for name, member in members().items():
+        declared = list(inspect.signature(member).parameters)[1:]
+        assert list(inspect.signature(getattr(backend_of(impl), name)).parameters) == declared, name

@@ -43,7 +43,8 @@ def fused_linear_kl(
         logit_scale, softcap: of both models, as in `sequence_logprobs`.
         impl: "triton", "torch" (bounded memory on any device), "reference" (keeps both logits), "auto" (Triton on a
             GPU, torch elsewhere). A name never falls back.
-        workspace_mb: MiB for the slice of p - q held at a time and what goes with it.
+        workspace_mb: MiB for the slice of p - q held at a time and what goes with it; a bound, as in
+            `sequence_logprobs`.
 
     Returns:
         float32, in nats. An empty mask gives 0 with zero gradients. With "mean" and "sum" the gradients are formed in

@@ -42,7 +42,9 @@ def sequence_logprobs(
         logit_scale: factor of the logits (Cohere: logit_scale; Granite: 1/logits_scaling).
         softcap: logits become softcap * tanh(logits / softcap), after the scale (Gemma-2).
         impl: "triton", "torch", "reference", or "auto" (Triton on a GPU, torch elsewhere). A name never falls back.
-        workspace_mb: MiB that may be used beyond inputs and gradients; `npo_kernels.core.plan` has the defaults.
+        workspace_mb: MiB that may be used beyond inputs, results and gradients: a bound. A call that cannot keep it
+            raises ValueError, which says the smallest that works. None: the default of the device
+            (`npo_kernels.core.plan`), or more where the smallest plan needs more.
         num_rows: number of scored positions, or a bound above it. Passing it removes the one host sync of the call.
         process_group: ranks that hold the same batch and a part of the vocabulary each, in the order of the ranks:
             lm_head_weight and bias are this rank's rows, plain tensors of any sizes or DTensors with (Shard(0),) on

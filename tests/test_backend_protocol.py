@@ -73,7 +73,7 @@ def describe(r: Rows) -> Result:
 
 
 def scratch(r: Rows) -> Result:
-    found = r.backend.scratch(r.x, N, r.head)
+    found = r.backend.scratch(r.x, N, V, True)
     assert isinstance(found, Scratch) and min(found) >= 0 and found.sums > 0
     return []
 

@@ -37,19 +37,19 @@ def describe(x: Tensor) -> str:
     return f"PyTorch on {x.device.type}, blocks of {BLOCK_V} columns"
 
 
-def scratch(x: Tensor, rows: int, head: Head) -> Scratch:
+def scratch(x: Tensor, rows: int, vocab_size: int, capped: bool) -> Scratch:
     """The float32 copies that products of 16-bit operands take, the softcap's derivative, blocks of sums."""
-    vocab_size, hidden_size = head.weight.shape
+    hidden_size = x.shape[1]
     n, columns, depth = min(rows, BLOCK_N), min(vocab_size, BLOCK_V), min(hidden_size, matmul.BLOCK_K)
     upcast = 4 * depth if x.dtype != torch.float32 and not x.is_cuda else 0
     wide = 4 * columns if slab_dtype(x) != torch.float32 else 0  # a block is float32 before it is stored
-    capped = 4 * columns if head.softcap is not None else 0
+    slope = 4 * columns if capped else 0
     sums, finish = 8 * -(-vocab_size // BLOCK_V), n * hidden_size * ROW_TEMPORARIES
-    forward = upcast * columns + n * (upcast + 4 * columns + capped)
+    forward = upcast * columns + n * (upcast + 4 * columns + slope)
     return Scratch(
         projecting=upcast * columns,
         finishing=finish,
-        per_row=upcast + wide + capped + sums,
+        per_row=upcast + wide + slope + sums,
         sums=max(forward, finish) + rows * sums,
     )
 

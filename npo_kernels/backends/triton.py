@@ -81,11 +81,11 @@ def slab_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def scratch(x: Tensor, rows: int, head: Head) -> Scratch:
+def scratch(x: Tensor, rows: int, vocab_size: int, capped: bool) -> Scratch:
     """Partial sums and maxima of the splits, and the sorted targets: a few numbers a row. cuBLAS has a workspace of its
     own, some 32 MiB a process, which is not counted.
     """
-    per_row = 12 * triton.cdiv(head.weight.shape[0], block_v(x)) + SORT_BYTES
+    per_row = 12 * triton.cdiv(vocab_size, block_v(x)) + SORT_BYTES
     return Scratch(per_row=per_row, sums=per_row * rows)
 
 

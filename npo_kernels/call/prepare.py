@@ -1,5 +1,7 @@
 """From the arguments of a public function to its `Call`: autocast, checks, layout, the choice of a backend."""
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,9 @@ from npo_kernels.core.lm_head import Head
 from npo_kernels.core.plan import workspace_bytes
 from npo_kernels.core.task import Needs
 from npo_kernels.core.vocab_parallel import local_head
+
+# An option that is a field of `Call` travels as it is.
+CARRIED = tuple(field.name for field in fields(Call) if field.name in CallOptions.__annotations__)
 
 
 def prepare(hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, options: CallOptions) -> Call:
@@ -32,8 +37,7 @@ def prepare(hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, options: Cal
         head=head,
         targets=positions.targets,
         offsets=positions.offsets,
-        ignore_index=ignore_index,
-        num_rows=options["num_rows"],
+        **{name: options[name] for name in CARRIED},  # type: ignore[literal-required]
         execution=Execution(
             impl=resolve_impl(impl, hidden.device),
             workspace_bytes=workspace_bytes(options["workspace_mb"]),

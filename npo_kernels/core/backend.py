@@ -34,8 +34,8 @@ class Backend(Protocol):
     def describe(self, x: Tensor) -> str:
         """How the kernels are cut for operands like x, and why so; for `npo_kernels.explain`."""
 
-    def scratch(self, x: Tensor, rows: int, head: Head) -> Scratch:
-        """What the primitives allocate beside their results, `rows` of the rows of x at a time; those of KL aside."""
+    def scratch(self, x: Tensor, rows: int, vocab_size: int, capped: bool) -> Scratch:
+        """What the primitives allocate beside their results for so many rows like those of x; those of KL aside."""
 
     def kl_scratch(self, x: Tensor, head: Head, ref_x: Tensor, ref_head: Head) -> Scratch:
         """The same of `softmax_sums` and `kl_logits` for all rows."""

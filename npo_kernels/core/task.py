@@ -77,16 +77,18 @@ class Task:
     ) -> Plan:
         """`make_plan` with the sizes of this task; ranks that share a head agree on the plan of the largest part."""
         num_rows, hidden_size = self.rows.index.shape[0], self.hidden.shape[1]
-        vocab_size = self.head.weight.shape[0]
+        local_size = self.head.weight.shape[0]
+        vocab_size = local_size if self.shard is None else max(self.shard.sizes)
         copied = self.gathers or not gradient_in_forward  # a backward of its own does not know the lengths
-        scratch = self.backend.scratch(self.hidden, num_rows, self.head) if scratch is None else scratch
-        scratch = scratch._replace(projecting=max(scratch.projecting, upcast_bytes(self.head.weight)))
+        if scratch is None:
+            scratch = self.backend.scratch(self.hidden, num_rows, vocab_size, self.head.softcap is not None)
+        projecting = max(scratch.projecting, upcast_bytes(self.head.weight, vocab_size))
         held = num_rows * hidden_size * self.hidden.itemsize if copied else 0
         plan = make_plan(
             num_rows=num_rows,
             host_starts=self.rows.host_starts,
             hidden_size=hidden_size,
-            vocab_size=vocab_size if self.shard is None else max(self.shard.sizes),
+            vocab_size=vocab_size,
             weight_itemsize=self.head.weight.itemsize,
             slab_itemsize=self.backend.slab_dtype(self.hidden).itemsize,
             block_v=self.backend.block_v(self.hidden),
@@ -99,7 +101,7 @@ class Task:
             separable=separable,
             summed=summed,
             held_bytes=beside + held,
-            scratch=scratch,
+            scratch=scratch._replace(projecting=projecting),
             blocks=self.backend.describe(self.hidden),
         )
-        return plan if self.shard is None else replace(plan, slices=clip(plan.slices, vocab_size))
+        return plan if self.shard is None else replace(plan, slices=clip(plan.slices, local_size))

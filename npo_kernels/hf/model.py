@@ -18,7 +18,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NoReturn, SupportsIndex, cast
+from typing import Any, NoReturn, SupportsIndex, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from npo_kernels.hf.head import CausalLM, alone, computing, head_of, plain_linea
 from npo_kernels.logprobs import sequence_logprobs, token_logprobs
 from npo_kernels.losses import LossStats
 
+Model = TypeVar("Model", bound=nn.Module)
 Result = Tensor | tuple[Tensor, Tensor | LossStats]  # of sequence_logprobs, token_logprobs or a loss
 Function = Callable[..., Result]  # called as sequence_logprobs is
 
@@ -51,7 +52,7 @@ class FusedUnlearningOutput(ModelOutput):
         raise AttributeError("no logits were formed: call the model without fused_unlearning where they are needed")
 
 
-def add_fused_unlearning_head(model: nn.Module) -> nn.Module:
+def add_fused_unlearning_head(model: Model) -> Model:
     """Let `model(..., labels=labels, fused_unlearning=...)` return log-probabilities or a loss, and no logits.
 
     Replaces::

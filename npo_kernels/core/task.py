@@ -84,6 +84,8 @@ class Task:
             scratch = self.backend.scratch(self.hidden, num_rows, vocab_size, self.head.softcap is not None)
         projecting = max(scratch.projecting, upcast_bytes(self.head.weight, vocab_size))
         held = num_rows * hidden_size * self.hidden.itemsize if copied else 0
+        if self.shard is not None:
+            held += num_rows * self.shard.row_bytes(self.backend.block_v(self.hidden), hidden_size)
         plan = make_plan(
             num_rows=num_rows,
             host_starts=self.rows.host_starts,

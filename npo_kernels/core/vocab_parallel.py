@@ -68,6 +68,11 @@ class Shard:
         dist.all_reduce(partial, group=self.process_group)
         return partial
 
+    def row_bytes(self, block_v: int, hidden_size: int) -> int:
+        """What `gather`, and the sum of dHidden, hold for each row."""
+        splits = [-(-size // block_v) + 1 for size in self.sizes]
+        return 4 * (max(splits) * (len(splits) + 1) + 2 * sum(splits) + hidden_size)
+
     def gather(self, parts: Tensor, anchor: Tensor, block_v: int) -> tuple[Tensor, Tensor]:
         """(partial sums of all ranks (splits, n), the anchor (n,) that is common to them)."""
         splits = [-(-size // block_v) for size in self.sizes]

@@ -104,9 +104,12 @@ class Operator(Generic[Arguments, Results]):
         """`save` says what the backward needs. `backward(saved, upstream gradients of the results)`, None for a result
         without one, gives the gradients of the arguments with the dotted names `of`.
         """
-        saved: Schema[Saved] = Schema(next(iter(get_type_hints(backward).values())))
         unknown = set(of) - set(self.arguments.leaves)
-        assert not unknown, unknown
+        if unknown:
+            raise ValueError(
+                f"no arguments {sorted(unknown)} of the operator: expected some of {[*self.arguments.leaves]}"
+            )
+        saved: Schema[Saved] = Schema(next(iter(get_type_hints(backward).values())))
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             ctx.set_materialize_grads(False)  # no zeros of the size of dWeight for results nobody differentiates

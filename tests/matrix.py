@@ -28,9 +28,9 @@ class Mode:
     needs: tuple[tuple[str, ...], ...]
     workspace: str = "default"  # "default" | "chunks" | "tiny"
 
-    def workspace_mb(self, batch: Batch, impl: str) -> float | None:
+    def workspace_mb(self, batch: Batch, impl: str, needs: Sequence[str]) -> float | None:
         if self.workspace == "chunks":
-            return support.workspace_for(batch, impl, chunks=True)
+            return support.workspace_for(batch, impl, True, needs)
         return TINY if self.workspace == "tiny" else None
 
 
@@ -73,7 +73,7 @@ def check(impl: str, case: Sequence, plans: list, **shape) -> None:
     objective = mode.objectives[seed % len(mode.objectives)]
     plain, oracle = support.evaluate_plain_and_oracle(objective, batch, needs)
     ours = support.evaluate(
-        objective, batch, needs, impl=impl, workspace_mb=mode.workspace_mb(batch, impl), num_rows=None
+        objective, batch, needs, impl=impl, workspace_mb=mode.workspace_mb(batch, impl, needs), num_rows=None
     )
     assert {plan.mode for plan in plans} == {mode.plan}
     if mode.workspace == "chunks":

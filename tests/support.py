@@ -5,6 +5,7 @@ rounded to it, float32 log-softmax, autograd), and the oracle, which is the same
 """
 
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +25,7 @@ from npo_kernels import (
 from npo_kernels.call.call import Call, Execution, KLCall
 from npo_kernels.core import plan, task
 from npo_kernels.core.lm_head import Head
-from npo_kernels.core.plan import GRAD_SLICE, MIB, VECTOR_BYTES, make_plan
+from npo_kernels.core.plan import MIB, make_plan
 from npo_kernels.core.task import Needs
 from npo_kernels.ops.schema import Operator
 
@@ -207,20 +208,16 @@ def opcheck(operator: Operator, arguments) -> None:
     torch.library.opcheck(operator.op, tuple(operator.arguments.flatten(arguments)))
 
 
-def workspace_for(batch: Batch, impl: str, chunks: bool) -> float:
+def workspace_for(batch: Batch, impl: str, chunks: bool, needs: Sequence[str] | None = None) -> float:
     """workspace_mb in which all rows fit a slab at once, or, with `chunks`, the longest sequence only."""
-    counts = batch(sequence_logprobs, impl="reference")[1].tolist()
-    needs = tuple(batch.tensors)
     with mock.patch.object(task, "make_plan", wraps=make_plan) as spy:
-        batch.leaves(needs)(partial(explain, fused_npo_loss), impl=impl)
-    sizes = {**spy.call_args.kwargs, "limit": 2**60}
+        batch.leaves(needs or tuple(batch.tensors))(partial(explain, fused_npo_loss), impl=impl)
+    sizes = spy.call_args.kwargs
+    enough = make_plan(**{**sizes, "limit": 2**60}).workspace_bytes
     if not chunks:
-        return make_plan(**sizes).workspace_bytes / MIB
-    longest = make_plan(**{**sizes, "num_rows": max(counts), "host_starts": None}).workspace_bytes
-    # the dWeight of several chunks is summed in float32 as a whole, that of one a slice of columns at a time
-    V, H = batch.weight.shape
-    beyond_slice = 4 * H * max(0, V - GRAD_SLICE) if batch.weight.itemsize < 4 else 0
-    return (longest + beyond_slice + VECTOR_BYTES * (sum(counts) - max(counts))) / MIB
+        return enough / MIB
+    least = bisect_left(range(enough), True, key=lambda limit: make_plan(**{**sizes, "limit": limit}).mode == "slab")
+    return least / MIB
 
 
 # ---------------------------------------------------------------------------------------------------------------------

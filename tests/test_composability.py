@@ -9,6 +9,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from npo_kernels import explain, fused_logprob_loss, fused_npo_loss, sequence_logprobs
 from npo_kernels.core import execute
+from tests.support import TINY
 
 B, S, V, H = 6, 9, 150, 16
 
@@ -84,7 +85,7 @@ def test_explain_says_which_mode_and_why():
     assert explain(fused_npo_loss, hidden, weight, labels).mode == "slab"
     assert explain(sequence_logprobs, hidden, weight, labels).mode == "recompute"
     assert explain(fused_npo_loss, hidden, weight, labels, reduction="none").mode == "recompute"
-    small = explain(fused_npo_loss, hidden, weight, labels, workspace_mb=0.001)
+    small = explain(fused_npo_loss, hidden, weight, labels, workspace_mb=TINY)
     assert small.mode == "recompute"
     assert "longest sequence" in str(small)
     with torch.no_grad():

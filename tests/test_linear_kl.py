@@ -5,8 +5,12 @@ import itertools
 import pytest
 import torch
 
-from npo_kernels import fused_linear_kl, linear_kl
-from tests.support import IMPLS, relative_error
+from npo_kernels import fused_linear_kl
+from npo_kernels.call.call import Execution, KLCall
+from npo_kernels.core.lm_head import Head
+from npo_kernels.core.task import Needs
+from npo_kernels.ops.linear_kl import KLLossCall, linear_kl, linear_kl_loss
+from tests.support import IMPLS, TINY, opcheck, relative_error
 
 B, S, H, V, H_REF = 3, 7, 24, 300, 40
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,7 +53,7 @@ def plain(tensors, dtype, upstream, mask, reduction, logit_scale=1.0, softcap=No
 
 
 CASES = itertools.product(
-    IMPLS, DTYPES, ("mean", "sum", "none"), (None, 0.01), ({}, {"logit_scale": 0.7, "softcap": 4.0})
+    IMPLS, DTYPES, ("mean", "sum", "none"), (None, TINY), ({}, {"logit_scale": 0.7, "softcap": 4.0})
 )
 
 
@@ -165,10 +169,10 @@ def test_opcheck_and_compile():
     hidden, weight, bias, ref_hidden, ref_weight = (t.float() for t in make(torch.float32))
     x, ref_x = hidden.reshape(-1, H).requires_grad_(), ref_hidden.reshape(-1, H_REF)
     counted = torch.arange(B * S) % 3 > 0
-    sides = (x, weight.requires_grad_(), bias, ref_x, ref_weight, None, counted)
-    options = (1.0, None, 10**6, "torch", True, True, False)
-    torch.library.opcheck(linear_kl.linear_kl, (*sides, *options))
-    torch.library.opcheck(linear_kl.linear_kl_loss, (*sides, torch.tensor(0.3), *options))
+    execution = Execution("torch", 10**7, None, (), Needs(True, True, False))
+    call = KLCall(x, Head(weight.requires_grad_(), bias), ref_x, Head(ref_weight), counted, execution)
+    opcheck(linear_kl, call)
+    opcheck(linear_kl_loss, KLLossCall(call, torch.tensor(0.3)))
 
     def loss(h, w):
         return fused_linear_kl(h, w, ref_hidden, ref_weight, mask=counted.view(B, S))

@@ -40,14 +40,15 @@ def describe(x: Tensor) -> str:
 def scratch(x: Tensor, rows: int, vocab_size: int, capped: bool) -> Scratch:
     """The float32 copies that products of 16-bit operands take, the softcap's derivative, blocks of sums."""
     hidden_size = x.shape[1]
-    n, columns, depth = min(rows, BLOCK_N), min(vocab_size, BLOCK_V), min(hidden_size, matmul.BLOCK_K)
-    upcast = 4 * depth if x.dtype != torch.float32 and not x.is_cuda else 0
+    n, columns = min(rows, BLOCK_N), min(vocab_size, BLOCK_V)
+    upcast = matmul.upcast_bytes(x, hidden_size, 1)  # of a row, and of a column of the head
+    product = matmul.upcast_bytes(x, vocab_size, hidden_size)  # of the head in a product with exponentials
     wide = 4 * columns if slab_dtype(x) != torch.float32 else 0  # a block is float32 before it is stored
     slope = 4 * columns if capped else 0
     sums, finish = 8 * -(-vocab_size // BLOCK_V), n * hidden_size * ROW_TEMPORARIES
     forward = upcast * columns + n * (upcast + 4 * columns + slope)
     return Scratch(
-        projecting=upcast * columns,
+        projecting=max(upcast * columns, product),
         finishing=finish,
         per_row=upcast + wide + slope + sums,
         sums=max(forward, finish) + rows * sums,
@@ -58,13 +59,12 @@ def kl_scratch(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head) -> Scratch:
     """BLOCK_N rows of the logits of both models, and what is between them and the sums."""
     vocab_size = head.weight.shape[0]
     n, columns = min(x.shape[0], BLOCK_N), min(vocab_size, BLOCK_V)
-    upcast = 0
-    for t in (x, ref_x):
-        if t.dtype != torch.float32 and not t.is_cuda:
-            upcast = max(upcast, 4 * min(t.shape[1], matmul.BLOCK_K) * (columns + n))
+    upcast = max(matmul.upcast_bytes(t, t.shape[1], columns + n) for t in (x, ref_x))
+    product = matmul.upcast_bytes(x, vocab_size, x.shape[1])
     block = 4 * n * columns
     temporaries = KL_TEMPORARIES + (2 if head.softcap is not None else 0)
-    projecting = max(temporaries * block, (temporaries - 8) * block + upcast)
+    # an operand is copied while little else exists
+    projecting = max(temporaries * block, (temporaries - 8) * block + upcast, product)
     per_row = 12 * -(-vocab_size // BLOCK_V) + 40
     return Scratch(projecting, n * x.shape[1] * ROW_TEMPORARIES, per_row, projecting + x.shape[0] * per_row)
 

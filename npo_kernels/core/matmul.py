@@ -26,6 +26,6 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def upcast_bytes(b: Tensor, depth: int) -> int:
-    """What `matmul(a, b)` allocates beside its result where a is float32, and b so deep."""
-    return 0 if b.is_cuda or b.dtype == torch.float32 else 4 * min(BLOCK_K, depth) * b.shape[1]
+def upcast_bytes(like: Tensor, depth: int, width: int) -> int:
+    """What `matmul` allocates for an operand (depth, width) of the dtype and on the device of `like`."""
+    return 0 if like.is_cuda or like.dtype == torch.float32 else 4 * min(BLOCK_K, depth) * width

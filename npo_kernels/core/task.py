@@ -8,7 +8,6 @@ from torch import Tensor
 from npo_kernels.core.backend import Backend
 from npo_kernels.core.layout import DEAD_ROW, Rows
 from npo_kernels.core.lm_head import Head
-from npo_kernels.core.matmul import upcast_bytes
 from npo_kernels.core.plan import Plan, Scratch, default_workspace, make_plan
 from npo_kernels.core.vocab_parallel import Shard, clip
 
@@ -82,7 +81,6 @@ class Task:
         copied = self.gathers or not gradient_in_forward  # a backward of its own does not know the lengths
         if scratch is None:
             scratch = self.backend.scratch(self.hidden, num_rows, vocab_size, self.head.softcap is not None)
-        projecting = max(scratch.projecting, upcast_bytes(self.head.weight, vocab_size))
         held = num_rows * hidden_size * self.hidden.itemsize if copied else 0
         if self.shard is not None:
             held += num_rows * self.shard.row_bytes(self.backend.block_v(self.hidden), hidden_size)
@@ -103,7 +101,7 @@ class Task:
             separable=separable,
             summed=summed,
             held_bytes=beside + held,
-            scratch=scratch._replace(projecting=projecting),
+            scratch=scratch,
             blocks=self.backend.describe(self.hidden),
         )
         return plan if self.shard is None else replace(plan, slices=clip(plan.slices, local_size))

@@ -87,7 +87,7 @@ def _checked(case, shape: dict) -> None:
     batch = support.make_batch(dtype, head, layout, seed=seed, **shape)
     mode = matrix.MODES[name]
     objective = mode.objectives[seed % len(mode.objectives)]
-    support.evaluate(objective, batch, needs, impl="triton", workspace_mb=mode.workspace_mb(batch, "triton"))
+    support.evaluate(objective, batch, needs, impl="triton", workspace_mb=mode.workspace_mb(batch, "triton", needs))
 
 
 def _kl(dtype: torch.dtype, reduction: Reduction, shape: dict) -> None:

@@ -1,9 +1,10 @@
-"""Operators from dataclasses: a field is an argument of the operator, of its fake and of its backward, and nothing else
+"""Operators from records: a field is an argument of the operator, of its fake and of its backward, and nothing else
 has to be told of it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import dataclass, make_dataclass
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -102,11 +103,11 @@ def test_a_field_of_a_call_is_an_argument_of_the_operators():
     names = [argument.name for argument in token_logps.op._opoverload._schema.arguments]
     assert names == [name.replace(".", "_") for name in Schema(Call).leaves]
     call = support.call_of(make_batch(layout="packed"), "torch")
-    wider = make_dataclass("Wider", [*((f.name, f.type) for f in fields(Call)), ("label_smoothing", float)])
-    flat = Schema(wider).flatten(wider(**vars(call), label_smoothing=0.1))
+    wider = make_dataclass("Wider", [*get_type_hints(Call).items(), ("label_smoothing", float)])
+    flat = Schema(wider).flatten(wider(**call._asdict(), label_smoothing=0.1))
     assert len(flat) == len(names) + 1 and flat[-1] == 0.1
 
 
 def test_options_that_are_fields_of_a_call_travel_as_they_are():
     assert set(CARRIED) == {"ignore_index", "num_rows"}
-    assert set(CARRIED) == {f.name for f in fields(Call)} & set(CallOptions.__annotations__)
+    assert set(CARRIED) == set(Call._fields) & set(CallOptions.__annotations__)

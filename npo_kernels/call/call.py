@@ -1,12 +1,11 @@
 """The one description of a call: what the operators take, whatever the caller wrote.
 
 The operators of torch take flat lists of tensors and numbers. `npo_kernels.ops.schema` reads those lists from the
-dataclasses here: a field added here is an argument of every operator that takes the dataclass, of its fake and of its
-backward.
+records here: a field added here is an argument of every operator that takes the record, of its fake and its backward.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -15,8 +14,7 @@ from npo_kernels.core.task import Needs
 from npo_kernels.core.vocab_parallel import Shard
 
 
-@dataclass(frozen=True)
-class Execution:
+class Execution(NamedTuple):
     """How a call runs: the backend, the memory, the ranks that share the head, and which gradients are formed."""
 
     impl: str  # "torch" | "triton", or "reference", which no operator sees
@@ -30,8 +28,7 @@ class Execution:
         return None if self.group is None else Shard(self.group, tuple(self.sizes))
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A batch of sequences, flattened and shifted, and a head: log-probabilities of labels and losses of them."""
 
     hidden: Tensor  # (T, H)
@@ -47,8 +44,7 @@ class Call:
         return self.offsets.shape[0] - 1
 
 
-@dataclass(frozen=True)
-class KLCall:
+class KLCall(NamedTuple):
     """Positions of a model and of a reference, each with its head."""
 
     hidden: Tensor  # (T, H)

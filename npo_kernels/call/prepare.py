@@ -1,7 +1,5 @@
 """From the arguments of a public function to its `Call`: autocast, checks, layout, the choice of a backend."""
 
-from dataclasses import fields
-
 import torch
 from torch import Tensor
 
@@ -16,7 +14,7 @@ from npo_kernels.core.task import Needs
 from npo_kernels.core.vocab_parallel import local_head
 
 # An option that is a field of `Call` travels as it is.
-CARRIED = tuple(field.name for field in fields(Call) if field.name in CallOptions.__annotations__)
+CARRIED = tuple(name for name in Call._fields if name in CallOptions.__annotations__)
 
 
 def prepare(hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, options: CallOptions) -> Call:

@@ -1,6 +1,7 @@
 """One call as the modes see it: rows compacted, a backend chosen; and the plan that it gets."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +16,7 @@ from npo_kernels.core.vocab_parallel import Shard, clip
 BIAS_COLUMNS = 8
 
 
-@dataclass(frozen=True)
-class Needs:
+class Needs(NamedTuple):
     """Which gradients are wanted."""
 
     hidden: bool

@@ -1,6 +1,6 @@
 """Gradients as results of operators, and those that are formed before the upstream gradient is known."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from npo_kernels.core.task import Needs
 from npo_kernels.ops.schema import as_written, no_second_derivative
 
 
-@dataclass(frozen=True)
-class GradientTensors:
+class GradientTensors(NamedTuple):
     """Of hidden, weight and bias; an empty tensor where one is not wanted, for operators return tensors only."""
 
     hidden: Tensor  # (T, H)
@@ -46,8 +45,7 @@ def fake_gradients(hidden: Tensor, head: Head, needs: Needs) -> GradientTensors:
     )
 
 
-@dataclass(frozen=True)
-class Kept:
+class Kept(NamedTuple):
     """Gradients of a scalar loss, kept until its upstream gradient is known; empty where not wanted.
 
     See `Task.upstream_later`: float16 alone has units, and dHidden and dBias in float32.
@@ -76,8 +74,7 @@ def fake_kept(hidden: Tensor, head: Head, needs: Needs) -> Kept:
     return Kept(grads, hidden.new_empty(rows, dtype=torch.float32))
 
 
-@dataclass(frozen=True)
-class SavedGradients:
+class SavedGradients(NamedTuple):
     """What the backward of such a loss needs."""
 
     kept: Kept

@@ -3,7 +3,7 @@
 The scalar forms its gradients in the forward (6 products in all), the vector in its backward (8).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,16 +41,14 @@ def pair_of(call: KLCall, needs: Needs, upstream_later: bool = False) -> Pair:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class KLLossCall:
+class KLLossCall(NamedTuple):
     """Arguments of `linear_kl_loss`."""
 
     call: KLCall
     scale: Tensor  # (): of the sum
 
 
-@dataclass(frozen=True)
-class KLLossResults:
+class KLLossResults(NamedTuple):
     loss: Tensor  # () scale * the sum over the counted positions
     kept: Kept
 
@@ -90,8 +88,7 @@ linear_kl_loss.register_backward(_save_loss, _backward_loss, of=("call.hidden", 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class KLResults:
+class KLResults(NamedTuple):
     kl: Tensor  # (T,) 0 outside the mask
     normalizers: Tensor  # (4, T): `Normalizers` of both models in one tensor
 
@@ -111,16 +108,14 @@ def _(call: KLCall) -> KLResults:
     return KLResults(*(call.hidden.new_empty(shape, dtype=torch.float32) for shape in ((total,), (4, total))))
 
 
-@dataclass(frozen=True)
-class SavedKL:
+class SavedKL(NamedTuple):
     """What autograd keeps between `linear_kl` and its backward."""
 
     call: KLCall
     normalizers: Tensor  # (4, T)
 
 
-@dataclass(frozen=True)
-class UpstreamKL:
+class UpstreamKL(NamedTuple):
     """Arguments of `linear_kl_backward`."""
 
     grad: Tensor  # (T,)

@@ -1,6 +1,6 @@
 """npo_kernels::token_logps: log-probabilities, with a backward for any upstream gradient."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from npo_kernels.ops.schema import operator
 from npo_kernels.ops.task import task_of
 
 
-@dataclass(frozen=True)
-class SavedRows:
+class SavedRows(NamedTuple):
     """What the backward needs of the N scored rows."""
 
     index: Tensor  # (N,)
@@ -29,8 +28,7 @@ class SavedRows:
     product: Tensor  # (N, H) the expectation of the frozen-head mode, (0, H) in the others
 
 
-@dataclass(frozen=True)
-class TokenLogps:
+class TokenLogps(NamedTuple):
     """Results of `token_logps`."""
 
     tokens: Tensor  # (T,)
@@ -76,8 +74,7 @@ def _(call: Call) -> TokenLogps:
     return TokenLogps(floats(total), floats(call.num_sequences), saved)
 
 
-@dataclass(frozen=True)
-class SavedCall:
+class SavedCall(NamedTuple):
     """What autograd keeps between `token_logps` and its backward."""
 
     hidden: Tensor  # (T, H)
@@ -86,8 +83,7 @@ class SavedCall:
     execution: Execution
 
 
-@dataclass(frozen=True)
-class Upstream:
+class Upstream(NamedTuple):
     """Arguments of `token_logps_backward`."""
 
     grad_tokens: Tensor  # (T,)

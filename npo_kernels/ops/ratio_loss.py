@@ -1,6 +1,6 @@
 """npo_kernels::ratio_loss: NPO and SimNPO, reduced, with their gradients formed in the forward."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from npo_kernels.ops.schema import operator
 from npo_kernels.ops.task import task_of
 
 
-@dataclass(frozen=True)
-class RatioCall:
+class RatioCall(NamedTuple):
     """Arguments of `ratio_loss`."""
 
     call: Call
@@ -27,8 +26,7 @@ class RatioCall:
     reduction: str  # "mean" | "sum"
 
 
-@dataclass(frozen=True)
-class RatioResults:
+class RatioResults(NamedTuple):
     loss: Tensor  # ()
     logps: Tensor  # (B,)
     num_tokens: Tensor  # (B,) int64

@@ -1,14 +1,14 @@
-"""Operators whose arguments and results are dataclasses.
+"""Operators whose arguments and results are records: named tuples and dataclasses.
 
 torch wants flat lists of tensors and numbers from an operator, and the same list again from its fake, from the setup of
-its autograd and from its backward. Here the list is read from a dataclass: its fields in order, those of a nested
-dataclass in their place. So an argument is declared once, and nobody counts positions.
+its autograd and from its backward. Here the list is read from a record: its fields in order, those of a nested record
+in their place. So an argument is declared once, and nobody counts positions.
 """
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from types import GenericAlias
 from typing import Any, Generic, TypeVar, get_type_hints
 
@@ -27,21 +27,17 @@ SECOND_DERIVATIVE = (
 
 
 class Schema(Generic[Record]):
-    """The flat list that stands for a dataclass."""
+    """The flat list that stands for a record."""
 
     def __init__(self, record: type[Record]):
-        hints = get_type_hints(record)
         self.record = record
-        self.fields: list[tuple[str, Schema[Any] | None]] = []  # a nested dataclass has a schema of its own
+        self.fields: list[tuple[str, Schema[Any] | None]] = []  # a nested record has a schema of its own
         self.leaves: dict[str, Any] = {}  # dotted name -> annotation
-        for field in fields(record):  # type: ignore[arg-type]
-            annotation = hints[field.name]
-            nested: Schema[Any] | None = (
-                Schema(annotation) if is_dataclass(annotation) else None  # type: ignore[arg-type]
-            )
-            self.fields.append((field.name, nested))
-            leaves = {"": annotation} if nested is None else {f".{name}": a for name, a in nested.leaves.items()}
-            self.leaves |= {field.name + name: a for name, a in leaves.items()}
+        for name, annotation in get_type_hints(record).items():
+            nested: Schema[Any] | None = Schema(annotation) if is_record(annotation) else None
+            self.fields.append((name, nested))
+            leaves = {"": annotation} if nested is None else {f".{leaf}": a for leaf, a in nested.leaves.items()}
+            self.leaves |= {name + leaf: a for leaf, a in leaves.items()}
 
     def flatten(self, record: Record) -> list[Any]:
         """The values of a record."""
@@ -61,8 +57,12 @@ class Schema(Generic[Record]):
         return self.record(*values)
 
 
+def is_record(annotation: Any) -> bool:
+    return is_dataclass(annotation) or hasattr(annotation, "_fields")
+
+
 class Operator(Generic[Arguments, Results]):
-    """A custom operator of torch, npo_kernels::<name>, made of a function from a dataclass to a dataclass of tensors.
+    """A custom operator of torch, npo_kernels::<name>, made of a function from a record to a record of tensors.
 
     Functional: no state, no mutation, no result that is a view of an argument or of another result.
     """

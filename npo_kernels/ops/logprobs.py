@@ -20,7 +20,7 @@ from npo_kernels.ops.task import task_of
 class SavedRows(NamedTuple):
     """What the backward needs of the N scored rows."""
 
-    index: Tensor  # (N,)
+    positions: Tensor  # (N,)
     target: Tensor  # (N,)
     sequence: Tensor  # (N,)
     starts: Tensor  # (B+1,)
@@ -95,7 +95,7 @@ class Upstream(NamedTuple):
 def token_logps_backward(upstream: Upstream) -> GradientTensors:
     call, saved = upstream.call, upstream.call.saved
     hidden, head, execution = call.hidden, call.head, call.execution
-    rows = Rows(saved.index, saved.target, saved.sequence, saved.starts, host_starts=None)
+    rows = Rows(saved.positions, saved.target, saved.sequence, saved.starts, host_starts=None)
     task = Task(hidden, head, rows, execution.needs, backend_of(execution.impl), execution.shard)
     plan = task.plan(execution.workspace_bytes, gradient_in_forward=False)
     stats = Statistics(*saved.statistics)

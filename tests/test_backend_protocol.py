@@ -140,10 +140,8 @@ def kl_logits(r: Rows) -> Result:
     ref_z = exact_logits(ref_x, ref_head)
     ends = [(z.amax(1), torch.exp(z - z.amax(1, keepdim=True)).sum(1)) for z in (r.z, ref_z)]
     normalizers = Normalizers(*(t.float() for pair in ends for t in pair))
-    slab, parts = r.backend.kl_logits(r.x, r.head, ref_x, ref_head, normalizers.vectors(), ALL, store=True)
-    assert slab is not None
-    nothing, again = r.backend.kl_logits(r.x, r.head, ref_x, ref_head, normalizers.vectors(), ALL, store=False)
-    assert nothing is None and torch.equal(parts, again)
+    slab, parts = r.backend.kl_logits(r.x, r.head, ref_x, ref_head, normalizers.vectors(), ALL)
+    assert torch.equal(parts, r.backend.kl_sums(r.x, r.head, ref_x, ref_head, normalizers.vectors()))
     p, q = r.z.softmax(1), ref_z.softmax(1)
     kl = (q * (q.log() - p.log()) + p - q).sum(1)
     return [(slab, (p - q) * r.slope, r.slab_dtype), (parts.sum(0), kl, parts.dtype)]
@@ -212,6 +210,7 @@ PRIMITIVES: dict[str, Callable[[Rows], Result]] = {
     "row_statistics": row_statistics,
     "softmax_sums": softmax_sums,
     "kl_logits": kl_logits,
+    "kl_sums": kl_logits,
     "scale_rows": scale_rows,
     "finish_hidden_grad": finish_hidden_grad,
     "group_targets": add_targets,

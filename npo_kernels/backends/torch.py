@@ -180,17 +180,29 @@ def resum(x: Tensor, head: Head, target: Tensor, anchor: Tensor, raised: Tensor,
 
 
 def kl_logits(
+    x: Tensor, head: Head, ref_x: Tensor, ref_head: Head, normalizers: tuple[Tensor, ...], columns: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """(slab, partial sums of KL): p - q of a vocabulary slice, times the derivative of the softcap."""
+    slab = _empty_slab(x, columns)
+    return slab, _kl(x, head, ref_x, ref_head, normalizers, columns, slab)
+
+
+def kl_sums(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head, normalizers: tuple[Tensor, ...]) -> Tensor:
+    """The partial sums of KL of the whole vocabulary, with nothing of size V kept."""
+    return _kl(x, head, ref_x, ref_head, normalizers, (0, head.weight.shape[0]), slab=None)
+
+
+def _kl(
     x: Tensor,  # (n, H)
     head: Head,  # of the whole vocabulary, as is ref_head
     ref_x: Tensor,  # (n, H_ref)
     ref_head: Head,
     normalizers: tuple[Tensor, ...],  # (n,) each: `softmax_stats.Normalizers.vectors`
     columns: tuple[int, int],  # the vocabulary slice
-    store: bool,
-) -> tuple[Tensor | None, Tensor]:
-    """(p - q) of a vocabulary slice, times the derivative of the softcap, if stored; partial sums of KL (blocks, n)."""
+    slab: Tensor | None,  # written, if given
+) -> Tensor:
+    """Partial sums of KL (blocks, n)."""
     begin, end = columns
-    slab = torch.empty(x.shape[0], end - begin, dtype=slab_dtype(x), device=x.device) if store else None
     parts = torch.empty(-(-(end - begin) // BLOCK_V), x.shape[0], dtype=torch.float32, device=x.device)
     for i in range(0, x.shape[0], BLOCK_N):
         rows = slice(i, i + BLOCK_N)
@@ -206,7 +218,7 @@ def kl_logits(
             parts[number, rows] = torch.where(d.abs() < 0.5, q * _expm1_minus(d), gradient - q * d).sum(1)
             if slab is not None:
                 slab[rows, b - begin : stop - begin] = gradient if slope is None else gradient * slope
-    return slab, parts
+    return parts
 
 
 def softmax_sums(x: Tensor, head: Head, beside: Tensor) -> tuple[Tensor, Tensor]:

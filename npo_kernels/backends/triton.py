@@ -234,22 +234,34 @@ def softmax_sums(x: Tensor, head: Head, beside: Tensor) -> tuple[Tensor, Tensor]
 
 
 def kl_logits(
+    x: Tensor, head: Head, ref_x: Tensor, ref_head: Head, normalizers: tuple[Tensor, ...], columns: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """(slab, partial sums of KL): p - q of a vocabulary slice, times the derivative of the softcap."""
+    slab = aligned_empty(x.shape[0], columns[1] - columns[0], x)
+    return slab, _kl(x, head, ref_x, ref_head, normalizers, columns, slab)
+
+
+def kl_sums(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head, normalizers: tuple[Tensor, ...]) -> Tensor:
+    """The partial sums of KL of the whole vocabulary, with nothing of size V kept."""
+    return _kl(x, head, ref_x, ref_head, normalizers, (0, head.weight.shape[0]), slab=None)
+
+
+def _kl(
     x: Tensor,  # (n, H)
     head: Head,  # of the whole vocabulary, as is ref_head
     ref_x: Tensor,  # (n, H_ref)
     ref_head: Head,
     normalizers: tuple[Tensor, ...],  # (n,) each: `softmax_stats.Normalizers.vectors`
     columns: tuple[int, int],  # the vocabulary slice
-    store: bool,
-) -> tuple[Tensor | None, Tensor]:
-    """(p - q) of a vocabulary slice, times the derivative of the softcap, if stored; partial sums of KL (splits, n)."""
+    slab: Tensor | None,  # written, if given
+) -> Tensor:
+    """Partial sums of KL (splits, n)."""
     x, ref_x = _rows_contiguous(x), _rows_contiguous(ref_x)
     part, ref_part = head.columns(*columns), ref_head.columns(*columns)
     weight, ref_weight = _rows_contiguous(part.weight), _rows_contiguous(ref_part.weight)
     rows, width = x.shape[0], columns[1] - columns[0]
     tile = _pair_tile(x, ref_x)
     splits = triton.cdiv(width, tile.split)
-    slab = aligned_empty(rows, width, x) if store else None
     parts = torch.empty(splits, rows, dtype=torch.float32, device=x.device)
     if rows:
         kl_logits_kernel[(triton.cdiv(rows, tile.block_n) * splits,)](
@@ -257,13 +269,13 @@ def kl_logits(
             rows, width, x.shape[1], ref_x.shape[1], x.stride(0), weight.stride(0), ref_x.stride(0),
             ref_weight.stride(0), 0 if slab is None else slab.stride(0), head.logit_scale, head.softcap or 0.0,
             HAS_BIAS=part.bias is not None, HAS_REF_BIAS=ref_part.bias is not None,
-            HAS_SOFTCAP=head.softcap is not None, STORE=store,
+            HAS_SOFTCAP=head.softcap is not None, STORE=slab is not None,
             EVEN_H=x.shape[1] % tile.block_h == ref_x.shape[1] % tile.block_h == 0,
             BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h, SPLIT_TILES=tile.split_tiles,
             GROUP=tile.group, UPCAST=INTERPRETED and torch.bfloat16 in (x.dtype, ref_x.dtype),
             PRECISION=precision(x), num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-    return slab, parts
+    return parts
 
 
 def row_statistics(parts: Tensor, anchor: Tensor, target_logit: Tensor) -> Statistics:

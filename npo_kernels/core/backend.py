@@ -91,13 +91,15 @@ class Backend(Protocol):
         ref_head: Head,
         normalizers: tuple[Tensor, ...],  # `softmax_stats.Normalizers.vectors`
         columns: tuple[int, int],
-        store: bool,
-    ) -> tuple[Tensor | None, Tensor]:
-        """(slab (n, end - begin) in slab_dtype if stored, partial sums (blocks, n)).
+    ) -> tuple[Tensor, Tensor]:
+        """(slab (n, end - begin) in slab_dtype, partial sums (blocks, n)).
 
         p, q = softmax(z), softmax(ref_z)
         slab, sums = ((p - q) * slope)[:, begin:end], q * log(q / p) + p - q, summed over each block
         """
+
+    def kl_sums(self, x: Tensor, head: Head, ref_x: Tensor, ref_head: Head, normalizers: tuple[Tensor, ...]) -> Tensor:
+        """The partial sums (blocks, n) of `kl_logits` over all columns, with no slab."""
 
     def scale_rows(self, x: Tensor, scale: Tensor) -> Tensor:
         """(n, H) scale[:, None] * x, rounded once to slab_dtype; a row of scale 0 is 0, whatever x holds."""

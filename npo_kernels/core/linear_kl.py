@@ -49,11 +49,8 @@ class Pair:
 
     def values(self, normalizers: Normalizers) -> Tensor:
         """(N,) KL of each row. Two products."""
-        columns = (0, self.task.head.weight.shape[0])
-        parts = self.task.backend.kl_logits(
-            self.x, self.task.head, self.ref_x, self.ref_head, normalizers.vectors(), columns, store=False
-        )[1]
-        return parts.sum(0)
+        sums = self.task.backend.kl_sums(self.x, self.task.head, self.ref_x, self.ref_head, normalizers.vectors())
+        return sums.sum(0)
 
     def sweep(self, normalizers: Normalizers, row_weight: Tensor, plan: Plan) -> tuple[Tensor, Gradients]:
         """KL of each row (N,), and the gradients of sum_i row_weight_i KL_i. Two products, and one a gradient."""
@@ -64,14 +61,11 @@ class Pair:
         head_grads.take_rows(self.x, *coefs, target=None)
         parts, vectors = [], normalizers.vectors()
         for begin, end in plan.slices:
-            slab, part = task.backend.kl_logits(
-                self.x, head, self.ref_x, self.ref_head, vectors, (begin, end), store=True
-            )
+            slab, part = task.backend.kl_logits(self.x, head, self.ref_x, self.ref_head, vectors, (begin, end))
             parts.append(part)
-            if slab is not None:
-                if product is not None:
-                    matmul(slab, head.weight[begin:end], out=product)
-                head_grads.add(slab, begin, end)
+            if product is not None:
+                matmul(slab, head.weight[begin:end], out=product)
+            head_grads.add(slab, begin, end)
             del slab  # before the next slice's is made
         hidden_grad = None
         if product is not None:

@@ -23,8 +23,9 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Plan:
         128x256x64, row sm_90 of the tile table
 
     Takes the arguments of `function`, so that a call can be pasted, and checks them; those that do not bear on the plan
-    (`ref_logps`, `loss_fn`) may be left out. A functools.partial of such a function does as well. impl="reference" has
-    no plan and raises ValueError, as does a workspace_mb that is not enough. Costs the row count's host sync, unless `num_rows` is given.
+    (`ref_logps`, `loss_fn`) may be left out. A functools.partial of such a function does as well. Raises ValueError for
+    impl="reference", which has no plan, and for a workspace_mb that is not enough. Costs the row count's host sync,
+    unless `num_rows` is given.
     """
     while isinstance(function, functools.partial):
         partial: functools.partial[Any] = function

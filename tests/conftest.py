@@ -72,8 +72,9 @@ def small_blocks():
         patch.setattr(torch_backend, "BLOCK_V", 64)
         patch.setattr(torch_backend, "BLOCK_N", 16)
         patch.setattr(matmul, "BLOCK_K", 24)
-        for module in (execute, gradients, op_gradients):
+        for module in (execute, gradients):
             patch.setattr(module, "GRAD_SLICE", 72)
+        patch.setattr(op_gradients, "SCALED_ROWS", 72)
         yield
 
 

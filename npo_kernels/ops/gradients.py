@@ -7,9 +7,10 @@ from torch import Tensor
 
 from npo_kernels.core.gradients import Gradients
 from npo_kernels.core.lm_head import Head
-from npo_kernels.core.plan import GRAD_SLICE
 from npo_kernels.core.task import Needs
 from npo_kernels.ops.schema import as_written, no_second_derivative
+
+SCALED_ROWS = 256  # of a gradient at a time, on a CPU: the float32 copies of so many
 
 
 class GradientTensors(NamedTuple):
@@ -97,14 +98,14 @@ def scale_gradient(grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: t
     """grad * unit (a factor of each row, or none) * upstream (0-d) in float32, rounded once to `dtype`.
 
     Never in place: the graph may be kept. A GPU casts operands and result inside the product; a CPU copies them in
-    float32, so there it is done a slice of rows at a time.
+    float32, so there it is done some rows at a time.
     """
     with as_written(grad):
         factor = upstream if unit is None else upstream * unit
         # as many dimensions as grad has: the dtype of a 0-d factor would yield to that of grad
         factor = factor.reshape(-1, *[1] * (grad.dim() - 1))
         out = torch.empty_like(grad, dtype=dtype)
-        step = max(1, grad.shape[0]) if grad.is_cuda else GRAD_SLICE
+        step = max(1, grad.shape[0]) if grad.is_cuda else SCALED_ROWS
         for i in range(0, grad.shape[0], step):
             rows = slice(i, i + step)
             torch.mul(grad[rows], factor if unit is None else factor[rows], out=out[rows])

@@ -30,7 +30,7 @@ class Tile(NamedTuple):
 
     @property
     def split(self) -> int:
-        """Columns whose exponentials share one partial sum; vocabulary slices begin at multiples of it."""
+        """Columns whose exponentials share one partial sum; slices that sums are taken of begin at multiples of it."""
         return self.block_v * self.split_tiles
 
 

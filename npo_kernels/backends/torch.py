@@ -24,7 +24,7 @@ KL_TEMPORARIES = 10  # float32 arrays of the size of a block's logits
 
 
 def block_v(x: Tensor) -> int:
-    """Vocabulary slices begin at multiples of this."""
+    """Columns of one partial sum."""
     return BLOCK_V
 
 
@@ -218,6 +218,7 @@ def _kl(
             parts[number, rows] = torch.where(d.abs() < 0.5, q * _expm1_minus(d), gradient - q * d).sum(1)
             if slab is not None:
                 slab[rows, b - begin : stop - begin] = gradient if slope is None else gradient * slope
+            del z, ref_z, below, ref_below, d, p, q, gradient, slope  # before the next block's are made
     return parts
 
 

@@ -72,7 +72,7 @@ def tile_for(x: Tensor) -> Tile:
 
 
 def block_v(x: Tensor) -> int:
-    """Vocabulary slices begin at multiples of this: the width of one split."""
+    """Columns of one partial sum: the width of one split."""
     return tile_for(x).split
 
 

@@ -26,7 +26,7 @@ class Backend(Protocol):
     """A module with these functions."""
 
     def block_v(self, x: Tensor) -> int:
-        """Columns of one partial sum. Vocabulary slices begin at multiples of it."""
+        """Columns of one partial sum. Slices that sums are taken of begin at multiples of it."""
 
     def slab_dtype(self, x: Tensor) -> torch.dtype:
         """What stored exponentials have: a dtype whose products sum in float32 on the device of x."""
@@ -38,7 +38,7 @@ class Backend(Protocol):
         """What the primitives allocate beside their results for so many rows like those of x; those of KL aside."""
 
     def kl_scratch(self, x: Tensor, head: Head, ref_x: Tensor, ref_head: Head) -> Scratch:
-        """The same of `softmax_sums` and `kl_logits` for all rows."""
+        """The same of `softmax_sums`, `kl_logits` and `kl_sums` for all rows."""
 
     def target_logits(self, x: Tensor, head: Head, target: Tensor) -> Tensor:
         """(n,) z[i, target_i]; NaN where target_i == V, any number where it is below 0.

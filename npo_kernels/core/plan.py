@@ -11,10 +11,11 @@
 | recompute | all else: long sequences, a small workspace,  | 4        | exponentials of N rows x a V slice,   |
 |           | a loss applied outside by autograd            |          | float32 dHidden                       |
 
-What is counted is all that a call holds at once beyond inputs, results and gradients: the gathered rows, the buffers
-of the mode, and what the primitives of the backend allocate beside their results (`Scratch`). A workspace that the
-caller gives is a bound: a call whose smallest plan needs more is refused. The default is none: a call takes what its
-smallest plan needs.
+What is counted is what a call holds at once beyond inputs, results and gradients: the gathered rows, the buffers of the
+mode, and what the primitives of the backend allocate beside their results (`Scratch`). Not counted are vectors of the
+positions of the batch, scored or not, and copies of inputs that autocast or a transposed weight make necessary. A
+workspace that the caller gives is a bound: a call whose smallest plan needs more is refused. The default of a device is
+a budget: a call that cannot keep it takes its smallest plan.
 
 The cost is the number of matrix products of 2NHV operations. `npo_kernels.explain` says what a call would do;
 with logging at DEBUG level for "npo_kernels" every call says what it picked and why.
@@ -77,7 +78,7 @@ class Plan:
 
 def workspace_bytes(workspace_mb: float | None) -> int | None:
     """The caller's bound."""
-    return None if workspace_mb is None else round(workspace_mb * MIB)
+    return None if workspace_mb is None else round(min(workspace_mb, 2**42) * MIB)
 
 
 def default_workspace(device: torch.device) -> int:
@@ -97,9 +98,9 @@ def make_plan(
     need_head: bool,
     bias_columns: int = 0,  # dBias is summed in a buffer so wide
     gradient_in_forward: bool,  # the gradient of the loss with respect to logps is known chunk by chunk
+    separable: bool = True,  # ... from the chunk's own sequences alone
     limit: int,  # bytes
     bound: bool = False,  # refuse to exceed the limit
-    separable: bool = True,  # ... from the chunk's own sequences alone
     held_bytes: int = 0,  # in any mode: rows that are copied out of the batch, buffers of the caller
     summed: bool = False,  # partial sums are taken of the vocabulary slices
     scratch: Scratch = NO_SCRATCH,
@@ -155,7 +156,7 @@ def make_plan(
     widest = min(width, V)
     used = max(forward, held + column_bytes * widest + max(scratch.projecting, grad_bytes * widest))
     if bound and used > limit:
-        check_bound(min(*smallest, used) if smallest else used, limit)
+        check_bound(min([*smallest, used]), limit)
     if not need_head:
         return _say(Plan("frozen", (), slices, False, used, "the head is frozen: its expectation is saved", blocks))
     if not gradient_in_forward:

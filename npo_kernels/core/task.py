@@ -78,7 +78,8 @@ class Task:
         num_rows, hidden_size = self.rows.index.shape[0], self.hidden.shape[1]
         local_size = self.head.weight.shape[0]
         vocab_size = local_size if self.shard is None else max(self.shard.sizes)
-        copied = self.gathers or not gradient_in_forward  # a backward of its own does not know the lengths
+        # a backward that comes later does not have the lengths on the host, so there `gather` copies
+        copied = self.gathers or (self.needs.any and not gradient_in_forward)
         if scratch is None:
             scratch = self.backend.scratch(self.hidden, num_rows, vocab_size, self.head.softcap is not None)
         held = num_rows * hidden_size * self.hidden.itemsize if copied else 0

@@ -76,7 +76,7 @@ def fake_kept(hidden: Tensor, head: Head, needs: Needs) -> Kept:
 
 
 class SavedGradients(NamedTuple):
-    """What the backward of such a loss needs."""
+    """What the backward of a loss with gradients formed in the forward needs."""
 
     kept: Kept
     needs: Needs

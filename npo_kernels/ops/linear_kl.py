@@ -28,7 +28,10 @@ from npo_kernels.ops.schema import operator
 
 
 def pair_of(call: KLCall, needs: Needs, upstream_later: bool = False) -> Pair:
-    """The counted positions, compacted; none has a label."""
+    """The counted positions, compacted; none has a label.
+
+    `compact` takes labels, and here they say only what counts: 0 of a vocabulary of one, or the index that is ignored.
+    """
     ends = torch.arange(2, device=call.hidden.device) * call.hidden.shape[0]  # a copy from the host would wait
     rows = compact(torch.where(call.counted, 0, DEAD_ROW), ends, 1, DEAD_ROW, num_rows=None)
     rows = Rows(rows.index, torch.full_like(rows.target, ELSEWHERE), rows.sequence, rows.starts, rows.host_starts)

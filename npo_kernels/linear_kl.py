@@ -59,14 +59,13 @@ def fused_linear_kl(
         mask=mask, bias=bias, ref_bias=ref_bias, logit_scale=logit_scale, softcap=softcap, impl=impl,
         workspace_mb=workspace_mb,
     )  # fmt: skip
-    count = call.counted.sum().clamp(min=1)
-    if reduction != "none" and call.execution.impl != "reference":
-        scale = 1.0 / count if reduction == "mean" else torch.ones((), device=hidden.device)
-        return linear_kl_loss(KLLossCall(call, scale)).loss
-    kl = reference_kl(call) if call.execution.impl == "reference" else linear_kl(call).kl
     if reduction == "none":
+        kl = reference_kl(call) if call.execution.impl == "reference" else linear_kl(call).kl
         return kl.reshape(hidden.shape[:-1])
-    return kl.sum() / (count if reduction == "mean" else 1)
+    count = call.counted.sum().clamp(min=1) if reduction == "mean" else torch.ones((), device=hidden.device)
+    if call.execution.impl == "reference":
+        return reference_kl(call).sum() / count
+    return linear_kl_loss(KLLossCall(call, 1.0 / count)).loss
 
 
 def reference_kl(call: KLCall) -> Tensor:

@@ -34,6 +34,7 @@ def slab_dtype(x: Tensor) -> torch.dtype:
 
 
 def describe(x: Tensor) -> str:
+    """The width of the blocks, in one line."""
     return f"PyTorch on {x.device.type}, blocks of {BLOCK_V} columns"
 
 

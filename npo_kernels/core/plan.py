@@ -82,6 +82,7 @@ def workspace_bytes(workspace_mb: float | None) -> int | None:
 
 
 def default_workspace(device: torch.device) -> int:
+    """Bytes that a call without a bound may take, if its smallest plan does not need more."""
     return DEFAULT_WORKSPACE_MB.get(device.type, 1024) * MIB
 
 

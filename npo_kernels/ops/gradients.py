@@ -29,6 +29,7 @@ class GradientTensors(NamedTuple):
 
 
 def all_tensors(grads: Gradients, hidden: Tensor, head: Head) -> GradientTensors:
+    """The gradients that were formed, an empty tensor in place of each that was not."""
     return GradientTensors(
         hidden.new_empty(0) if grads.hidden is None else grads.hidden,
         head.weight.new_empty(0) if grads.weight is None else grads.weight,
@@ -57,6 +58,7 @@ class Kept(NamedTuple):
 
 
 def kept(grads: Gradients, hidden: Tensor, head: Head) -> Kept:
+    """`all_tensors` and the unit of dWeight, an empty tensor where it has none."""
     unit = hidden.new_empty(0, dtype=torch.float32) if grads.unit is None else grads.unit
     return Kept(all_tensors(grads, hidden, head), unit)
 

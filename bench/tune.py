@@ -206,7 +206,7 @@ def main(args: argparse.Namespace) -> int:
 
 def row_of(device: str) -> Row:
     """The row of the tile table that a device takes, and the one that a measurement on it belongs in."""
-    from npo_kernels.backends.triton import tile_row
+    from npo_kernels.backends.tiles import tile_row
 
     return tile_row(torch.device(device))
 

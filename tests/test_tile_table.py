@@ -16,6 +16,7 @@ from npo_kernels.backends.tiles import (
     choose_row,
     find_tile,
     hidden_bucket,
+    row_of_gpu,
     shared_memory,
 )
 from tests.aot.compile_all import PRODUCTS, TARGETS, cases, read_golden
@@ -146,9 +147,9 @@ def backend():
     pytest.importorskip("triton")
     from npo_kernels.backends import triton as triton_backend
 
-    triton_backend.row_of_gpu.cache_clear()
+    row_of_gpu.cache_clear()
     yield triton_backend
-    triton_backend.row_of_gpu.cache_clear()
+    row_of_gpu.cache_clear()
 
 
 T4 = {"name": "NVIDIA T4", "major": 7, "minor": 5, "shared_memory_per_block": 48 * KIB,
@@ -191,7 +192,7 @@ def test_the_backend_describes_a_tile_in_a_line(backend, monkeypatch):
     pretend(monkeypatch, H100)
     assert backend.describe(x) == "tile 128x256x64, row sm_90 of the tile table"
     pretend(monkeypatch, T4)
-    backend.row_of_gpu.cache_clear()
+    row_of_gpu.cache_clear()
     with pytest.warns(UserWarning, match="NVIDIA T4"):
         assert backend.describe(x) == f"tile 128x128x32, row sm_86 of the tile table: {NOTE}"
 

@@ -6,10 +6,14 @@ Entries of one architecture are a row of the table. A GPU whose architecture has
 is known of the GPU, and the user is told.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
-from csrc_triton.tiles import ANY_HIDDEN, HIDDEN_BUCKETS, Tile
+import torch
+
+from csrc_triton.tiles import ANY_HIDDEN, HIDDEN_BUCKETS, PAIR_TILES, TILES, Tile
 
 Table = Mapping[tuple[str, int, int], Tile]
 
@@ -48,6 +52,27 @@ class Row(NamedTuple):
     own: str  # the row that a measurement on the device belongs in
     note: str = ""  # why the two differ, if they do
     warning: str = ""  # the same for a user: which tiles, why, and what to do
+
+
+def tile_row(device: torch.device) -> Row:
+    """The row of the tile table that a device takes."""
+    if device.type == "cpu":
+        return Row("interpreter", "interpreter")
+    return row_of_gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def row_of_gpu(index: int) -> Row:
+    """That of a GPU, with a warning, once, if it is another architecture's."""
+    found = torch.cuda.get_device_properties(index)
+    name = found.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"
+    # ROCm has no limit to opt in to; older releases do not say the other, which is 64 KiB on their GPUs
+    ordinary = getattr(found, "shared_memory_per_block", 64 * KIB)
+    gpu = Gpu(found.name, name, getattr(found, "shared_memory_per_block_optin", ordinary))
+    row = choose_row(gpu, (TILES, PAIR_TILES))
+    if row.warning:
+        warnings.warn(row.warning, stacklevel=2)
+    return row
 
 
 def choose_row(gpu: Gpu, tables: Sequence[Table]) -> Row:

@@ -4,7 +4,6 @@ The same code runs in the Triton interpreter on CPU tensors (TRITON_INTERPRET=1 
 the tests check every kernel without a GPU. Importing this module imports Triton; nothing else in the package does.
 """
 
-import warnings
 from functools import cache
 
 import torch
@@ -19,42 +18,19 @@ from csrc_triton.row_statistics import reanchor_kernel, row_statistics_kernel
 from csrc_triton.sequence_epilogue import ratio_epilogue_kernel, sequence_sums_kernel
 from csrc_triton.target_logit import target_logit_kernel
 from csrc_triton.tiles import BLOCK_HIDDEN, BLOCK_ROWS, BLOCK_RUN, PAIR_TILES, ROW_WARPS, TILES, Tile
-from npo_kernels.backends.tiles import KIB, Gpu, Row, choose_row, find_tile
+from npo_kernels.backends.tiles import find_tile, tile_row
 from npo_kernels.core.formulas import RatioLoss
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.plan import Scratch
 from npo_kernels.core.softmax_stats import Statistics, anchor_headroom
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+SORT_BYTES = 48  # a row: the targets and their order, and the sort's own copies
 
 
 def architecture(device: torch.device) -> str:
     """The architecture whose row of the tile table a device takes."""
     return tile_row(device).architecture
-
-
-def tile_row(device: torch.device) -> Row:
-    """The row of the tile table that a device takes."""
-    if device.type == "cpu":
-        return Row("interpreter", "interpreter")
-    return row_of_gpu(torch.cuda.current_device() if device.index is None else device.index)
-
-
-SORT_BYTES = 48  # a row: the targets and their order, and the sort's own copies
-
-
-@cache
-def row_of_gpu(index: int) -> Row:
-    """That of a GPU, with a warning, once, if it is another architecture's."""
-    found = torch.cuda.get_device_properties(index)
-    name = found.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"
-    # ROCm has no limit to opt in to; older releases do not say the other, which is 64 KiB on their GPUs
-    ordinary = getattr(found, "shared_memory_per_block", 64 * KIB)
-    gpu = Gpu(found.name, name, getattr(found, "shared_memory_per_block_optin", ordinary))
-    row = choose_row(gpu, (TILES, PAIR_TILES))
-    if row.warning:
-        warnings.warn(row.warning, stacklevel=2)
-    return row
 
 
 def describe(x: Tensor) -> str:

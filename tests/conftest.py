@@ -64,13 +64,13 @@ def poisoned_allocations():
 @pytest.fixture
 def small_blocks():
     """The torch path cut into blocks that small tests have several of, ragged ones included."""
-    from npo_kernels.backends import torch as torch_backend
+    from npo_kernels.backends.torch import blocks
     from npo_kernels.core import execute, gradients, matmul
     from npo_kernels.ops import gradients as op_gradients
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_backend, "BLOCK_V", 64)
-        patch.setattr(torch_backend, "BLOCK_N", 16)
+        patch.setattr(blocks, "BLOCK_V", 64)
+        patch.setattr(blocks, "BLOCK_N", 16)
         patch.setattr(matmul, "BLOCK_K", 24)
         for module in (execute, gradients):
             patch.setattr(module, "GRAD_SLICE", 72)

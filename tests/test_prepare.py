@@ -24,7 +24,7 @@ def test_auto_is_triton_on_a_gpu_that_has_it(monkeypatch, installed, device, exp
 def test_a_name_asked_for_never_falls_back(monkeypatch):
     for name in ("torch", "reference"):
         assert resolve_impl(name, CUDA) == name
-    monkeypatch.setattr(pytest.importorskip("npo_kernels.backends.triton"), "INTERPRETED", False)
+    monkeypatch.setattr(pytest.importorskip("npo_kernels.backends.triton.launch"), "INTERPRETED", False)
     with pytest.raises(ValueError, match=r"impl='triton' runs on a GPU, got tensors on cpu.*TRITON_INTERPRET=1"):
         resolve_impl("triton", CPU)
     monkeypatch.setattr(choose, "HAS_TRITON", False)

@@ -145,10 +145,10 @@ def test_no_product_takes_more_shared_memory_than_was_counted():
 @pytest.fixture
 def backend():
     pytest.importorskip("triton")
-    from npo_kernels.backends import triton as triton_backend
+    from npo_kernels.backends.triton import launch
 
     row_of_gpu.cache_clear()
-    yield triton_backend
+    yield launch
     row_of_gpu.cache_clear()
 
 

@@ -97,7 +97,7 @@ def pretend_sm_90() -> None:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from npo_kernels.backends import triton as triton_backend
+    from npo_kernels.backends.triton import launch
     from npo_kernels.call import prepare
 
     class Driver:
@@ -112,8 +112,8 @@ def pretend_sm_90() -> None:
 
     triton.runtime.driver.set_active(Driver())
     for module, name, answer in (
-        (triton_backend, "architecture", lambda device: "sm_90"),
-        (triton_backend, "processors", lambda device: 132),
+        (launch, "architecture", lambda device: "sm_90"),
+        (launch, "processors", lambda device: 132),
         (prepare, "resolve_impl", lambda impl, device: "triton" if impl == "auto" else impl),
     ):
         mock.patch.object(module, name, answer).start()

@@ -35,12 +35,12 @@ def persistent(architecture: str, x: Tensor) -> Tile:
 @contextmanager
 def forced(choose: Callable[[str, Tensor], Tile]) -> Iterator[None]:
     """Calls take the tile that `choose(architecture, hidden states)` gives."""
-    from npo_kernels.backends import triton as triton_backend
+    from npo_kernels.backends.triton import launch
 
     def tile_for(x: Tensor) -> Tile:
-        return choose(triton_backend.architecture(x.device), x)
+        return choose(launch.architecture(x.device), x)
 
-    with mock.patch.object(triton_backend, "tile_for", tile_for):
+    with mock.patch.object(launch, "tile_for", tile_for):
         yield
 
 

@@ -20,9 +20,9 @@ def resolve_impl(impl: str, device: torch.device) -> str:
             "impl='triton' but Triton is not installed: install it (pip install triton), or use impl='torch'"
         )
     if impl == "triton" and device.type != "cuda":
-        from npo_kernels.backends import triton as triton_backend
+        from npo_kernels.backends.triton import launch
 
-        if not (triton_backend.INTERPRETED and device.type == "cpu"):
+        if not (launch.INTERPRETED and device.type == "cpu"):
             raise ValueError(
                 f"impl='triton' runs on a GPU, got tensors on {device}: move them, use impl='torch', or set "
                 "TRITON_INTERPRET=1 before the first import to interpret the kernels on the CPU"

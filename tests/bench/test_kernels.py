@@ -24,7 +24,7 @@ X = torch.empty(3, 8192, dtype=torch.bfloat16)  # a hidden size without an entry
 
 
 def test_a_kernel_is_forced_for_as_long_as_it_is_wanted():
-    backend = pytest.importorskip("npo_kernels.backends.triton")
+    backend = pytest.importorskip("npo_kernels.backends.triton.launch")
     before, other = backend.tile_for(X), Tile(16, 32, 32, 4, 4, 1)
     with forced(lambda architecture, x: other):
         assert backend.tile_for(X) is other and backend.block_v(X) == 128
@@ -42,12 +42,12 @@ def test_the_candidates_are_the_simple_kernel_and_the_persistent_one(monkeypatch
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_forward_and_backward_run_in_the_kernel_of_the_provider(name, monkeypatch):
-    backend, taken = pytest.importorskip("npo_kernels.backends.triton"), []
+    backend, taken = pytest.importorskip("npo_kernels.backends.triton.exp_logits"), []
     monkeypatch.setitem(PERSISTENT_CANDIDATES, ("interpreter", 32, ANY_HIDDEN), Tile(16, 64, 32, 2, 4, 1, loop="flat"))
     launch = backend.launch_exp_logits
 
     def spy(x, *rest, **options):
-        taken.append(backend.tile_for(x).loop)
+        taken.append(backend.launch.tile_for(x).loop)
         return launch(x, *rest, **options)
 
     monkeypatch.setattr(backend, "launch_exp_logits", spy)

@@ -17,21 +17,21 @@ CASES = [case for case in matrix.cases() if case[1] != torch.float32]
 @pytest.fixture(params=["serial", "flat", "specialized"])
 def launched(request, monkeypatch):
     """Forces a persistent tile on 16-bit operands; the grids of its launches."""
-    from npo_kernels.backends import triton as triton_backend
+    from npo_kernels.backends.triton import exp_logits, launch
 
-    architecture = triton_backend.architecture(torch.device("cuda"))
+    architecture = launch.architecture(torch.device("cuda"))
     if request.param not in LOOPS.get(architecture, ()):
         pytest.skip(f"{architecture} has no {request.param!r} loop over tiles")
     tile = PERSISTENT_CANDIDATES[architecture, 16, ANY_HIDDEN]._replace(loop=request.param)
-    tile_for, kernel, grids = triton_backend.tile_for, triton_backend.exp_logits_persistent_kernel, []
+    tile_for, kernel, grids = launch.tile_for, exp_logits.exp_logits_persistent_kernel, []
 
     class Spy:
         def __getitem__(self, grid):
             grids.append(*grid)
             return kernel[grid]
 
-    monkeypatch.setattr(triton_backend, "tile_for", lambda x: tile if x.itemsize == 2 else tile_for(x))
-    monkeypatch.setattr(triton_backend, "exp_logits_persistent_kernel", Spy())
+    monkeypatch.setattr(launch, "tile_for", lambda x: tile if x.itemsize == 2 else tile_for(x))
+    monkeypatch.setattr(exp_logits, "exp_logits_persistent_kernel", Spy())
     return grids
 
 
@@ -44,23 +44,23 @@ def test_every_mode_is_no_worse_than_plain_pytorch(case, plans, launched):
 @pytest.mark.parametrize("H", [4096, 4104, 576])
 def test_many_tiles_a_program_against_the_other_kernel(H, launched, monkeypatch):
     """Every program owns several splits; rows, columns and depth do not fit the tiles; some rows are repaired."""
-    from npo_kernels.backends import triton as triton_backend
+    from npo_kernels.backends.triton import exp_logits, launch
 
     g = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(4001, H, device="cuda", generator=g).bfloat16()
     head = Head((torch.randn(20_011, H, device="cuda", generator=g) / H**0.5).bfloat16())
     target = torch.randint(20_011, (4001,), device="cuda", generator=g)
-    anchor = triton_backend.target_logits(x, head, target)
+    anchor = exp_logits.target_logits(x, head, target)
     anchor[130:140] -= 100
 
     def project():
-        return triton_backend.exp_logits(x, head, target, anchor, (0, 20_011))
+        return exp_logits.exp_logits(x, head, target, anchor, (0, 20_011))
 
     found, again = project(), project()
-    assert max(launched) == triton_backend.processors(x.device)
+    assert max(launched) == launch.processors(x.device)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
-    tile = triton_backend.tile_for(x)._replace(loop="")
-    monkeypatch.setattr(triton_backend, "tile_for", lambda _: tile)
+    tile = launch.tile_for(x)._replace(loop="")
+    monkeypatch.setattr(launch, "tile_for", lambda _: tile)
     slab, parts, raised = project()
     assert torch.equal(found[2] != anchor, raised != anchor)
     assert relative_error(found[0], slab.double()) < 2**-8 and relative_error(found[1], parts.double()) < 1e-5

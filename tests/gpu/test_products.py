@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from npo_kernels.backends.triton import aligned_empty
+from npo_kernels.backends.triton.launch import aligned_empty
 from npo_kernels.core.matmul import matmul
 from tests.support import DTYPES, name_of, relative_error
 

@@ -29,7 +29,7 @@ FLOORS = (
     {"npo_kernels.hf"},
 )
 TRITON_BACKEND = "npo_kernels.backends.triton"
-KERNEL_USERS = {TRITON_BACKEND, "npo_kernels.backends.tiles"}
+KERNEL_USERS = TRITON_BACKEND, "npo_kernels.backends.tiles"
 
 
 class Import(NamedTuple):
@@ -204,7 +204,9 @@ def triton_is_imported_in_one_place(house: House) -> list[str]:
     return [
         arrow.place
         for arrow in house.arrows
-        if inside(arrow.importer, "npo_kernels") and inside(arrow.target, "triton") and arrow.importer != TRITON_BACKEND
+        if inside(arrow.importer, "npo_kernels")
+        and inside(arrow.target, "triton")
+        and not inside(arrow.importer, TRITON_BACKEND)
     ]
 
 
@@ -214,7 +216,7 @@ def kernels_are_imported_by_the_triton_backend(house: House) -> list[str]:
         for arrow in house.arrows
         if inside(arrow.importer, "npo_kernels")
         and inside(arrow.target, "csrc_triton")
-        and arrow.importer not in KERNEL_USERS
+        and not inside(arrow.importer, *KERNEL_USERS)
     ]
 
 
@@ -223,8 +225,8 @@ def the_triton_backend_is_imported_where_one_is_chosen(house: House) -> list[str
         arrow.place
         for arrow in house.arrows
         if inside(arrow.importer, "npo_kernels")
-        and arrow.target == TRITON_BACKEND
-        and arrow.importer != "npo_kernels.backends.choose"
+        and inside(arrow.target, TRITON_BACKEND)
+        and not inside(arrow.importer, TRITON_BACKEND, "npo_kernels.backends.choose")
     ]
 
 

@@ -33,7 +33,7 @@ def in_turns(mode: str, context: Context) -> str:
 
 def ours(context: Context) -> list[str]:
     """The kernel in force, the other one, and the small workspace."""
-    from npo_kernels.backends.triton import tile_for
+    from npo_kernels.backends.triton.launch import tile_for
 
     other = "simple" if tile_for(batch_of(context, "full").hidden).loop else "persistent"
     return [OURS, f"{OURS}/{other}", SMALL]

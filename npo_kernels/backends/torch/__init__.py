@@ -1,0 +1,44 @@
+"""impl="torch": the primitives of `npo_kernels.core.backend` in PyTorch, for CPU, MPS and any GPU without Triton."""
+
+from npo_kernels.backends.torch.blocks import block_v, describe, slab_dtype
+from npo_kernels.backends.torch.exp_logits import (
+    exp_logits,
+    exp_logits_at,
+    partial_sums,
+    resum,
+    scratch,
+    target_logits,
+)
+from npo_kernels.backends.torch.linear_kl import kl_logits, kl_scratch, kl_sums, softmax_sums
+from npo_kernels.backends.torch.rows import (
+    add_targets,
+    finish_hidden_grad,
+    group_targets,
+    ratio_epilogue,
+    scale_rows,
+    sequence_sums,
+)
+from npo_kernels.core.softmax_stats import row_statistics
+
+__all__ = [
+    "add_targets",
+    "block_v",
+    "describe",
+    "exp_logits",
+    "exp_logits_at",
+    "finish_hidden_grad",
+    "group_targets",
+    "kl_logits",
+    "kl_scratch",
+    "kl_sums",
+    "partial_sums",
+    "ratio_epilogue",
+    "resum",
+    "row_statistics",
+    "scale_rows",
+    "scratch",
+    "sequence_sums",
+    "slab_dtype",
+    "softmax_sums",
+    "target_logits",
+]

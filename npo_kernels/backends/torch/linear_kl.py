@@ -1,0 +1,92 @@
+"""Two sets of logits at once: the sums and the gradient of KL(reference || model)."""
+
+import torch
+from torch import Tensor
+
+from npo_kernels.backends.torch import blocks
+from npo_kernels.core import matmul
+from npo_kernels.core.lm_head import Head
+from npo_kernels.core.plan import Scratch
+
+KL_TEMPORARIES = 10  # float32 arrays of the size of a block's logits
+
+
+def kl_scratch(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head) -> Scratch:
+    """blocks.BLOCK_N rows of the logits of both models, and what is between them and the sums."""
+    vocab_size = head.weight.shape[0]
+    n, columns = min(x.shape[0], blocks.BLOCK_N), min(vocab_size, blocks.BLOCK_V)
+    upcast = max(matmul.upcast_bytes(t, t.shape[1], columns + n) for t in (x, ref_x))
+    product = matmul.upcast_bytes(x, vocab_size, x.shape[1])
+    block = 4 * n * columns
+    temporaries = KL_TEMPORARIES + (2 if head.softcap is not None else 0)
+    # an operand is copied while little else exists
+    projecting = max(temporaries * block, (temporaries - 8) * block + upcast, product)
+    per_row = 12 * -(-vocab_size // blocks.BLOCK_V) + 40
+    return Scratch(projecting, n * x.shape[1] * blocks.ROW_TEMPORARIES, per_row, projecting + x.shape[0] * per_row)
+
+
+def softmax_sums(x: Tensor, head: Head, beside: Tensor) -> tuple[Tensor, Tensor]:
+    """(maxima, sums of the exponentials below them), (blocks, n) float32, of the logits of a whole head.
+
+    In the blocks of `kl_logits`, so that the logits have the same bits there.
+    """
+    vocab_size = head.weight.shape[0]
+    maxima, sums = torch.empty(2, -(-vocab_size // blocks.BLOCK_V), x.shape[0], dtype=torch.float32, device=x.device)
+    for i in range(0, x.shape[0], blocks.BLOCK_N):
+        rows = slice(i, i + blocks.BLOCK_N)
+        for number, b in enumerate(range(0, vocab_size, blocks.BLOCK_V)):
+            z, _ = blocks.capped_logits(x[rows], head.columns(b, min(b + blocks.BLOCK_V, vocab_size)))
+            maxima[number, rows] = z.amax(1)
+            sums[number, rows] = z.sub_(maxima[number, rows].unsqueeze(1)).exp_().sum(1)
+    return maxima, sums
+
+
+def kl_logits(
+    x: Tensor, head: Head, ref_x: Tensor, ref_head: Head, normalizers: tuple[Tensor, ...], columns: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """(slab, partial sums of KL): p - q of a vocabulary slice, times the derivative of the softcap."""
+    slab = blocks.empty_slab(x, columns)
+    return slab, _kl(x, head, ref_x, ref_head, normalizers, columns, slab)
+
+
+def kl_sums(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head, normalizers: tuple[Tensor, ...]) -> Tensor:
+    """The partial sums of KL of the whole vocabulary, with nothing of size V kept."""
+    return _kl(x, head, ref_x, ref_head, normalizers, (0, head.weight.shape[0]), slab=None)
+
+
+def _kl(
+    x: Tensor,  # (n, H)
+    head: Head,  # of the whole vocabulary, as is ref_head
+    ref_x: Tensor,  # (n, H_ref)
+    ref_head: Head,
+    normalizers: tuple[Tensor, ...],  # (n,) each: `softmax_stats.Normalizers.vectors`
+    columns: tuple[int, int],  # the vocabulary slice
+    slab: Tensor | None,  # written, if given
+) -> Tensor:
+    """Partial sums of KL (blocks, n)."""
+    begin, end = columns
+    parts = torch.empty(-(-(end - begin) // blocks.BLOCK_V), x.shape[0], dtype=torch.float32, device=x.device)
+    for i in range(0, x.shape[0], blocks.BLOCK_N):
+        rows = slice(i, i + blocks.BLOCK_N)
+        anchor, scale, ref_anchor, ref_scale, shift = (vector[rows].unsqueeze(1) for vector in normalizers)
+        for number, b in enumerate(range(begin, end, blocks.BLOCK_V)):
+            stop = min(b + blocks.BLOCK_V, end)
+            z, slope = blocks.capped_logits(x[rows], head.columns(b, stop))
+            ref_z, _ = blocks.capped_logits(ref_x[rows], ref_head.columns(b, stop))
+            below, ref_below = z.sub_(anchor), ref_z.sub_(ref_anchor)
+            d = (below - ref_below).sub_(shift)
+            p, q = below.exp_().mul_(scale), ref_below.exp_().mul_(ref_scale)
+            gradient = torch.where(d.abs() < 0.5, q * torch.expm1(d), p - q)
+            parts[number, rows] = torch.where(d.abs() < 0.5, q * _expm1_minus(d), gradient - q * d).sum(1)
+            if slab is not None:
+                slab[rows, b - begin : stop - begin] = gradient if slope is None else gradient * slope
+            del z, ref_z, below, ref_below, d, p, q, gradient, slope  # before the next block's are made
+    return parts
+
+
+def _expm1_minus(d: Tensor) -> Tensor:
+    """exp(d) - 1 - d for |d| < 1/2: its series, truncated below 1e-8 relative."""
+    tail = torch.zeros_like(d)
+    for k in (40320, 5040, 720, 120, 24, 6, 2):
+        tail = tail * d + 1.0 / k
+    return d * d * tail

@@ -1,0 +1,86 @@
+"""From statistics of rows to sequences and back, and the gradients' terms of size N x H."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from npo_kernels.backends.torch import blocks
+from npo_kernels.core.formulas import RatioLoss
+from npo_kernels.core.layout import DEAD_ROW
+from npo_kernels.core.lm_head import Head
+from npo_kernels.core.softmax_stats import Statistics, gradient_coefficients
+
+
+def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
+    """scale_i * x_i, rounded once to the dtype the gradient products take; a row of scale 0 is exactly 0."""
+    out = torch.empty(x.shape, dtype=blocks.slab_dtype(x), device=x.device)
+    for i in range(0, x.shape[0], blocks.BLOCK_N):
+        factor = scale[i : i + blocks.BLOCK_N].unsqueeze(1)
+        out[i : i + blocks.BLOCK_N] = torch.where(factor == 0, 0.0, x[i : i + blocks.BLOCK_N] * factor)
+    return out
+
+
+def finish_hidden_grad(
+    product: Tensor,  # (n, H) float32: E @ W
+    row_coef: Tensor,  # (n,)
+    target_coef: Tensor,  # (n,)
+    head: Head,
+    target: Tensor,  # (n,)
+    index: Tensor,  # (n,) rows of `out`
+    out: Tensor,  # (T, H)
+) -> None:
+    """out[index_i] = target_coef_i W[target_i] - row_coef_i product_i; filling rows are not written."""
+    label = target.clamp(0, head.weight.shape[0] - 1)
+    for i in range(0, product.shape[0], blocks.BLOCK_N):
+        rows = slice(i, i + blocks.BLOCK_N)
+        here = torch.where(target[rows] >= 0, target_coef[rows], 0.0)
+        grad = here.unsqueeze(1) * head.weight[label[rows]].float() - row_coef[rows].unsqueeze(1) * product[rows]
+        # filling rows share index 0 with a real one: add zero instead of overwriting
+        live = (target[rows] != DEAD_ROW).unsqueeze(1)
+        out.index_add_(0, index[rows], torch.where(live, grad, 0.0).to(out.dtype))
+
+
+def group_targets(target: Tensor) -> Tensor:
+    """What `add_targets` needs to know about the labels; computed once a call."""
+    return target
+
+
+def add_targets(grad: Tensor, x: Tensor, coef: Tensor, targets: Tensor, columns: tuple[int, int]) -> None:
+    """grad[y_i - begin] += coef_i x_i in float32 for the rows whose target lies in the slice [begin, end)."""
+    begin, end = columns
+    inside = (targets >= begin) & (targets < end)
+    column = (targets - begin).clamp(0, end - begin - 1)
+    for i in range(0, x.shape[0], blocks.BLOCK_N):
+        rows = slice(i, i + blocks.BLOCK_N)
+        update = torch.where(inside[rows], coef[rows], 0.0).unsqueeze(1) * x[rows].float()
+        _add_rows(grad, column[rows], update)
+
+
+def sequence_sums(values: Tensor, sequence: Tensor, starts: Tensor) -> Tensor:
+    """(n,) row values -> (B,) sums in row order; rows of sequence B (filling) are left out."""
+    num_sequences = starts.shape[0] - 1
+    sums = torch.zeros(num_sequences + 1, dtype=torch.float32, device=values.device)
+    _add_rows(sums, sequence, values)
+    return sums[:num_sequences]
+
+
+def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
+    """out[index_i] += rows_i, in row order on every device: on CUDA index_add_ promises no order, index_put_ does."""
+    if out.is_cuda:
+        out.index_put_((index,), rows, accumulate=True)
+    else:
+        out.index_add_(0, index, rows)
+
+
+def ratio_epilogue(
+    stats: Statistics,
+    sequence: Tensor,  # (n,) sequence of each row, counted from the first of the chunk
+    starts: Tensor,  # (B+1,) first row of each sequence, counted from the first of the chunk
+    ratio: RatioLoss,  # of the sequences of the chunk
+    head: Head,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logps (B,), losses (B,), row_coef (n,), target_coef (n,)): from rows to sequences, the loss, and back."""
+    logps = sequence_sums(stats.logp, sequence, starts)
+    losses, grad = ratio.value_and_grad(logps)
+    row_coef, target_coef = gradient_coefficients(stats, F.pad(grad, (0, 1))[sequence], head)
+    return logps, losses, row_coef, target_coef

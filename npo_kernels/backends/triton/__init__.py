@@ -1,0 +1,48 @@
+"""impl="triton": the primitives of `npo_kernels.core.backend` on `csrc_triton`; plain products go to cuBLAS.
+
+The same code runs in the Triton interpreter on CPU tensors (TRITON_INTERPRET=1 before the first import), which is how
+the tests check every kernel without a GPU. Importing this package imports Triton; nothing else in npo_kernels does.
+"""
+
+from npo_kernels.backends.triton.exp_logits import (
+    exp_logits,
+    exp_logits_at,
+    partial_sums,
+    resum,
+    row_statistics,
+    scratch,
+    target_logits,
+)
+from npo_kernels.backends.triton.launch import block_v, describe, slab_dtype
+from npo_kernels.backends.triton.linear_kl import kl_logits, kl_scratch, kl_sums, softmax_sums
+from npo_kernels.backends.triton.rows import (
+    add_targets,
+    finish_hidden_grad,
+    group_targets,
+    ratio_epilogue,
+    scale_rows,
+    sequence_sums,
+)
+
+__all__ = [
+    "add_targets",
+    "block_v",
+    "describe",
+    "exp_logits",
+    "exp_logits_at",
+    "finish_hidden_grad",
+    "group_targets",
+    "kl_logits",
+    "kl_scratch",
+    "kl_sums",
+    "partial_sums",
+    "ratio_epilogue",
+    "resum",
+    "row_statistics",
+    "scale_rows",
+    "scratch",
+    "sequence_sums",
+    "slab_dtype",
+    "softmax_sums",
+    "target_logits",
+]

@@ -1,0 +1,83 @@
+"""What the launches have in common: the tile, the interpreter, strides, grids."""
+
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from csrc_triton.tiles import BLOCK_HIDDEN, BLOCK_ROWS, TILES, Tile
+from npo_kernels.backends.tiles import find_tile, tile_row
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+def architecture(device: torch.device) -> str:
+    """The architecture whose row of the tile table a device takes."""
+    return tile_row(device).architecture
+
+
+def describe(x: Tensor) -> str:
+    """The tile of `exp_logits` for operands like x and where it is from, in one line."""
+    if x.device.type == "cpu":
+        return "interpreter"
+    tile, row = tile_for(x), tile_row(x.device)
+    text = f"tile {tile.block_n}x{tile.block_v}x{tile.block_h}, row {row.architecture} of the tile table"
+    return f"{text}: {row.note}" if row.note else text
+
+
+def tile_for(x: Tensor) -> Tile:
+    """The tile of `exp_logits` for operands like x."""
+    return find_tile(TILES, architecture(x.device), 8 * x.itemsize, x.shape[-1])
+
+
+def block_v(x: Tensor) -> int:
+    """Columns of one partial sum: the width of one split."""
+    return tile_for(x).split
+
+
+def slab_dtype(x: Tensor) -> torch.dtype:
+    """What the exponentials are stored in: the dtype of the operands."""
+    return x.dtype
+
+
+def aligned_empty(rows: int, width: int, x: Tensor) -> Tensor:
+    """A slab whose rows start at multiples of 128 bytes, which the products that read it are fastest with."""
+    unit = 128 // slab_dtype(x).itemsize
+    return torch.empty(rows, triton.cdiv(width, unit) * unit, dtype=slab_dtype(x), device=x.device)[:, :width]
+
+
+def rows_contiguous(t: Tensor) -> Tensor:
+    """The kernels take any row stride, but elements of a row side by side."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def describable(t: Tensor) -> bool:
+    """Whether a tensor descriptor can be made of it: address and row stride are multiples of 16 bytes, and rows do not
+    overlap (an expanded tensor has a stride of 0).
+    """
+    return t.data_ptr() % 16 == 0 and t.stride(0) * t.itemsize % 16 == 0 and t.stride(0) >= t.shape[1]
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Programs of a persistent launch; in the interpreter so few that each has several splits."""
+    return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def precision(x: Tensor) -> str:
+    """How float32 products are done: as PyTorch is told to do them, in whichever of its two ways to say it."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def hidden_block(hidden_size: int) -> int:
+    fitting: int = triton.next_power_of_2(hidden_size)
+    return min(BLOCK_HIDDEN, fitting)
+
+
+def hidden_grid(shape: torch.Size) -> tuple[int, int]:
+    return shape[0], triton.cdiv(shape[1], hidden_block(shape[1]))
+
+
+def row_grid(rows: int) -> tuple[int]:
+    return (triton.cdiv(rows, BLOCK_ROWS),)

@@ -1,0 +1,84 @@
+"""Launches of the kernels on rows and sequences: sums, the loss, and the gradients' terms of size N x H."""
+
+import torch
+from torch import Tensor
+
+from csrc_triton.gradient_rows import add_targets_kernel, finish_hidden_grad_kernel, scale_rows_kernel
+from csrc_triton.sequence_epilogue import ratio_epilogue_kernel, sequence_sums_kernel
+from csrc_triton.tiles import BLOCK_ROWS, BLOCK_RUN, ROW_WARPS
+from npo_kernels.backends.triton import launch
+from npo_kernels.core.formulas import RatioLoss
+from npo_kernels.core.lm_head import Head
+from npo_kernels.core.softmax_stats import Statistics
+
+
+def sequence_sums(values: Tensor, sequence: Tensor, starts: Tensor) -> Tensor:
+    """(n,) row values -> (B,) sums."""
+    logps = torch.empty(starts.shape[0] - 1, dtype=torch.float32, device=values.device)
+    if logps.shape[0]:
+        sequence_sums_kernel[logps.shape](values, starts, logps, BLOCK_N=BLOCK_ROWS, num_warps=ROW_WARPS)
+    return logps
+
+
+def ratio_epilogue(
+    stats: Statistics, sequence: Tensor, starts: Tensor, ratio: RatioLoss, head: Head
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logps (B,), losses (B,), row_coef (n,), target_coef (n,)) in one launch."""
+    logps, losses = torch.empty_like(ratio.offset), torch.empty_like(ratio.offset)
+    coefs = torch.zeros(2, stats.logp.shape[0], dtype=torch.float32, device=logps.device)  # 0 for filling rows
+    if logps.shape[0]:
+        ratio_epilogue_kernel[logps.shape](
+            stats.target_logit, stats.logp, stats.miss, stats.prob_scale, starts, ratio.offset, ratio.scale,
+            logps, losses, coefs[0], coefs[1], ratio.beta, head.logit_scale, head.softcap or 0.0,
+            LENGTH_NORMALIZED=ratio.length_normalized, HAS_SOFTCAP=head.softcap is not None,
+            BLOCK_N=BLOCK_ROWS, num_warps=ROW_WARPS,
+        )  # fmt: skip
+    return logps, losses, coefs[0], coefs[1]
+
+
+def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
+    """scale_i * x_i, rounded once to the dtype of x."""
+    x = launch.rows_contiguous(x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.shape[0]:
+        block = launch.hidden_block(x.shape[1])
+        scale_rows_kernel[launch.hidden_grid(x.shape)](
+            x, scale, out, x.shape[1], x.stride(0), BLOCK_H=block, num_warps=ROW_WARPS
+        )
+    return out
+
+
+def finish_hidden_grad(
+    product: Tensor,  # (n, H) float32: E @ W
+    row_coef: Tensor,  # (n,)
+    target_coef: Tensor,  # (n,)
+    head: Head,
+    target: Tensor,  # (n,)
+    index: Tensor,  # (n,) rows of `out`
+    out: Tensor,  # (T, H)
+) -> None:
+    """out[index_i] = target_coef_i W[target_i] - row_coef_i product_i; filling rows are not written."""
+    if product.shape[0]:
+        weight = launch.rows_contiguous(head.weight)
+        finish_hidden_grad_kernel[launch.hidden_grid(product.shape)](
+            product, row_coef, target_coef, target, index, weight, out, weight.shape[0], product.shape[1],
+            weight.stride(0), BLOCK_H=launch.hidden_block(product.shape[1]), num_warps=ROW_WARPS,
+        )  # fmt: skip
+
+
+def group_targets(target: Tensor) -> tuple[Tensor, Tensor]:
+    """(targets in ascending order, rows in that order), so that each label is summed by one program."""
+    return torch.sort(target, stable=True)
+
+
+def add_targets(
+    grad: Tensor, x: Tensor, coef: Tensor, targets: tuple[Tensor, Tensor], columns: tuple[int, int]
+) -> None:
+    """grad[y_i - begin] += coef_i x_i in float32 for the rows whose target lies in the slice [begin, end)."""
+    if x.shape[0]:
+        x = launch.rows_contiguous(x)
+        add_targets_kernel[launch.hidden_grid(x.shape)](
+            grad, x, coef, *targets, x.shape[0], columns[1] - columns[0], x.shape[1], columns[0],
+            x.stride(0), grad.stride(0), BLOCK_RUN=BLOCK_RUN, BLOCK_H=launch.hidden_block(x.shape[1]),
+            num_warps=ROW_WARPS,
+        )  # fmt: skip

@@ -120,7 +120,8 @@ def launch_exp_logits(
         "SUMS": parts is not None, "MAXIMA": maxima is not None, "REPAIR": dirty is not None,
         "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_H": tile.block_h, "SPLIT_TILES": tile.split_tiles,
         "GROUP": tile.group, "PIECES": tile.pieces, "PRECISION": launch.precision(x),
-        "UPCAST": launch.INTERPRETED and x.dtype == torch.bfloat16, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+        "UPCAST": launch.INTERPRETED and x.dtype == torch.bfloat16,
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
     }  # fmt: skip
     if tile.loop and launch.describable(x) and launch.describable(weight):
         # a repair skips tiles, and where no sum is stored after a tile Triton before 3.9 fails to merge the loops

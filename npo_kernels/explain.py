@@ -9,10 +9,12 @@ from npo_kernels.call.arguments import CallOptions, check_each, describe
 from npo_kernels.call.prepare import prepare
 from npo_kernels.core.plan import Plan
 from npo_kernels.logprobs import sequence_logprobs, token_logprobs
-from npo_kernels.losses import fused_logprob_loss, fused_npo_loss, fused_simnpo_loss
+from npo_kernels.losses import fused_npo_loss, fused_simnpo_loss
 from npo_kernels.ops.task import task_of
+from npo_kernels.user_losses import fused_logprob_loss, fused_token_loss
 
-EXPLAINED = (fused_npo_loss, fused_simnpo_loss, fused_logprob_loss, sequence_logprobs, token_logprobs)
+USER_LOSSES = (fused_logprob_loss, fused_token_loss)
+EXPLAINED = (fused_npo_loss, fused_simnpo_loss, *USER_LOSSES, sequence_logprobs, token_logprobs)
 
 
 def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Plan:
@@ -48,6 +50,6 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Plan:
     fused = function in (fused_npo_loss, fused_simnpo_loss) and given["reduction"] != "none"
     return task_of(call).plan(
         call.execution.workspace_bytes,
-        gradient_in_forward=fused or function is fused_logprob_loss,
-        separable=function is not fused_logprob_loss,
+        gradient_in_forward=fused or function in USER_LOSSES,
+        separable=function not in USER_LOSSES,
     )

@@ -9,6 +9,7 @@ from npo_kernels import reference
 from npo_kernels.call.arguments import CallOptions, checked
 from npo_kernels.call.call import Call
 from npo_kernels.call.prepare import prepare
+from npo_kernels.core.layout import DEAD_ROW
 from npo_kernels.core.value_checks import check_values
 from npo_kernels.ops.logprobs import token_logps
 
@@ -92,6 +93,22 @@ def num_tokens(call: Call) -> Tensor:
     """(B,) int64 number of scored positions of each sequence."""
     scored = torch.nn.functional.pad((call.targets != call.ignore_index).cumsum(0), (1, 0))
     return scored[call.offsets.clamp(0, call.targets.shape[0])].diff()
+
+
+def scored_tokens(call: Call) -> tuple[Tensor, Tensor]:
+    """(token_logps (N,), sequence (N,) int64) of the scored tokens of a checked call, in their order.
+
+    Where `num_rows` is too large, the rows beyond the scored ones are NaN.
+    """
+    if call.execution.impl == "reference":
+        index = (call.targets != call.ignore_index).nonzero().squeeze(1)
+        return reference_tokens(call)[index], torch.bucketize(index, call.offsets[1:], right=True)
+    results = token_logps(call)
+    rows = results.saved
+    tokens = results.tokens[rows.positions]
+    if call.num_rows is not None:
+        tokens = torch.where(rows.target == DEAD_ROW, torch.nan, tokens)
+    return tokens, rows.sequence.clamp(max=call.num_sequences - 1)
 
 
 def reference_tokens(call: Call) -> Tensor:

@@ -1,20 +1,18 @@
-"""The public losses: sequence log-probabilities and the formulas of `npo_kernels.core.formulas` put together."""
+"""The papers' losses: sequence log-probabilities and the formulas of `npo_kernels.core.formulas` put together."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from npo_kernels.call.arguments import CallOptions, LossOptions, checked
+from npo_kernels.call.arguments import LossOptions, checked
 from npo_kernels.call.call import Call
-from npo_kernels.call.checks import check_normalizer, check_ref_logps
+from npo_kernels.call.checks import check_normalizer, check_per_sequence
 from npo_kernels.call.prepare import prepare
 from npo_kernels.core import formulas
 from npo_kernels.core.value_checks import check_factors
 from npo_kernels.logprobs import sequence_logps
-from npo_kernels.ops.logprob_loss import check_scalar, logprob_loss
 from npo_kernels.ops.ratio_loss import RatioCall, ratio_loss
 
 
@@ -72,6 +70,8 @@ def fused_npo_loss(
         reduction: "mean" over the sequences that have a scored token, "sum", or "none" -> (B,), 0 for the others.
         normalizer: a number or 0-d tensor that replaces the count of "mean": the number of sequences in the whole
             accumulated or distributed batch.
+        weights: (B,) a constant factor >= 0 of the loss of each sequence (its influence, say); a sequence of weight 0
+            gets no gradient. "mean" still divides by the count. None: 1 for all.
         return_stats: also return `LossStats`.
 
     Returns:
@@ -83,7 +83,8 @@ def fused_npo_loss(
         NotImplementedError: when the gradient is differentiated again.
     """
     call = prepare(hidden, lm_head_weight, labels, options)
-    check_ref_logps(ref_logps, call.num_sequences, hidden.device)
+    way = "pass the summed log-probability of each sequence"
+    check_per_sequence("ref_logps", ref_logps, call.num_sequences, hidden.device, way)
     return _ratio_loss(call, ref_logps.detach(), beta, False, options, return_stats)
 
 
@@ -130,36 +131,6 @@ def fused_simnpo_loss(
     return _ratio_loss(call, offset, beta, True, options, return_stats)
 
 
-@checked
-def fused_logprob_loss(
-    hidden: Tensor,  # (B, S, H) or (T, H)
-    lm_head_weight: Tensor,  # (V, H)
-    labels: Tensor,  # (B, S) or (T,)
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
-    **options: Unpack[CallOptions],
-) -> Tensor:
-    """Any scalar loss of sequence log-probabilities, `loss_fn(logps, num_tokens)`, at the cost of the fused losses.
-
-    Replaces::
-
-        logps, num_tokens = sequence_logprobs(hidden, lm_head_weight, labels, ...)
-        loss = loss_fn(logps, num_tokens)
-
-    `loss_fn` gets (B,) float32 log-probabilities and (B,) int64 token counts and is run once, inside the forward,
-    under autograd, to obtain the gradient of each sequence: DPO, KTO, NPO on some rows and the retain likelihood on
-    others, all in one call with one dWeight. Gradients reach hidden, lm_head_weight and bias only: a `loss_fn` that
-    uses other tensors that require grad is refused (use `sequence_logprobs` there). Inside torch.compile this is
-    `sequence_logprobs` followed by `loss_fn`. Other arguments and errors as in `sequence_logprobs`.
-    """
-    call = prepare(hidden, lm_head_weight, labels, options)
-    execution = call.execution
-    if execution.impl != "reference" and execution.needs.any and not torch.compiler.is_compiling():
-        return logprob_loss(call, loss_fn)
-    loss = loss_fn(*sequence_logps(call))
-    check_scalar(loss)
-    return loss
-
-
 def _ratio_loss(
     call: Call,
     offset: Tensor,  # (B,)
@@ -168,14 +139,18 @@ def _ratio_loss(
     options: LossOptions,
     return_stats: bool,
 ) -> Tensor | tuple[Tensor, LossStats]:
-    beta, reduction, normalizer = float(beta), options["reduction"], options["normalizer"]
+    beta, reduction, normalizer, weights = float(beta), options["reduction"], options["normalizer"], options["weights"]
     check_normalizer(reduction, normalizer)
+    if weights is not None:
+        way = "pass a factor for each sequence"
+        check_per_sequence("weights", weights, call.num_sequences, offset.device, way)
+        weights = weights.detach()
     if call.execution.impl == "reference" or reduction == "none":
         logps, counts = sequence_logps(call)
         if not torch.compiler.is_compiling():
-            check_factors(offset, normalizer if isinstance(normalizer, Tensor) else None, counts)
+            check_factors(offset, normalizer if isinstance(normalizer, Tensor) else None, weights, counts)
         ratio = formulas.log_ratio(logps, counts, offset.to(logps.dtype), length_normalized)
-        scale = formulas.sequence_scale(counts, reduction, normalizer).to(logps.dtype)
+        scale = formulas.sequence_scale(counts, reduction, normalizer, weights).to(logps.dtype)
         loss = formulas.reduce(scale, formulas.ratio_loss(ratio, beta))
         loss = loss if reduction == "none" else loss.sum()
     else:
@@ -184,7 +159,8 @@ def _ratio_loss(
         elif normalizer is not None:  # full, not tensor: a fill on the device instead of a copy from the host
             normalizer = torch.full((), normalizer, dtype=torch.float32, device=offset.device)
         offset = offset.float().contiguous()
-        results = ratio_loss(RatioCall(call, offset, normalizer, beta, length_normalized, reduction))
+        weights = None if weights is None else weights.float().contiguous()
+        results = ratio_loss(RatioCall(call, offset, normalizer, weights, beta, length_normalized, reduction))
         loss, logps, counts = results.loss, results.logps, results.num_tokens
     if not return_stats:
         return loss

@@ -16,6 +16,7 @@ from npo_kernels import (
     fused_logprob_loss,
     fused_npo_loss,
     fused_simnpo_loss,
+    fused_token_loss,
     sequence_logprobs,
     token_logprobs,
 )
@@ -27,12 +28,13 @@ GOOD = {
     "lm_head_weight": torch.zeros(V, H),
     "labels": torch.ones(B, S, dtype=torch.int64),
     "ref_logps": torch.zeros(B),
-    "loss_fn": lambda logps, num_tokens: logps.sum(),
+    "loss_fn": lambda logps, *counts: logps.sum(),
     "ref_hidden": torch.zeros(B, S, H),
     "ref_lm_head_weight": torch.zeros(V, H),
 }
 PUBLIC = (
-    fused_npo_loss, fused_simnpo_loss, fused_logprob_loss, sequence_logprobs, token_logprobs, fused_linear_kl
+    fused_npo_loss, fused_simnpo_loss, fused_logprob_loss, fused_token_loss, sequence_logprobs, token_logprobs,
+    fused_linear_kl,
 )  # fmt: skip
 
 TENSOR, META = torch.zeros(3, 3), torch.zeros(3, 3, device="meta")
@@ -50,7 +52,7 @@ WRONG = {
     "reduction": ["average", 1, TENSOR, ["mean"], None],
     "impl": ["cuda", 1, TENSOR, ["auto"], None],
     "process_group": ["tp", 0, TENSOR, object()],
-    "loss_fn": ["npo", None, 1, TENSOR, lambda: 0, lambda a: a, lambda a, b, c: a],
+    "loss_fn": ["npo", None, 1, TENSOR, lambda: 0, lambda a: a, lambda a, b, c, d: a],
     "beta": [*WRONG_FOR_NUMBERS, 0, -1.0, None],
     "gamma": [*WRONG_FOR_NUMBERS, None],
     "logit_scale": [*WRONG_FOR_NUMBERS, 0, None],
@@ -58,6 +60,7 @@ WRONG = {
     "workspace_mb": [*WRONG_FOR_NUMBERS, 0, -1],
     "normalizer": ["3", True, [1], TENSOR, math.nan, math.inf, 1j, 0, -1, torch.tensor(-2.0), torch.tensor(math.nan),
                    torch.tensor(True), torch.tensor(1j), torch.ones((), device="meta")],
+    "weights": [*WRONG_FOR_TENSORS, *(torch.tensor([1.0] * (B - 1) + [x]) for x in (-1.0, math.nan, math.inf))],
 }  # fmt: skip
 OPTIONAL = {"bias", "cu_seqlens", "ref_bias", "mask"}
 

@@ -10,6 +10,7 @@ from npo_kernels import (
     fused_logprob_loss,
     fused_npo_loss,
     fused_simnpo_loss,
+    fused_token_loss,
     sequence_logprobs,
     token_logprobs,
 )
@@ -56,9 +57,9 @@ def test_opcheck_token_logps_backward(impl, needs):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck_ratio_loss(impl, needs, num_rows):
     batch = make_batch(torch.bfloat16, head="bias", layout="packed", **SMALL).leaves(needs)
-    normalizer = None if num_rows is None else torch.tensor(3.0)
+    normalizer, weights = (None, None) if num_rows is None else (torch.tensor(3.0), batch.ref_logps.abs())
     call = call_of(batch, impl, num_rows=num_rows)
-    opcheck(ratio_loss, RatioCall(call, batch.ref_logps, normalizer, 0.1, False, "mean"))
+    opcheck(ratio_loss, RatioCall(call, batch.ref_logps, normalizer, weights, 0.1, False, "mean"))
 
 
 @pytest.mark.parametrize("needs", NEEDS, ids=name_of)
@@ -93,6 +94,10 @@ def test_a_gradient_is_scaled_in_float32_and_rounded_once(small_blocks, dtype, s
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def token_loss(token_logps, sequence, num_tokens):
+    return ((1 + sequence) * token_logps.square()).sum() + (token_logps / num_tokens[sequence]).exp().sum()
+
+
 def kl(batch, **options):
     """The model against a reference that is the model of reversed hidden states."""
     options.pop("num_rows", None)
@@ -107,7 +112,9 @@ COMPILED = {
         for v in b(fused_npo_loss, ref_logps=b.ref_logps, return_stats=True, **o)
     ),
     "fused_simnpo_loss": lambda b, **o: b(fused_simnpo_loss, gamma=1.0, reduction="sum", **o),
+    "fused_npo_loss, weighted": lambda b, **o: b(fused_npo_loss, ref_logps=b.ref_logps, weights=b.ref_logps.abs(), **o),
     "fused_logprob_loss": lambda b, **o: b(fused_logprob_loss, mixed_loss, **o),
+    "fused_token_loss": lambda b, **o: b(fused_token_loss, token_loss, **o),
     "sequence_logprobs": lambda b, **o: b(sequence_logprobs, **o)[0].square().sum(),
     "token_logprobs": lambda b, **o: b(token_logprobs, **o).square().sum(),
     "fused_linear_kl": kl,
@@ -166,7 +173,7 @@ def test_autocast_survives_compilation(fresh_compiler):
         assert relative_error(value, expected[part]) < 1e-6, part
 
 
-@pytest.mark.parametrize("name", ["fused_npo_loss", "fused_logprob_loss", "sequence_logprobs", "token_logprobs"])
+@pytest.mark.parametrize("name", ["fused_npo_loss", "fused_token_loss", "sequence_logprobs", "token_logprobs"])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_under_checkpointing_the_gradients_are_the_same(impl, name):
     def checkpointed(batch, **options):
@@ -187,5 +194,5 @@ def test_the_forward_of_a_loss_without_gradients_makes_none(impl, monkeypatch):
     batch = make_batch(head="bias", layout="packed", **SMALL)
     for needs in NEEDS:
         call = call_of(batch, impl, needs)
-        found = ratio_loss(RatioCall(call, batch.ref_logps, None, 0.1, False, "mean")).kept.grads._asdict()
+        found = ratio_loss(RatioCall(call, batch.ref_logps, None, None, 0.1, False, "mean")).kept.grads._asdict()
         assert {name for name, grad in found.items() if grad.numel()} == set(needs)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from npo_kernels import fused_linear_kl, fused_logprob_loss, fused_npo_loss, sequence_logprobs, token_logprobs
+from npo_kernels import fused_linear_kl, fused_npo_loss, fused_token_loss, sequence_logprobs, token_logprobs
 from tests.support import IMPLS
 
 B, S, H, V = 2, 4, 6, 15
@@ -20,7 +20,7 @@ FUNCTIONS = {
     "npo, by sequence": lambda x, w, **o: fused_npo_loss(
         x, w, LABELS, ref_logps=REF_LOGPS, reduction="none", **o
     ).sum(),
-    "any loss": lambda x, w, **o: fused_logprob_loss(x, w, LABELS, lambda logps, num_tokens: logps.square().sum(), **o),
+    "any loss": lambda x, w, **o: fused_token_loss(x, w, LABELS, lambda tokens, *_: tokens.square().sum(), **o),
     "sequences": lambda x, w, **o: sequence_logprobs(x, w, LABELS, **o)[0].sum(),
     "tokens": lambda x, w, **o: token_logprobs(x, w, LABELS, **o).sum(),
     "kl": lambda x, w, **o: fused_linear_kl(x, w, REF_HIDDEN, WEIGHT, **o),

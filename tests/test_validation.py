@@ -316,7 +316,7 @@ def test_return_stats_is_a_bool(value):
 LOSS_FN = {
     "nothing": (None, "expected a function .*got None"),
     "a name": ("npo", "expected a function .*got 'npo'"),
-    "one argument": (lambda logps: logps.sum(), "two positional arguments.*too many"),
+    "one argument": (lambda logps: logps.sum(), "2 positional arguments.*too many"),
     "three arguments": (lambda logps, num_tokens, beta: logps.sum(), "functools.partial.*|missing a required"),
 }
 

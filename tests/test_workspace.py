@@ -11,8 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from npo_kernels import (
     explain,
     fused_linear_kl,
-    fused_logprob_loss,
     fused_npo_loss,
+    fused_token_loss,
     sequence_logprobs,
     token_logprobs,
 )
@@ -22,7 +22,7 @@ from tests.support import make_batch
 
 FUNCTIONS = {
     "npo": lambda x, w, y, **o: fused_npo_loss(x, w, y, ref_logps=x.new_zeros(len(y), dtype=torch.float32), **o),
-    "user's": lambda x, w, y, **o: fused_logprob_loss(x, w, y, lambda logps, n: logps.square().sum(), **o),
+    "user's": lambda x, w, y, **o: fused_token_loss(x, w, y, lambda tokens, *_: tokens.square().sum(), **o),
     "tokens": lambda x, w, y, **o: token_logprobs(x, w, y, **o).sum(),
     "kl": lambda x, w, y, **o: fused_linear_kl(x, w, x.detach() + 1, w.detach(), mask=y != -100, **o),
     "kl by position": lambda x, w, y, **o: fused_linear_kl(

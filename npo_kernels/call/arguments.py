@@ -198,6 +198,13 @@ def _ref_logps(name: str, value: Any) -> None:
     _constant(name, value, "compute it under torch.no_grad()")
 
 
+def _weights(name: str, value: Any) -> None:
+    _tensor(name, value)
+    if value.is_complex():
+        raise TypeError(f"{name}: expected real factors, got {describe(value)}")
+    _constant(name, value, "compute the influence of a sequence under torch.no_grad()")
+
+
 def _constant(name: str, value: Tensor, way: str) -> None:
     """Of a tensor that gets no gradient: one that wants one would lose it without a word."""
     if value.requires_grad and torch.is_grad_enabled():
@@ -216,18 +223,23 @@ def _process_group(name: str, value: Any) -> None:
 
 def _loss_fn(name: str, value: Any) -> None:
     if not callable(value):
-        raise TypeError(f"{name}: expected a function loss_fn(logps, num_tokens), got {_short(value)}")
+        raise TypeError(f"{name}: expected a function that returns the loss, got {_short(value)}")
+
+
+def check_loss_fn(value: Callable[..., Any], arguments: str) -> None:
+    """That it takes such positional arguments, as far as its signature says."""
     if torch.compiler.is_compiling():
         return
+    count = arguments.count(",") + 1
     try:
         signature = inspect.signature(value)
     except (TypeError, ValueError):  # some builtins have none
         return
     try:
-        signature.bind(None, None)
+        signature.bind(*[None] * count)
     except TypeError as error:
         raise TypeError(
-            f"{name}: expected a function loss_fn(logps, num_tokens) of two positional arguments, got one that takes "
+            f"loss_fn: expected a function loss_fn({arguments}) of {count} positional arguments, got one that takes "
             f"{signature}: {error}; functools.partial fixes further arguments"
         ) from None
 
@@ -284,6 +296,7 @@ class LossOptions(CallOptions, total=False):
 
     reduction: Annotated[Reduction, Option("mean", _choice(*get_args(Reduction)))]
     normalizer: Annotated[float | Tensor | None, Option(None, _optional(_normalizer))]
+    weights: Annotated[Tensor | None, Option(None, _optional(_weights))]
 
 
 OPTIONS: dict[str, Option] = {

@@ -148,12 +148,9 @@ def check_normalizer(reduction: str, normalizer: float | Tensor | None) -> None:
         raise ValueError(f"normalizer replaces the count of reduction='mean', got reduction={reduction!r}")
 
 
-def check_ref_logps(ref_logps: Tensor, num_sequences: int, device: torch.device) -> None:
-    """One cached reference log-probability per sequence, beside the batch."""
-    if ref_logps.shape != (num_sequences,):
-        raise ValueError(
-            f"ref_logps: expected one per sequence, ({num_sequences},), got {describe(ref_logps)}; "
-            "pass the summed log-probability of each sequence"
-        )
-    if ref_logps.device != device:
-        raise ValueError(f"ref_logps is on {ref_logps.device} but hidden is on {device}: move it there")
+def check_per_sequence(name: str, value: Tensor, num_sequences: int, device: torch.device, way: str) -> None:
+    """One number for each sequence, beside the batch."""
+    if value.shape != (num_sequences,):
+        raise ValueError(f"{name}: expected one per sequence, ({num_sequences},), got {describe(value)}; {way}")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device} but hidden is on {device}: move it there")

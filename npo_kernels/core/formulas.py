@@ -38,21 +38,29 @@ def ratio_weight(log_ratio: Tensor, beta: float) -> Tensor:
     return 2.0 * torch.sigmoid(beta * log_ratio)
 
 
-def sequence_scale(num_tokens: Tensor, reduction: str, normalizer: Tensor | float | None) -> Tensor:
+def sequence_scale(
+    num_tokens: Tensor, reduction: str, normalizer: Tensor | float | None, weights: Tensor | None = None
+) -> Tensor:
     """(B,) float32 c_s such that the reduced loss is sum_s c_s loss_s.
 
     A sequence without a scored token has c_s = 0. "mean" divides by the number of the others, or by
-    `normalizer` when one is given (the count over an accumulated or distributed batch). A normalizer that is not a
-    finite positive number makes every c_s NaN.
+    `normalizer` when one is given (the count over an accumulated or distributed batch). `weights` (B,) are factors of
+    the c_s. A normalizer that is not a finite positive number makes every c_s NaN, a weight that is not finite or below
+    0 its own.
     """
     scored = (num_tokens > 0).float()
-    if reduction != "mean":
-        return scored
-    if normalizer is None:
-        return scored / scored.sum().clamp(min=1)
-    if isinstance(normalizer, Tensor):
-        normalizer = torch.where((normalizer > 0) & ~normalizer.isinf(), normalizer, torch.nan)
-    return scored / normalizer
+    scale = scored
+    if reduction == "mean":
+        if normalizer is None:
+            normalizer = scored.sum().clamp(min=1)
+        elif isinstance(normalizer, Tensor):
+            normalizer = torch.where((normalizer > 0) & ~normalizer.isinf(), normalizer, torch.nan)
+        scale = scored / normalizer
+    if weights is not None:
+        weights = torch.where((weights >= 0) & ~weights.isinf(), weights, torch.nan)
+        # where: the weight of a sequence without a scored token may be anything
+        scale = torch.where(scored == 0, scale, scale * weights)
+    return scale
 
 
 def reduce(scale: Tensor, losses: Tensor) -> Tensor:

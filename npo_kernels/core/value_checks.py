@@ -46,8 +46,18 @@ def check_values(targets: Tensor, offsets: Tensor, vocab_size: int, ignore_index
         )
 
 
-def check_factors(offset: Tensor, normalizer: Tensor | None, num_tokens: Tensor) -> None:
-    """A positive normalizer, and finite reference log-probabilities of the sequences that have a scored token.
+def check_exact_rows(scored: Tensor, num_rows: int) -> None:
+    """As many scored positions as the caller says, where a bound does not do. Only where reading values is free."""
+    if readable(scored) and int(scored) != num_rows:
+        raise ValueError(
+            f"num_rows={num_rows} but {int(scored)} positions are scored: fused_token_loss hands exactly the scored "
+            "tokens to loss_fn, so it needs their number and not a bound; leave num_rows out to have them counted"
+        )
+
+
+def check_factors(offset: Tensor, normalizer: Tensor | None, weights: Tensor | None, num_tokens: Tensor) -> None:
+    """A positive normalizer; weights from 0 on and finite reference log-probabilities, both of the sequences that have
+    a scored token.
 
     Only where reading values is free; elsewhere `npo_kernels.core.formulas` makes the loss NaN.
     """
@@ -58,6 +68,13 @@ def check_factors(offset: Tensor, normalizer: Tensor | None, num_tokens: Tensor)
             f"normalizer: expected a positive number, got a tensor of {normalizer.item()}; "
             "pass the number of sequences of the whole batch"
         )
+    if weights is not None:
+        wrong = ((num_tokens > 0) & ~((weights >= 0) & weights.isfinite())).nonzero().flatten().tolist()
+        if wrong:
+            raise ValueError(
+                f"weights: expected finite factors >= 0, got {weights[wrong[0]].item()} at sequence {wrong[0]}"
+                f" ({len(wrong)} in all); a negative one would make the model learn what it is to forget"
+            )
     wrong = ((num_tokens > 0) & ~offset.isfinite()).nonzero().flatten().tolist()
     if wrong:
         raise ValueError(

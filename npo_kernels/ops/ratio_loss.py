@@ -21,6 +21,7 @@ class RatioCall(NamedTuple):
     call: Call
     offset: Tensor  # (B,) float32: ref_logps, or -gamma
     normalizer: Tensor | None  # 0-d float32
+    weights: Tensor | None  # (B,) float32
     beta: float
     length_normalized: bool
     reduction: str  # "mean" | "sum"
@@ -38,8 +39,8 @@ def ratio_loss(arguments: RatioCall) -> RatioResults:
     call, offset, normalizer = arguments.call, arguments.offset, arguments.normalizer
     task = task_of(call, upstream_later=True)
     rows, num_tokens = task.rows, task.rows.num_tokens
-    check_factors(offset, normalizer, num_tokens)
-    scale = sequence_scale(num_tokens, arguments.reduction, normalizer)
+    check_factors(offset, normalizer, arguments.weights, num_tokens)
+    scale = sequence_scale(num_tokens, arguments.reduction, normalizer, arguments.weights)
     ratio = RatioLoss(offset, scale, num_tokens, arguments.beta, arguments.length_normalized)
     logps, losses = torch.empty_like(offset), torch.empty_like(offset)
 

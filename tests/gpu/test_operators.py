@@ -21,8 +21,9 @@ def test_fakes_have_the_shapes_strides_and_dtypes_of_the_outputs(needs, num_rows
     batch = make_batch(torch.bfloat16, "bias", "packed", **SMALL)
     call, kl_call = call_of(batch.leaves(needs), "triton", num_rows=num_rows), kl_call_of(batch.leaves(needs), "triton")
     normalizer = None if num_rows is None else torch.tensor(3.0, device="cuda")
+    weights = None if num_rows is None else batch.ref_logps.abs()
     opcheck(token_logps, call)
-    opcheck(ratio_loss, RatioCall(call, batch.ref_logps, normalizer, 0.1, False, "mean"))
+    opcheck(ratio_loss, RatioCall(call, batch.ref_logps, normalizer, weights, 0.1, False, "mean"))
     opcheck(linear_kl_loss, KLLossCall(kl_call, torch.tensor(0.25, device="cuda")))
     opcheck(linear_kl, kl_call)
     if not needs:

@@ -135,7 +135,7 @@ class SequenceSums(torch.autograd.Function):
         return sums.clone()
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (sequence,) = ctx.saved_tensors
         return F.pad(upstream, (0, 1))[sequence], None, None  # a filling row reads the zero past the last sequence
 

@@ -9,7 +9,8 @@
 | linear_kl         | softmax_sums_kernel, kl_logits_kernel           | two products, KL and p - q of their tiles |
 | gradient_rows     | scale_rows_kernel, finish_hidden_grad_kernel,   | O(NH) parts of dHidden and dWeight        |
 |                   | add_targets_kernel                              |                                           |
-| common            | log1p, softplus, sigmoid, tanh, place, project  | device functions                          |
+| common            | log1p, softplus, sigmoid, tanh, place, project, | device functions                          |
+|                   | project_descriptors, place_step                 |                                           |
 | tiles             |                                                 | the table of tile shapes: data, no code   |
 
 Names: what is launched with a grid ends in `_kernel`; the launchers and their PyTorch twins in `npo_kernels.backends`

@@ -82,3 +82,40 @@ def project(
             x, w = x.to(tl.float32), w.to(tl.float32)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def project_descriptors(
+    x_desc,  # (N, H) in blocks of (BLOCK_N, BLOCK_H)
+    w_desc,  # (V, H) in blocks of (BLOCK_V, BLOCK_H)
+    first_row,
+    first_column,
+    H,  # 0: no product, all zeros
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`project` through tensor descriptors, with the same bits; columns beyond V are products with zeros."""
+    acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    for h in range(0, H, BLOCK_H):
+        x, w = x_desc.load([first_row, h]), w_desc.load([first_column, h])
+        if UPCAST:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def steps_of_program(row_blocks, splits, SPLIT_TILES: tl.constexpr):
+    """Tiles that a program of a persistent kernel does one after the other: of every so many-th piece of work."""
+    return tl.cdiv(row_blocks * splits - tl.program_id(0), tl.num_programs(0)) * SPLIT_TILES
+
+
+@triton.jit
+def place_step(step, row_blocks, splits, SPLIT_TILES: tl.constexpr, GROUP: tl.constexpr):
+    """(row block, split, tile of the split) of a step of a persistent program."""
+    piece = tl.program_id(0) + step // SPLIT_TILES * tl.num_programs(0)
+    row_block, split = place(piece, row_blocks, splits, GROUP)
+    return row_block, split, step % SPLIT_TILES

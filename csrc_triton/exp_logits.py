@@ -31,7 +31,7 @@ again while every other program returns at once. No host has to look.
 import triton
 import triton.language as tl
 
-from .common import place, project, tanh
+from .common import place, place_step, project, project_descriptors, steps_of_program, tanh
 
 
 @triton.jit
@@ -211,14 +211,12 @@ def exp_logits_persistent_kernel(
 ):
     """A program a processor; they take row blocks and splits in turns, and of a split one tile after the other."""
     row_blocks, splits = tl.cdiv(N, BLOCK_N), tl.cdiv(V, SPLIT_TILES * BLOCK_V)
-    program, programs = tl.program_id(0), tl.num_programs(0)
     sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
     maxima = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
     tl.assume(H > 0)  # without it no two loops become one
-    steps = tl.cdiv(row_blocks * splits - program, programs) * SPLIT_TILES
+    steps = steps_of_program(row_blocks, splits, SPLIT_TILES)
     for step in tl.range(0, steps, flatten=FLATTEN, warp_specialize=SPECIALIZE):
-        row_block, split = place(program + step // SPLIT_TILES * programs, row_blocks, splits, GROUP)
-        tile = step % SPLIT_TILES
+        row_block, split, tile = place_step(step, row_blocks, splits, SPLIT_TILES, GROUP)
         first_column = (split * SPLIT_TILES + tile) * BLOCK_V
         depth, wanted = H, N
         if not FLATTEN:  # two loops become one only if the inner is always as long: beyond V it multiplies zeros
@@ -227,13 +225,10 @@ def exp_logits_persistent_kernel(
             dirty = tl.load(dirty_ptr + row_block) != 0
             depth, wanted = tl.where(dirty, depth, 0), tl.where(dirty, N, 0)
 
-        acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
-        for h in range(0, depth, BLOCK_H):
-            x, w = x_desc.load([row_block * BLOCK_N, h]), w_desc.load([first_column, h])
-            if UPCAST:
-                x, w = x.to(tl.float32), w.to(tl.float32)
-            acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
-
+        acc = project_descriptors(
+            x_desc, w_desc, row_block * BLOCK_N, first_column, depth,
+            BLOCK_N, BLOCK_V, BLOCK_H, UPCAST, PRECISION,
+        )  # fmt: skip
         rows, row_inside, target, anchor = _load_rows(row_block, target_ptr, anchor_ptr, wanted, begin, BLOCK_N)
         if SUMS:
             sums = tl.where(tile == 0, 0.0, sums)

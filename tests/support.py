@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from unittest import mock
 
 import torch
@@ -223,6 +224,20 @@ def workspace_for(batch: Batch, impl: str, chunks: bool, needs: Sequence[str] | 
 # ---------------------------------------------------------------------------------------------------------------------
 # Objectives: batch -> scalar, the same for every implementation
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def persistent_grids(monkeypatch) -> list[int]:
+    """The number of programs of every launch of `exp_logits_persistent_kernel`, in order, from now on."""
+    launches = import_module("npo_kernels.backends.triton.exp_logits")  # the package has a function of this name
+    grids, kernel = [], launches.exp_logits_persistent_kernel
+
+    class Spy:
+        def __getitem__(self, grid):
+            grids.append(*grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(launches, "exp_logits_persistent_kernel", Spy())
+    return grids
 
 
 def upstream(shape: Sequence[int], seed: int = 7) -> Tensor:

@@ -9,7 +9,7 @@ from npo_kernels import fused_npo_loss, sequence_logprobs
 from npo_kernels.core.lm_head import Head
 from tests import matrix, support
 from tests.gpu.test_correctness import SHAPE
-from tests.support import make_batch, relative_error
+from tests.support import make_batch, persistent_grids, relative_error
 
 CASES = [case for case in matrix.cases() if case[1] != torch.float32]
 
@@ -17,22 +17,15 @@ CASES = [case for case in matrix.cases() if case[1] != torch.float32]
 @pytest.fixture(params=["serial", "flat", "specialized"])
 def launched(request, monkeypatch):
     """Forces a persistent tile on 16-bit operands; the grids of its launches."""
-    from npo_kernels.backends.triton import exp_logits, launch
+    from npo_kernels.backends.triton import launch
 
     architecture = launch.architecture(torch.device("cuda"))
     if request.param not in LOOPS.get(architecture, ()):
         pytest.skip(f"{architecture} has no {request.param!r} loop over tiles")
     tile = PERSISTENT_CANDIDATES[architecture, 16, ANY_HIDDEN]._replace(loop=request.param)
-    tile_for, kernel, grids = launch.tile_for, exp_logits.exp_logits_persistent_kernel, []
-
-    class Spy:
-        def __getitem__(self, grid):
-            grids.append(*grid)
-            return kernel[grid]
-
+    tile_for = launch.tile_for
     monkeypatch.setattr(launch, "tile_for", lambda x: tile if x.itemsize == 2 else tile_for(x))
-    monkeypatch.setattr(exp_logits, "exp_logits_persistent_kernel", Spy())
-    return grids
+    return persistent_grids(monkeypatch)
 
 
 @pytest.mark.parametrize("case", CASES[::4], ids=matrix.case_id)
@@ -44,17 +37,18 @@ def test_every_mode_is_no_worse_than_plain_pytorch(case, plans, launched):
 @pytest.mark.parametrize("H", [4096, 4104, 576])
 def test_many_tiles_a_program_against_the_other_kernel(H, launched, monkeypatch):
     """Every program owns several splits; rows, columns and depth do not fit the tiles; some rows are repaired."""
-    from npo_kernels.backends.triton import exp_logits, launch
+    from npo_kernels.backends import triton as backend
+    from npo_kernels.backends.triton import launch
 
     g = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(4001, H, device="cuda", generator=g).bfloat16()
     head = Head((torch.randn(20_011, H, device="cuda", generator=g) / H**0.5).bfloat16())
     target = torch.randint(20_011, (4001,), device="cuda", generator=g)
-    anchor = exp_logits.target_logits(x, head, target)
+    anchor = backend.target_logits(x, head, target)
     anchor[130:140] -= 100
 
     def project():
-        return exp_logits.exp_logits(x, head, target, anchor, (0, 20_011))
+        return backend.exp_logits(x, head, target, anchor, (0, 20_011))
 
     found, again = project(), project()
     assert max(launched) == launch.processors(x.device)

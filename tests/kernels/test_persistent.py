@@ -7,11 +7,12 @@ import torch
 
 from csrc_triton.tiles import TILES
 from npo_kernels.backends.choose import backend_of
+from npo_kernels.backends.triton import launch as launches
 from npo_kernels.core.lm_head import Head
 from tests import matrix
 from tests.kernels import launch
 from tests.kernels.launch import TILE, Outputs
-from tests.support import DEVICE, DTYPES, HEADS, ON_GPU, name_of, relative_error
+from tests.support import DEVICE, DTYPES, HEADS, ON_GPU, name_of, persistent_grids, relative_error
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="the interpreter's tile; tests/gpu has the tiles of GPUs")
 
@@ -26,15 +27,7 @@ CASES += [(torch.bfloat16, SHAPES[3], "flat"), (torch.float16, SHAPES[1], "flat"
 @pytest.fixture
 def launched(monkeypatch):
     """The number of programs of every persistent launch, in order."""
-    grids, kernel = [], BACKEND.exp_logits_persistent_kernel
-
-    class Spy:
-        def __getitem__(self, grid):
-            grids.append(*grid)
-            return kernel[grid]
-
-    monkeypatch.setattr(BACKEND, "exp_logits_persistent_kernel", Spy())
-    return grids
+    return persistent_grids(monkeypatch)
 
 
 @pytest.fixture
@@ -43,7 +36,7 @@ def force(monkeypatch):
 
     def with_loop(loop):
         tiles = {key: tile._replace(loop=loop) for key, tile in TILES.items()}
-        monkeypatch.setattr(BACKEND, "TILES", tiles)
+        monkeypatch.setattr(launches, "TILES", tiles)
 
     return with_loop
 

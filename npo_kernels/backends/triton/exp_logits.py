@@ -3,7 +3,6 @@
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from csrc_triton.exp_logits import exp_logits_kernel, exp_logits_persistent_kernel
 from csrc_triton.row_statistics import reanchor_kernel, row_statistics_kernel
@@ -123,13 +122,13 @@ def launch_exp_logits(
         "UPCAST": launch.INTERPRETED and x.dtype == torch.bfloat16,
         "num_warps": tile.num_warps, "num_stages": tile.num_stages,
     }  # fmt: skip
-    if tile.loop and launch.describable(x) and launch.describable(weight):
+    descriptors = launch.descriptors(x, weight, tile)
+    if descriptors:
         # a repair skips tiles, and where no sum is stored after a tile Triton before 3.9 fails to merge the loops
         merged = tile.loop != "serial" and dirty is None and parts is not None
         exp_logits_persistent_kernel[(min(splits, launch.processors(x.device)),)](
-            TensorDescriptor.from_tensor(x, [tile.block_n, tile.block_h]),
-            TensorDescriptor.from_tensor(weight, [tile.block_v, tile.block_h]),
-            *vectors, *sizes, *scalars, **constants, FLATTEN=merged, SPECIALIZE=merged and tile.loop == "specialized",
+            *descriptors, *vectors, *sizes, *scalars, **constants,
+            FLATTEN=merged, SPECIALIZE=merged and tile.loop == "specialized",
         )  # fmt: skip
     else:
         even = x.shape[1] % tile.block_h == 0

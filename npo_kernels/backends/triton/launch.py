@@ -5,6 +5,7 @@ from functools import cache
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from csrc_triton.tiles import BLOCK_HIDDEN, BLOCK_ROWS, TILES, Tile
 from npo_kernels.backends.tiles import find_tile, tile_row
@@ -57,6 +58,14 @@ def describable(t: Tensor) -> bool:
     overlap (an expanded tensor has a stride of 0).
     """
     return t.data_ptr() % 16 == 0 and t.stride(0) * t.itemsize % 16 == 0 and t.stride(0) >= t.shape[1]
+
+
+def descriptors(x: Tensor, weight: Tensor, tile: Tile) -> tuple[TensorDescriptor, TensorDescriptor] | None:
+    """What a persistent kernel reads x (n, H) and the head (V, H) through. None: the simple one does this call."""
+    if not (tile.loop and describable(x) and describable(weight)):
+        return None
+    x_desc = TensorDescriptor.from_tensor(x, [tile.block_n, tile.block_h])
+    return x_desc, TensorDescriptor.from_tensor(weight, [tile.block_v, tile.block_h])
 
 
 @cache

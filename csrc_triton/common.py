@@ -51,6 +51,17 @@ def place(program, row_blocks, splits, GROUP: tl.constexpr):
 
 
 @triton.jit
+def pieces_of(t, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr):
+    """The columns of t in PIECES equal parts, a power of two, from left to right: registers renamed, nothing moved."""
+    if PIECES == 1:
+        return (t,)
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(t, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+        left = pieces_of(left, ROWS, COLUMNS // 2, PIECES // 2)
+        return left + pieces_of(right, ROWS, COLUMNS // 2, PIECES // 2)
+
+
+@triton.jit
 def project(
     x_rows,  # (BLOCK_N, 1) pointers to rows of x
     w_ptr,  # (V, H)

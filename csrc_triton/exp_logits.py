@@ -31,18 +31,7 @@ again while every other program returns at once. No host has to look.
 import triton
 import triton.language as tl
 
-from .common import place, place_step, project, project_descriptors, steps_of_program, tanh
-
-
-@triton.jit
-def _pieces(t, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr):
-    """The columns of t in PIECES equal parts, a power of two, from left to right: registers renamed, nothing moved."""
-    if PIECES == 1:
-        return (t,)
-    else:
-        left, right = tl.split(tl.permute(tl.reshape(t, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
-        left = _pieces(left, ROWS, COLUMNS // 2, PIECES // 2)
-        return left + _pieces(right, ROWS, COLUMNS // 2, PIECES // 2)
+from .common import pieces_of, place, place_step, project, project_descriptors, steps_of_program, tanh
 
 
 @triton.jit
@@ -66,7 +55,7 @@ def _finish_tile(
     # columns of a piece, counted from its first: the same registers for every piece
     PIECE: tl.constexpr = BLOCK_V // PIECES
     columns = tl.arange(0, PIECE)
-    pieces = _pieces(acc, BLOCK_N, BLOCK_V, PIECES)
+    pieces = pieces_of(acc, BLOCK_N, BLOCK_V, PIECES)
     for piece in tl.static_range(PIECES):
         first = first_column + piece * PIECE
         # a branch also keeps the compiler from mixing pieces, for which there are not enough registers

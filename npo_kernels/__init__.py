@@ -5,7 +5,8 @@
 
 `fused_npo_loss` and `fused_simnpo_loss` are the papers' losses; `fused_logprob_loss` takes any loss of sequence
 log-probabilities, and `fused_token_loss` any of token log-probabilities. `sequence_logprobs` and `token_logprobs` are
-the primitives (and the way to cache `ref_logps`); `fused_linear_kl` is the KL retain term. `explain` says which mode a
+the primitives (and the way to cache `ref_logps`); `fused_linear_kl` is the KL retain term,
+`token_statistics` has entropy and its like. `explain` says which mode a
 call would run in, and in how much memory.
 """
 
@@ -14,6 +15,7 @@ from npo_kernels.explain import explain
 from npo_kernels.linear_kl import fused_linear_kl
 from npo_kernels.logprobs import sequence_logprobs, token_logprobs
 from npo_kernels.losses import LossStats, fused_npo_loss, fused_simnpo_loss
+from npo_kernels.statistics import token_statistics
 from npo_kernels.user_losses import LogprobStats, TokenStats, fused_logprob_loss, fused_token_loss
 
 __version__ = "0.1.0"
@@ -31,4 +33,5 @@ __all__ = [
     "sequence_logprobs",
     "set_debug",
     "token_logprobs",
+    "token_statistics",
 ]

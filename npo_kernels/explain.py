@@ -11,10 +11,12 @@ from npo_kernels.core.plan import Plan
 from npo_kernels.logprobs import sequence_logprobs, token_logprobs
 from npo_kernels.losses import fused_npo_loss, fused_simnpo_loss
 from npo_kernels.ops.task import task_of
+from npo_kernels.ops.token_statistics import plan_of
+from npo_kernels.statistics import token_statistics
 from npo_kernels.user_losses import fused_logprob_loss, fused_token_loss
 
 USER_LOSSES = (fused_logprob_loss, fused_token_loss)
-EXPLAINED = (fused_npo_loss, fused_simnpo_loss, *USER_LOSSES, sequence_logprobs, token_logprobs)
+EXPLAINED = (fused_npo_loss, fused_simnpo_loss, *USER_LOSSES, sequence_logprobs, token_logprobs, token_statistics)
 
 
 def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Plan:
@@ -48,6 +50,8 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Plan:
     options = cast(CallOptions, {name: given[name] for name in CallOptions.__annotations__})
     call = prepare(given["hidden"], given["lm_head_weight"], given["labels"], options)
     fused = function in (fused_npo_loss, fused_simnpo_loss) and given["reduction"] != "none"
+    if function is token_statistics:
+        return plan_of(task_of(call), call.execution.workspace_bytes)
     return task_of(call).plan(
         call.execution.workspace_bytes,
         gradient_in_forward=fused or function in USER_LOSSES,

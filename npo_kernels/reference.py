@@ -36,6 +36,30 @@ def token_logps(
     return torch.where(scored, torch.where(valid, logps, torch.nan), 0.0)
 
 
+def token_statistics(x: Tensor, head: Head, targets: Tensor, ignore_index: int = -100) -> dict[str, Tensor]:
+    """(T,) each, 0 where target == ignore_index: statistics of the next-token distribution (`npo_kernels.statistics`).
+
+    A target outside [0, V) gives NaN.
+    """
+    scored = targets != ignore_index
+    # before the product: 0 times a non-finite hidden state at an ignored position would be a NaN of all gradients
+    z = logits(torch.where(scored.unsqueeze(-1), x, 0.0), head)
+    vocab_size = head.weight.shape[0]
+    log_p = torch.log_softmax(z, dim=-1)
+    p = log_p.exp()
+    finite = torch.where(p == 0, 0.0, log_p)  # 0 log 0 = 0
+    entropy = -(p * finite).sum(-1)
+    values = {
+        "logp": log_p.gather(-1, targets.clamp(0, vocab_size - 1).unsqueeze(-1)).squeeze(-1),
+        "entropy": entropy,
+        "max_logit": z.max(-1).values,
+        "mean_logit": z.mean(-1),
+        "var_logp": (p * (finite + entropy.unsqueeze(-1)).square()).sum(-1),
+    }
+    valid = (targets >= 0) & (targets < vocab_size)
+    return {name: torch.where(scored, torch.where(valid, v, torch.nan), 0.0) for name, v in values.items()}
+
+
 def sum_by_sequence(token_logps: Tensor, offsets: Tensor) -> Tensor:
     """(T,) per-token values -> (B,) sums over the position ranges offsets[s]:offsets[s+1]."""
     positions = torch.arange(token_logps.shape[0], device=token_logps.device)

@@ -11,13 +11,15 @@ import functools
 import inspect
 import reprlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ForwardRef, Literal, NamedTuple, ParamSpec, TypedDict, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from npo_kernels.core.row_moments import NAMES
 
 Impl = Literal["auto", "triton", "torch", "reference"]
 Reduction = Literal["mean", "sum", "none"]
@@ -244,6 +246,14 @@ def check_loss_fn(value: Callable[..., Any], arguments: str) -> None:
         ) from None
 
 
+def _which(name: str, value: Any) -> None:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name}: expected a list of names out of {NAMES}, got {_short(value)}")
+    for one in value:
+        if not isinstance(one, str) or one not in NAMES:
+            raise ValueError(f"{name}: expected names out of {NAMES}, got {_short(one)}")
+
+
 def _optional(rule: Rule) -> Rule:
     return lambda name, value: None if value is None else rule(name, value)
 
@@ -312,6 +322,7 @@ RULES: dict[str, Rule] = {
     "mask": _optional(_tensor),
     "ref_logps": _ref_logps,
     "loss_fn": _loss_fn,
+    "which": _which,
     "beta": _number(lambda x: x > 0, "a positive number"),
     "gamma": _number(lambda x: True, "a finite number"),
     "return_stats": _flag,

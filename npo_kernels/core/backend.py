@@ -19,6 +19,7 @@ from torch import Tensor
 from npo_kernels.core.formulas import RatioLoss
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.plan import Scratch
+from npo_kernels.core.row_moments import GradientRows, Moments
 from npo_kernels.core.softmax_stats import Statistics
 
 
@@ -100,6 +101,32 @@ class Backend(Protocol):
 
     def kl_sums(self, x: Tensor, head: Head, ref_x: Tensor, ref_head: Head, normalizers: tuple[Tensor, ...]) -> Tensor:
         """The partial sums (blocks, n) of `kl_logits` over all columns, with no slab."""
+
+    def moment_scratch(self, x: Tensor, rows: int, vocab_size: int, capped: bool) -> Scratch:
+        """What `row_moments` and `moment_gradient` allocate beside their results for so many rows like those of x."""
+
+    def row_moments(self, x: Tensor, head: Head, target: Tensor) -> Moments:
+        """`row_moments.Moments` (blocks, n) of the logits: blocks of any fixed width, from left to right.
+
+        maximum, argmax = block.max(1)
+        e = exp(block - maximum[:, None]), 0 at the target
+        total, first, second = (e * (block - maximum[:, None]) ** k).sum(1) for k = 0, 1, 2
+        logits = block.sum(1)
+        """
+
+    def moment_gradient(
+        self,
+        x: Tensor,
+        head: Head,  # of the whole vocabulary
+        target: Tensor,  # (n,)
+        rows: GradientRows,
+        columns: tuple[int, int],  # the vocabulary slice, which may begin anywhere
+    ) -> Tensor:
+        """The slab (n, end - begin) in slab_dtype that `row_moments.GradientRows` says, 0 at target and argmax.
+
+        p, c = rows.prob_scale * exp(z - rows.anchor), z - rows.anchor - rows.center
+        slab = (p * (rows.constant + rows.linear * c + rows.square * c**2) + rows.flat) * slope
+        """
 
     def scale_rows(self, x: Tensor, scale: Tensor) -> Tensor:
         """(n, H) scale[:, None] * x, rounded once to slab_dtype; a row of scale 0 is 0, whatever x holds."""

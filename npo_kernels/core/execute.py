@@ -108,19 +108,38 @@ def finish_hidden_grad(
 
 def recompute_backward(task: Task, plan: Plan, x: Tensor, stats: Statistics, coefs: tuple[Tensor, Tensor]) -> Gradients:
     """Gradients from the statistics: exponentials formed again, a vocabulary slice at a time. Three products."""
-    row_coef, target_coef = coefs
-    target = task.rows.target
+
+    def slab_of(columns: tuple[int, int]) -> Tensor:
+        return task.backend.exp_logits_at(x, task.head, task.rows.target, stats.anchor, columns)
+
+    return gradients_of_slabs(task, plan, x, coefs, slab_of)
+
+
+def gradients_of_slabs(
+    task: Task,
+    plan: Plan,
+    x: Tensor,
+    coefs: tuple[Tensor, Tensor],
+    slab_of: Callable[[tuple[int, int]], Tensor],
+    peaks: tuple[Tensor, Tensor] | None = None,  # (coefficient, column), (n,) each: of one more term a row
+) -> Gradients:
+    """Gradients from slabs that are formed one vocabulary slice at a time. Two products beside those of the slabs."""
     product = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if task.needs.hidden else None
     head_grads = HeadGradients(task, accumulate=False)
-    head_grads.take_rows(x, row_coef, target_coef, target)
+    head_grads.take_rows(x, *coefs, task.rows.target, peaks)
     for begin, end in plan.slices:
-        slab = task.backend.exp_logits_at(x, task.head, target, stats.anchor, (begin, end))
+        slab = slab_of((begin, end))
         if product is not None:
             matmul(slab, task.head.weight[begin:end], out=product)
         head_grads.add(slab, begin, end)
         del slab  # before the next slice's is made
     hidden_grad = None
     if product is not None:
+        if peaks is not None:
+            row_coef, target_coef = coefs
+            slots, sums = torch.arange(x.shape[0], device=x.device), torch.zeros_like(product)
+            task.backend.finish_hidden_grad(product, row_coef, peaks[0], task.head, peaks[1], slots, sums)
+            product, coefs = sums, (torch.full_like(row_coef, -1.0), target_coef)
         hidden_grad = expectation_backward(task, product, coefs).hidden
     return Gradients(hidden_grad, *head_grads.result())
 

@@ -47,17 +47,28 @@ class HeadGradients:
         in_units = task.needs.weight and task.upstream_later and self.dtype == torch.float16
         self.row_unit = torch.empty(vocab_size, dtype=torch.float32, device=device) if in_units else None
 
-    def take_rows(self, x: Tensor, row_coef: Tensor, target_coef: Tensor, target: Tensor | None) -> None:
-        """The rows that the next calls of `add` are about; without a target no label has a term of its own."""
+    def take_rows(
+        self,
+        x: Tensor,
+        row_coef: Tensor,
+        target_coef: Tensor,
+        target: Tensor | None,
+        peaks: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """The rows that the next calls of `add` are about; without a target no label has a term of its own.
+
+        `peaks` are one more term for each row: its coefficient, and its column.
+        """
         # float16 ends at 6e-8: the largest coefficient is taken out of the operand and put back in float32
         self.unit = None
         if self.dtype == torch.float16 and row_coef.numel():
             largest = row_coef.abs().amax()
             self.unit = torch.where(largest > 0, _power_of_two(largest), 1.0)
             row_coef, target_coef = row_coef / self.unit, target_coef / self.unit
-        self.target_coef = target_coef
+            peaks = None if peaks is None else (peaks[0] / self.unit, peaks[1])
         wanted = self.weight is not None or self.bias is not None
-        self.targets = self.backend.group_targets(target) if wanted and target is not None else None
+        terms = ([] if target is None else [(target_coef, target)]) + ([] if peaks is None else [peaks])
+        self.terms = [(coef, self.backend.group_targets(column)) for coef, column in terms if wanted]
         self.parts = []
         for features, grad in ((x, self.weight), (x.new_ones(x.shape[0], BIAS_COLUMNS), self.bias)):
             if grad is not None:
@@ -70,8 +81,8 @@ class HeadGradients:
             if part is not None and self.unit is not None:
                 part /= self.unit
             part = matmul(slab.t(), scaled, out=part)
-            if self.targets is not None:
-                self.backend.add_targets(part, features, self.target_coef, self.targets, (begin, end))
+            for coef, targets in self.terms:
+                self.backend.add_targets(part, features, coef, targets, (begin, end))
             if self.unit is not None:
                 part *= self.unit
             if not self.in_place:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from npo_kernels.core.layout import DEAD_ROW, ELSEWHERE, Rows
+from npo_kernels.core.row_moments import Moments
 from npo_kernels.core.softmax_stats import Statistics
 
 if TYPE_CHECKING:  # some builds of torch have no distributed package
@@ -71,7 +72,7 @@ class Shard:
     def row_bytes(self, block_v: int, hidden_size: int) -> int:
         """What `gather`, and the sum of dHidden, hold for each row."""
         splits = [-(-size // block_v) + 1 for size in self.sizes]
-        return 4 * (max(splits) * (len(splits) + 1) + 2 * sum(splits) + hidden_size)
+        return 4 * (max(splits) * (len(splits) + 1) + 2 * sum(splits) + hidden_size) + 8 * 12 * (len(splits) + 1)
 
     def gather(self, parts: Tensor, anchor: Tensor, block_v: int) -> tuple[Tensor, Tensor]:
         """(partial sums of all ranks (splits, n), the anchor (n,) that is common to them)."""
@@ -84,6 +85,15 @@ class Shard:
         common = torch.stack([message[-1] for message in received]).amax(0)
         scaled = [m[:n] * torch.exp(m[-1] - common) for m, n in zip(received, splits, strict=True)]
         return torch.cat(scaled), common
+
+    def gather_moments(self, whole: Moments) -> Moments:
+        """(ranks, n) those of every rank's columns, float64 but argmax, which counts from the first of the head."""
+        mine = torch.stack([value.double() for value in whole])  # a column is exact in float64
+        received = [torch.empty_like(mine) for _ in self.sizes]
+        dist.all_gather(received, mine, group=self.process_group)
+        maximum, argmax, total, first, second, logits = torch.stack(received, 1)
+        begins = torch.tensor([0, *self.sizes[:-1]], device=mine.device).cumsum(0)
+        return Moments(maximum, argmax.long() + begins.unsqueeze(1), total, first, second, logits)
 
 
 def at_anchor(stats: Statistics, anchor: Tensor) -> Statistics:

@@ -24,7 +24,13 @@ FLOORS = (
     {"npo_kernels.backends", "npo_kernels.reference"},
     {"npo_kernels.call"},
     {"npo_kernels.ops"},
-    {"npo_kernels.losses", "npo_kernels.user_losses", "npo_kernels.logprobs", "npo_kernels.linear_kl"},
+    {
+        "npo_kernels.losses",
+        "npo_kernels.user_losses",
+        "npo_kernels.statistics",
+        "npo_kernels.logprobs",
+        "npo_kernels.linear_kl",
+    },
     {"npo_kernels", "npo_kernels.explain", "npo_kernels.env"},
     {"npo_kernels.hf"},
 )
@@ -320,6 +326,7 @@ SMALL = {
     "npo_kernels/logprobs.py": "from npo_kernels import reference",
     "npo_kernels/linear_kl.py": "",
     "npo_kernels/user_losses.py": "",
+    "npo_kernels/statistics.py": "",
     "npo_kernels/explain.py": "from npo_kernels import losses",
     "npo_kernels/env.py": "from npo_kernels import __version__",
     "npo_kernels/hf/__init__.py": "",

@@ -10,6 +10,7 @@ from npo_kernels.backends.torch.exp_logits import (
     target_logits,
 )
 from npo_kernels.backends.torch.linear_kl import kl_logits, kl_scratch, kl_sums, softmax_sums
+from npo_kernels.backends.torch.row_moments import moment_gradient, moment_scratch, row_moments
 from npo_kernels.backends.torch.rows import (
     add_targets,
     finish_hidden_grad,
@@ -31,9 +32,12 @@ __all__ = [
     "kl_logits",
     "kl_scratch",
     "kl_sums",
+    "moment_gradient",
+    "moment_scratch",
     "partial_sums",
     "ratio_epilogue",
     "resum",
+    "row_moments",
     "row_statistics",
     "scale_rows",
     "scratch",

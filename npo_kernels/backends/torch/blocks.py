@@ -55,3 +55,11 @@ def capped_logits(x: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
         return z, None
     t = torch.tanh(z / head.softcap)
     return t * head.softcap, 1 - t * t
+
+
+def zero_target(e: Tensor, column: Tensor) -> None:
+    """e[i, column_i] = 0 where column_i lies inside the block."""
+    inside = (column >= 0) & (column < e.shape[1])
+    column = column.clamp(0, e.shape[1] - 1).unsqueeze(1)
+    kept = e.gather(1, column).squeeze(1)
+    e.scatter_(1, column, torch.where(inside, 0.0, kept).unsqueeze(1))

@@ -110,7 +110,7 @@ def _exponentials(
                 if slab is not None:
                     slab[:, : b - begin] *= factor.unsqueeze(1).to(dtype)
         e = z.sub_(anchor.unsqueeze(1)).exp_()
-        _zero_target(e, target - b)
+        blocks.zero_target(e, target - b)
         parts.append(e.sum(1))
         if stored is not None:
             if t is not None:
@@ -128,11 +128,3 @@ def resum(x: Tensor, head: Head, target: Tensor, anchor: Tensor, raised: Tensor,
         some = rows[i : i + blocks.BLOCK_N]
         exact, _ = _exponentials(x[some], head, target[some], anchor[some], columns, slab=None, reanchor=False)
         parts[:, some] = exact
-
-
-def _zero_target(e: Tensor, column: Tensor) -> None:
-    """e[i, column_i] = 0 where column_i lies inside the block."""
-    inside = (column >= 0) & (column < e.shape[1])
-    column = column.clamp(0, e.shape[1] - 1).unsqueeze(1)
-    kept = e.gather(1, column).squeeze(1)
-    e.scatter_(1, column, torch.where(inside, 0.0, kept).unsqueeze(1))

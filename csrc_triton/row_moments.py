@@ -1,0 +1,207 @@
+"""Moments of the logits of a row, and the slab of the gradient of any statistic made of them.
+
+For one split of the vocabulary, z = cap(logit_scale (x W^T + b)), m the maximum of the split, its sums without the
+target:
+
+    total = sum_v exp(z_v - m)                        first = sum_v exp(z_v - m) (z_v - m)
+    second = sum_v exp(z_v - m) (z_v - m)^2           logits = sum_v z_v, the target's as well
+
+`row_moments_kernel` replaces, without z,
+
+    m, argmax = z.max(1)
+    e = torch.exp(z - m[:, None]).scatter(1, y[:, None], 0)
+    total, first, second = (e * (z - m[:, None]) ** k).sum(1) for k = 0, 1, 2
+
+and `moment_gradient_kernel`, with the row vectors of `npo_kernels.core.row_moments.GradientRows`,
+
+    p, c = prob_scale * exp(z - anchor), z - anchor - center
+    slab = (p * (constant + linear * c + square * c**2) + flat) * slope, 0 at y and at argmax
+
+Tiles, grid and splits are those of `exp_logits_kernel`: a tile of products is finished in PIECES, one after the other.
+The moments of a piece are joined to those before it about the larger of both maxima. Moves x and W through L2 as any
+tiled product; writes 28N * splits bytes of moments, or 2NV of slab.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import pieces_of, place, project, tanh
+
+
+@triton.jit
+def _piece_of_logits(
+    z, bias_ptr, first, columns, V, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):
+    """(logits, tanh(logits / softcap)) of a piece of a tile of products."""
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + first + tl.minimum(columns, V - 1 - first)).to(tl.float32)[None, :]
+    z *= logit_scale
+    capped = z
+    if HAS_SOFTCAP:
+        capped = tanh(z / softcap)
+        z = softcap * capped
+    return z, capped
+
+
+@triton.jit
+def row_moments_kernel(
+    x_ptr,  # (N, H)
+    w_ptr,  # (V, H)
+    bias_ptr,  # (V,)
+    target_ptr,  # (N,) int64
+    max_ptr,  # (splits, N) float32, out, as all that follow
+    argmax_ptr,  # (splits, N) int64
+    total_ptr,
+    first_ptr,
+    second_ptr,
+    logits_ptr,
+    N,
+    V,
+    H,
+    stride_x,
+    stride_w,
+    logit_scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    EVEN_H: tl.constexpr,  # H is a multiple of BLOCK_H
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    SPLIT_TILES: tl.constexpr,
+    GROUP: tl.constexpr,
+    UPCAST: tl.constexpr,  # the interpreter multiplies the bits of bfloat16: give it float32
+    PRECISION: tl.constexpr,  # of a float32 product: "ieee" or "tf32"
+    PIECES: tl.constexpr,
+):
+    """A program a row block and split."""
+    PIECE: tl.constexpr = BLOCK_V // PIECES
+    row_blocks, splits = tl.cdiv(N, BLOCK_N), tl.cdiv(V, SPLIT_TILES * BLOCK_V)
+    row_block, split = place(tl.program_id(0), row_blocks, splits, GROUP)
+    rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < N
+    x_rows = x_ptr + tl.minimum(rows, N - 1)[:, None] * stride_x
+    target = tl.load(target_ptr + rows, mask=inside, other=-1).to(tl.int32)
+
+    columns = tl.arange(0, PIECE)
+    maximum = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+    argmax = tl.zeros((BLOCK_N,), dtype=tl.int32)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    sum1 = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    sum2 = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    logits = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    split_column = split * SPLIT_TILES * BLOCK_V
+    for tile in range(0, tl.minimum(SPLIT_TILES, tl.cdiv(V - split_column, BLOCK_V))):
+        tile_column = split_column + tile * BLOCK_V
+        acc = project(x_rows, w_ptr, tile_column, V, H, stride_w, EVEN_H, BLOCK_N, BLOCK_V, BLOCK_H, UPCAST, PRECISION)
+        pieces = pieces_of(acc, BLOCK_N, BLOCK_V, PIECES)
+        for piece in tl.static_range(PIECES):
+            first = tile_column + piece * PIECE
+            if first < V:
+                z, _ = _piece_of_logits(
+                    pieces[piece], bias_ptr, first, columns, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP
+                )
+                real = (columns < V - first)[None, :]
+                logits += tl.sum(tl.where(real, z, 0.0), axis=1)
+                top, at = tl.max(tl.where(real, z, float("-inf")), axis=1, return_indices=True)
+                argmax = tl.where(top > maximum, first + at, argmax)
+                raised = tl.maximum(maximum, top)
+                # about 0 where all so far is -inf
+                center = tl.where(raised == float("-inf"), 0.0, raised)
+                shift = tl.where(maximum == float("-inf"), 0.0, maximum - center)
+                factor = tl.exp(shift)
+                sum2 = factor * (sum2 + shift * (2.0 * sum1 + shift * total))
+                sum1 = factor * (sum1 + shift * total)
+                total = factor * total
+                below = z - center[:, None]
+                counted = real & (columns[None, :] != (target - first)[:, None])
+                e = tl.where(counted, tl.exp(below), 0.0)
+                below = tl.where(e == 0.0, 0.0, below)  # 0 times an infinity
+                total += tl.sum(e, axis=1)
+                e *= below
+                sum1 += tl.sum(e, axis=1)
+                sum2 += tl.sum(e * below, axis=1)
+                maximum = raised
+
+    at_split = split.to(tl.int64) * N + rows
+    tl.store(max_ptr + at_split, maximum, mask=inside)
+    tl.store(argmax_ptr + at_split, argmax.to(tl.int64), mask=inside)
+    tl.store(total_ptr + at_split, total, mask=inside)
+    tl.store(first_ptr + at_split, sum1, mask=inside)
+    tl.store(second_ptr + at_split, sum2, mask=inside)
+    tl.store(logits_ptr + at_split, logits, mask=inside)
+
+
+@triton.jit
+def moment_gradient_kernel(
+    x_ptr,  # (N, H)
+    w_ptr,  # (V, H), the slice
+    bias_ptr,  # (V,)
+    target_ptr,  # (N,) int64, in the whole vocabulary
+    anchor_ptr,  # (N,) float32, as all up to flat
+    prob_scale_ptr,
+    center_ptr,
+    constant_ptr,
+    linear_ptr,
+    square_ptr,
+    flat_ptr,
+    argmax_ptr,  # (N,) int64, in the whole vocabulary
+    slab_ptr,  # (N, V) dtype of x, out
+    N,
+    V,  # columns of the slice
+    H,
+    begin,  # first column of the slice in the vocabulary
+    stride_x,
+    stride_w,
+    stride_slab,
+    logit_scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    SPLIT_TILES: tl.constexpr,
+    GROUP: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """A program a row block and split."""
+    PIECE: tl.constexpr = BLOCK_V // PIECES
+    row_blocks, splits = tl.cdiv(N, BLOCK_N), tl.cdiv(V, SPLIT_TILES * BLOCK_V)
+    row_block, split = place(tl.program_id(0), row_blocks, splits, GROUP)
+    rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < N
+    x_rows = x_ptr + tl.minimum(rows, N - 1)[:, None] * stride_x
+    columns = tl.arange(0, PIECE)
+    split_column = split * SPLIT_TILES * BLOCK_V
+    for tile in range(0, tl.minimum(SPLIT_TILES, tl.cdiv(V - split_column, BLOCK_V))):
+        tile_column = split_column + tile * BLOCK_V
+        acc = project(x_rows, w_ptr, tile_column, V, H, stride_w, EVEN_H, BLOCK_N, BLOCK_V, BLOCK_H, UPCAST, PRECISION)
+        pieces = pieces_of(acc, BLOCK_N, BLOCK_V, PIECES)
+        for piece in tl.static_range(PIECES):
+            first = tile_column + piece * PIECE
+            if first < V:
+                z, capped = _piece_of_logits(
+                    pieces[piece], bias_ptr, first, columns, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP
+                )
+                # read again for every piece: kept in registers during the products, they would make those spill
+                below = z - tl.load(anchor_ptr + rows, mask=inside, other=0.0)[:, None]
+                p = tl.exp(below) * tl.load(prob_scale_ptr + rows, mask=inside, other=0.0)[:, None]
+                c = below - tl.load(center_ptr + rows, mask=inside, other=0.0)[:, None]
+                c = tl.where(p == 0.0, 0.0, c)  # 0 times an infinity
+                curve = tl.load(square_ptr + rows, mask=inside, other=0.0)[:, None] * c
+                curve = (curve + tl.load(linear_ptr + rows, mask=inside, other=0.0)[:, None]) * c
+                curve += tl.load(constant_ptr + rows, mask=inside, other=0.0)[:, None]
+                g = p * curve + tl.load(flat_ptr + rows, mask=inside, other=0.0)[:, None]
+                target = (tl.load(target_ptr + rows, mask=inside, other=-1) - begin - first).to(tl.int32)
+                argmax = (tl.load(argmax_ptr + rows, mask=inside, other=-1) - begin - first).to(tl.int32)
+                left_out = (columns[None, :] == target[:, None]) | (columns[None, :] == argmax[:, None])
+                g = tl.where(left_out, 0.0, g)
+                if HAS_SOFTCAP:
+                    g *= 1.0 - capped * capped
+                slab = slab_ptr + rows[:, None] * stride_slab + first + columns[None, :]
+                stored = inside[:, None] & (columns < V - first)[None, :]
+                tl.store(slab, g.to(slab_ptr.dtype.element_ty), mask=stored)

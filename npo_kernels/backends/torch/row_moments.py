@@ -1,0 +1,71 @@
+"""Moments of the logits of a row, and the slab of their gradient."""
+
+import torch
+from torch import Tensor
+
+from npo_kernels.backends.torch import blocks
+from npo_kernels.core import matmul
+from npo_kernels.core.lm_head import Head
+from npo_kernels.core.plan import Scratch
+from npo_kernels.core.row_moments import GradientRows, Moments
+
+TEMPORARIES = 6  # float32 arrays of the size of a block's logits
+VECTORS = 6  # of a block: its moments
+
+
+def moment_scratch(x: Tensor, rows: int, vocab_size: int, capped: bool) -> Scratch:
+    """BLOCK_N rows of the logits of a block and what is made of them; the moments, in float32 and in float64."""
+    n, columns = min(rows, blocks.BLOCK_N), min(vocab_size, blocks.BLOCK_V)
+    upcast = matmul.upcast_bytes(x, x.shape[1], columns + n)
+    product = matmul.upcast_bytes(x, vocab_size, x.shape[1])
+    block = 4 * n * columns
+    projecting = max((TEMPORARIES + (2 if capped else 0)) * block, block + upcast, product)
+    per_row = (4 + 8 + 8 + 8) * VECTORS * -(-vocab_size // blocks.BLOCK_V) + 4 * x.shape[1] + 200
+    return Scratch(projecting, n * x.shape[1] * blocks.ROW_TEMPORARIES, per_row, projecting + rows * per_row)
+
+
+def row_moments(x: Tensor, head: Head, target: Tensor) -> Moments:
+    """`Moments` (blocks, n) of the whole vocabulary, with nothing of size V kept."""
+    rows, vocab_size = x.shape[0], head.weight.shape[0]
+    count = -(-vocab_size // blocks.BLOCK_V)
+    argmax = torch.empty(count, rows, dtype=torch.int64, device=x.device)
+    maximum, total, first, second, logits = torch.empty(5, count, rows, dtype=torch.float32, device=x.device)
+    for i in range(0, rows, blocks.BLOCK_N):
+        some = slice(i, i + blocks.BLOCK_N)
+        for number, b in enumerate(range(0, vocab_size, blocks.BLOCK_V)):
+            z, _ = blocks.capped_logits(x[some], head.columns(b, min(b + blocks.BLOCK_V, vocab_size)))
+            logits[number, some] = z.sum(1)
+            maximum[number, some], at = z.max(1)
+            argmax[number, some] = at + b
+            top = maximum[number, some].unsqueeze(1)
+            below = z.sub_(torch.where(top == -torch.inf, 0.0, top))
+            e = below.exp()
+            blocks.zero_target(e, target[some] - b)
+            total[number, some] = e.sum(1)
+            below.masked_fill_(e == 0, 0.0)  # 0 times an infinity
+            first[number, some] = e.mul_(below).sum(1)
+            second[number, some] = e.mul_(below).sum(1)
+            del z, below, e  # before the next block's are made
+    return Moments(maximum, argmax, total, first, second, logits)
+
+
+def moment_gradient(x: Tensor, head: Head, target: Tensor, rows: GradientRows, columns: tuple[int, int]) -> Tensor:
+    """The slab of a vocabulary slice."""
+    begin, end = columns
+    slab = blocks.empty_slab(x, columns)
+    for i in range(0, x.shape[0], blocks.BLOCK_N):
+        some = slice(i, i + blocks.BLOCK_N)
+        *vectors, argmax = (vector[some] for vector in rows)
+        anchor, prob_scale, center, constant, linear, square, flat = (vector.unsqueeze(1) for vector in vectors)
+        for b in range(begin, end, blocks.BLOCK_V):
+            stop = min(b + blocks.BLOCK_V, end)
+            z, slope = blocks.capped_logits(x[some], head.columns(b, stop))
+            c = z.sub_(anchor)
+            p = c.exp().mul_(prob_scale)
+            c.sub_(center).masked_fill_(p == 0, 0.0)  # 0 times an infinity
+            gradient = p.mul_((square * c).add_(linear).mul_(c).add_(constant)).add_(flat)
+            for column in (target[some], argmax):
+                blocks.zero_target(gradient, column - b)
+            slab[some, b - begin : stop - begin] = gradient if slope is None else gradient.mul_(slope)
+            del z, slope, c, p, gradient  # before the next block's are made
+    return slab

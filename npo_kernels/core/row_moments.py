@@ -1,0 +1,160 @@
+"""Statistics of the next-token distribution of a row, and their gradient: logp, entropy, max, mean and variance.
+
+With z the logits of a row, p = softmax(z), zbar = sum_v p_v z_v and c_v = z_v - zbar (= log p_v - sum p log p),
+
+    logp     log p_y                              d/dz_v = [v = y] - p_v
+    entropy  - sum_v p_v log p_v                  d/dz_v = - p_v c_v
+    max      max_v z_v                            d/dz_v = [v = argmax]           (the first, where there are several)
+    mean     sum_v z_v / V                        d/dz_v = 1 / V
+    var      sum_v p_v (log p_v)^2 - entropy^2    d/dz_v = p_v (c_v^2 + 2 c_v - var)
+
+So any combination of them has, but for two columns, a gradient of one form, which the backward stores in a slab:
+
+    p_v (alpha + beta c_v + gamma c_v^2) + delta
+
+The two, the target and the argmax, are the largest of most rows. They have terms of their own, in float32.
+
+The forward takes sums of each part of the vocabulary about the maximum of the part, the target left out, and joins them
+in float64 (`join`): what is small next to its neighbours, 1 - p_y or the entropy of a model that is certain, keeps its
+digits.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from npo_kernels.core.lm_head import Head
+
+NAMES = ("logp", "entropy", "max_logit", "mean_logit", "var_logp")
+
+
+class Moments(NamedTuple):
+    """Of parts of the vocabulary, (parts, n) each; e_v = exp(z_v - maximum), sums over all v but the target.
+
+    A part whose logits are all -inf has sums of 0.
+    """
+
+    maximum: Tensor  # of all logits, the target's as well
+    argmax: Tensor  # int64, the first column that has it, counted from the first of the head
+    total: Tensor  # sum e_v
+    first: Tensor  # sum e_v (z_v - maximum)
+    second: Tensor  # sum e_v (z_v - maximum)^2
+    logits: Tensor  # sum z_v, the target's as well
+
+
+def join(parts: Moments) -> Moments:
+    """Of the whole, (n,) float64 each but argmax."""
+    maximum, part = parts.maximum.max(0)
+    shift = parts.maximum.double() - maximum.double()
+    factor = shift.exp()
+    shift = torch.where(factor == 0, 0.0, shift)
+    total, first, second = parts.total.double(), parts.first.double(), parts.second.double()
+    return Moments(
+        maximum.double(),
+        parts.argmax.gather(0, part.unsqueeze(0)).squeeze(0),
+        (factor * total).sum(0),
+        (factor * (first + shift * total)).sum(0),
+        (factor * (second + shift * (2 * first + shift * total))).sum(0),
+        parts.logits.double().sum(0),
+    )
+
+
+class RowMoments(NamedTuple):
+    """What the backward needs of each row, (n,) each: float32, but argmax."""
+
+    target_logit: Tensor
+    anchor: Tensor  # the maximum
+    prob_scale: Tensor  # p_v = prob_scale exp(z_v - anchor)
+    center: Tensor  # zbar - anchor
+    miss: Tensor  # 1 - p_y
+    variance: Tensor
+    argmax: Tensor  # int64
+
+
+def statistics(whole: Moments, target_logit: Tensor, vocab_size: int) -> tuple[Tensor, RowMoments]:
+    """(values (5, n) float32 in the order of NAMES, what their backward needs). A row whose target_logit is NaN has
+    NaN for values."""
+    z = target_logit.double()
+    below = z - whole.maximum
+    e = below.exp()
+    norm = whole.total + e
+    likely = whole.total <= e  # then everything is told from the target, and else from the maximum
+    from_target = whole.first - torch.where(whole.total == 0, 0.0, below * whole.total)
+    center = (whole.first + torch.where(e == 0, 0.0, below * e)) / norm
+    odds = whole.total / e
+    logp = torch.where(likely, -odds.log1p(), below - norm.log())
+    entropy = torch.where(likely, odds.log1p() - from_target / norm, norm.log() - center)
+    square_about_target = whole.second - torch.where(whole.total == 0, 0.0, below * (whole.first + from_target))
+    square = whole.second + torch.where(e == 0, 0.0, below * below * e)
+    variance = torch.where(
+        likely, square_about_target / norm - (from_target / norm).square(), square / norm - center.square()
+    ).clamp(min=0)
+    values = torch.stack((logp, entropy, whole.maximum, whole.logits / vocab_size, variance))
+    values = torch.where(z.isnan(), torch.nan, values).float()
+    rows = target_logit, whole.maximum, 1 / norm, center, whole.total / norm, variance
+    return values, RowMoments(*(row.float() for row in rows), whole.argmax)
+
+
+class GradientRows(NamedTuple):
+    """What a slab of gradients is made of, (n,) float32 each but argmax; for p_v = exp(z_v - anchor) prob_scale
+
+        slab_v = p_v (constant + linear c_v + square c_v^2) + flat,     c_v = z_v - anchor - center
+
+    times the derivative of the softcap, and 0 for the target and for the argmax.
+    """
+
+    anchor: Tensor
+    prob_scale: Tensor
+    center: Tensor
+    constant: Tensor
+    linear: Tensor
+    square: Tensor
+    flat: Tensor
+    argmax: Tensor  # int64, in the columns of the head; below 0 where it is not among them
+
+
+class Coefficients(NamedTuple):
+    """Of the slab, of the target and of the argmax in the gradient of the products x @ weight.T, (n,) float32 each.
+
+        -row * slab + target * onehot(y) + peak * onehot(argmax)
+
+    `peak` is 0 where both columns are one.
+    """
+
+    row: Tensor
+    target: Tensor
+    peak: Tensor
+
+
+def gradient_rows(
+    rows: RowMoments,  # argmax in the columns of the head
+    upstream: Tensor,  # (5, n)
+    target: Tensor,  # (n,)
+    head: Head,
+    vocab_size: int,
+) -> tuple[GradientRows, Coefficients]:
+    """From the upstream gradients of the values.
+
+    The slab has coefficients of size 1, whatever the loss is divided by, so that 16 bits hold it.
+    """
+    logp, entropy, maximum, mean, variance = upstream.double()
+    constant = -logp - variance * rows.variance
+    linear, square, flat = 2 * variance - entropy, variance, mean / vocab_size
+    unit = torch.stack((constant, linear, square, flat)).abs().amax(0)
+    below = rows.target_logit.double() - rows.anchor
+    p, c = below.exp() * rows.prob_scale, below - rows.center
+    about = torch.where(p == 0, 0.0, p * (-variance * rows.variance + linear * c + square * c * c))
+    c = -rows.center.double()
+    at_argmax = rows.prob_scale * (constant + linear * c + square * c * c) + flat + maximum
+    same = (rows.argmax == target) & (target >= 0)
+    target_coef = head.logit_scale * (logp * rows.miss + about + flat + torch.where(same, maximum, 0.0))
+    peak_coef = head.logit_scale * torch.where(same, 0.0, at_argmax)
+    if head.softcap is not None:
+        target_coef = target_coef * (1.0 - (rows.target_logit.double() / head.softcap) ** 2)
+        peak_coef = peak_coef * (1.0 - (rows.anchor.double() / head.softcap) ** 2)
+    per_unit = torch.where(unit == 0, 1.0, unit)
+    slab = (coef / per_unit for coef in (constant, linear, square, flat))
+    parts = GradientRows(rows.anchor, rows.prob_scale, rows.center, *(coef.float() for coef in slab), rows.argmax)
+    coefs = -head.logit_scale * unit, target_coef, peak_coef
+    return parts, Coefficients(*(coef.float() for coef in coefs))

@@ -17,15 +17,15 @@ and `moment_gradient_kernel`, with the row vectors of `npo_kernels.core.row_mome
     p, c = prob_scale * exp(z - anchor), z - anchor - center
     slab = (p * (constant + linear * c + square * c**2) + flat) * slope, 0 at y and at argmax
 
-Tiles, grid and splits are those of `exp_logits_kernel`: a tile of products is finished in PIECES, one after the other.
-The moments of a piece are joined to those before it about the larger of both maxima. Moves x and W through L2 as any
-tiled product; writes 28N * splits bytes of moments, or 2NV of slab.
+Tiles, grids and splits are those of `exp_logits_kernel` and `exp_logits_persistent_kernel`: a tile of products is
+finished in PIECES, one after the other. The moments of a piece are joined to those before it about the larger of both
+maxima. Moves x and W through L2 as any tiled product; writes 28N * splits bytes of moments, or 2NV of slab.
 """
 
 import triton
 import triton.language as tl
 
-from .common import pieces_of, place, project, tanh
+from .common import pieces_of, place, place_step, project, project_descriptors, steps_of_program, tanh
 
 
 @triton.jit
@@ -41,6 +41,68 @@ def _piece_of_logits(
         capped = tanh(z / softcap)
         z = softcap * capped
     return z, capped
+
+
+@triton.jit
+def _join_tile(
+    acc, maximum, argmax, total, sum1, sum2, logits, target, bias_ptr, first_column, V, logit_scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    PIECES: tl.constexpr,
+):  # fmt: skip
+    """The moments so far, joined with those of a tile of products."""
+    PIECE: tl.constexpr = BLOCK_V // PIECES
+    columns = tl.arange(0, PIECE)
+    pieces = pieces_of(acc, BLOCK_N, BLOCK_V, PIECES)
+    for piece in tl.static_range(PIECES):
+        first = first_column + piece * PIECE
+        # a branch also keeps the compiler from mixing pieces, for which there are not enough registers
+        if first < V:
+            z, _ = _piece_of_logits(
+                pieces[piece], bias_ptr, first, columns, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP
+            )
+            real = (columns < V - first)[None, :]
+            logits += tl.sum(tl.where(real, z, 0.0), axis=1)
+            top, at = tl.max(tl.where(real, z, float("-inf")), axis=1, return_indices=True)
+            argmax = tl.where(top > maximum, first + at, argmax)
+            raised = tl.maximum(maximum, top)
+            center = tl.where(raised == float("-inf"), 0.0, raised)  # about 0 where all so far is -inf
+            shift = tl.where(maximum == float("-inf"), 0.0, maximum - center)
+            factor = tl.exp(shift)
+            sum2 = factor * (sum2 + shift * (2.0 * sum1 + shift * total))
+            sum1 = factor * (sum1 + shift * total)
+            total = factor * total
+            below = z - center[:, None]
+            counted = real & (columns[None, :] != (target - first)[:, None])
+            e = tl.where(counted, tl.exp(below), 0.0)
+            below = tl.where(e == 0.0, 0.0, below)  # 0 times an infinity
+            total += tl.sum(e, axis=1)
+            e *= below
+            sum1 += tl.sum(e, axis=1)
+            sum2 += tl.sum(e * below, axis=1)
+            maximum = raised
+    return maximum, argmax, total, sum1, sum2, logits
+
+
+@triton.jit
+def _no_moments(BLOCK_N: tl.constexpr):
+    """(maximum, argmax, total, first, second, logits) of no columns."""
+    zero = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    return tl.full((BLOCK_N,), float("-inf"), tl.float32), tl.zeros((BLOCK_N,), tl.int32), zero, zero, zero, zero
+
+
+@triton.jit
+def _store_moments(
+    maximum, argmax, total, sum1, sum2, logits, max_ptr, argmax_ptr, total_ptr, first_ptr, second_ptr, logits_ptr,
+    split, rows, mask, N,
+):  # fmt: skip
+    """The moments of a row block in a split."""
+    at = split.to(tl.int64) * N + rows
+    tl.store(max_ptr + at, maximum, mask=mask)
+    tl.store(argmax_ptr + at, argmax.to(tl.int64), mask=mask)
+    tl.store(total_ptr + at, total, mask=mask)
+    tl.store(first_ptr + at, sum1, mask=mask)
+    tl.store(second_ptr + at, sum2, mask=mask)
+    tl.store(logits_ptr + at, logits, mask=mask)
 
 
 @triton.jit
@@ -75,61 +137,85 @@ def row_moments_kernel(
     PIECES: tl.constexpr,
 ):
     """A program a row block and split."""
-    PIECE: tl.constexpr = BLOCK_V // PIECES
     row_blocks, splits = tl.cdiv(N, BLOCK_N), tl.cdiv(V, SPLIT_TILES * BLOCK_V)
     row_block, split = place(tl.program_id(0), row_blocks, splits, GROUP)
     rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N
     x_rows = x_ptr + tl.minimum(rows, N - 1)[:, None] * stride_x
     target = tl.load(target_ptr + rows, mask=inside, other=-1).to(tl.int32)
-
-    columns = tl.arange(0, PIECE)
-    maximum = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
-    argmax = tl.zeros((BLOCK_N,), dtype=tl.int32)
-    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    sum1 = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    sum2 = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    logits = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    maximum, argmax, total, sum1, sum2, logits = _no_moments(BLOCK_N)
     split_column = split * SPLIT_TILES * BLOCK_V
     for tile in range(0, tl.minimum(SPLIT_TILES, tl.cdiv(V - split_column, BLOCK_V))):
-        tile_column = split_column + tile * BLOCK_V
-        acc = project(x_rows, w_ptr, tile_column, V, H, stride_w, EVEN_H, BLOCK_N, BLOCK_V, BLOCK_H, UPCAST, PRECISION)
-        pieces = pieces_of(acc, BLOCK_N, BLOCK_V, PIECES)
-        for piece in tl.static_range(PIECES):
-            first = tile_column + piece * PIECE
-            if first < V:
-                z, _ = _piece_of_logits(
-                    pieces[piece], bias_ptr, first, columns, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP
-                )
-                real = (columns < V - first)[None, :]
-                logits += tl.sum(tl.where(real, z, 0.0), axis=1)
-                top, at = tl.max(tl.where(real, z, float("-inf")), axis=1, return_indices=True)
-                argmax = tl.where(top > maximum, first + at, argmax)
-                raised = tl.maximum(maximum, top)
-                # about 0 where all so far is -inf
-                center = tl.where(raised == float("-inf"), 0.0, raised)
-                shift = tl.where(maximum == float("-inf"), 0.0, maximum - center)
-                factor = tl.exp(shift)
-                sum2 = factor * (sum2 + shift * (2.0 * sum1 + shift * total))
-                sum1 = factor * (sum1 + shift * total)
-                total = factor * total
-                below = z - center[:, None]
-                counted = real & (columns[None, :] != (target - first)[:, None])
-                e = tl.where(counted, tl.exp(below), 0.0)
-                below = tl.where(e == 0.0, 0.0, below)  # 0 times an infinity
-                total += tl.sum(e, axis=1)
-                e *= below
-                sum1 += tl.sum(e, axis=1)
-                sum2 += tl.sum(e * below, axis=1)
-                maximum = raised
+        column = split_column + tile * BLOCK_V
+        acc = project(x_rows, w_ptr, column, V, H, stride_w, EVEN_H, BLOCK_N, BLOCK_V, BLOCK_H, UPCAST, PRECISION)
+        maximum, argmax, total, sum1, sum2, logits = _join_tile(
+            acc, maximum, argmax, total, sum1, sum2, logits, target, bias_ptr, column, V, logit_scale, softcap,
+            HAS_BIAS, HAS_SOFTCAP, BLOCK_N, BLOCK_V, PIECES,
+        )  # fmt: skip
+    _store_moments(
+        maximum, argmax, total, sum1, sum2, logits,
+        max_ptr, argmax_ptr, total_ptr, first_ptr, second_ptr, logits_ptr, split, rows, inside, N,
+    )  # fmt: skip
 
-    at_split = split.to(tl.int64) * N + rows
-    tl.store(max_ptr + at_split, maximum, mask=inside)
-    tl.store(argmax_ptr + at_split, argmax.to(tl.int64), mask=inside)
-    tl.store(total_ptr + at_split, total, mask=inside)
-    tl.store(first_ptr + at_split, sum1, mask=inside)
-    tl.store(second_ptr + at_split, sum2, mask=inside)
-    tl.store(logits_ptr + at_split, logits, mask=inside)
+
+@triton.jit
+def row_moments_persistent_kernel(
+    x_desc,  # (N, H) in blocks of (BLOCK_N, BLOCK_H)
+    w_desc,  # (V, H) in blocks of (BLOCK_V, BLOCK_H)
+    bias_ptr,  # this and what follows as in `row_moments_kernel`
+    target_ptr,
+    max_ptr,
+    argmax_ptr,
+    total_ptr,
+    first_ptr,
+    second_ptr,
+    logits_ptr,
+    N,
+    V,
+    H,
+    logit_scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    SPLIT_TILES: tl.constexpr,
+    GROUP: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PIECES: tl.constexpr,
+    FLATTEN: tl.constexpr,  # both loops as one, so that a tile's loads begin before the last one is finished
+):
+    """A program a processor: the same sums in the same order."""
+    row_blocks, splits = tl.cdiv(N, BLOCK_N), tl.cdiv(V, SPLIT_TILES * BLOCK_V)
+    maximum, argmax, total, sum1, sum2, logits = _no_moments(BLOCK_N)
+    tl.assume(H > 0)  # without it no two loops become one
+    for step in tl.range(0, steps_of_program(row_blocks, splits, SPLIT_TILES), flatten=FLATTEN):
+        row_block, split, tile = place_step(step, row_blocks, splits, SPLIT_TILES, GROUP)
+        column = (split * SPLIT_TILES + tile) * BLOCK_V
+        depth = H
+        if not FLATTEN:  # two loops become one only if the inner is always as long: beyond V it multiplies zeros
+            depth = tl.where(column < V, H, 0)
+        acc = project_descriptors(
+            x_desc, w_desc, row_block * BLOCK_N, column, depth, BLOCK_N, BLOCK_V, BLOCK_H, UPCAST, PRECISION
+        )
+        rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        target = tl.load(target_ptr + rows, mask=rows < N, other=-1).to(tl.int32)
+        begins = tile == 0
+        maximum, argmax = tl.where(begins, float("-inf"), maximum), tl.where(begins, 0, argmax)
+        total, logits = tl.where(begins, 0.0, total), tl.where(begins, 0.0, logits)
+        sum1, sum2 = tl.where(begins, 0.0, sum1), tl.where(begins, 0.0, sum2)
+        maximum, argmax, total, sum1, sum2, logits = _join_tile(
+            acc, maximum, argmax, total, sum1, sum2, logits, target, bias_ptr, column, V, logit_scale, softcap,
+            HAS_BIAS, HAS_SOFTCAP, BLOCK_N, BLOCK_V, PIECES,
+        )  # fmt: skip
+        # masked, not in a branch: Triton before 3.9 fails to merge loops that end in one
+        done = rows < tl.where(tile == SPLIT_TILES - 1, N, 0)
+        _store_moments(
+            maximum, argmax, total, sum1, sum2, logits,
+            max_ptr, argmax_ptr, total_ptr, first_ptr, second_ptr, logits_ptr, split, rows, done, N,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -22,11 +22,13 @@ from npo_kernels import (
     fused_simnpo_loss,
     sequence_logprobs,
     token_logprobs,
+    token_statistics,
 )
 from npo_kernels.call.call import Call, Execution, KLCall
 from npo_kernels.core import plan, task
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.plan import MIB, make_plan
+from npo_kernels.core.row_moments import NAMES
 from npo_kernels.core.task import Needs
 from npo_kernels.ops.schema import Operator
 
@@ -274,6 +276,12 @@ def tokens(batch: Batch, **options) -> Tensor:
 def sequences(batch: Batch, **options) -> Tensor:
     logps, _ = batch(sequence_logprobs, **options)
     return (logps * upstream(logps.shape).to(logps.dtype)).sum()
+
+
+def statistics(batch: Batch, **options) -> Tensor:
+    """All of `token_statistics`, each with weights of its own."""
+    values = torch.stack([*batch(token_statistics, NAMES, **options).values()])
+    return (values * upstream(values.shape).to(values.dtype)).sum()
 
 
 def evaluate(

@@ -19,6 +19,7 @@ from npo_kernels.core.backend import Backend
 from npo_kernels.core.formulas import RatioLoss
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.plan import Scratch
+from npo_kernels.core.row_moments import GradientRows, join
 from npo_kernels.core.softmax_stats import Normalizers, Statistics
 from tests.support import DEVICE, DTYPES, HEADS, IMPLS, name_of, relative_error
 from tests.test_backends import H, N, V, draw, exact_exponentials, exact_logits, make_rows
@@ -177,6 +178,42 @@ def add_targets(r: Rows) -> Result:
     return [(grad, expected, torch.float32)]
 
 
+def moment_scratch(r: Rows) -> Result:
+    found = r.backend.moment_scratch(r.x, N, V, True)
+    assert isinstance(found, Scratch) and min(found) >= 0 and found.sums > 0
+    return []
+
+
+def row_moments(r: Rows) -> Result:
+    """Joined, since the blocks are a backend's own."""
+    found = join(r.backend.row_moments(r.x, r.head, r.target))
+    maximum, argmax = r.z.max(1)
+    assert torch.equal(found.argmax, argmax)
+    below = r.z - maximum[:, None]
+    inside = (r.target >= 0) & (r.target < V)
+    e = below.exp()
+    e[inside, r.target[inside]] = 0
+    expected = maximum, *((e * below**k).sum(1) for k in range(3)), r.z.sum(1)
+    got = found.maximum, found.total, found.first, found.second, found.logits
+    return [(a.float(), b, torch.float32) for a, b in zip(got, expected, strict=True)]
+
+
+def moment_gradient(r: Rows) -> Result:
+    maximum, argmax = r.z.max(1)
+    vectors = [draw(N, seed=20 + k) for k in range(6)]
+    rows = GradientRows(maximum.float(), vectors[0].abs(), *vectors[1:], argmax)
+    c = r.z - rows.anchor.double()[:, None]
+    p, c = rows.prob_scale[:, None] * c.exp(), c - rows.center[:, None]
+    curve = rows.constant[:, None] + rows.linear[:, None] * c + rows.square[:, None] * c**2
+    expected = (p * curve + rows.flat[:, None]) * r.slope
+    inside = (r.target >= 0) & (r.target < V)
+    expected[inside, r.target[inside]] = 0
+    expected[torch.arange(N), argmax] = 0
+    begin, end = 70, V - 3
+    slab = r.backend.moment_gradient(r.x, r.head, r.target, rows, (begin, end))
+    return [(slab, expected[:, begin:end], r.slab_dtype)]
+
+
 def sequence_sums(r: Rows) -> Result:
     values = draw(N, seed=9)
     expected = torch.zeros(4, dtype=torch.float64, device=DEVICE).index_add_(0, SEQUENCE, values.double())
@@ -215,6 +252,9 @@ PRIMITIVES: dict[str, Callable[[Rows], Result]] = {
     "finish_hidden_grad": finish_hidden_grad,
     "group_targets": add_targets,
     "add_targets": add_targets,
+    "moment_scratch": moment_scratch,
+    "row_moments": row_moments,
+    "moment_gradient": moment_gradient,
     "sequence_sums": sequence_sums,
     "ratio_epilogue": ratio_epilogue,
 }

@@ -19,7 +19,7 @@ def check(impl, dtype, needs, workspace_mb, **shape):
     with canaries() as guarded:
         found = [
             support.evaluate(objective, batch, needs, **options)
-            for objective in (support.npo, support.user_loss, support.sequences)
+            for objective in (support.npo, support.user_loss, support.sequences, support.statistics)
         ]
         leaves = batch.leaves(needs)
         tensors = leaves.hidden, leaves.weight, batch.hidden.flip(0), batch.weight

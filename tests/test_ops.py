@@ -13,11 +13,15 @@ from npo_kernels import (
     fused_token_loss,
     sequence_logprobs,
     token_logprobs,
+    token_statistics,
 )
+from npo_kernels.core.row_moments import NAMES
+from npo_kernels.ops import token_statistics as statistics
 from npo_kernels.ops.gradients import scale_gradient
 from npo_kernels.ops.linear_kl import KLLossCall, SavedKL, UpstreamKL, linear_kl, linear_kl_backward, linear_kl_loss
 from npo_kernels.ops.logprobs import SavedCall, Upstream, token_logps, token_logps_backward
 from npo_kernels.ops.ratio_loss import RatioCall, ratio_loss
+from npo_kernels.ops.token_statistics import SavedStatistics, UpstreamStatistics
 from tests.support import (
     DTYPES,
     IMPLS,
@@ -50,6 +54,15 @@ def test_opcheck_token_logps_backward(impl, needs):
     call = call_of(make_batch(head="bias", layout="packed", **SMALL), impl, needs)
     saved = SavedCall(call.hidden, call.head, token_logps(call).saved, call.execution)
     opcheck(token_logps_backward, Upstream(torch.ones(len(call.targets)), torch.ones(call.num_sequences), saved))
+
+
+@pytest.mark.parametrize("num_rows", [None, 15])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_opcheck_token_statistics_and_its_backward(impl, num_rows):
+    call = call_of(make_batch(head="bias", layout="packed", **SMALL), impl, NEEDS[-1], num_rows=num_rows)
+    opcheck(statistics.token_statistics, call)
+    saved = SavedStatistics(call.hidden, call.head, statistics.token_statistics(call).saved, call.execution)
+    opcheck(statistics.token_statistics_backward, UpstreamStatistics(torch.ones(5, len(call.targets)), saved))
 
 
 @pytest.mark.parametrize("num_rows", [None, 15])
@@ -117,6 +130,7 @@ COMPILED = {
     "fused_token_loss": lambda b, **o: b(fused_token_loss, token_loss, **o),
     "sequence_logprobs": lambda b, **o: b(sequence_logprobs, **o)[0].square().sum(),
     "token_logprobs": lambda b, **o: b(token_logprobs, **o).square().sum(),
+    "token_statistics": lambda b, **o: sum(v.square().sum() for v in b(token_statistics, NAMES, **o).values()),
     "fused_linear_kl": kl,
 }
 

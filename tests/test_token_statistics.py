@@ -72,15 +72,14 @@ def test_they_are_what_their_names_say(impl, head):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name_of)
-@pytest.mark.parametrize("name", [*NAMES, "all"])
-@pytest.mark.parametrize("head", ["plain", "all"])
+@pytest.mark.parametrize(("name", "head"), [*((name, "plain") for name in NAMES), ("all", "plain"), ("all", "all")])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_their_gradients_are_no_worse_than_those_of_plain_pytorch(impl, head, name, dtype):
+def test_their_gradients_are_no_worse_than_those_of_plain_pytorch(impl, name, head, dtype):
     batch = make_batch(dtype, head=head, **SMALL)
     objective = of(*NAMES) if name == "all" else of(name)
     needs = [n for n in ALL if n in batch.tensors]
     plain, oracle = evaluate_plain_and_oracle(objective, batch, needs)
-    # float32: sums of either sign. The mean: the plain gradient is one number a row, rounded once; ours scales rows of x
+    # float32: sums of either sign. The mean: plain PyTorch rounds one number a row, ours the whole row of x
     slack = 2.0 if dtype == torch.float32 else 1.5 if name == "mean_logit" else 1.0
     assert_no_worse_than_plain(evaluate(objective, batch, needs, impl=impl), plain, oracle, slack, ceiling=False)
 

@@ -15,8 +15,10 @@ from npo_kernels import (
     fused_token_loss,
     sequence_logprobs,
     token_logprobs,
+    token_statistics,
 )
 from npo_kernels.core.plan import MIB
+from npo_kernels.core.row_moments import NAMES
 from tests import support
 from tests.support import make_batch
 
@@ -24,12 +26,13 @@ FUNCTIONS = {
     "npo": lambda x, w, y, **o: fused_npo_loss(x, w, y, ref_logps=x.new_zeros(len(y), dtype=torch.float32), **o),
     "user's": lambda x, w, y, **o: fused_token_loss(x, w, y, lambda tokens, *_: tokens.square().sum(), **o),
     "tokens": lambda x, w, y, **o: token_logprobs(x, w, y, **o).sum(),
+    "statistics": lambda x, w, y, **o: sum(v.sum() for v in token_statistics(x, w, y, NAMES, **o).values()),
     "kl": lambda x, w, y, **o: fused_linear_kl(x, w, x.detach() + 1, w.detach(), mask=y != -100, **o),
     "kl by position": lambda x, w, y, **o: fused_linear_kl(
         x, w, x.detach() + 1, w.detach(), mask=y != -100, reduction="none", **o
     ).sum(),
 }
-LATER = ("tokens", "kl by position")  # gradients are formed in the backward
+LATER = ("tokens", "statistics", "kl by position")  # gradients are formed in the backward
 
 
 def peak_bytes(run: Callable[[], object]) -> int:

@@ -9,13 +9,14 @@ is known of the GPU, and the user is told.
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from csrc_triton.tiles import ANY_HIDDEN, HIDDEN_BUCKETS, PAIR_TILES, TILES, Tile
 
 Table = Mapping[tuple[str, int, int], Tile]
+Entry = TypeVar("Entry")
 
 KIB = 1024
 BARRIERS = 64  # bytes, of asynchronous loads (NVIDIA)
@@ -28,8 +29,18 @@ def hidden_bucket(hidden_size: int) -> int:
 
 def find_tile(table: Table, architecture: str, bits: int, hidden_size: int) -> Tile:
     """What was measured for the bucket of the hidden size, or what holds for every one that was not."""
+    found = find_entry(table, architecture, bits, hidden_size)
+    if found is None:
+        raise KeyError((architecture, bits, ANY_HIDDEN))
+    return found
+
+
+def find_entry(
+    table: Mapping[tuple[str, int, int], Entry], architecture: str, bits: int, hidden_size: int
+) -> Entry | None:
+    """The same of any table; None where it has neither."""
     found = table.get((architecture, bits, hidden_bucket(hidden_size)))
-    return table[architecture, bits, ANY_HIDDEN] if found is None else found
+    return table.get((architecture, bits, ANY_HIDDEN)) if found is None else found
 
 
 class Gpu(NamedTuple):

@@ -69,7 +69,8 @@ def add_fused_unlearning_head(model: Model) -> Model:
 
         fused_unlearning: True for the sequence log-probabilities (`logps`, `num_tokens`), `token_logprobs` for those
             of tokens (`token_logps`), or a loss: a function called as `sequence_logprobs` is, most often a
-            `functools.partial` of `fused_npo_loss`, `fused_simnpo_loss` or `fused_logprob_loss` (`loss`, `stats`).
+            `functools.partial` of `fused_npo_loss`, `fused_simnpo_loss`, `fused_logprob_loss` or `fused_token_loss`
+            (`loss`, `stats`).
             A loss forms its gradients in the forward, where they cost least, and survives wrappers that round
             outputs. Its tensors (`ref_logps`) travel in the function, where no wrapper casts them.
         labels, or shift_labels: (B, S) int64, aligned with the inputs, or already shifted.

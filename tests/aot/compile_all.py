@@ -67,6 +67,8 @@ ARGUMENTS = {
     "x_ptr": "*T", "w_ptr": "*T", "bias_ptr": "*T", "slab_ptr": "*T", "out_ptr": "*T",
     "target_ptr": "*i64", "index_ptr": "*i64", "sorted_ptr": "*i64", "order_ptr": "*i64", "starts_ptr": "*i64",
     "dirty_ptr": "*i32",
+    "total_ptr": "*fp32", "first_ptr": "*fp32", "second_ptr": "*fp32", "logits_ptr": "*fp32", "argmax_ptr": "*i64",
+    "center_ptr": "*fp32", "constant_ptr": "*fp32", "linear_ptr": "*fp32", "square_ptr": "*fp32", "flat_ptr": "*fp32",
     "anchor_ptr": "*fp32", "raised_ptr": "*fp32", "sum_ptr": "*fp32", "max_ptr": "*fp32", "part_ptr": "*fp32",
     "z_ptr": "*fp32", "logp_ptr": "*fp32", "miss_ptr": "*fp32", "prob_scale_ptr": "*fp32",
     "logps_ptr": "*fp32", "loss_ptr": "*fp32", "offset_ptr": "*fp32",
@@ -121,7 +123,8 @@ ROW_KERNELS = {  # module, kernel -> variants
     ("gradient_rows", "finish_hidden_grad_kernel"): ("",),
     ("gradient_rows", "add_targets_kernel"): ("",),
 }
-PRODUCTS = ("exp_logits_kernel", "exp_logits_persistent_kernel", "softmax_sums_kernel", "kl_logits_kernel")
+MOMENTS = ("row_moments_kernel", "row_moments_persistent_kernel", "moment_gradient_kernel")
+PRODUCTS = ("exp_logits_kernel", "exp_logits_persistent_kernel", "softmax_sums_kernel", "kl_logits_kernel", *MOMENTS)
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,11 @@ def cases(target: str, everything: bool) -> list[Case]:
             found += with_buckets(Case(target, "linear_kl", "kl_logits_kernel", variant, dtype))
             if use == "gradient":
                 found += with_buckets(Case(target, "linear_kl", "softmax_sums_kernel", options, dtype))
+    for dtype, kernel, variant in product(DTYPES, MOMENTS, ("", "bias+softcap", "bias+softcap+odd")):
+        if kernel == "row_moments_persistent_kernel" and (target != "sm_90" or dtype != "bf16" or "odd" in variant):
+            continue
+        if everything or variant == "bias+softcap" or (dtype == "bf16" and variant == ""):
+            found += with_buckets(Case(target, "row_moments", kernel, variant, dtype))
     for (module, kernel), variants in ROW_KERNELS.items():
         for variant, dtype in product(variants, ("bf16", "fp32")):
             found.append(Case(target, module, kernel, variant, dtype))
@@ -229,7 +237,7 @@ def constants(case: Case, parameters: list[str]) -> tuple[dict, dict]:
             "EVEN_H": shape["H"] % tile.block_h == 0,
             "SPLIT_TILES": tile.split_tiles,
             "GROUP": tile.group,
-            "PIECES": tile.pieces,
+            "PIECES": tile.pieces * (tiles.GRADIENT_PIECES if case.kernel == "moment_gradient_kernel" else 1),
             "UPCAST": False,
             "PRECISION": "tf32" if case.dtype == "tf32" else "ieee",
         }
@@ -237,6 +245,8 @@ def constants(case: Case, parameters: list[str]) -> tuple[dict, dict]:
     if case.kernel == "exp_logits_persistent_kernel":
         merged = tile.loop != "serial" and values["SUMS"] and not values["REPAIR"]
         values |= {"FLATTEN": merged, "SPECIALIZE": merged and tile.loop == "specialized"}
+    if case.kernel == "row_moments_persistent_kernel":
+        values["FLATTEN"] = True
     for pointer, present in OPTIONAL.items():
         if pointer in parameters and present in parameters and not values[present]:
             values[pointer] = None

@@ -39,6 +39,7 @@ WAYS = {
     "frozen, sliced": (support.npo, ("hidden",), support.TINY),
     "any loss": (support.user_loss, ("hidden", "weight", "bias"), None),
     "outside": (outside, ("hidden", "weight", "bias"), None),
+    "statistics": (support.statistics, ("hidden", "weight", "bias"), None),
     "simnpo": (support.simnpo, ("hidden", "weight", "bias"), None),
 }
 

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from csrc_triton.tiles import TILES
+from csrc_triton.tiles import ANY_HIDDEN, TILES
 from npo_kernels.backends.choose import backend_of
 from npo_kernels.backends.triton import launch as launches
+from npo_kernels.backends.triton import moments
 from npo_kernels.core.lm_head import Head
 from tests import matrix
 from tests.kernels import launch
@@ -152,3 +153,20 @@ def test_every_mode_with_a_persistent_tile(case, plans, force, launched):
     force("flat")
     matrix.check("triton", case, plans)
     assert launched
+
+
+@pytest.mark.parametrize(("dtype", "shape", "loop"), CASES, ids=str)
+def test_row_moments_have_the_bits_of_the_other_kernel(dtype, shape, loop, monkeypatch):
+    x, head, target, _ = problem(*shape, dtype, "all")
+    simple = BACKEND.row_moments(x, head, target)
+    monkeypatch.setattr(moments, "MOMENT_LOOPS", {("interpreter", 8 * x.itemsize, ANY_HIDDEN): loop})
+    kernel, launches_of_it = moments.row_moments_persistent_kernel, []
+
+    class Spy:
+        def __getitem__(self, grid):
+            launches_of_it.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(moments, "row_moments_persistent_kernel", Spy())
+    assert same(BACKEND.row_moments(x, head, target), simple)
+    assert len(launches_of_it) == (shape[1] * x.itemsize % 16 == 0)

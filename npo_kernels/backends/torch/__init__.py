@@ -10,7 +10,7 @@ from npo_kernels.backends.torch.exp_logits import (
     target_logits,
 )
 from npo_kernels.backends.torch.linear_kl import kl_logits, kl_scratch, kl_sums, softmax_sums
-from npo_kernels.backends.torch.row_moments import moment_gradient, moment_scratch, row_moments
+from npo_kernels.backends.torch.moments import moment_gradient, moment_scratch, row_moments
 from npo_kernels.backends.torch.rows import (
     add_targets,
     finish_hidden_grad,

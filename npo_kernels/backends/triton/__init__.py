@@ -15,7 +15,7 @@ from npo_kernels.backends.triton.exp_logits import (
 )
 from npo_kernels.backends.triton.launch import block_v, describe, slab_dtype
 from npo_kernels.backends.triton.linear_kl import kl_logits, kl_scratch, kl_sums, softmax_sums
-from npo_kernels.backends.triton.row_moments import moment_gradient, moment_scratch, row_moments
+from npo_kernels.backends.triton.moments import moment_gradient, moment_scratch, row_moments
 from npo_kernels.backends.triton.rows import (
     add_targets,
     finish_hidden_grad,

@@ -6,7 +6,9 @@ import torch
 import triton
 from torch import Tensor
 
-from csrc_triton.row_moments import moment_gradient_kernel, row_moments_kernel
+from csrc_triton.row_moments import moment_gradient_kernel, row_moments_kernel, row_moments_persistent_kernel
+from csrc_triton.tiles import GRADIENT_PIECES, MOMENT_LOOPS
+from npo_kernels.backends.tiles import find_entry
 from npo_kernels.backends.triton import launch
 from npo_kernels.backends.triton.exp_logits import SORT_BYTES
 from npo_kernels.core.lm_head import Head
@@ -23,27 +25,45 @@ def moment_scratch(x: Tensor, rows: int, vocab_size: int, capped: bool) -> Scrat
 def row_moments(x: Tensor, head: Head, target: Tensor) -> Moments:
     """`Moments` (splits, n) of the whole vocabulary, with nothing of size V written."""
     x, weight = launch.rows_contiguous(x), launch.rows_contiguous(head.weight)
-    splits = triton.cdiv(weight.shape[0], launch.tile_for(x).split)
+    tile = launch.tile_for(x)
+    splits = triton.cdiv(weight.shape[0], tile.split)
     maximum, total, first, second, logits = torch.empty(5, splits, x.shape[0], dtype=torch.float32, device=x.device)
     argmax = torch.empty(splits, x.shape[0], dtype=torch.int64, device=x.device)
     moments = Moments(maximum, argmax, total, first, second, logits)
-    if x.shape[0]:
+    if not x.shape[0]:
+        return moments
+    vectors, sizes = (head.bias, target, *moments), (x.shape[0], weight.shape[0], x.shape[1])
+    scalars, constants = (head.logit_scale, head.softcap or 0.0), _constants(x, head, tile.pieces)
+    loop = moment_loop(x)
+    descriptors = launch.descriptors(x, weight, tile._replace(loop=loop))
+    if descriptors:
+        grid = (min(*_grid(x, weight), launch.processors(x.device)),)
+        row_moments_persistent_kernel[grid](
+            *descriptors, *vectors, *sizes, *scalars, **constants, FLATTEN=loop == "flat"
+        )
+    else:
+        even = x.shape[1] % tile.block_h == 0
         row_moments_kernel[_grid(x, weight)](
-            x, weight, head.bias, target, *moments, x.shape[0], weight.shape[0], x.shape[1],
-            x.stride(0), weight.stride(0), head.logit_scale, head.softcap or 0.0, **_constants(x, head),
-        )  # fmt: skip
+            x, weight, *vectors, *sizes, x.stride(0), weight.stride(0), *scalars, **constants, EVEN_H=even
+        )
     return moments
+
+
+def moment_loop(x: Tensor) -> str:
+    """Of the persistent kernel; "" where the simple one runs."""
+    return find_entry(MOMENT_LOOPS, launch.architecture(x.device), 8 * x.itemsize, x.shape[-1]) or ""
 
 
 def moment_gradient(x: Tensor, head: Head, target: Tensor, rows: GradientRows, columns: tuple[int, int]) -> Tensor:
     """The slab of a vocabulary slice."""
     slab = launch.aligned_empty(x.shape[0], columns[1] - columns[0], x)
     x, part = launch.rows_contiguous(x), head.columns(*columns)
-    weight = launch.rows_contiguous(part.weight)
+    weight, tile = launch.rows_contiguous(part.weight), launch.tile_for(x)
     if x.shape[0]:
         moment_gradient_kernel[_grid(x, weight)](
             x, weight, part.bias, target, *rows, slab, x.shape[0], weight.shape[0], x.shape[1], columns[0],
-            x.stride(0), weight.stride(0), slab.stride(0), head.logit_scale, head.softcap or 0.0, **_constants(x, part),
+            x.stride(0), weight.stride(0), slab.stride(0), head.logit_scale, head.softcap or 0.0,
+            **_constants(x, part, tile.pieces * GRADIENT_PIECES), EVEN_H=x.shape[1] % tile.block_h == 0,
         )  # fmt: skip
     return slab
 
@@ -53,12 +73,12 @@ def _grid(x: Tensor, weight: Tensor) -> tuple[int]:
     return (triton.cdiv(x.shape[0], tile.block_n) * triton.cdiv(weight.shape[0], tile.split),)
 
 
-def _constants(x: Tensor, head: Head) -> dict[str, Any]:
+def _constants(x: Tensor, head: Head, pieces: int) -> dict[str, Any]:
     tile = launch.tile_for(x)
     return {
         "HAS_BIAS": head.bias is not None, "HAS_SOFTCAP": head.softcap is not None,
-        "EVEN_H": x.shape[1] % tile.block_h == 0, "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v,
-        "BLOCK_H": tile.block_h, "SPLIT_TILES": tile.split_tiles, "GROUP": tile.group,
+        "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_H": tile.block_h,
+        "SPLIT_TILES": tile.split_tiles, "GROUP": tile.group,
         "UPCAST": launch.INTERPRETED and x.dtype == torch.bfloat16, "PRECISION": launch.precision(x),
-        "PIECES": tile.pieces, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+        "PIECES": pieces, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
     }  # fmt: skip

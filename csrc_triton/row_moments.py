@@ -14,8 +14,8 @@ target:
 
 and `moment_gradient_kernel`, with the row vectors of `npo_kernels.core.row_moments.GradientRows`,
 
-    p, c = prob_scale * exp(z - anchor), z - anchor - center
-    slab = (p * (constant + linear * c + square * c**2) + flat) * slope, 0 at y and at argmax
+    e, c = exp(z - anchor), z - anchor - center
+    slab = (e * (constant + linear * c + square * c**2) + flat) * slope, 0 at y and at argmax
 
 Tiles, grids and splits are those of `exp_logits_kernel` and `exp_logits_persistent_kernel`: a tile of products is
 finished in PIECES, one after the other. The moments of a piece are joined to those before it about the larger of both
@@ -139,9 +139,9 @@ def row_moments_kernel(
     """A program a row block and split."""
     row_blocks, splits = tl.cdiv(N, BLOCK_N), tl.cdiv(V, SPLIT_TILES * BLOCK_V)
     row_block, split = place(tl.program_id(0), row_blocks, splits, GROUP)
-    rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)  # int32: half the registers of the addresses of vectors
     inside = rows < N
-    x_rows = x_ptr + tl.minimum(rows, N - 1)[:, None] * stride_x
+    x_rows = x_ptr + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * stride_x
     target = tl.load(target_ptr + rows, mask=inside, other=-1).to(tl.int32)
     maximum, argmax, total, sum1, sum2, logits = _no_moments(BLOCK_N)
     split_column = split * SPLIT_TILES * BLOCK_V
@@ -200,7 +200,7 @@ def row_moments_persistent_kernel(
         acc = project_descriptors(
             x_desc, w_desc, row_block * BLOCK_N, column, depth, BLOCK_N, BLOCK_V, BLOCK_H, UPCAST, PRECISION
         )
-        rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
         target = tl.load(target_ptr + rows, mask=rows < N, other=-1).to(tl.int32)
         begins = tile == 0
         maximum, argmax = tl.where(begins, float("-inf"), maximum), tl.where(begins, 0, argmax)
@@ -225,7 +225,6 @@ def moment_gradient_kernel(
     bias_ptr,  # (V,)
     target_ptr,  # (N,) int64, in the whole vocabulary
     anchor_ptr,  # (N,) float32, as all up to flat
-    prob_scale_ptr,
     center_ptr,
     constant_ptr,
     linear_ptr,
@@ -258,9 +257,9 @@ def moment_gradient_kernel(
     PIECE: tl.constexpr = BLOCK_V // PIECES
     row_blocks, splits = tl.cdiv(N, BLOCK_N), tl.cdiv(V, SPLIT_TILES * BLOCK_V)
     row_block, split = place(tl.program_id(0), row_blocks, splits, GROUP)
-    rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)  # int32: half the registers of the addresses of vectors
     inside = rows < N
-    x_rows = x_ptr + tl.minimum(rows, N - 1)[:, None] * stride_x
+    x_rows = x_ptr + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * stride_x
     columns = tl.arange(0, PIECE)
     split_column = split * SPLIT_TILES * BLOCK_V
     for tile in range(0, tl.minimum(SPLIT_TILES, tl.cdiv(V - split_column, BLOCK_V))):
@@ -275,19 +274,19 @@ def moment_gradient_kernel(
                 )
                 # read again for every piece: kept in registers during the products, they would make those spill
                 below = z - tl.load(anchor_ptr + rows, mask=inside, other=0.0)[:, None]
-                p = tl.exp(below) * tl.load(prob_scale_ptr + rows, mask=inside, other=0.0)[:, None]
+                e = tl.exp(below)
                 c = below - tl.load(center_ptr + rows, mask=inside, other=0.0)[:, None]
-                c = tl.where(p == 0.0, 0.0, c)  # 0 times an infinity
+                c = tl.where(e == 0.0, 0.0, c)  # 0 times an infinity
                 curve = tl.load(square_ptr + rows, mask=inside, other=0.0)[:, None] * c
                 curve = (curve + tl.load(linear_ptr + rows, mask=inside, other=0.0)[:, None]) * c
                 curve += tl.load(constant_ptr + rows, mask=inside, other=0.0)[:, None]
-                g = p * curve + tl.load(flat_ptr + rows, mask=inside, other=0.0)[:, None]
+                g = e * curve + tl.load(flat_ptr + rows, mask=inside, other=0.0)[:, None]
                 target = (tl.load(target_ptr + rows, mask=inside, other=-1) - begin - first).to(tl.int32)
                 argmax = (tl.load(argmax_ptr + rows, mask=inside, other=-1) - begin - first).to(tl.int32)
                 left_out = (columns[None, :] == target[:, None]) | (columns[None, :] == argmax[:, None])
                 g = tl.where(left_out, 0.0, g)
                 if HAS_SOFTCAP:
                     g *= 1.0 - capped * capped
-                slab = slab_ptr + rows[:, None] * stride_slab + first + columns[None, :]
+                slab = slab_ptr + rows.to(tl.int64)[:, None] * stride_slab + first + columns[None, :]
                 stored = inside[:, None] & (columns < V - first)[None, :]
                 tl.store(slab, g.to(slab_ptr.dtype.element_ty), mask=stored)

@@ -86,11 +86,8 @@ PERSISTENT_CANDIDATES = {
     ("sm_120", 16, ANY_HIDDEN): Tile(128, 128, 64, 8, 8, 3, pieces=2, loop="flat"),
 }
 
-# The row moments take the entries of TILES. `moment_gradient_kernel` reads seven vectors beside a piece, so its pieces
-# are smaller by this factor.
-GRADIENT_PIECES = 2
-# How `row_moments_persistent_kernel` goes from tile to tile: "serial" or "flat", as in `Tile.loop`. Without an entry
-# `row_moments_kernel` runs: nothing has been measured yet.
+# Row moments take the entries of TILES. This is how `row_moments_persistent_kernel` goes from tile to tile: "serial" or
+# "flat", as in `Tile.loop`. Without an entry `row_moments_kernel` runs: nothing has been measured yet.
 MOMENT_LOOPS: dict[tuple[str, int, int], str] = {}
 
 BLOCK_ROWS = 128  # rows a program of the (N,) kernels

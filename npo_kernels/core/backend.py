@@ -124,8 +124,8 @@ class Backend(Protocol):
     ) -> Tensor:
         """The slab (n, end - begin) in slab_dtype that `row_moments.GradientRows` says, 0 at target and argmax.
 
-        p, c = rows.prob_scale * exp(z - rows.anchor), z - rows.anchor - rows.center
-        slab = (p * (rows.constant + rows.linear * c + rows.square * c**2) + rows.flat) * slope
+        e, c = exp(z - rows.anchor), z - rows.anchor - rows.center
+        slab = (e * (rows.constant + rows.linear * c + rows.square * c**2) + rows.flat) * slope
         """
 
     def scale_rows(self, x: Tensor, scale: Tensor) -> Tensor:

@@ -97,15 +97,14 @@ def statistics(whole: Moments, target_logit: Tensor, vocab_size: int) -> tuple[T
 
 
 class GradientRows(NamedTuple):
-    """What a slab of gradients is made of, (n,) float32 each but argmax; for p_v = exp(z_v - anchor) prob_scale
+    """What a slab of gradients is made of, (n,) float32 each but argmax:
 
-        slab_v = p_v (constant + linear c_v + square c_v^2) + flat,     c_v = z_v - anchor - center
+        slab_v = exp(z_v - anchor) (constant + linear c_v + square c_v^2) + flat,     c_v = z_v - anchor - center
 
     times the derivative of the softcap, and 0 for the target and for the argmax.
     """
 
     anchor: Tensor
-    prob_scale: Tensor
     center: Tensor
     constant: Tensor
     linear: Tensor
@@ -154,7 +153,7 @@ def gradient_rows(
         target_coef = target_coef * (1.0 - (rows.target_logit.double() / head.softcap) ** 2)
         peak_coef = peak_coef * (1.0 - (rows.anchor.double() / head.softcap) ** 2)
     per_unit = torch.where(unit == 0, 1.0, unit)
-    slab = (coef / per_unit for coef in (constant, linear, square, flat))
-    parts = GradientRows(rows.anchor, rows.prob_scale, rows.center, *(coef.float() for coef in slab), rows.argmax)
+    curve = (rows.prob_scale * coef / per_unit for coef in (constant, linear, square))
+    parts = rows.anchor, rows.center, *(coef.float() for coef in (*curve, flat / per_unit)), rows.argmax
     coefs = -head.logit_scale * unit, target_coef, peak_coef
-    return parts, Coefficients(*(coef.float() for coef in coefs))
+    return GradientRows(*parts), Coefficients(*(coef.float() for coef in coefs))

@@ -237,7 +237,7 @@ def constants(case: Case, parameters: list[str]) -> tuple[dict, dict]:
             "EVEN_H": shape["H"] % tile.block_h == 0,
             "SPLIT_TILES": tile.split_tiles,
             "GROUP": tile.group,
-            "PIECES": tile.pieces * (tiles.GRADIENT_PIECES if case.kernel == "moment_gradient_kernel" else 1),
+            "PIECES": tile.pieces,
             "UPCAST": False,
             "PRECISION": "tf32" if case.dtype == "tf32" else "ieee",
         }

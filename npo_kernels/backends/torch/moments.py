@@ -56,16 +56,16 @@ def moment_gradient(x: Tensor, head: Head, target: Tensor, rows: GradientRows, c
     for i in range(0, x.shape[0], blocks.BLOCK_N):
         some = slice(i, i + blocks.BLOCK_N)
         *vectors, argmax = (vector[some] for vector in rows)
-        anchor, prob_scale, center, constant, linear, square, flat = (vector.unsqueeze(1) for vector in vectors)
+        anchor, center, constant, linear, square, flat = (vector.unsqueeze(1) for vector in vectors)
         for b in range(begin, end, blocks.BLOCK_V):
             stop = min(b + blocks.BLOCK_V, end)
             z, slope = blocks.capped_logits(x[some], head.columns(b, stop))
             c = z.sub_(anchor)
-            p = c.exp().mul_(prob_scale)
-            c.sub_(center).masked_fill_(p == 0, 0.0)  # 0 times an infinity
-            gradient = p.mul_((square * c).add_(linear).mul_(c).add_(constant)).add_(flat)
+            e = c.exp()
+            c.sub_(center).masked_fill_(e == 0, 0.0)  # 0 times an infinity
+            gradient = e.mul_((square * c).add_(linear).mul_(c).add_(constant)).add_(flat)
             for column in (target[some], argmax):
                 blocks.zero_target(gradient, column - b)
             slab[some, b - begin : stop - begin] = gradient if slope is None else gradient.mul_(slope)
-            del z, slope, c, p, gradient  # before the next block's are made
+            del z, slope, c, e, gradient  # before the next block's are made
     return slab

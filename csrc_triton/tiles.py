@@ -86,8 +86,10 @@ PERSISTENT_CANDIDATES = {
     ("sm_120", 16, ANY_HIDDEN): Tile(128, 128, 64, 8, 8, 3, pieces=2, loop="flat"),
 }
 
-# Row moments take the entries of TILES. This is how `row_moments_persistent_kernel` goes from tile to tile: "serial" or
-# "flat", as in `Tile.loop`. Without an entry `row_moments_kernel` runs: nothing has been measured yet.
+# Row moments take the entries of TILES, but for the warps: six sums a row beside the tile do not fit four.
+MOMENT_WARPS = 8
+# How `row_moments_persistent_kernel` goes from tile to tile: "serial" or "flat", as in `Tile.loop`. Without an entry
+# `row_moments_kernel` runs: nothing has been measured yet.
 MOMENT_LOOPS: dict[tuple[str, int, int], str] = {}
 
 BLOCK_ROWS = 128  # rows a program of the (N,) kernels

@@ -28,9 +28,12 @@ from npo_kernels.hf.batch import take_batch
 from npo_kernels.hf.head import CausalLM, alone, computing, head_of, plain_linears, probed
 from npo_kernels.logprobs import sequence_logprobs, token_logprobs
 from npo_kernels.losses import LossStats
+from npo_kernels.statistics import token_statistics
+from npo_kernels.user_losses import LogprobStats
 
 Model = TypeVar("Model", bound=nn.Module)
-Result = Tensor | tuple[Tensor, Tensor | LossStats]  # of sequence_logprobs, token_logprobs or a loss
+# Of token_logprobs or a loss, of sequence_logprobs or a loss with statistics, of token_statistics.
+Result = Tensor | tuple[Tensor, Tensor | LossStats | LogprobStats] | dict[str, Tensor]
 Function = Callable[..., Result]  # called as sequence_logprobs is
 
 
@@ -42,7 +45,8 @@ class FusedUnlearningOutput(ModelOutput):
     logps: Tensor | None = None  # (B,) float32, of fused_unlearning=True
     num_tokens: Tensor | None = None  # (B,) int64
     token_logps: Tensor | None = None  # (B, S) or (T,), of fused_unlearning=token_logprobs
-    stats: LossStats | None = None  # of a loss with return_stats=True
+    statistics: dict[str, Tensor] | None = None  # (B, S) or (T,) each, of a partial of token_statistics
+    stats: LossStats | LogprobStats | None = None  # of a loss with return_stats=True
     aux_loss: Tensor | None = None  # the router's, where output_router_logits is on
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -68,9 +72,9 @@ def add_fused_unlearning_head(model: Model) -> Model:
         `model`. Its forward takes, besides its own arguments,
 
         fused_unlearning: True for the sequence log-probabilities (`logps`, `num_tokens`), `token_logprobs` for those
-            of tokens (`token_logps`), or a loss: a function called as `sequence_logprobs` is, most often a
-            `functools.partial` of `fused_npo_loss`, `fused_simnpo_loss`, `fused_logprob_loss` or `fused_token_loss`
-            (`loss`, `stats`).
+            of tokens (`token_logps`), a `functools.partial` of `token_statistics` (`statistics`), or a loss: a function
+            called as `sequence_logprobs` is, most often a `functools.partial` of `fused_npo_loss`,
+            `fused_simnpo_loss`, `fused_logprob_loss` or `fused_token_loss` (`loss`, `stats`).
             A loss forms its gradients in the forward, where they cost least, and survives wrappers that round
             outputs. Its tensors (`ref_logps`) travel in the function, where no wrapper casts them.
         labels, or shift_labels: (B, S) int64, aligned with the inputs, or already shifted.
@@ -158,7 +162,7 @@ def _fused_forward(
     if aux_loss is not None and "loss" in found:
         found["loss"] = found["loss"] + model.config.get_text_config().router_aux_loss_coef * aux_loss
     if "loss" not in found:
-        _check_not_rounded(model, found.values())
+        _check_not_rounded(model, result.values() if isinstance(result, dict) else found.values())
     # in one go: wrappers see the fields that the constructor was given
     return FusedUnlearningOutput(
         **found,
@@ -175,6 +179,8 @@ def _named(function: Function, result: Result) -> dict[str, Any]:
         return dict(zip(("logps", "num_tokens"), result, strict=True))
     if kind is token_logprobs:
         return {"token_logps": result}
+    if kind is token_statistics:
+        return {"statistics": result}
     return dict(zip(("loss", "stats"), result, strict=True)) if isinstance(result, tuple) else {"loss": result}
 
 

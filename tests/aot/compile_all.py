@@ -241,7 +241,8 @@ def constants(case: Case, parameters: list[str]) -> tuple[dict, dict]:
             "UPCAST": False,
             "PRECISION": "tf32" if case.dtype == "tf32" else "ieee",
         }
-        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        warps = tiles.MOMENT_WARPS if case.kernel in MOMENTS else tile.num_warps
+        options = {"num_warps": warps, "num_stages": tile.num_stages}
     if case.kernel == "exp_logits_persistent_kernel":
         merged = tile.loop != "serial" and values["SUMS"] and not values["REPAIR"]
         values |= {"FLATTEN": merged, "SPECIALIZE": merged and tile.loop == "specialized"}

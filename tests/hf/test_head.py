@@ -13,7 +13,14 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from npo_kernels import fused_logprob_loss, fused_npo_loss, sequence_logprobs, token_logprobs
+from npo_kernels import (
+    fused_logprob_loss,
+    fused_npo_loss,
+    fused_token_loss,
+    sequence_logprobs,
+    token_logprobs,
+    token_statistics,
+)
 from npo_kernels.hf import add_fused_unlearning_head
 from tests.hf.models import own_logps, packed_batch, padded_batch, tiny
 
@@ -70,6 +77,22 @@ def test_any_loss_of_logps_runs_inside_the_forward(model, batch, plans):
 def test_statistics_come_with_a_loss(model, batch):
     out = model(**batch, fused_unlearning=partial(NPO, return_stats=True))
     torch.testing.assert_close(out.stats.log_ratio, own_logps(model, batch)[0].detach() - REFS)
+
+
+def test_token_losses_and_token_statistics(model, batch):
+    def loss_fn(token_logps, sequence, num_tokens):
+        return (token_logps.exp() / num_tokens[sequence]).sum()
+
+    loss = model(**batch, fused_unlearning=partial(fused_token_loss, loss_fn=loss_fn)).loss
+    labels = batch["labels"][:, 1:]
+    log_p = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
+    p = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).exp() * (labels != -100)
+    expected = (p / (labels != -100).sum(1, keepdim=True).clamp(min=1)).sum()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients(model, loss), gradients(model, expected), rtol=1e-4, atol=1e-5)
+    found = model(**batch, fused_unlearning=partial(token_statistics, which=["entropy"])).statistics["entropy"]
+    entropy = -(log_p.exp() * log_p).sum(-1) * (labels != -100)
+    torch.testing.assert_close(found[:, :-1], entropy, rtol=1e-4, atol=1e-5)
 
 
 def test_token_logprobs(model, batch):

@@ -26,15 +26,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npo_kernels import (
+    LogprobStats,
     LossStats,
+    TokenStats,
     explain,
     fused_linear_kl,
     fused_logprob_loss,
     fused_npo_loss,
     fused_simnpo_loss,
+    fused_token_loss,
     sequence_logprobs,
     set_debug,
     token_logprobs,
+    token_statistics,
 )
 
 
@@ -72,6 +76,17 @@ def right(h: Tensor, w: Tensor, y: Tensor, r: Tensor, flag: bool) -> None:
     fused_logprob_loss(h, w, y, npo).backward()
     fused_logprob_loss(h, w, y, lambda logps, n: -logps.sum() / n.sum(), impl="auto").backward()
     fused_logprob_loss(h, w, y, loss_fn=npo, workspace_mb=0.5).backward()
+    assert_type(fused_logprob_loss(h, w, y, npo, return_stats=True)[1], LogprobStats)
+    fused_npo_loss(h, w, y, ref_logps=r, weights=r).backward()
+
+    def wga(token_logps: Tensor, sequence: Tensor, num_tokens: Tensor) -> Tensor:
+        return (token_logps.detach().exp() * token_logps).mean()
+
+    fused_token_loss(h, w, y, wga).backward()
+    _, token_stats = fused_token_loss(h, w, y, wga, return_stats=True, impl="torch")
+    assert_type(token_stats, TokenStats)
+    assert_type(token_stats.sequence, Tensor)
+    assert_type(token_statistics(h, w, y, ["entropy", "max_logit"], num_rows=3)["entropy"], Tensor)
 
     fused_linear_kl(h, w, h, w).backward()
     assert_type(fused_linear_kl(h, w, h, w, mask=y != -100, reduction="none", ref_bias=r), Tensor)
@@ -121,10 +136,14 @@ def wrong(h: Tensor, w: Tensor, y: Tensor, r: Tensor, flag: bool) -> None:
     token_logprobs(h, w, y, attention_mask=y)  # error: call-arg, reportCallIssue
     token_logprobs(h, w, y, num_rows=1.5)  # error: arg-type, reportArgumentType
 
-    fused_logprob_loss(h, w, y, lambda logps, n: -logps.sum(), reduction="sum")  # error: call-arg, reportCallIssue
-    fused_logprob_loss(h, w, y)  # error: call-arg, reportCallIssue
+    fused_logprob_loss(h, w, y, lambda logps, n: -logps.sum(), reduction="sum")  # error: call-overload, reportCallIssue
+    fused_logprob_loss(h, w, y)  # error: call-overload, reportCallIssue
     fused_logprob_loss(h, w, y, lambda logps: -logps.sum())  # error: arg-type misc, reportArgumentType
     fused_logprob_loss(h, w, y, lambda logps, n: 1.0)  # error: arg-type return-value, reportArgumentType
+
+    fused_token_loss(h, w, y, lambda tokens, sequence: tokens.sum())  # error: arg-type misc, reportCallIssue
+    fused_npo_loss(h, w, y, ref_logps=r, weights=2.0)  # error: call-overload, reportArgumentType
+    token_statistics(h, w, y, ["entropi"])  # error: list-item, reportArgumentType
 
     fused_linear_kl(h, w, h)  # error: call-arg, reportCallIssue
     fused_linear_kl(h, w, h, w, reduction="avg")  # error: arg-type, reportArgumentType

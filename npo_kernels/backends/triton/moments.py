@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from csrc_triton.row_moments import moment_gradient_kernel, row_moments_kernel, row_moments_persistent_kernel
-from csrc_triton.tiles import MOMENT_LOOPS
+from csrc_triton.tiles import MOMENT_LOOPS, MOMENT_WARPS
 from npo_kernels.backends.tiles import find_entry
 from npo_kernels.backends.triton import launch
 from npo_kernels.backends.triton.exp_logits import SORT_BYTES
@@ -80,5 +80,5 @@ def _constants(x: Tensor, head: Head) -> dict[str, Any]:
         "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_H": tile.block_h,
         "SPLIT_TILES": tile.split_tiles, "GROUP": tile.group,
         "UPCAST": launch.INTERPRETED and x.dtype == torch.bfloat16, "PRECISION": launch.precision(x),
-        "PIECES": tile.pieces, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+        "PIECES": tile.pieces, "num_warps": MOMENT_WARPS, "num_stages": tile.num_stages,
     }  # fmt: skip

@@ -17,13 +17,14 @@ def scale_rows_kernel(
     out_ptr,  # (N, H) dtype of x, contiguous, out
     H,
     stride_x,
+    sign,  # 1.0 or -1.0
     BLOCK_H: tl.constexpr,
 ):
-    """out_i = scale_i * x_i, rounded once; exactly 0 where scale_i is. Grid: rows x blocks of H. Moves 2NH elements."""
+    """out_i = sign * scale_i * x_i, rounded once; exactly 0 where scale_i is. Grid: rows x blocks of H. Moves 2NH elements."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = columns < H
-    scale = tl.load(scale_ptr + row)
+    scale = sign * tl.load(scale_ptr + row)
     x = tl.load(x_ptr + row * stride_x + columns, mask=inside, other=0.0).to(tl.float32)
     out = tl.where(scale == 0.0, 0.0, scale * x)
     tl.store(out_ptr + row * H + columns, out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -12,7 +12,8 @@ and for each row of s, what the gradient products take (`npo_kernels.core.softma
     target_coef_i = g_s logit_scale miss_i (1 - (z_i / softcap)^2)
 
 Grid: one program per sequence, its rows in blocks of BLOCK_N from its own first row on, so that the sum does not
-depend on where in the batch the sequence lies. Moves 24N + 36B bytes. A sequence without rows has logps 0.
+depend on where in the batch the sequence lies; and one for the filling rows behind the last sequence, whose factors are
+0. Moves 24N + 36B bytes. A sequence without rows has logps 0.
 """
 
 import triton
@@ -44,6 +45,97 @@ def sequence_sums_kernel(
 
 
 @triton.jit
+def _store_coefficients(
+    rows, inside, grad, z_ptr, miss_ptr, prob_scale_ptr, row_coef_ptr, target_coef_ptr, logit_scale, softcap,
+    HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """What the gradient products take of some rows, from the gradient of their log-probabilities."""
+    row_coef = grad * logit_scale * tl.load(prob_scale_ptr + rows, mask=inside, other=0.0)
+    target_coef = grad * logit_scale * tl.load(miss_ptr + rows, mask=inside, other=0.0)
+    if HAS_SOFTCAP:
+        z = tl.load(z_ptr + rows, mask=inside, other=0.0)
+        target_coef *= 1.0 - (z / softcap) * (z / softcap)
+    # a sequence whose weight has vanished contributes exactly 0
+    tl.store(row_coef_ptr + rows, tl.where(grad == 0.0, 0.0, row_coef), mask=inside)
+    tl.store(target_coef_ptr + rows, tl.where(grad == 0.0, 0.0, target_coef), mask=inside)
+
+
+@triton.jit
+def coefficients_kernel(
+    z_ptr,  # (N,) float32 target logits
+    miss_ptr,  # (N,) float32
+    prob_scale_ptr,  # (N,) float32
+    index_ptr,  # (N,) int64 position of each row
+    target_ptr,  # (N,) int64; -1: a filling row
+    sequence_ptr,  # (N,) int64
+    token_grad_ptr,  # (T,) float32
+    logps_grad_ptr,  # (B,) float32
+    row_coef_ptr,  # (N,) float32, out
+    target_coef_ptr,  # (N,) float32, out
+    N,
+    logit_scale,
+    softcap,
+    HAS_TOKENS: tl.constexpr,
+    HAS_LOGPS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The last step of the header for g_i = token_grad[index_i] + logps_grad[sequence_i], 0 for filling rows.
+
+    Grid: blocks of rows. Moves 40N bytes.
+    """
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < N
+    live = inside & (tl.load(target_ptr + rows, mask=inside, other=-1) != -1)
+    grad = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    if HAS_TOKENS:
+        grad += tl.load(token_grad_ptr + tl.load(index_ptr + rows, mask=live, other=0), mask=live, other=0.0)
+    if HAS_LOGPS:
+        grad += tl.load(logps_grad_ptr + tl.load(sequence_ptr + rows, mask=live, other=0), mask=live, other=0.0)
+    _store_coefficients(
+        rows, inside, grad, z_ptr, miss_ptr, prob_scale_ptr, row_coef_ptr, target_coef_ptr, logit_scale, softcap,
+        HAS_SOFTCAP,
+    )  # fmt: skip
+
+
+@triton.jit
+def sequence_scale_kernel(
+    num_tokens_ptr,  # (B,) int64
+    normalizer_ptr,  # () float32
+    weights_ptr,  # (B,) float32
+    scale_ptr,  # (B,) float32, out
+    B,
+    MEAN: tl.constexpr,
+    HAS_NORMALIZER: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """`npo_kernels.core.formulas.sequence_scale`: 1 of a sequence with rows, 0 of the others; for a mean divided by their
+    number or by a normalizer, NaN if that is not a finite positive one; times a weight, NaN if that is not a finite one
+    from 0 on. Grid: one program. Moves 16B bytes.
+    """
+    divisor = 1.0
+    if HAS_NORMALIZER:
+        divisor = tl.load(normalizer_ptr)
+        divisor = tl.where((divisor > 0.0) & (divisor < float("inf")), divisor, float("nan"))
+    elif MEAN:
+        scored = tl.zeros((BLOCK_N,), dtype=tl.int32)
+        for first in range(0, B, BLOCK_N):
+            sequences = first + tl.arange(0, BLOCK_N)
+            scored += (tl.load(num_tokens_ptr + sequences, mask=sequences < B, other=0) > 0).to(tl.int32)
+        divisor = tl.maximum(tl.sum(scored, axis=0), 1).to(tl.float32)
+    for first in range(0, B, BLOCK_N):
+        sequences = first + tl.arange(0, BLOCK_N)
+        scored = (tl.load(num_tokens_ptr + sequences, mask=sequences < B, other=0) > 0).to(tl.float32)
+        scale = tl.div_rn(scored, divisor)
+        if HAS_WEIGHTS:
+            weight = tl.load(weights_ptr + sequences, mask=sequences < B, other=0.0)
+            weight = tl.where((weight >= 0.0) & (weight < float("inf")), weight, float("nan"))
+            scale = tl.where(scored == 0.0, scale, scale * weight)
+        tl.store(scale_ptr + sequences, scale, mask=sequences < B)
+
+
+@triton.jit
 def ratio_epilogue_kernel(
     z_ptr,  # (N,) float32 target logits
     logp_ptr,  # (N,) float32
@@ -53,9 +145,11 @@ def ratio_epilogue_kernel(
     offset_ptr,  # (B,) float32
     scale_ptr,  # (B,) float32
     logps_ptr,  # (B,) float32, out
-    loss_ptr,  # (B,) float32, out
+    loss_ptr,  # (B,) float32, out: scale_s loss_s
     row_coef_ptr,  # (N,) float32, out
     target_coef_ptr,  # (N,) float32, out
+    B,
+    N,
     beta,
     logit_scale,
     softcap,
@@ -65,6 +159,13 @@ def ratio_epilogue_kernel(
 ):
     """Everything of the header, one launch."""
     sequence = tl.program_id(0)
+    if sequence == B:
+        zeros = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        for first in range(tl.load(starts_ptr + B), N, BLOCK_N):
+            rows = first + tl.arange(0, BLOCK_N)
+            tl.store(row_coef_ptr + rows, zeros, mask=rows < N)
+            tl.store(target_coef_ptr + rows, zeros, mask=rows < N)
+        return
     start, end = tl.load(starts_ptr + sequence), tl.load(starts_ptr + sequence + 1)
     logps = _sum_rows(logp_ptr, start, end, BLOCK_N)
 
@@ -76,18 +177,15 @@ def ratio_epilogue_kernel(
     offset = tl.where(tl.abs(offset) == float("inf"), float("nan"), offset)
     scaled_ratio = beta * (logps / length - offset)
     loss = 2.0 / beta * softplus(scaled_ratio)
-    grad = tl.load(scale_ptr + sequence) * 2.0 * sigmoid(scaled_ratio) / length
+    scale = tl.load(scale_ptr + sequence)
+    grad = scale * 2.0 * sigmoid(scaled_ratio) / length
     tl.store(logps_ptr + sequence, logps)
-    tl.store(loss_ptr + sequence, loss)
+    # the reference of a sequence without a scored token may be anything
+    tl.store(loss_ptr + sequence, tl.where(scale == 0.0, 0.0, scale * loss))
 
     for first in range(start, end, BLOCK_N):
         rows = first + tl.arange(0, BLOCK_N)
-        inside = rows < end
-        row_coef = grad * logit_scale * tl.load(prob_scale_ptr + rows, mask=inside, other=0.0)
-        target_coef = grad * logit_scale * tl.load(miss_ptr + rows, mask=inside, other=0.0)
-        if HAS_SOFTCAP:
-            z = tl.load(z_ptr + rows, mask=inside, other=0.0)
-            target_coef *= 1.0 - (z / softcap) * (z / softcap)
-        # a sequence whose weight has vanished contributes exactly 0
-        tl.store(row_coef_ptr + rows, tl.where(grad == 0.0, 0.0, row_coef), mask=inside)
-        tl.store(target_coef_ptr + rows, tl.where(grad == 0.0, 0.0, target_coef), mask=inside)
+        _store_coefficients(
+            rows, rows < end, grad, z_ptr, miss_ptr, prob_scale_ptr, row_coef_ptr, target_coef_ptr, logit_scale,
+            softcap, HAS_SOFTCAP,
+        )  # fmt: skip

@@ -92,6 +92,7 @@ MOMENT_WARPS = 8
 # `row_moments_kernel` runs: nothing has been measured yet.
 MOMENT_LOOPS: dict[tuple[str, int, int], str] = {}
 
+BLOCK_POSITIONS = 1024  # of the batch, scored or not, a program of the compaction
 BLOCK_ROWS = 128  # rows a program of the (N,) kernels
 BLOCK_HIDDEN = 1024  # elements of H a program of the (N, H) kernels
 BLOCK_RUN = 8  # rows of one label summed at a time

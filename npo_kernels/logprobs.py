@@ -11,7 +11,7 @@ from npo_kernels.call.call import Call
 from npo_kernels.call.prepare import prepare
 from npo_kernels.core.layout import DEAD_ROW
 from npo_kernels.core.value_checks import check_values
-from npo_kernels.ops.logprobs import token_logps
+from npo_kernels.ops.logprobs import LogpsCall, token_logps
 
 
 @checked
@@ -76,46 +76,52 @@ def token_logprobs(
     and errors as in `sequence_logprobs`.
     """
     call = prepare(hidden, lm_head_weight, labels, options)
-    tokens = reference_tokens(call) if call.execution.impl == "reference" else token_logps(call).tokens
+    if call.execution.impl == "reference":
+        tokens = reference_tokens(call)
+    else:
+        tokens = token_logps(LogpsCall(call, per_token=True)).tokens
     return tokens.reshape(labels.shape)
 
 
 def sequence_logps(call: Call) -> tuple[Tensor, Tensor]:
     """(logps, num_tokens) of a checked call."""
     if call.execution.impl == "reference":
-        logps = reference.sum_by_sequence(reference_tokens(call), call.offsets)
-    else:
-        logps = token_logps(call).logps
-    return logps, num_tokens(call)
+        return reference.sum_by_sequence(reference_tokens(call), call.positions().offsets), reference_counts(call)
+    results = token_logps(LogpsCall(call, per_token=False))
+    return results.logps, results.num_tokens
 
 
-def num_tokens(call: Call) -> Tensor:
-    """(B,) int64 number of scored positions of each sequence."""
-    scored = torch.nn.functional.pad((call.targets != call.ignore_index).cumsum(0), (1, 0))
-    return scored[call.offsets.clamp(0, call.targets.shape[0])].diff()
-
-
-def scored_tokens(call: Call) -> tuple[Tensor, Tensor]:
-    """(token_logps (N,), sequence (N,) int64) of the scored tokens of a checked call, in their order.
+def scored_tokens(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """(token_logps (N,), sequence (N,) int64, num_tokens (B,)) of the scored tokens of a checked call, in their order.
 
     Where `num_rows` is too large, the rows beyond the scored ones are NaN.
     """
     if call.execution.impl == "reference":
-        index = (call.targets != call.ignore_index).nonzero().squeeze(1)
-        return reference_tokens(call)[index], torch.bucketize(index, call.offsets[1:], right=True)
-    results = token_logps(call)
+        targets, offsets = call.positions()
+        index = (targets != call.ignore_index).nonzero().squeeze(1)
+        return reference_tokens(call)[index], torch.bucketize(index, offsets[1:], right=True), reference_counts(call)
+    results = token_logps(LogpsCall(call, per_token=True))
     rows = results.saved
     tokens = results.tokens[rows.positions]
     if call.num_rows is not None:
         tokens = torch.where(rows.target == DEAD_ROW, torch.nan, tokens)
-    return tokens, rows.sequence.clamp(max=call.num_sequences - 1)
+    return tokens, rows.sequence.clamp(max=call.num_sequences - 1), results.num_tokens
+
+
+def reference_counts(call: Call) -> Tensor:
+    """(B,) int64 number of scored positions of each sequence."""
+    targets, offsets = call.positions()
+    scored = torch.nn.functional.pad((targets != call.ignore_index).cumsum(0), (1, 0))
+    return scored[offsets.clamp(0, targets.shape[0])].diff()
 
 
 def reference_tokens(call: Call) -> Tensor:
     """(T,) log-probabilities of the oracle."""
     head = call.head
-    check_values(call.targets, call.offsets, head.weight.shape[0], call.ignore_index, call.num_rows)
+    check_values(
+        call.labels, call.cu_seqlens, call.shift, head.weight.shape[0], call.ignore_index, call.num_rows
+    )
     return reference.token_logps(
-        call.hidden, head.weight, call.targets,
+        call.hidden, head.weight, call.positions().targets,
         bias=head.bias, ignore_index=call.ignore_index, logit_scale=head.logit_scale, softcap=head.softcap,
     )  # fmt: skip

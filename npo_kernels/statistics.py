@@ -67,5 +67,6 @@ def token_statistics(
 def reference_statistics(call: Call) -> dict[str, Tensor]:
     """Of the oracle, (T,) each."""
     head = call.head
-    check_values(call.targets, call.offsets, head.weight.shape[0], call.ignore_index, call.num_rows)
-    return reference.token_statistics(call.hidden, head, call.targets, call.ignore_index)
+    batch = call.labels, call.cu_seqlens, call.shift
+    check_values(*batch, head.weight.shape[0], call.ignore_index, call.num_rows)
+    return reference.token_statistics(call.hidden, head, call.positions().targets, call.ignore_index)

@@ -11,7 +11,7 @@ from npo_kernels.call.arguments import CallOptions, check_loss_fn, checked
 from npo_kernels.call.call import Call
 from npo_kernels.call.prepare import prepare
 from npo_kernels.core.value_checks import check_exact_rows
-from npo_kernels.logprobs import num_tokens, scored_tokens, sequence_logps
+from npo_kernels.logprobs import scored_tokens, sequence_logps
 from npo_kernels.ops.token_loss import check_scalar, of_sequences, of_tokens, token_loss
 
 SequenceLoss = Callable[[Tensor, Tensor], Tensor]
@@ -146,10 +146,9 @@ def fused_token_loss(
         loss = results.loss
         stats = TokenStats(results.logps, results.num_tokens, results.token_logps, results.sequence)
     else:
-        counts = num_tokens(call)
+        token_logps, sequence, counts = scored_tokens(call)
         if call.num_rows is not None and not torch.compiler.is_compiling():
             check_exact_rows(counts.sum(), call.num_rows)
-        token_logps, sequence = scored_tokens(call)
         loss = loss_fn(token_logps, sequence, counts)
         check_scalar(loss)
         if return_stats:

@@ -196,14 +196,15 @@ def call_of(batch: Batch, impl: str, needs: Sequence[str] | None = None, num_row
     wanted = needs or [name for name, t in batch.tensors.items() if t.requires_grad]
     execution = Execution(impl, 2**22, None, (), Needs(*(name in wanted for name in ("hidden", "weight", "bias"))))
     head = Head(batch.weight, batch.bias, 0.5, 20.0)
-    return Call(batch.hidden, head, batch.labels, batch.cu_seqlens.long(), batch.ignore_index, num_rows, execution)
+    layout = batch.labels, batch.cu_seqlens, False, batch.ignore_index
+    return Call(batch.hidden, head, *layout, num_rows, execution)
 
 
 def kl_call_of(batch: Batch, impl: str, needs: Sequence[str] | None = None) -> KLCall:
     """The same of `fused_linear_kl`: the model against one of reversed hidden states."""
     call = call_of(batch, impl, needs)
     reference = batch.hidden.detach().flip(0), Head(batch.weight.detach(), None, 0.5, 20.0)
-    return KLCall(call.hidden, call.head, *reference, call.targets != batch.ignore_index, call.execution)
+    return KLCall(call.hidden, call.head, *reference, call.labels != batch.ignore_index, call.execution)
 
 
 def opcheck(operator: Operator, arguments) -> None:

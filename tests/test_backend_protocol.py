@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npo_kernels.backends.choose import backend_of
-from npo_kernels.core import softmax_stats
+from npo_kernels.core import formulas, layout, softmax_stats
 from npo_kernels.core.backend import Backend
 from npo_kernels.core.formulas import RatioLoss
 from npo_kernels.core.lm_head import Head
@@ -85,6 +85,58 @@ def kl_scratch(r: Rows) -> Result:
     return []
 
 
+def compact(r: Rows) -> Result:
+    """tests/test_layout.py has every shape of a batch."""
+    labels = torch.where(torch.arange(N, device=DEVICE) % 4 == 1, -7, r.target)
+    cu_seqlens, found = STARTS.int(), None
+    for num_rows in (None, N):
+        found = r.backend.compact(labels, cu_seqlens, True, V, -7, num_rows)
+        expected = layout.compact(*layout.flatten(labels, cu_seqlens, True, -7), V, -7, num_rows)
+        for name, value in vars(expected).items():
+            got = vars(found)[name]
+            assert torch.equal(got, value) if isinstance(value, Tensor) else got == value, name
+    return []
+
+
+def gather_rows(r: Rows) -> Result:
+    """A filling row points at what must not be read into a result."""
+    index, target = torch.tensor([3, 5, 0, 0], device=DEVICE), torch.tensor([7, 8, layout.DEAD_ROW, layout.DEAD_ROW])
+    rows = layout.Rows(index, target.to(DEVICE), *3 * [index], host_starts=None)
+    x = r.x.clone()
+    x[0] = torch.nan
+    return [(r.backend.gather_rows(x, rows), torch.cat((x[[3, 5]].double(), torch.zeros_like(x[:2]).double())), r.dtype)]
+
+
+def coefficients(r: Rows) -> Result:
+    stats = Statistics(r.anchor, -r.anchor.abs(), *(draw(N, seed=s).abs() for s in (4, 5, 6)))
+    sequence, target = SEQUENCE.clone(), r.target.clone()
+    sequence[-2:], target[-2:] = 4, layout.DEAD_ROW
+    index = torch.arange(N, device=DEVICE) * 2
+    index[-2:] = 0
+    rows = layout.Rows(index, target, sequence, STARTS, STARTS.diff(), host_starts=None)
+    tokens, logps = draw(2 * N, seed=7), draw(4, seed=8)
+    wide, found = Statistics(*(t.double() for t in vars(stats).values())), []
+    for per_token, per_sequence in ((tokens, logps), (None, logps), (tokens, None)):
+        grad = torch.zeros(N, dtype=torch.float64, device=DEVICE)
+        grad += 0 if per_token is None else per_token[index]
+        grad += 0 if per_sequence is None else F.pad(per_sequence, (0, 1))[sequence]
+        grad[-2:] = 0
+        expected = softmax_stats.gradient_coefficients(wide, grad, r.head)
+        found += zip(r.backend.coefficients(stats, rows, per_token, per_sequence, r.head), expected, strict=True)
+    return [(got, value, torch.float32) for got, value in found]
+
+
+def sequence_scale(r: Rows) -> Result:
+    num_tokens, found = torch.arange(300, device=DEVICE) % 3, []
+    normalizers = [None, *(torch.tensor(value, device=DEVICE) for value in (7.0, 0.0, torch.inf, torch.nan))]
+    for reduction, normalizer in (("sum", None), *(("mean", normalizer) for normalizer in normalizers)):
+        scale = r.backend.sequence_scale(num_tokens, reduction, normalizer)
+        expected = formulas.sequence_scale(num_tokens, reduction, normalizer)
+        torch.testing.assert_close(scale, expected, rtol=0, atol=0, equal_nan=True)
+        found.append((scale.nan_to_num(), expected.nan_to_num().double(), torch.float32))
+    return found[:3]
+
+
 def target_logits(r: Rows) -> Result:
     return [(r.backend.target_logits(r.x, r.head, r.target), r.z.gather(1, r.target[:, None])[:, 0], torch.float32)]
 
@@ -152,7 +204,9 @@ def scale_rows(r: Rows) -> Result:
     scale = draw(N, seed=3)
     scale[4], r.x[4] = 0.0, torch.inf
     expected = torch.where(scale[:, None] == 0, 0.0, scale[:, None].double() * r.x.double())
-    return [(r.backend.scale_rows(r.x, scale), expected, r.slab_dtype)]
+    scaled, negated = r.backend.scale_rows(r.x, scale), r.backend.scale_rows(r.x, scale, sign=-1.0)
+    assert torch.equal(scaled, -negated)
+    return [(scaled, expected, r.slab_dtype)]
 
 
 def finish_hidden_grad(r: Rows) -> Result:
@@ -228,6 +282,7 @@ def ratio_epilogue(r: Rows) -> Result:
     exact = RatioLoss(ratio.offset.double(), ratio.scale.double(), ratio.num_tokens, 0.3, length_normalized=False)
     logps = torch.zeros(4, dtype=torch.float64, device=DEVICE).index_add_(0, SEQUENCE, wide.logp)
     losses, grad = exact.value_and_grad(logps)
+    losses = formulas.reduce(exact.scale, losses)
     expected = (logps, losses, *softmax_stats.gradient_coefficients(wide, F.pad(grad, (0, 1))[SEQUENCE], r.head))
     return [(got, value, torch.float32) for got, value in zip(found, expected, strict=True)]
 
@@ -238,6 +293,10 @@ PRIMITIVES: dict[str, Callable[[Rows], Result]] = {
     "describe": describe,
     "scratch": scratch,
     "kl_scratch": kl_scratch,
+    "compact": compact,
+    "gather_rows": gather_rows,
+    "coefficients": coefficients,
+    "sequence_scale": sequence_scale,
     "target_logits": target_logits,
     "exp_logits": exp_logits,
     "exp_logits_at": exp_logits_at,

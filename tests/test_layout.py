@@ -12,9 +12,7 @@ V = 10
 
 
 def flat_targets(labels, cu_seqlens=None, shift=True):
-    hidden = torch.zeros(*labels.shape, 1)
-    positions = flatten(hidden, labels, cu_seqlens, shift, IGNORE)
-    assert positions.hidden.shape == (labels.numel(), 1)
+    positions = flatten(labels, cu_seqlens, shift, IGNORE)
     return positions.targets.tolist(), positions.offsets.tolist()
 
 
@@ -105,6 +103,4 @@ def test_too_few_rows_poison_all_of_them():
 def test_broken_offsets_poison_every_row_and_read_nothing_outside(offsets):
     rows = compact(torch.tensor([1, 2, 3, 4]), torch.tensor(offsets), V, IGNORE, num_rows=4)
     assert rows.target.tolist() == [V] * 4
-    assert flatten(
-        torch.zeros(4, 1), torch.tensor([1, 2, 3, 4]), torch.tensor(offsets), True, IGNORE
-    ).targets.shape == (4,)
+    assert flatten(torch.tensor([1, 2, 3, 4]), torch.tensor(offsets), True, IGNORE).targets.shape == (4,)

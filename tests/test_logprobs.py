@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from npo_kernels import sequence_logprobs, token_logprobs
-from npo_kernels.ops.logprobs import token_logps
+from npo_kernels.ops.logprobs import LogpsCall, token_logps
 from tests import support
 from tests.support import DTYPES, IMPLS, LAYOUTS, TINY, evaluate, make_batch, name_of, npo, relative_error, user_loss
 
@@ -63,7 +63,7 @@ def test_the_operator_adds_the_gradients_of_both_of_its_results(impl, needs):
     batch = small(head="bias", layout="packed").leaves(needs)
 
     def both(scale_tokens, scale_logps):
-        results = token_logps(support.call_of(batch, impl))
+        results = token_logps(LogpsCall(support.call_of(batch, impl), per_token=True))
         tokens, logps = results.tokens, results.logps
         loss = scale_tokens * (tokens * support.upstream(tokens.shape)).sum()
         loss = loss + scale_logps * (logps * support.upstream(logps.shape)).sum()

@@ -19,7 +19,7 @@ from npo_kernels.core.row_moments import NAMES
 from npo_kernels.ops import token_statistics as statistics
 from npo_kernels.ops.gradients import scale_gradient
 from npo_kernels.ops.linear_kl import KLLossCall, SavedKL, UpstreamKL, linear_kl, linear_kl_backward, linear_kl_loss
-from npo_kernels.ops.logprobs import SavedCall, Upstream, token_logps, token_logps_backward
+from npo_kernels.ops.logprobs import LogpsCall, SavedCall, Upstream, token_logps, token_logps_backward
 from npo_kernels.ops.ratio_loss import RatioCall, ratio_loss
 from npo_kernels.ops.token_statistics import SavedStatistics, UpstreamStatistics
 from tests.support import (
@@ -45,15 +45,16 @@ NEEDS = [(), ("hidden",), ("weight",), ("hidden", "weight", "bias")]
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck_token_logps(impl, needs, num_rows):
     batch = make_batch(head="bias", layout="packed", **SMALL).leaves(needs)
-    opcheck(token_logps, call_of(batch, impl, num_rows=num_rows))
+    opcheck(token_logps, LogpsCall(call_of(batch, impl, num_rows=num_rows), per_token=num_rows is None))
 
 
 @pytest.mark.parametrize("needs", NEEDS[1:], ids=name_of)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck_token_logps_backward(impl, needs):
     call = call_of(make_batch(head="bias", layout="packed", **SMALL), impl, needs)
-    saved = SavedCall(call.hidden, call.head, token_logps(call).saved, call.execution)
-    opcheck(token_logps_backward, Upstream(torch.ones(len(call.targets)), torch.ones(call.num_sequences), saved))
+    saved = SavedCall(call.hidden, call.head, token_logps(LogpsCall(call, per_token=False)).saved, call.execution)
+    tokens, sequences = torch.ones(len(call.labels)), torch.ones(call.num_sequences)
+    opcheck(token_logps_backward, Upstream(saved, tokens, sequences if "hidden" in needs else None))
 
 
 @pytest.mark.parametrize("num_rows", [None, 15])

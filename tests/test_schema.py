@@ -13,7 +13,7 @@ from torch import Tensor
 from npo_kernels.call.arguments import CallOptions
 from npo_kernels.call.call import Call
 from npo_kernels.call.prepare import CARRIED
-from npo_kernels.ops.logprobs import token_logps
+from npo_kernels.ops.logprobs import LogpsCall, token_logps
 from npo_kernels.ops.schema import Operator, Schema
 from tests import support
 from tests.support import make_batch
@@ -101,13 +101,14 @@ def test_a_gradient_of_what_is_no_argument_is_refused(smoothed):
 def test_a_field_of_a_call_is_an_argument_of_the_operators():
     """What a new argument of all losses takes: a line in CallOptions, a field of Call, the formula that uses it."""
     names = [argument.name for argument in token_logps.op._opoverload._schema.arguments]
-    assert names == [name.replace(".", "_") for name in Schema(Call).leaves]
+    assert names == [name.replace(".", "_") for name in Schema(LogpsCall).leaves]
+    assert names[:-1] == [f"call_{name.replace('.', '_')}" for name in Schema(Call).leaves]
     call = support.call_of(make_batch(layout="packed"), "torch")
     wider = make_dataclass("Wider", [*get_type_hints(Call).items(), ("label_smoothing", float)])
     flat = Schema(wider).flatten(wider(**call._asdict(), label_smoothing=0.1))
-    assert len(flat) == len(names) + 1 and flat[-1] == 0.1
+    assert len(flat) == len(names) and flat[-1] == 0.1
 
 
 def test_options_that_are_fields_of_a_call_travel_as_they_are():
-    assert set(CARRIED) == {"ignore_index", "num_rows"}
+    assert set(CARRIED) == {"cu_seqlens", "shift", "ignore_index", "num_rows"}
     assert set(CARRIED) == set(Call._fields) & set(CallOptions.__annotations__)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from npo_kernels.core.layout import Positions, flatten
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.task import Needs
 from npo_kernels.core.vocab_parallel import Shard
@@ -29,19 +30,24 @@ class Execution(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A batch of sequences, flattened and shifted, and a head: log-probabilities of labels and losses of them."""
+    """A batch of sequences and a head: log-probabilities of labels and losses of them."""
 
     hidden: Tensor  # (T, H)
     head: Head
-    targets: Tensor  # (T,) int64, ignore_index where nothing is scored
-    offsets: Tensor  # (B+1,) int64: sequence s owns the positions offsets[s] to offsets[s+1]
+    labels: Tensor  # (B, S) int64 of a padded batch, T = B S; (T,) of a packed one
+    cu_seqlens: Tensor | None  # (B+1,) of a packed batch
+    shift: bool
     ignore_index: int
     num_rows: int | None  # scored positions, or a bound above their number, if the caller knows
     execution: Execution
 
     @property
     def num_sequences(self) -> int:
-        return self.offsets.shape[0] - 1
+        return self.labels.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    def positions(self) -> Positions:
+        """Targets and offsets of the T positions."""
+        return flatten(self.labels, self.cu_seqlens, self.shift, self.ignore_index)
 
 
 class KLCall(NamedTuple):

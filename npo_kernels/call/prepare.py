@@ -7,7 +7,6 @@ from npo_kernels.backends.choose import resolve_impl
 from npo_kernels.call.arguments import CallOptions, Impl
 from npo_kernels.call.call import Call, Execution, KLCall
 from npo_kernels.call.checks import check_batch, check_kl
-from npo_kernels.core.layout import flatten
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.plan import workspace_bytes
 from npo_kernels.core.task import Needs
@@ -22,26 +21,26 @@ def prepare(hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, options: Cal
 
     `options` is complete: `npo_kernels.call.arguments.checked` has put the defaults in.
     """
-    impl, ignore_index, cu_seqlens = options["impl"], options["ignore_index"], options["cu_seqlens"]
+    impl = options["impl"]
     weight, bias, shard = local_head(lm_head_weight, options["bias"], options["process_group"])
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
-    check_batch(hidden, weight, labels, bias, cu_seqlens, impl)
+    check_batch(hidden, weight, labels, bias, options["cu_seqlens"], impl)
     if shard is not None and impl == "reference":
         raise ValueError("impl='reference' takes the whole head: gather it, or use impl='torch' with process_group")
-    positions = flatten(_rows_contiguous(hidden), labels.contiguous(), cu_seqlens, options["shift"], ignore_index)
+    hidden = _rows_contiguous(hidden)
+    hidden = hidden.reshape(labels.numel(), hidden.shape[-1])
     head = _head(weight, bias, options["logit_scale"], options["softcap"])
     return Call(
-        hidden=positions.hidden,
+        hidden=hidden,
         head=head,
-        targets=positions.targets,
-        offsets=positions.offsets,
+        labels=labels.contiguous(),
         **{name: options[name] for name in CARRIED},  # type: ignore[literal-required]
         execution=Execution(
             impl=resolve_impl(impl, hidden.device),
             workspace_bytes=workspace_bytes(options["workspace_mb"]),
             group=None if shard is None else shard.group,
             sizes=() if shard is None else shard.sizes,
-            needs=_needs(positions.hidden, head),
+            needs=_needs(hidden, head),
         ),
     )
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from npo_kernels.core.formulas import RatioLoss
+from npo_kernels.core.layout import Rows
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.plan import Scratch
 from npo_kernels.core.row_moments import GradientRows, Moments
@@ -40,6 +41,24 @@ class Backend(Protocol):
 
     def kl_scratch(self, x: Tensor, head: Head, ref_x: Tensor, ref_head: Head) -> Scratch:
         """The same of `softmax_sums`, `kl_logits` and `kl_sums` for all rows."""
+
+    def compact(
+        self,
+        labels: Tensor,  # (B, S), or (T,) with
+        cu_seqlens: Tensor | None,  # (B+1,) int32 or int64
+        shift: bool,
+        vocab_size: int,
+        ignore_index: int,
+        num_rows: int | None,
+    ) -> Rows:
+        """The scored positions of a batch, in order.
+
+        positions = layout.flatten(labels, cu_seqlens, shift, ignore_index)
+        rows = layout.compact(*positions, vocab_size, ignore_index, num_rows)
+        """
+
+    def gather_rows(self, hidden: Tensor, rows: Rows) -> Tensor:
+        """(N, H) hidden[rows.index] of hidden (T, H); filling rows (`layout.DEAD_ROW`) are 0, whatever hidden holds."""
 
     def target_logits(self, x: Tensor, head: Head, target: Tensor) -> Tensor:
         """(n,) z[i, target_i]; NaN where target_i == V, any number where it is below 0.
@@ -128,8 +147,8 @@ class Backend(Protocol):
         slab = (e * (rows.constant + rows.linear * c + rows.square * c**2) + rows.flat) * slope
         """
 
-    def scale_rows(self, x: Tensor, scale: Tensor) -> Tensor:
-        """(n, H) scale[:, None] * x, rounded once to slab_dtype; a row of scale 0 is 0, whatever x holds."""
+    def scale_rows(self, x: Tensor, scale: Tensor, sign: float = 1.0) -> Tensor:
+        """(n, H) sign * scale[:, None] * x, rounded once to slab_dtype; a row of scale 0 is 0, whatever x holds."""
 
     def finish_hidden_grad(
         self,
@@ -155,8 +174,27 @@ class Backend(Protocol):
         grad.index_add_(0, target - begin, coef[:, None] * x)
         """
 
+    def sequence_scale(
+        self, num_tokens: Tensor, reduction: str, normalizer: Tensor | None, weights: Tensor | None = None
+    ) -> Tensor:
+        """(B,) `formulas.sequence_scale`."""
+
     def sequence_sums(self, values: Tensor, sequence: Tensor, starts: Tensor) -> Tensor:
         """(B,) sums of values (n,) over the rows starts[s] to starts[s+1]; filling rows belong to no sequence."""
+
+    def coefficients(
+        self,
+        stats: Statistics,
+        rows: Rows,
+        grad_tokens: Tensor | None,  # (T,) upstream gradients of the log-probabilities of positions,
+        grad_logps: Tensor | None,  # (B,) and of their sums over sequences
+        head: Head,
+    ) -> tuple[Tensor, Tensor]:
+        """(row_coef (n,), target_coef (n,)), 0 for filling rows.
+
+        grad = grad_tokens[rows.index] + grad_logps[rows.sequence]
+        row_coef, target_coef = softmax_stats.gradient_coefficients(stats, grad, head)
+        """
 
     def ratio_epilogue(
         self,
@@ -170,5 +208,6 @@ class Backend(Protocol):
 
         logps = sequence_sums(stats.logp, sequence, starts)
         losses, grad = ratio.value_and_grad(logps)
+        losses = formulas.reduce(ratio.scale, losses)
         row_coef, target_coef = softmax_stats.gradient_coefficients(stats, grad[sequence], head)
         """

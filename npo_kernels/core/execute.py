@@ -69,17 +69,19 @@ def expectation(task: Task, plan: Plan, x: Tensor) -> tuple[Statistics, Tensor]:
     target = task.rows.target
     z = target_logits(task, x, target)
     anchor, sums = z, []
-    product = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    product = None
     for begin, end in plan.slices:
         slab, part, raised = task.backend.exp_logits(x, task.head, target, anchor, (begin, end))
-        if begin > 0:  # an anchor raised by this slice rescales what the earlier ones left
+        if product is not None:  # an anchor raised by this slice rescales what the earlier ones left
             product *= torch.where(raised > anchor, torch.exp(anchor - raised), 1.0).unsqueeze(1)
         anchor = raised
         sums.append(part)
-        matmul(slab, task.head.weight[begin:end], out=product)
+        product = matmul(slab, task.head.weight[begin:end], out=product)
         del slab  # before the next slice's is made
-    parts = torch.cat(sums)
-    if len(plan.slices) > 1:  # as if the anchor had been known from the start: the bits of logp do not show the slices
+    assert product is not None  # a plan has a slice at least
+    parts = sums[0]
+    if len(sums) > 1:  # as if the anchor had been known from the start: the bits of logp do not show the slices
+        parts = torch.cat(sums)
         task.backend.resum(x, task.head, target, anchor, anchor > z, parts)
     return row_statistics(task, x, parts, anchor, z), product
 
@@ -124,13 +126,13 @@ def gradients_of_slabs(
     peaks: tuple[Tensor, Tensor] | None = None,  # (coefficient, column), (n,) each: of one more term a row
 ) -> Gradients:
     """Gradients from slabs that are formed one vocabulary slice at a time. Two products beside those of the slabs."""
-    product = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if task.needs.hidden else None
+    product = None
     head_grads = HeadGradients(task, accumulate=False)
     head_grads.take_rows(x, *coefs, task.rows.target, peaks)
     for begin, end in plan.slices:
         slab = slab_of((begin, end))
-        if product is not None:
-            matmul(slab, task.head.weight[begin:end], out=product)
+        if task.needs.hidden:
+            product = matmul(slab, task.head.weight[begin:end], out=product)
         head_grads.add(slab, begin, end)
         del slab  # before the next slice's is made
     hidden_grad = None

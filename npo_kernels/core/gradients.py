@@ -70,9 +70,10 @@ class HeadGradients:
         terms = ([] if target is None else [(target_coef, target)]) + ([] if peaks is None else [peaks])
         self.terms = [(coef, self.backend.group_targets(column)) for coef, column in terms if wanted]
         self.parts = []
-        for features, grad in ((x, self.weight), (x.new_ones(x.shape[0], BIAS_COLUMNS), self.bias)):
+        for grad in (self.weight, self.bias):
             if grad is not None:
-                self.parts.append((features, self.backend.scale_rows(features, -row_coef), grad))
+                features = x if grad is self.weight else x.new_ones(x.shape[0], BIAS_COLUMNS)
+                self.parts.append((features, self.backend.scale_rows(features, row_coef, sign=-1.0), grad))
 
     def add(self, slab: Tensor, begin: int, end: int) -> None:
         """Take in the exponentials of the vocabulary slice [begin, end)."""

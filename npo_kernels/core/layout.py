@@ -1,11 +1,12 @@
 """Where the scored positions are: padded and packed batches, the shift, and the compaction of rows.
 
-Every public function turns its batch into the same flat form (`Positions`): T positions, a target for each, and the
-range of positions of each sequence. The shift rule lives here and nowhere else. `compact` then keeps the scored
-positions only, so that prompt and padding cost nothing in the products.
+Every batch is turned into the same flat form (`Positions`): T positions, a target for each, and the range of positions
+of each sequence. `compact` then keeps the scored positions only, so that prompt and padding cost nothing in the products.
+The shift rule is here, and once more where both steps are one, in `csrc_triton/compaction.py`.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +18,15 @@ DEAD_ROW = -1
 ELSEWHERE = -2
 
 
-@dataclass(frozen=True)
-class Positions:
+class Positions(NamedTuple):
     """A batch as T flat positions. Sequence s owns positions offsets[s] to offsets[s+1]."""
 
-    hidden: Tensor  # (T, H)
     targets: Tensor  # (T,) int64, ignore_index where nothing is scored
     offsets: Tensor  # (B+1,) int64
 
 
-def flatten(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> Positions:
-    """Padded (B, S, H) or packed (T, H) with cu_seqlens -> flat positions with the shift applied.
+def flatten(labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> Positions:
+    """Padded (B, S) or packed (T,) labels with cu_seqlens -> flat positions with the shift applied.
 
     With `shift`, position t is scored on labels[t+1]; the last position of a sequence is scored on nothing, so that
     no pair crosses a boundary even where a collator left the first label of a sequence in place.
@@ -38,8 +37,7 @@ def flatten(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bo
             # min() keeps a batch of zero-length sequences a batch of zero-length sequences
             labels = F.pad(labels[:, 1:], (0, min(1, length)), value=ignore_index)
         offsets = torch.arange(batch + 1, device=labels.device) * length
-        hidden = hidden.reshape(batch * length, hidden.shape[-1])
-        return Positions(hidden, labels.reshape(-1), offsets)
+        return Positions(labels.reshape(-1), offsets)
     offsets = cu_seqlens.to(torch.int64)
     if shift:
         total = labels.shape[0]
@@ -48,7 +46,7 @@ def flatten(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bo
         boundary = boundary.index_fill(0, offsets.clamp(0, total), True)[1:]
         labels = F.pad(labels[1:], (0, min(1, total)), value=ignore_index)
         labels = labels.masked_fill(boundary, ignore_index)
-    return Positions(hidden, labels, offsets)
+    return Positions(labels, offsets)
 
 
 @dataclass(frozen=True)
@@ -59,12 +57,8 @@ class Rows:
     target: Tensor  # (N,) int64 label in [0, V); V = poisoned (the row gives NaN); DEAD_ROW = filling; ELSEWHERE
     sequence: Tensor  # (N,) int64 sequence of each row; B for filling rows
     starts: Tensor  # (B+1,) int64: rows starts[s] to starts[s+1] belong to sequence s
-    host_starts: tuple[int, ...] | None  # the same on the host; None when the caller passed num_rows (no sync)
-
-    @property
-    def num_tokens(self) -> Tensor:
-        """(B,) int64 number of scored tokens of each sequence."""
-        return self.starts.diff()
+    num_tokens: Tensor  # (B,) int64 rows of each sequence
+    host_starts: tuple[int, ...] | None  # starts on the host; None when the caller passed num_rows (no sync)
 
 
 def compact(targets: Tensor, offsets: Tensor, vocab_size: int, ignore_index: int, num_rows: int | None) -> Rows:
@@ -95,4 +89,5 @@ def compact(targets: Tensor, offsets: Tensor, vocab_size: int, ignore_index: int
     target = torch.where(live, label.masked_fill(out_of_range, vocab_size), DEAD_ROW)
     sequence = torch.bucketize(index, offsets[1:], right=True)
     sequence = torch.where(live, sequence, offsets.shape[0] - 1)
-    return Rows(index, target, sequence, starts.clamp(max=num_rows), host_starts)
+    starts = starts.clamp(max=num_rows)
+    return Rows(index, target, sequence, starts, starts.diff(), host_starts)

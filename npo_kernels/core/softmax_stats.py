@@ -31,6 +31,8 @@ class Statistics:
 
 def concatenate(parts: list[Statistics]) -> Statistics:
     """Of consecutive rows."""
+    if len(parts) == 1:
+        return parts[0]
     return Statistics(*(torch.cat(values) for values in zip(*(vars(part).values() for part in parts), strict=True)))
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from npo_kernels.core.backend import Backend
-from npo_kernels.core.layout import DEAD_ROW, Rows
+from npo_kernels.core.layout import Rows
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.plan import Plan, Scratch, default_workspace, make_plan
 from npo_kernels.core.vocab_parallel import Shard, clip
@@ -61,9 +61,7 @@ class Task:
         """(N, H) the scored rows; filling rows are zero, whatever the position they point at holds."""
         if not self.gathers:
             return self.hidden
-        rows = self.rows
-        x = self.hidden[rows.index]
-        return x if rows.host_starts is not None else x.masked_fill_((rows.target == DEAD_ROW).unsqueeze(1), 0)
+        return self.backend.gather_rows(self.hidden, self.rows)
 
     def plan(
         self,

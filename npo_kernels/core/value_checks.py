@@ -9,6 +9,8 @@ import os
 
 from torch import Tensor
 
+from npo_kernels.core.layout import flatten
+
 _debug = os.environ.get("NPO_KERNELS_DEBUG", "0") not in ("", "0")
 
 
@@ -23,10 +25,13 @@ def readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or _debug
 
 
-def check_values(targets: Tensor, offsets: Tensor, vocab_size: int, ignore_index: int, num_rows: int | None) -> None:
+def check_values(
+    labels: Tensor, cu_seqlens: Tensor | None, shift: bool, vocab_size: int, ignore_index: int, num_rows: int | None
+) -> None:
     """Labels in [0, V), offsets monotone from 0 to T, num_rows large enough. Only where reading values is free."""
-    if not readable(targets):
+    if not readable(labels):
         return
+    targets, offsets = flatten(labels, cu_seqlens, shift, ignore_index)
     total = targets.shape[0]
     if offsets[0] != 0 or offsets[-1] != total or (offsets.diff() < 0).any():
         raise ValueError(

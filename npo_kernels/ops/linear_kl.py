@@ -3,6 +3,7 @@
 The scalar forms its gradients in the forward (6 products in all), the vector in its backward (8).
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from npo_kernels.backends.choose import backend_of
 from npo_kernels.call.call import KLCall
 from npo_kernels.core.gradients import Gradients
-from npo_kernels.core.layout import DEAD_ROW, ELSEWHERE, Rows, compact
+from npo_kernels.core.layout import DEAD_ROW, ELSEWHERE, compact
 from npo_kernels.core.linear_kl import Pair
 from npo_kernels.core.softmax_stats import Normalizers
 from npo_kernels.core.task import Needs, Task
@@ -34,7 +35,7 @@ def pair_of(call: KLCall, needs: Needs, upstream_later: bool = False) -> Pair:
     """
     ends = torch.arange(2, device=call.hidden.device) * call.hidden.shape[0]  # a copy from the host would wait
     rows = compact(torch.where(call.counted, 0, DEAD_ROW), ends, 1, DEAD_ROW, num_rows=None)
-    rows = Rows(rows.index, torch.full_like(rows.target, ELSEWHERE), rows.sequence, rows.starts, rows.host_starts)
+    rows = replace(rows, target=torch.full_like(rows.target, ELSEWHERE))
     task = Task(call.hidden, call.head, rows, needs, backend_of(call.execution.impl), None, upstream_later)
     return Pair(task, task.gather(), call.ref_hidden[rows.index], call.ref_head)
 

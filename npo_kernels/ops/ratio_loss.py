@@ -7,7 +7,7 @@ from torch import Tensor
 
 from npo_kernels.call.call import Call
 from npo_kernels.core import execute
-from npo_kernels.core.formulas import RatioLoss, reduce, sequence_scale
+from npo_kernels.core.formulas import RatioLoss
 from npo_kernels.core.softmax_stats import Statistics
 from npo_kernels.core.value_checks import check_factors
 from npo_kernels.ops.gradients import Kept, SavedGradients, fake_kept, kept
@@ -40,28 +40,30 @@ def ratio_loss(arguments: RatioCall) -> RatioResults:
     task = task_of(call, upstream_later=True)
     rows, num_tokens = task.rows, task.rows.num_tokens
     check_factors(offset, normalizer, arguments.weights, num_tokens)
-    scale = sequence_scale(num_tokens, arguments.reduction, normalizer, arguments.weights)
+    scale = task.backend.sequence_scale(num_tokens, arguments.reduction, normalizer, arguments.weights)
     ratio = RatioLoss(offset, scale, num_tokens, arguments.beta, arguments.length_normalized)
-    logps, losses = torch.empty_like(offset), torch.empty_like(offset)
+    values = []  # (logps, losses) of each chunk
 
     def weigh(stats: Statistics, chunk: slice, first: int, last: int) -> tuple[Tensor, Tensor]:
-        starts = rows.starts[first : last + 1] - rows.starts[first]
-        part = task.backend.ratio_epilogue(
-            stats, rows.sequence[chunk] - first, starts, ratio.sequences(first, last), task.head
+        starts, sequence = rows.starts[first : last + 1], rows.sequence[chunk]
+        if first > 0:  # count from the first of the chunk
+            starts, sequence = starts - starts[0], sequence - first
+        *value, row_coef, target_coef = task.backend.ratio_epilogue(
+            stats, sequence, starts, ratio.sequences(first, last), task.head
         )
-        logps[first:last], losses[first:last], row_coef, target_coef = part
+        values.append(value)
         return row_coef, target_coef
 
     plan = task.plan(call.execution.workspace_bytes, gradient_in_forward=True)
     _, grads = execute.value_and_gradients(task, plan, weigh)
-    loss = reduce(scale, losses).sum()
-    return RatioResults(loss, logps, num_tokens, kept(grads, call.hidden, call.head))
+    logps, losses = (part[0] if len(part) == 1 else torch.cat(part) for part in zip(*values, strict=True))
+    return RatioResults(losses.sum(), logps, num_tokens, kept(grads, call.hidden, call.head))
 
 
 @ratio_loss.register_fake
 def _(arguments: RatioCall) -> RatioResults:
     call, offset = arguments.call, arguments.offset
-    num_tokens = call.targets.new_empty(offset.shape)
+    num_tokens = call.labels.new_empty(offset.shape)
     gradients = fake_kept(call.hidden, call.head, call.execution.needs)
     return RatioResults(offset.new_empty(()), torch.empty_like(offset), num_tokens, gradients)
 

@@ -74,7 +74,7 @@ def _(call: Call) -> StatisticsResults:
         return call.hidden.new_empty(shape, dtype=torch.float32)
 
     def ints(*shape: int | torch.SymInt) -> Tensor:
-        return call.targets.new_empty(shape)
+        return call.labels.new_empty(shape)
 
     starts = ints(call.num_sequences + 1)
     saved = SavedMoments(ints(size), ints(size), ints(size), starts, floats(6, size), ints(size))
@@ -101,7 +101,7 @@ class UpstreamStatistics(NamedTuple):
 def token_statistics_backward(upstream: UpstreamStatistics) -> GradientTensors:
     call, saved = upstream.call, upstream.call.saved
     head, execution, shard = call.head, call.execution, call.execution.shard
-    rows = Rows(saved.positions, saved.target, saved.sequence, saved.starts, host_starts=None)
+    rows = Rows(saved.positions, saved.target, saved.sequence, saved.starts, saved.starts.diff(), host_starts=None)
     task = Task(call.hidden, head, rows, execution.needs, backend_of(execution.impl), shard)
     moments = RowMoments(*saved.moments, saved.argmax)
     vocab_size = head.weight.shape[0]

@@ -5,7 +5,7 @@ import torch
 
 from npo_kernels import fused_linear_kl, fused_npo_loss, sequence_logprobs, token_logprobs
 from npo_kernels.ops.linear_kl import KLLossCall, SavedKL, UpstreamKL, linear_kl, linear_kl_backward, linear_kl_loss
-from npo_kernels.ops.logprobs import SavedCall, Upstream, token_logps, token_logps_backward
+from npo_kernels.ops.logprobs import LogpsCall, SavedCall, Upstream, token_logps, token_logps_backward
 from npo_kernels.ops.ratio_loss import RatioCall, ratio_loss
 from tests import support
 from tests.gpu.test_correctness import SHAPE
@@ -22,16 +22,16 @@ def test_fakes_have_the_shapes_strides_and_dtypes_of_the_outputs(needs, num_rows
     call, kl_call = call_of(batch.leaves(needs), "triton", num_rows=num_rows), kl_call_of(batch.leaves(needs), "triton")
     normalizer = None if num_rows is None else torch.tensor(3.0, device="cuda")
     weights = None if num_rows is None else batch.ref_logps.abs()
-    opcheck(token_logps, call)
+    opcheck(token_logps, LogpsCall(call, per_token=True))
     opcheck(ratio_loss, RatioCall(call, batch.ref_logps, normalizer, weights, 0.1, False, "mean"))
     opcheck(linear_kl_loss, KLLossCall(kl_call, torch.tensor(0.25, device="cuda")))
     opcheck(linear_kl, kl_call)
     if not needs:
         return
     call, kl_call = call_of(batch, "triton", needs, num_rows=num_rows), kl_call_of(batch, "triton", needs)
-    tokens, sequences = (torch.ones(n, device="cuda") for n in (len(call.targets), call.num_sequences))
-    saved = SavedCall(call.hidden, call.head, token_logps(call).saved, call.execution)
-    opcheck(token_logps_backward, Upstream(tokens, sequences, saved))
+    tokens, sequences = (torch.ones(n, device="cuda") for n in (len(call.labels), call.num_sequences))
+    saved = SavedCall(call.hidden, call.head, token_logps(LogpsCall(call, per_token=False)).saved, call.execution)
+    opcheck(token_logps_backward, Upstream(saved, tokens, sequences))
     opcheck(linear_kl_backward, UpstreamKL(tokens, SavedKL(kl_call, linear_kl(kl_call).normalizers)))
 
 

@@ -5,17 +5,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npo_kernels.backends.torch import blocks
-from npo_kernels.core.formulas import RatioLoss
-from npo_kernels.core.layout import DEAD_ROW
+from npo_kernels.core.formulas import RatioLoss, reduce
+from npo_kernels.core.layout import DEAD_ROW, Rows
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.softmax_stats import Statistics, gradient_coefficients
 
 
-def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
-    """scale_i * x_i, rounded once to the dtype the gradient products take; a row of scale 0 is exactly 0."""
+def scale_rows(x: Tensor, scale: Tensor, sign: float = 1.0) -> Tensor:
+    """sign * scale_i * x_i, rounded once to the dtype the gradient products take; a row of scale 0 is exactly 0."""
     out = torch.empty(x.shape, dtype=blocks.slab_dtype(x), device=x.device)
     for i in range(0, x.shape[0], blocks.BLOCK_N):
-        factor = scale[i : i + blocks.BLOCK_N].unsqueeze(1)
+        factor = sign * scale[i : i + blocks.BLOCK_N].unsqueeze(1)
         out[i : i + blocks.BLOCK_N] = torch.where(factor == 0, 0.0, x[i : i + blocks.BLOCK_N] * factor)
     return out
 
@@ -72,6 +72,22 @@ def _add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
         out.index_add_(0, index, rows)
 
 
+def coefficients(
+    stats: Statistics,
+    rows: Rows,
+    grad_tokens: Tensor | None,  # (T,)
+    grad_logps: Tensor | None,  # (B,)
+    head: Head,
+) -> tuple[Tensor, Tensor]:
+    """(row_coef (n,), target_coef (n,)) from the upstream gradients of log-probabilities."""
+    grad = torch.zeros_like(stats.logp)
+    if grad_tokens is not None:
+        grad += torch.where(rows.target != DEAD_ROW, grad_tokens[rows.index], 0.0)
+    if grad_logps is not None:  # a filling row reads the zero past the last sequence
+        grad += F.pad(grad_logps, (0, 1))[rows.sequence]
+    return gradient_coefficients(stats, grad, head)
+
+
 def ratio_epilogue(
     stats: Statistics,
     sequence: Tensor,  # (n,) sequence of each row, counted from the first of the chunk
@@ -82,5 +98,6 @@ def ratio_epilogue(
     """(logps (B,), losses (B,), row_coef (n,), target_coef (n,)): from rows to sequences, the loss, and back."""
     logps = sequence_sums(stats.logp, sequence, starts)
     losses, grad = ratio.value_and_grad(logps)
+    losses = reduce(ratio.scale, losses)
     row_coef, target_coef = gradient_coefficients(stats, F.pad(grad, (0, 1))[sequence], head)
     return logps, losses, row_coef, target_coef

@@ -4,6 +4,7 @@ The same code runs in the Triton interpreter on CPU tensors (TRITON_INTERPRET=1 
 the tests check every kernel without a GPU. Importing this package imports Triton; nothing else in npo_kernels does.
 """
 
+from npo_kernels.backends.triton.compaction import compact, gather_rows
 from npo_kernels.backends.triton.exp_logits import (
     exp_logits,
     exp_logits_at,
@@ -18,20 +19,25 @@ from npo_kernels.backends.triton.linear_kl import kl_logits, kl_scratch, kl_sums
 from npo_kernels.backends.triton.moments import moment_gradient, moment_scratch, row_moments
 from npo_kernels.backends.triton.rows import (
     add_targets,
+    coefficients,
     finish_hidden_grad,
     group_targets,
     ratio_epilogue,
     scale_rows,
+    sequence_scale,
     sequence_sums,
 )
 
 __all__ = [
     "add_targets",
     "block_v",
+    "coefficients",
+    "compact",
     "describe",
     "exp_logits",
     "exp_logits_at",
     "finish_hidden_grad",
+    "gather_rows",
     "group_targets",
     "kl_logits",
     "kl_scratch",
@@ -45,6 +51,7 @@ __all__ = [
     "row_statistics",
     "scale_rows",
     "scratch",
+    "sequence_scale",
     "sequence_sums",
     "slab_dtype",
     "softmax_sums",

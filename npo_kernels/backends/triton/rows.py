@@ -4,10 +4,16 @@ import torch
 from torch import Tensor
 
 from csrc_triton.gradient_rows import add_targets_kernel, finish_hidden_grad_kernel, scale_rows_kernel
-from csrc_triton.sequence_epilogue import ratio_epilogue_kernel, sequence_sums_kernel
+from csrc_triton.sequence_epilogue import (
+    coefficients_kernel,
+    ratio_epilogue_kernel,
+    sequence_scale_kernel,
+    sequence_sums_kernel,
+)
 from csrc_triton.tiles import BLOCK_ROWS, BLOCK_RUN, ROW_WARPS
 from npo_kernels.backends.triton import launch
 from npo_kernels.core.formulas import RatioLoss
+from npo_kernels.core.layout import Rows
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.softmax_stats import Statistics
 
@@ -20,30 +26,62 @@ def sequence_sums(values: Tensor, sequence: Tensor, starts: Tensor) -> Tensor:
     return logps
 
 
+def coefficients(
+    stats: Statistics, rows: Rows, grad_tokens: Tensor | None, grad_logps: Tensor | None, head: Head
+) -> tuple[Tensor, Tensor]:
+    """(row_coef (n,), target_coef (n,)) from the upstream gradients of log-probabilities, in one launch."""
+    row_coef, target_coef = torch.empty_like(stats.logp), torch.empty_like(stats.logp)
+    grad_tokens = None if grad_tokens is None else grad_tokens.contiguous()
+    grad_logps = None if grad_logps is None else grad_logps.contiguous()
+    if row_coef.shape[0]:
+        coefficients_kernel[launch.row_grid(row_coef.shape[0])](
+            stats.target_logit, stats.miss, stats.prob_scale, rows.index, rows.target, rows.sequence,
+            grad_tokens, grad_logps, row_coef, target_coef, row_coef.shape[0], head.logit_scale, head.softcap or 0.0,
+            HAS_TOKENS=grad_tokens is not None, HAS_LOGPS=grad_logps is not None,
+            HAS_SOFTCAP=head.softcap is not None, BLOCK_N=BLOCK_ROWS, num_warps=ROW_WARPS,
+        )  # fmt: skip
+    return row_coef, target_coef
+
+
 def ratio_epilogue(
     stats: Statistics, sequence: Tensor, starts: Tensor, ratio: RatioLoss, head: Head
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logps (B,), losses (B,), row_coef (n,), target_coef (n,)) in one launch."""
     logps, losses = torch.empty_like(ratio.offset), torch.empty_like(ratio.offset)
-    coefs = torch.zeros(2, stats.logp.shape[0], dtype=torch.float32, device=logps.device)  # 0 for filling rows
-    if logps.shape[0]:
-        ratio_epilogue_kernel[logps.shape](
-            stats.target_logit, stats.logp, stats.miss, stats.prob_scale, starts, ratio.offset, ratio.scale,
-            logps, losses, coefs[0], coefs[1], ratio.beta, head.logit_scale, head.softcap or 0.0,
-            LENGTH_NORMALIZED=ratio.length_normalized, HAS_SOFTCAP=head.softcap is not None,
-            BLOCK_N=BLOCK_ROWS, num_warps=ROW_WARPS,
-        )  # fmt: skip
-    return logps, losses, coefs[0], coefs[1]
+    row_coef, target_coef = torch.empty_like(stats.logp), torch.empty_like(stats.logp)
+    num_sequences = logps.shape[0]
+    ratio_epilogue_kernel[(num_sequences + 1,)](  # one more for the filling rows
+        stats.target_logit, stats.logp, stats.miss, stats.prob_scale, starts, ratio.offset, ratio.scale,
+        logps, losses, row_coef, target_coef, num_sequences, stats.logp.shape[0],
+        ratio.beta, head.logit_scale, head.softcap or 0.0,
+        LENGTH_NORMALIZED=ratio.length_normalized, HAS_SOFTCAP=head.softcap is not None,
+        BLOCK_N=BLOCK_ROWS, num_warps=ROW_WARPS,
+    )  # fmt: skip
+    return logps, losses, row_coef, target_coef
 
 
-def scale_rows(x: Tensor, scale: Tensor) -> Tensor:
-    """scale_i * x_i, rounded once to the dtype of x."""
+def sequence_scale(
+    num_tokens: Tensor, reduction: str, normalizer: Tensor | None, weights: Tensor | None = None
+) -> Tensor:
+    """(B,) factor of each sequence's loss."""
+    scale = torch.empty(num_tokens.shape, dtype=torch.float32, device=num_tokens.device)
+    sequence_scale_kernel[(1,)](
+        num_tokens, normalizer, weights, scale, scale.shape[0],
+        MEAN=reduction == "mean", HAS_NORMALIZER=reduction == "mean" and normalizer is not None,
+        HAS_WEIGHTS=weights is not None,
+        BLOCK_N=BLOCK_ROWS, num_warps=ROW_WARPS,
+    )  # fmt: skip
+    return scale
+
+
+def scale_rows(x: Tensor, scale: Tensor, sign: float = 1.0) -> Tensor:
+    """sign * scale_i * x_i, rounded once to the dtype of x."""
     x = launch.rows_contiguous(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.shape[0]:
         block = launch.hidden_block(x.shape[1])
         scale_rows_kernel[launch.hidden_grid(x.shape)](
-            x, scale, out, x.shape[1], x.stride(0), BLOCK_H=block, num_warps=ROW_WARPS
+            x, scale, out, x.shape[1], x.stride(0), sign, BLOCK_H=block, num_warps=ROW_WARPS
         )
     return out
 

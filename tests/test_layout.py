@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npo_kernels.core.layout import DEAD_ROW, compact, flatten
+from npo_kernels.backends.choose import backend_of
+from npo_kernels.core.layout import DEAD_ROW, flatten
+from tests.support import DEVICE, IMPLS
 
 IGNORE = -100
 V = 10
@@ -56,10 +58,18 @@ def test_packed_targets_are_the_padded_ones_without_the_padding(batch, shift):
     assert offsets == cu_seqlens.tolist()
 
 
-def compacted(batch, num_rows=None):
-    offsets = torch.tensor([0, *map(len, batch)]).cumsum(0)
-    targets = torch.tensor([label for seq in batch for label in seq], dtype=torch.int64)
-    return compact(targets, offsets, V, IGNORE, num_rows)
+def compacted(impl, batch, num_rows=None):
+    cu_seqlens = torch.tensor([0, *map(len, batch)]).cumsum(0).int().to(DEVICE)
+    labels = torch.tensor([label for seq in batch for label in seq], dtype=torch.int64, device=DEVICE)
+    return backend_of(impl).compact(labels, cu_seqlens, False, V, IGNORE, num_rows)
+
+
+@pytest.fixture(params=IMPLS)
+def impl(request, monkeypatch):
+    """The kernels in blocks that these batches have several of."""
+    if request.param == "triton":
+        monkeypatch.setattr("npo_kernels.backends.triton.compaction.BLOCK_POSITIONS", 4)
+    return request.param
 
 
 @given(batches, st.none() | st.integers(0, 5))
@@ -74,7 +84,7 @@ def test_rows_are_the_scored_positions_in_order(batch, extra):
                 sequence.append(s)
             position += 1
         starts.append(len(index))
-    rows = compacted(batch, None if extra is None else len(index) + extra)
+    rows = compacted("torch", batch, None if extra is None else len(index) + extra)
     scored, filling = slice(len(index)), slice(len(index), None)
     assert rows.index[scored].tolist() == index
     assert rows.target[scored].tolist() == target
@@ -89,18 +99,46 @@ def test_rows_are_the_scored_positions_in_order(batch, extra):
 
 
 @pytest.mark.parametrize("label", [-1, V, V + 5, 2**40])
-def test_a_label_outside_the_vocabulary_poisons_its_row(label):
-    assert compacted([[1, label], [2]]).target.tolist() == [1, V, 2]
+def test_a_label_outside_the_vocabulary_poisons_its_row(impl, label):
+    assert compacted(impl, [[1, label], [2]]).target.tolist() == [1, V, 2]
 
 
-def test_too_few_rows_poison_all_of_them():
-    rows = compacted([[1, 2, IGNORE], [3]], num_rows=2)
+def test_too_few_rows_poison_all_of_them(impl):
+    rows = compacted(impl, [[1, 2, IGNORE], [3]], num_rows=2)
     assert rows.target.tolist() == [V, V]
     assert rows.starts.tolist() == [0, 2, 2]
 
 
 @pytest.mark.parametrize("offsets", [[1, 4], [0, 3], [0, 5], [0, 3, 2, 4], [0, -1, 4]])
-def test_broken_offsets_poison_every_row_and_read_nothing_outside(offsets):
-    rows = compact(torch.tensor([1, 2, 3, 4]), torch.tensor(offsets), V, IGNORE, num_rows=4)
-    assert rows.target.tolist() == [V] * 4
-    assert flatten(torch.tensor([1, 2, 3, 4]), torch.tensor(offsets), True, IGNORE).targets.shape == (4,)
+def test_broken_offsets_poison_every_row_and_read_nothing_outside(impl, offsets):
+    surrounded = torch.full((20,), 2**40, device=DEVICE)
+    surrounded[8:12] = torch.tensor([1, 2, 3, 4])
+    for shift in (False, True):
+        cu_seqlens = torch.tensor(offsets, device=DEVICE)
+        rows = backend_of(impl).compact(surrounded[8:12], cu_seqlens, shift, V, IGNORE, num_rows=4)
+        scored = rows.target[rows.target != DEAD_ROW].tolist()
+        assert scored and set(scored) == {V}
+        assert shift or len(scored) == 4
+
+
+shapes = st.tuples(st.integers(0, 5), st.integers(0, 9))
+
+
+@pytest.mark.parametrize("shift", [True, False])
+@settings(max_examples=10)
+@given(shapes, st.lists(st.integers(0, 12), max_size=6), st.none() | st.integers(0, 30), st.randoms())
+def test_both_backends_find_the_same_rows(shift, shape, cuts, num_rows, random):
+    """Padded and packed, of any lengths, with room for all rows or not."""
+    pytest.importorskip("triton")
+    labels = torch.tensor([random.choice([IGNORE, 0, 3, V - 1, V, -5]) for _ in range(shape[0] * shape[1])])
+    labels = labels.long().to(DEVICE)
+    ends = sorted(min(cut, len(labels)) for cut in cuts)
+    cu_seqlens = torch.tensor([0, *ends, len(labels)], dtype=torch.int32, device=DEVICE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("npo_kernels.backends.triton.compaction.BLOCK_POSITIONS", 4)
+        for batch in ((labels.view(shape), None), (labels, cu_seqlens)):
+            expected, found = (
+                vars(backend_of(impl).compact(*batch, shift, V, IGNORE, num_rows)) for impl in ("torch", "triton")
+            )
+            for name, value in expected.items():
+                assert (found[name] == value) if name == "host_starts" else torch.equal(found[name], value), name

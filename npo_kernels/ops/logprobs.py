@@ -136,7 +136,10 @@ def _save(arguments: LogpsCall, results: TokenLogps) -> SavedCall:
 
 
 def _backward(call: SavedCall, grads: TokenLogps) -> tuple[Tensor | None, ...]:
-    upstream = Upstream(call, grads.tokens, grads.logps)
+    tokens = grads.tokens
+    if tokens is not None and not tokens.shape[0]:  # of a result that was not wanted
+        tokens = None
+    upstream = Upstream(call, tokens, grads.logps)
     return token_logps_backward(upstream).wanted(call.execution.needs)
 
 

@@ -119,11 +119,11 @@ def sequence_scale_kernel(
         divisor = tl.load(normalizer_ptr)
         divisor = tl.where((divisor > 0.0) & (divisor < float("inf")), divisor, float("nan"))
     elif MEAN:
-        scored = tl.zeros((BLOCK_N,), dtype=tl.int32)
+        count = tl.zeros((BLOCK_N,), dtype=tl.int32)
         for first in range(0, B, BLOCK_N):
             sequences = first + tl.arange(0, BLOCK_N)
-            scored += (tl.load(num_tokens_ptr + sequences, mask=sequences < B, other=0) > 0).to(tl.int32)
-        divisor = tl.maximum(tl.sum(scored, axis=0), 1).to(tl.float32)
+            count += (tl.load(num_tokens_ptr + sequences, mask=sequences < B, other=0) > 0).to(tl.int32)
+        divisor = tl.maximum(tl.sum(count, axis=0), 1).to(tl.float32)
     for first in range(0, B, BLOCK_N):
         sequences = first + tl.arange(0, BLOCK_N)
         scored = (tl.load(num_tokens_ptr + sequences, mask=sequences < B, other=0) > 0).to(tl.float32)

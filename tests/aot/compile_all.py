@@ -65,6 +65,9 @@ ARGUMENTS = {
     "ref_x_ptr": "*T", "ref_w_ptr": "*T", "ref_bias_ptr": "*T", "ref_anchor_ptr": "*fp32",
     "ref_scale_ptr": "*fp32", "shift_ptr": "*fp32",
     "x_ptr": "*T", "w_ptr": "*T", "bias_ptr": "*T", "slab_ptr": "*T", "out_ptr": "*T",
+    "labels_ptr": "*i64", "offsets_ptr": "*i32", "counts_ptr": "*i32", "sequence_ptr": "*i64", "num_tokens_ptr": "*i64",
+    "hidden_ptr": "*T", "normalizer_ptr": "*fp32", "weights_ptr": "*fp32", "token_grad_ptr": "*fp32",
+    "logps_grad_ptr": "*fp32",
     "target_ptr": "*i64", "index_ptr": "*i64", "sorted_ptr": "*i64", "order_ptr": "*i64", "starts_ptr": "*i64",
     "dirty_ptr": "*i32",
     "total_ptr": "*fp32", "first_ptr": "*fp32", "second_ptr": "*fp32", "logits_ptr": "*fp32", "argmax_ptr": "*i64",
@@ -74,7 +77,8 @@ ARGUMENTS = {
     "logps_ptr": "*fp32", "loss_ptr": "*fp32", "offset_ptr": "*fp32",
     "scale_ptr": "*fp32", "coef_ptr": "*fp32", "row_coef_ptr": "*fp32",
     "target_coef_ptr": "*fp32", "product_ptr": "*fp32", "grad_ptr": "*fp32",
-    "logit_scale": "fp32", "softcap": "fp32", "headroom": "fp32", "beta": "fp32",
+    "logit_scale": "fp32", "softcap": "fp32", "headroom": "fp32", "beta": "fp32", "sign": "fp32",
+    "T": 16384, "B": 31, "length": 528, "steps": 5, "blocks": 16, "ignore_index": -100, "stride_hidden": 4096,
     "N": 8191, "V": 128256, "H": 4096, "H_REF": 4096, "begin": 16384, "splits": 126,
     "stride_x": 4096, "stride_w": 4096, "stride_ref_x": 4096, "stride_ref_w": 4096, "stride_slab": 128256,
     "stride_grad": 4096,
@@ -83,7 +87,7 @@ ARGUMENTS = {
 
 def with_rows(length: int, **others: int) -> dict[str, int]:
     """Hidden states and heads whose rows are `length` long."""
-    names = ("H", "H_REF", "stride_x", "stride_w", "stride_ref_x", "stride_ref_w", "stride_grad")
+    names = ("H", "H_REF", "stride_x", "stride_hidden", "stride_w", "stride_ref_x", "stride_ref_w", "stride_grad")
     return {**dict.fromkeys(names, length), **others}
 
 
@@ -92,7 +96,7 @@ SHAPES = {
     "": {},
     "ragged": with_rows(4112, V=50257, stride_slab=50304),
     "odd": with_rows(4097, V=50257, stride_slab=50304),
-    "one": with_rows(1, N=1, V=1, splits=1, begin=0, stride_slab=64),
+    "one": with_rows(1, N=1, B=1, V=1, splits=1, begin=0, stride_slab=64),
 }
 # Beyond 2 GB at that shape, so that AMD's buffer instructions are out of the question.
 LARGE = ("slab_ptr", "grad_ptr")
@@ -104,6 +108,11 @@ OPTIONAL = {
     "sum_ptr": "SUMS",
     "max_ptr": "MAXIMA",
     "dirty_ptr": "REPAIR",
+    "offsets_ptr": "PACKED",
+    "normalizer_ptr": "HAS_NORMALIZER",
+    "weights_ptr": "HAS_WEIGHTS",
+    "token_grad_ptr": "HAS_TOKENS",
+    "logps_grad_ptr": "HAS_LOGPS",
 }
 # what exp_logits_kernel is launched for -> (STORE, SUMS, MAXIMA, REPAIR)
 USES = {
@@ -114,6 +123,11 @@ USES = {
     "recompute": (True, False, False, False),
 }
 ROW_KERNELS = {  # module, kernel -> variants
+    ("compaction", "count_scored_kernel"): ("", "packed"),
+    ("compaction", "write_rows_kernel"): ("", "packed"),
+    ("compaction", "gather_rows_kernel"): ("",),
+    ("sequence_epilogue", "sequence_scale_kernel"): ("", "normalizer+weights"),
+    ("sequence_epilogue", "coefficients_kernel"): ("", "tokens+softcap"),
     ("target_logit", "target_logit_kernel"): ("", "bias", "bias+softcap"),
     ("row_statistics", "reanchor_kernel"): ("",),
     ("row_statistics", "row_statistics_kernel"): ("",),
@@ -209,13 +223,21 @@ def cases(target: str, everything: bool) -> list[Case]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def constants(case: Case, parameters: list[str]) -> tuple[dict, dict]:
-    """(values of the constexpr parameters of the kernel, options of the compiler)."""
+def constants(case: Case, parameters: list[str], whole: set[str]) -> tuple[dict, dict]:
+    """(values of the constexpr parameters of the kernel, options of the compiler); nothing is known of the `whole`."""
     shape = {**ARGUMENTS, **next((SHAPES[s] for s in SHAPES if s and case.has(s)), {})}
     values = {
         "HAS_BIAS": case.has("bias"),
         "HAS_SOFTCAP": case.has("softcap"),
         "LENGTH_NORMALIZED": case.has("normalized"),
+        "SHIFT": True,
+        "PACKED": case.has("packed"),
+        "MEAN": True,
+        "HAS_NORMALIZER": case.has("normalizer"),
+        "HAS_WEIGHTS": case.has("weights"),
+        "HAS_TOKENS": case.has("tokens"),
+        "HAS_LOGPS": True,
+        "BLOCK_T": tiles.BLOCK_POSITIONS,
         "BLOCK_H": min(tiles.BLOCK_HIDDEN, 1 << (shape["H"] - 1).bit_length()),
         "BLOCK_N": tiles.BLOCK_ROWS,
         "BLOCK_RUN": tiles.BLOCK_RUN,
@@ -251,7 +273,7 @@ def constants(case: Case, parameters: list[str]) -> tuple[dict, dict]:
     for pointer, present in OPTIONAL.items():
         if pointer in parameters and present in parameters and not values[present]:
             values[pointer] = None
-    values |= {name: 1 for name in parameters if shape.get(name) == 1}
+    values |= {name: 1 for name in parameters if shape.get(name) == 1 and name not in whole}
     return {name: value for name, value in values.items() if name in parameters}, options
 
 
@@ -264,7 +286,8 @@ def compile_kernel(case: Case):
     target = TARGETS[case.target]
     function = getattr(__import__(f"csrc_triton.{case.module}", fromlist=[case.kernel]), case.kernel)
     parameters = list(function.arg_names)
-    constexprs, options = constants(case, parameters)
+    whole = {parameter.name for parameter in function.params if parameter.do_not_specialize}
+    constexprs, options = constants(case, parameters, whole)
     shape = {**ARGUMENTS, **next((SHAPES[s] for s in SHAPES if s and case.has(s)), {})}
     operand = {"tf32": "fp32"}.get(case.dtype, case.dtype)
     signature, attributes = {}, {}
@@ -273,7 +296,7 @@ def compile_kernel(case: Case):
         if isinstance(kind, tuple):
             divisible, kind = False, f"tensordesc<{operand}{[constexprs[side] for side in kind]}>"
         elif isinstance(kind, int):
-            divisible, kind = kind % 16 == 0, "i32"
+            divisible, kind = kind % 16 == 0 and name not in whole, "i32"
         else:
             divisible = kind.startswith("*")
         signature[name] = kind.replace("*T", "*" + operand)

@@ -6,11 +6,12 @@ Position t of sequence s, which owns the positions offsets[s] to offsets[s+1], i
             = labels[t]                                                  (no shift)
 
 Row i is the i-th position whose label is not ignore_index. Two launches over blocks of BLOCK_T positions: the first
-counts each block's scored positions; in the second every program adds up the counts before its own block, which are few,
-and writes its rows. No order of programs matters, and nothing waits for the host.
+counts each block's scored positions; in the second every program adds up the counts before its own block, which are
+few, and writes its rows. No order of programs matters, nothing waits for the host, and one long sequence is as fast as
+many short ones.
 
-Offsets are those of a packed batch (cu_seqlens), or s * length for a padded one (PACKED = False). A sequence is found by
-bisection of the offsets. Reads 16T bytes (and T log B of cached offsets), writes 24N + 16B.
+Offsets are those of a packed batch (cu_seqlens), or s * length for a padded one (PACKED = False). A sequence is found
+by bisection of the offsets. Reads 16T bytes (and T log B of cached offsets), writes 24N + 16B.
 """
 
 import triton

@@ -20,7 +20,10 @@ def scale_rows_kernel(
     sign,  # 1.0 or -1.0
     BLOCK_H: tl.constexpr,
 ):
-    """out_i = sign * scale_i * x_i, rounded once; exactly 0 where scale_i is. Grid: rows x blocks of H. Moves 2NH elements."""
+    """out_i = sign * scale_i * x_i, rounded once; exactly 0 where scale_i is.
+
+    Grid: rows x blocks of H. Moves 2NH elements.
+    """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = columns < H

@@ -110,9 +110,9 @@ def sequence_scale_kernel(
     HAS_WEIGHTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """`npo_kernels.core.formulas.sequence_scale`: 1 of a sequence with rows, 0 of the others; for a mean divided by their
-    number or by a normalizer, NaN if that is not a finite positive one; times a weight, NaN if that is not a finite one
-    from 0 on. Grid: one program. Moves 16B bytes.
+    """`npo_kernels.core.formulas.sequence_scale`: 1 of a sequence with rows, 0 of the others; for a mean divided by
+    their number or by a normalizer, NaN if that is not a finite positive one; times a weight, NaN if that is not a
+    finite one from 0 on. Grid: one program. Moves 16B bytes.
     """
     divisor = 1.0
     if HAS_NORMALIZER:

@@ -88,7 +88,7 @@ def sequence_logps(call: Call) -> tuple[Tensor, Tensor]:
     if call.execution.impl == "reference":
         return reference.sum_by_sequence(reference_tokens(call), call.positions().offsets), reference_counts(call)
     results = token_logps(LogpsCall(call, per_token=False))
-    return results.logps, results.num_tokens
+    return results.logps, results.saved.num_tokens
 
 
 def scored_tokens(call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,7 +105,7 @@ def scored_tokens(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     tokens = results.tokens[rows.positions]
     if call.num_rows is not None:
         tokens = torch.where(rows.target == DEAD_ROW, torch.nan, tokens)
-    return tokens, rows.sequence.clamp(max=call.num_sequences - 1), results.num_tokens
+    return tokens, rows.sequence.clamp(max=call.num_sequences - 1), results.saved.num_tokens
 
 
 def reference_counts(call: Call) -> Tensor:
@@ -118,9 +118,7 @@ def reference_counts(call: Call) -> Tensor:
 def reference_tokens(call: Call) -> Tensor:
     """(T,) log-probabilities of the oracle."""
     head = call.head
-    check_values(
-        call.labels, call.cu_seqlens, call.shift, head.weight.shape[0], call.ignore_index, call.num_rows
-    )
+    check_values(call.labels, call.cu_seqlens, call.shift, head.weight.shape[0], call.ignore_index, call.num_rows)
     return reference.token_logps(
         call.hidden, head.weight, call.positions().targets,
         bias=head.bias, ignore_index=call.ignore_index, logit_scale=head.logit_scale, softcap=head.softcap,

@@ -16,11 +16,18 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from csrc_triton.gradient_rows import scale_rows_kernel
 from npo_kernels.core import execute, gradients, linear_kl, value_checks
 from npo_kernels.ops import gradients as op_gradients
-from npo_kernels.ops import token_loss, schema
+from npo_kernels.ops import schema, token_loss
 
 ALLOCATIONS = (
     "scalar_tensor",  # the number that `where` was given, on the host
-    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_")
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "resize_",
+    "set_",
+)
 # What makes the host wait for the device or a value of the host a copy to it: neither can be captured in a CUDA graph.
 SYNCS = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "unique_dim", "_unique2")
 FROM_HOST = ("lift_fresh", "lift_fresh_copy")

@@ -104,7 +104,9 @@ def gather_rows(r: Rows) -> Result:
     rows = layout.Rows(index, target.to(DEVICE), *3 * [index], host_starts=None)
     x = r.x.clone()
     x[0] = torch.nan
-    return [(r.backend.gather_rows(x, rows), torch.cat((x[[3, 5]].double(), torch.zeros_like(x[:2]).double())), r.dtype)]
+    return [
+        (r.backend.gather_rows(x, rows), torch.cat((x[[3, 5]].double(), torch.zeros_like(x[:2]).double())), r.dtype)
+    ]
 
 
 def coefficients(r: Rows) -> Result:

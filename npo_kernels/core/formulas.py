@@ -64,7 +64,7 @@ def sequence_scale(
 
 
 def reduce(scale: Tensor, losses: Tensor) -> Tensor:
-    """(B,) c_s loss_s, whose sum is the loss. 0 where c_s is: the reference of a sequence without a scored token may be anything."""
+    """(B,) c_s loss_s. 0 where c_s is: the reference of a sequence without a scored token may be anything."""
     return torch.where(scale == 0, 0.0, scale * losses)
 
 

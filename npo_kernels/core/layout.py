@@ -1,7 +1,7 @@
 """Where the scored positions are: padded and packed batches, the shift, and the compaction of rows.
 
 Every batch is turned into the same flat form (`Positions`): T positions, a target for each, and the range of positions
-of each sequence. `compact` then keeps the scored positions only, so that prompt and padding cost nothing in the products.
+of each sequence. `compact` then keeps the scored positions only: prompt and padding cost nothing in the products.
 The shift rule is here, and once more where both steps are one, in `csrc_triton/compaction.py`.
 """
 

@@ -32,6 +32,7 @@ class SavedRows(NamedTuple):
     target: Tensor  # (N,)
     sequence: Tensor  # (N,)
     starts: Tensor  # (B+1,)
+    num_tokens: Tensor  # (B,)
     statistics: Statistics
     product: Tensor  # (N, H) the expectation of the frozen-head mode, (0, H) in the others
 
@@ -41,7 +42,6 @@ class TokenLogps(NamedTuple):
 
     tokens: Tensor  # (T,), or (0,) if not wanted
     logps: Tensor  # (B,)
-    num_tokens: Tensor  # (B,)
     saved: SavedRows
 
 
@@ -63,8 +63,8 @@ def token_logps(arguments: LogpsCall) -> TokenLogps:
         tokens = stats.logp.new_zeros(call.hidden.shape[0])
         tokens.index_add_(0, rows.index, torch.where(rows.target != DEAD_ROW, stats.logp, 0.0))
     logps = task.backend.sequence_sums(stats.logp, rows.sequence, rows.starts)
-    saved = SavedRows(rows.index, rows.target, rows.sequence, rows.starts, stats, product)
-    return TokenLogps(tokens, logps, rows.num_tokens, saved)
+    saved = SavedRows(rows.index, rows.target, rows.sequence, rows.starts, rows.num_tokens, stats, product)
+    return TokenLogps(tokens, logps, saved)
 
 
 @token_logps.register_fake
@@ -84,9 +84,10 @@ def _(arguments: LogpsCall) -> TokenLogps:
     frozen = needs.hidden and not needs.head
     product = floats(size if frozen else 0, hidden_size)
     stats = Statistics(*(floats(size) for _ in range(5)))
-    saved = SavedRows(ints(size), ints(size), ints(size), ints(call.num_sequences + 1), stats, product)
+    sequences = ints(call.num_sequences + 1), ints(call.num_sequences)
+    saved = SavedRows(ints(size), ints(size), ints(size), *sequences, stats, product)
     tokens = floats(total if arguments.per_token else 0)
-    return TokenLogps(tokens, floats(call.num_sequences), ints(call.num_sequences), saved)
+    return TokenLogps(tokens, floats(call.num_sequences), saved)
 
 
 class SavedCall(NamedTuple):
@@ -110,8 +111,7 @@ class Upstream(NamedTuple):
 def token_logps_backward(upstream: Upstream) -> GradientTensors:
     call, saved = upstream.call, upstream.call.saved
     hidden, head, execution = call.hidden, call.head, call.execution
-    num_tokens = saved.starts.new_empty(0)  # which the backward has no use for
-    rows = Rows(saved.positions, saved.target, saved.sequence, saved.starts, num_tokens, host_starts=None)
+    rows = Rows(saved.positions, saved.target, saved.sequence, saved.starts, saved.num_tokens, host_starts=None)
     task = Task(hidden, head, rows, execution.needs, backend_of(execution.impl), execution.shard)
     plan = task.plan(execution.workspace_bytes, gradient_in_forward=False)
     coefs = task.backend.coefficients(saved.statistics, rows, upstream.grad_tokens, upstream.grad_logps, head)

@@ -136,7 +136,7 @@ def _save(arguments: LogpsCall, results: TokenLogps) -> SavedCall:
 
 
 def _backward(call: SavedCall, grads: TokenLogps) -> tuple[Tensor | None, ...]:
-    tokens = grads.tokens
+    tokens: Tensor | None = grads.tokens
     if tokens is not None and not tokens.shape[0]:  # of a result that was not wanted
         tokens = None
     upstream = Upstream(call, tokens, grads.logps)

@@ -74,13 +74,23 @@ def test_with_known_rows_nothing_waits_for_the_device(no_host_sync):
         assert all(g.isfinite().all() for g in grads)
 
 
-def test_forward_and_backward_replay_as_a_cuda_graph():
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("function", [fused_npo_loss, sequence_logprobs])
+def test_forward_and_backward_replay_as_a_cuda_graph(function, layout):
+    """tests/test_launches.py says without a GPU what a graph cannot hold."""
     hidden, weight, labels, ref_logps = make(B=4, S=129, V=32_000)
-    bound = labels.shape[0] * labels.shape[1]
+    options = {"num_rows": labels.numel(), "impl": "triton"}
+    batch = hidden, weight, labels
+    if layout == "packed":
+        options["cu_seqlens"] = torch.arange(5, device="cuda", dtype=torch.int32) * labels.shape[1]
+        batch = hidden.flatten(0, 1), weight, labels.flatten()
 
     def step():
-        loss = fused_npo_loss(hidden, weight, labels, ref_logps=ref_logps, num_rows=bound, impl="triton")
-        return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
+        if function is fused_npo_loss:
+            loss = fused_npo_loss(*batch, ref_logps=ref_logps, **options)
+        else:
+            loss = sequence_logprobs(*batch, **options)[0].square().mean()
+        return loss.detach(), *torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

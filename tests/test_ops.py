@@ -63,7 +63,7 @@ def test_opcheck_token_statistics_and_its_backward(impl, num_rows):
     call = call_of(make_batch(head="bias", layout="packed", **SMALL), impl, NEEDS[-1], num_rows=num_rows)
     opcheck(statistics.token_statistics, call)
     saved = SavedStatistics(call.hidden, call.head, statistics.token_statistics(call).saved, call.execution)
-    opcheck(statistics.token_statistics_backward, UpstreamStatistics(torch.ones(5, len(call.targets)), saved))
+    opcheck(statistics.token_statistics_backward, UpstreamStatistics(torch.ones(5, len(call.labels)), saved))
 
 
 @pytest.mark.parametrize("num_rows", [None, 15])

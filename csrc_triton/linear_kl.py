@@ -1,27 +1,34 @@
-"""Two projections at once: what KL(reference || model) and its gradient need of a tile of both logits.
+"""Two projections at once: what KL of a model and a reference and its gradient need of a tile of both logits.
 
     d_iv = (z_iv - lse_i) - (z'_iv - lse'_i) = log p_iv - log q_iv
-    KL_i = sum_v q_iv (exp(d_iv) - 1 - d_iv)          every term >= 0: nothing cancels where the models agree
-    G_iv = q_iv (exp(d_iv) - 1) = p_iv - q_iv         the gradient, with the relative precision of d
 
-for one slice of the vocabulary, z = cap(logit_scale (x W^T + b)) of the model and z' of the reference. It replaces
+    KL(q || p)_i = sum_v q_iv (exp(d_iv) - 1 - d_iv)       G_iv = q_iv (exp(d_iv) - 1) = p_iv - q_iv
+    KL(p || q)_i = sum_v p_iv (exp(-d_iv) - 1 + d_iv)      G_iv = p_iv (d_iv - KL_i)                    (REVERSE)
 
-    logp, ref_logp = z.float().log_softmax(-1), ref_z.float().log_softmax(-1)
+for one slice of the vocabulary, z = cap(logit_scale (x W^T + b)) of the model and z' of the reference, less
+target_shift at the target of a row (HAS_TARGET). Every term is >= 0: nothing cancels where the models agree, and the
+gradient G has the relative precision of d, and that of REVERSE 1e-7 of KL. It replaces
+
+    logp, ref_logp = z.float().log_softmax(-1), (ref_z - target_shift * one_hot(target)).float().log_softmax(-1)
     kl, G = (ref_logp.exp() * (ref_logp - logp)).sum(-1), logp.exp() - ref_logp.exp()
+    kl = (logp.exp() * (logp - ref_logp)).sum(-1); G = logp.exp() * (logp - ref_logp - kl[:, None])      # REVERSE
 
 and needs the normalizers of both softmaxes first (`softmax_sums_kernel`): summing q (log q - log p) in one pass would
-leave 1e-7 of the logits' size, and KL is the square of d. They are the row maximum a and the total of exp(z - a), kept
-apart:
+leave 1e-7 of the logits' size, and KL is the square of d. The reverse G needs KL as well, from a launch that stores
+nothing. The normalizers are the row maximum a and the total of exp(z - a), kept apart:
 
     d = ((z - a) - (z' - a')) - shift,  q = exp(z' - a') ref_scale,  p = exp(z - a) scale
     shift = log total - log total',     scale = 1 / total,           ref_scale = 1 / total'
 
-Nothing here is rounded at the size of the logits: z - a is exact, and shift is small where the models agree. Both
-kernels take one tile, so that z has the same bits in both and the probabilities of a row sum to 1.
+Nothing here is rounded at the size of the logits: z - a is exact, and shift is small where the models agree. At the
+target (z' - a') - target_shift stands for z' - a', where a' is the maximum of the shifted logits: it may be a rounded
+one, for any number near the maximum is an anchor, and no total is lost where the target alone was near it. Both kernels
+take one tile, so that z has the same bits in both and the probabilities of a row sum to 1.
 
 Tiles: as in `exp_logits_kernel`, narrower, because two accumulators live side by side. Grid: row blocks x splits,
-grouped. Moves both rows and both heads through L2 as two tiled products; writes 2NV bytes of G if stored, 4N * splits
-of sums. The stored G carries the derivative of the softcap, as in `exp_logits_kernel`.
+grouped; the persistent kernels have a program for each processor and read through descriptors, as
+`exp_logits_persistent_kernel` does: the same bits. Moves both rows and both heads through L2 as two tiled products;
+writes 2NV bytes of G if stored, 4N * splits of sums. The stored G carries the derivative of the softcap, as there.
 """
 
 import triton
@@ -40,13 +47,11 @@ def _exp_terms(d, q, p):
 
 
 @triton.jit
-def _logits(
-    x_rows, w_ptr, bias_ptr, first_column, V, H, stride_w, logit_scale, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_H: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+def _capped(
+    z, bias_ptr, first_column, V, logit_scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_N, BLOCK_V) logits of one side; columns beyond V repeat the last one."""
-    z = project(x_rows, w_ptr, first_column, V, H, stride_w, EVEN_H, BLOCK_N, BLOCK_V, BLOCK_H, UPCAST, PRECISION)
+    """Logits of a tile of products."""
     if HAS_BIAS:
         column = tl.minimum(first_column + tl.arange(0, BLOCK_V), V - 1)
         z += tl.load(bias_ptr + column).to(tl.float32)[None, :]
@@ -57,10 +62,77 @@ def _logits(
 
 
 @triton.jit
+def _lowering(rows, row_inside, target_ptr, target_shift, first_column, BLOCK_V: tl.constexpr):
+    """(BLOCK_N, BLOCK_V) target_shift at the targets of the rows, 0 elsewhere; `first_column` of the vocabulary."""
+    # counted from the first column of the tile: few registers
+    target = (tl.load(target_ptr + rows, mask=row_inside, other=-1) - first_column).to(tl.int32)
+    return tl.where(tl.arange(0, BLOCK_V)[None, :] == target[:, None], target_shift, 0.0)
+
+
+@triton.jit
+def _take_sums(
+    z, maximum, total, rows, row_inside, target_ptr, target_shift, first_column, V,
+    HAS_TARGET: tl.constexpr, BLOCK_V: tl.constexpr,
+    TAIL_REPEATS: tl.constexpr,  # columns of z beyond V are copies of the last one
+):  # fmt: skip
+    """(maximum, total) with those of a tile of logits."""
+    inside = (first_column + tl.arange(0, BLOCK_V) < V)[None, :]
+    lowered = z
+    if HAS_TARGET:
+        lowering = _lowering(rows, row_inside, target_ptr, target_shift, first_column, BLOCK_V)
+        lowered = z - lowering
+    if HAS_TARGET or not TAIL_REPEATS:  # copies of the last column are not lowered
+        lowered = tl.where(inside, lowered, float("-inf"))
+    raised = tl.maximum(maximum, tl.max(lowered, axis=1))
+    below = z - raised[:, None]
+    if HAS_TARGET:
+        below -= lowering
+    e = tl.where(inside, tl.exp(below), 0.0)
+    return raised, total * tl.exp(maximum - raised) + tl.sum(e, axis=1)
+
+
+@triton.jit
+def _take_kl(
+    z, ref_z, sums, rows, row_inside, anchor_ptr, scale_ptr, ref_anchor_ptr, ref_scale_ptr, shift_ptr, target_ptr,
+    kl_ptr, slab_ptr, first_column, V, begin, stride_slab, softcap, target_shift,
+    HAS_SOFTCAP: tl.constexpr, HAS_TARGET: tl.constexpr, REVERSE: tl.constexpr, STORE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """The sums with the terms of a tile of both logits; its gradient is stored if asked for."""
+    row = rows
+    if HAS_TARGET:
+        row = rows.to(tl.int32)  # with 64-bit ones the tiles of 32-bit operands spill
+    # read again for every tile: kept in registers during the products, they would make those spill
+    below = z - tl.load(anchor_ptr + row, mask=row_inside, other=0.0)[:, None]
+    ref_below = ref_z - tl.load(ref_anchor_ptr + row, mask=row_inside, other=0.0)[:, None]
+    if HAS_TARGET:
+        ref_below -= _lowering(row, row_inside, target_ptr, target_shift, begin + first_column, BLOCK_V)
+    d = below - ref_below - tl.load(shift_ptr + row, mask=row_inside, other=0.0)[:, None]
+    p = tl.exp(below) * tl.load(scale_ptr + row, mask=row_inside, other=0.0)[:, None]
+    q = tl.exp(ref_below) * tl.load(ref_scale_ptr + row, mask=row_inside, other=0.0)[:, None]
+    if REVERSE:
+        _, kl = _exp_terms(-d, p, q)
+        if STORE:
+            g = p * (d - tl.load(kl_ptr + row, mask=row_inside, other=0.0)[:, None])
+    else:
+        g, kl = _exp_terms(d, q, p)
+    column = first_column + tl.arange(0, BLOCK_V)
+    inside = (column < V)[None, :]
+    sums += tl.sum(tl.where(inside, kl, 0.0), axis=1)
+    if STORE:
+        if HAS_SOFTCAP:
+            g *= 1.0 - (z / softcap) * (z / softcap)
+        slab = slab_ptr + rows[:, None] * stride_slab + column[None, :]
+        tl.store(slab, g.to(slab_ptr.dtype.element_ty), mask=row_inside[:, None] & inside)
+    return sums
+
+
+@triton.jit
 def softmax_sums_kernel(
     x_ptr,  # (N, H)
     w_ptr,  # (V, H)
     bias_ptr,  # (V,)
+    target_ptr,  # (N,) int64
     max_ptr,  # (splits, N) float32, out
     sum_ptr,  # (splits, N) float32: of exp(z - max), out
     N,
@@ -70,8 +142,10 @@ def softmax_sums_kernel(
     stride_w,
     logit_scale,
     softcap,
+    target_shift,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_TARGET: tl.constexpr,  # the logit at the target is lowered by target_shift
     EVEN_H: tl.constexpr,  # H is a multiple of BLOCK_H
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -95,20 +169,58 @@ def softmax_sums_kernel(
     split_column = split * SPLIT_TILES * BLOCK_V
     for tile in range(0, tl.minimum(SPLIT_TILES, tl.cdiv(V - split_column, BLOCK_V))):
         first_column = split_column + tile * BLOCK_V
-        z = _logits(
-            x_rows, w_ptr, bias_ptr, first_column, V, H, stride_w, logit_scale, softcap,
-            HAS_BIAS, HAS_SOFTCAP, EVEN_H, BLOCK_N, BLOCK_V, BLOCK_H, UPCAST, PRECISION,
-        )  # fmt: skip
-        # columns beyond V repeat the last one: the maximum is right, and the sum leaves them out
-        raised = tl.maximum(maximum, tl.max(z, axis=1))
-        inside = (first_column + tl.arange(0, BLOCK_V) < V)[None, :]
-        e = tl.where(inside, tl.exp(z - raised[:, None]), 0.0)
-        total = total * tl.exp(maximum - raised) + tl.sum(e, axis=1)
-        maximum = raised
+        acc = project(x_rows, w_ptr, first_column, V, H, stride_w, EVEN_H, BLOCK_N, BLOCK_V, BLOCK_H, UPCAST, PRECISION)
+        z = _capped(acc, bias_ptr, first_column, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, BLOCK_V)
+        maximum, total = _take_sums(
+            z, maximum, total, rows, row_inside, target_ptr, target_shift, first_column, V, HAS_TARGET, BLOCK_V, True
+        )
 
     offset = split.to(tl.int64) * N + rows
     tl.store(max_ptr + offset, maximum, mask=row_inside)
     tl.store(sum_ptr + offset, total, mask=row_inside)
+
+
+@triton.jit
+def softmax_sums_persistent_kernel(
+    x_desc,  # (N, H) in blocks of (BLOCK_N, BLOCK_H)
+    w_desc,  # (V, H) in blocks of (BLOCK_V, BLOCK_H)
+    bias_ptr, target_ptr, max_ptr, sum_ptr, N, V, H, logit_scale, softcap, target_shift,  # as in the kernel above
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TARGET: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT_TILES: tl.constexpr,
+    GROUP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    FLATTEN: tl.constexpr,  # both loops as one, so that a tile's loads begin before the last one is finished
+):  # fmt: skip
+    """A program a processor; they take row blocks and splits in turns, and of a split one tile after the other."""
+    row_blocks, splits = tl.cdiv(N, BLOCK_N), tl.cdiv(V, SPLIT_TILES * BLOCK_V)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    maximum = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    tl.assume(H > 0)  # without it no two loops become one
+    steps = tl.cdiv(row_blocks * splits - program, programs) * SPLIT_TILES
+    for step in tl.range(0, steps, flatten=FLATTEN):
+        row_block, split = place(program + step // SPLIT_TILES * programs, row_blocks, splits, GROUP)
+        tile = step % SPLIT_TILES
+        first_column = (split * SPLIT_TILES + tile) * BLOCK_V
+        depth = H
+        if not FLATTEN:  # two loops become one only if the inner is always as long: beyond V it multiplies zeros
+            depth = tl.where(first_column < V, H, 0)
+        acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+        for h in range(0, depth, BLOCK_H):
+            x, w = x_desc.load([row_block * BLOCK_N, h]), w_desc.load([first_column, h])
+            if UPCAST:
+                x, w = x.to(tl.float32), w.to(tl.float32)
+            acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
+        z = _capped(acc, bias_ptr, first_column, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, BLOCK_V)
+        rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        maximum, total = tl.where(tile == 0, float("-inf"), maximum), tl.where(tile == 0, 0.0, total)
+        maximum, total = _take_sums(
+            z, maximum, total, rows, rows < N, target_ptr, target_shift, first_column, V, HAS_TARGET, BLOCK_V, False
+        )
+        # masked, not in a branch: Triton before 3.9 fails to merge loops that end in one
+        done = rows < tl.where(tile == SPLIT_TILES - 1, N, 0)
+        offset = split.to(tl.int64) * N + rows
+        tl.store(max_ptr + offset, maximum, mask=done)
+        tl.store(sum_ptr + offset, total, mask=done)
 
 
 @triton.jit
@@ -124,12 +236,15 @@ def kl_logits_kernel(
     ref_anchor_ptr,  # (N,) float32: a'
     ref_scale_ptr,  # (N,) float32
     shift_ptr,  # (N,) float32
+    target_ptr,  # (N,) int64, in the whole vocabulary
+    kl_ptr,  # (N,) float32: KL of each row, for the reverse G
     slab_ptr,  # (N, V) dtype of x: G, out
     sum_ptr,  # (splits, N) float32: KL, out
     N,
     V,  # columns of the slice
     H,
     H_REF,
+    begin,  # first column of the slice in the vocabulary
     stride_x,
     stride_w,
     stride_ref_x,
@@ -137,9 +252,12 @@ def kl_logits_kernel(
     stride_slab,
     logit_scale,
     softcap,
+    target_shift,
     HAS_BIAS: tl.constexpr,
     HAS_REF_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_TARGET: tl.constexpr,  # the reference's logit at the target is lowered by target_shift
+    REVERSE: tl.constexpr,  # KL(model || reference)
     STORE: tl.constexpr,
     EVEN_H: tl.constexpr,  # H and H_REF are multiples of BLOCK_H
     BLOCK_N: tl.constexpr,
@@ -163,28 +281,69 @@ def kl_logits_kernel(
     split_column = split * SPLIT_TILES * BLOCK_V
     for tile in range(0, tl.minimum(SPLIT_TILES, tl.cdiv(V - split_column, BLOCK_V))):
         first_column = split_column + tile * BLOCK_V
-        z = _logits(
-            x_rows, w_ptr, bias_ptr, first_column, V, H, stride_w, logit_scale, softcap,
-            HAS_BIAS, HAS_SOFTCAP, EVEN_H, BLOCK_N, BLOCK_V, BLOCK_H, UPCAST, PRECISION,
+        acc = project(x_rows, w_ptr, first_column, V, H, stride_w, EVEN_H, BLOCK_N, BLOCK_V, BLOCK_H, UPCAST, PRECISION)
+        z = _capped(acc, bias_ptr, first_column, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, BLOCK_V)
+        acc = project(
+            ref_x_rows, ref_w_ptr, first_column, V, H_REF, stride_ref_w, EVEN_H, BLOCK_N, BLOCK_V, BLOCK_H, UPCAST,
+            PRECISION,
         )  # fmt: skip
-        ref_z = _logits(
-            ref_x_rows, ref_w_ptr, ref_bias_ptr, first_column, V, H_REF, stride_ref_w, logit_scale, softcap,
-            HAS_REF_BIAS, HAS_SOFTCAP, EVEN_H, BLOCK_N, BLOCK_V, BLOCK_H, UPCAST, PRECISION,
+        ref_z = _capped(acc, ref_bias_ptr, first_column, V, logit_scale, softcap, HAS_REF_BIAS, HAS_SOFTCAP, BLOCK_V)
+        sums = _take_kl(
+            z, ref_z, sums, rows, row_inside, anchor_ptr, scale_ptr, ref_anchor_ptr, ref_scale_ptr, shift_ptr,
+            target_ptr, kl_ptr, slab_ptr, first_column, V, begin, stride_slab, softcap, target_shift,
+            HAS_SOFTCAP, HAS_TARGET, REVERSE, STORE, BLOCK_V,
         )  # fmt: skip
-        # read again for every tile: kept in registers during the products, they would make those spill
-        below = z - tl.load(anchor_ptr + rows, mask=row_inside, other=0.0)[:, None]
-        ref_below = ref_z - tl.load(ref_anchor_ptr + rows, mask=row_inside, other=0.0)[:, None]
-        d = below - ref_below - tl.load(shift_ptr + rows, mask=row_inside, other=0.0)[:, None]
-        p = tl.exp(below) * tl.load(scale_ptr + rows, mask=row_inside, other=0.0)[:, None]
-        q = tl.exp(ref_below) * tl.load(ref_scale_ptr + rows, mask=row_inside, other=0.0)[:, None]
-        g, kl = _exp_terms(d, q, p)
-        column = first_column + tl.arange(0, BLOCK_V)
-        inside = (column < V)[None, :]
-        sums += tl.sum(tl.where(inside, kl, 0.0), axis=1)
-        if STORE:
-            if HAS_SOFTCAP:
-                g *= 1.0 - (z / softcap) * (z / softcap)
-            slab = slab_ptr + rows[:, None] * stride_slab + column[None, :]
-            tl.store(slab, g.to(slab_ptr.dtype.element_ty), mask=row_inside[:, None] & inside)
 
     tl.store(sum_ptr + split.to(tl.int64) * N + rows, sums, mask=row_inside)
+
+
+@triton.jit
+def kl_logits_persistent_kernel(
+    x_desc,  # (N, H) in blocks of (BLOCK_N, BLOCK_H)
+    w_desc,  # (V, H), the slice, in blocks of (BLOCK_V, BLOCK_H)
+    bias_ptr,  # (V,)
+    ref_x_desc,  # (N, H) in blocks of (BLOCK_N, BLOCK_H)
+    ref_w_desc,  # (V, H), the slice, in blocks of (BLOCK_V, BLOCK_H)
+    ref_bias_ptr, anchor_ptr, scale_ptr, ref_anchor_ptr, ref_scale_ptr, shift_ptr, target_ptr, kl_ptr, slab_ptr,
+    sum_ptr, N, V,  # as in the kernel above
+    H,  # of both models
+    begin, stride_slab, logit_scale, softcap, target_shift,
+    HAS_BIAS: tl.constexpr, HAS_REF_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TARGET: tl.constexpr,
+    REVERSE: tl.constexpr, STORE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT_TILES: tl.constexpr,
+    GROUP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """As `softmax_sums_persistent_kernel`, with the products of both models in turns: two loops would not merge."""
+    row_blocks, splits = tl.cdiv(N, BLOCK_N), tl.cdiv(V, SPLIT_TILES * BLOCK_V)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    tl.assume(H > 0)
+    steps = tl.cdiv(row_blocks * splits - program, programs) * SPLIT_TILES
+    for step in tl.range(0, steps, flatten=FLATTEN):
+        row_block, split = place(program + step // SPLIT_TILES * programs, row_blocks, splits, GROUP)
+        tile = step % SPLIT_TILES
+        first_column = (split * SPLIT_TILES + tile) * BLOCK_V
+        depth = H
+        if not FLATTEN:
+            depth = tl.where(first_column < V, H, 0)
+        acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+        ref_acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+        for h in range(0, depth, BLOCK_H):
+            x, w = x_desc.load([row_block * BLOCK_N, h]), w_desc.load([first_column, h])
+            ref_x, ref_w = ref_x_desc.load([row_block * BLOCK_N, h]), ref_w_desc.load([first_column, h])
+            if UPCAST:
+                x, w, ref_x, ref_w = x.to(tl.float32), w.to(tl.float32), ref_x.to(tl.float32), ref_w.to(tl.float32)
+            acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
+            ref_acc = tl.dot(ref_x, ref_w.T, ref_acc, input_precision=PRECISION)
+        z = _capped(acc, bias_ptr, first_column, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, BLOCK_V)
+        ref_z = _capped(
+            ref_acc, ref_bias_ptr, first_column, V, logit_scale, softcap, HAS_REF_BIAS, HAS_SOFTCAP, BLOCK_V
+        )
+        rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        sums = _take_kl(
+            z, ref_z, tl.where(tile == 0, 0.0, sums), rows, rows < N, anchor_ptr, scale_ptr, ref_anchor_ptr,
+            ref_scale_ptr, shift_ptr, target_ptr, kl_ptr, slab_ptr, first_column, V, begin, stride_slab, softcap,
+            target_shift, HAS_SOFTCAP, HAS_TARGET, REVERSE, STORE, BLOCK_V,
+        )  # fmt: skip
+        done = rows < tl.where(tile == SPLIT_TILES - 1, N, 0)
+        tl.store(sum_ptr + split.to(tl.int64) * N + rows, sums, mask=done)

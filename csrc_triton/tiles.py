@@ -86,6 +86,11 @@ PERSISTENT_CANDIDATES = {
     ("sm_120", 16, ANY_HIDDEN): Tile(128, 128, 64, 8, 8, 3, pieces=2, loop="flat"),
 }
 
+# The same of `softmax_sums_persistent_kernel` and `kl_logits_persistent_kernel`.
+PERSISTENT_PAIR_CANDIDATES = {
+    ("sm_90", 16, ANY_HIDDEN): Tile(128, 64, 64, 16, 8, 4, loop="flat"),
+}
+
 # Row moments take the entries of TILES, but for the warps: six sums a row beside the tile do not fit four.
 MOMENT_WARPS = 8
 # How `row_moments_persistent_kernel` goes from tile to tile: "serial" or "flat", as in `Tile.loop`. Without an entry

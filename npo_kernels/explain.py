@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
-from npo_kernels.call.arguments import CallOptions, check_each, describe
+from npo_kernels.call.arguments import CallOptions, check_each, describe, rules_of
 from npo_kernels.call.prepare import prepare
 from npo_kernels.core.plan import Plan
 from npo_kernels.logprobs import sequence_logprobs, token_logprobs
@@ -38,7 +38,7 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Plan:
         names = ", ".join(f.__name__ for f in EXPLAINED)
         raise ValueError(f"function: expected one of {names}, got {getattr(function, '__name__', describe(function))}")
     signature = inspect.signature(function)
-    check_each(function.__name__, tuple(signature.parameters), args, kwargs)
+    check_each(function.__name__, rules_of(function.__name__, signature), args, kwargs)
     bound = signature.bind_partial(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments

@@ -68,10 +68,27 @@ def sum_by_sequence(token_logps: Tensor, offsets: Tensor) -> Tensor:
     return sums.index_add(0, sequence, token_logps)
 
 
-def linear_kl(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head) -> Tensor:
-    """(N,) KL(reference || model) of the next-token distributions; float64 for float64 input and float32 otherwise."""
-    logp, ref_logp = (torch.log_softmax(logits(*side), dim=-1) for side in ((x, head), (ref_x, ref_head)))
-    return (ref_logp.exp() * (ref_logp - logp)).sum(-1)
+def linear_kl(
+    x: Tensor,  # (N, H)
+    head: Head,
+    ref_x: Tensor,  # (N, H_ref)
+    ref_head: Head,
+    labels: Tensor | None = None,  # (N,) int64
+    target_shift: float = 0.0,
+    reverse: bool = False,
+) -> Tensor:
+    """(N,) KL(reference || model) of the next-token distributions, or KL(model || reference); the reference's logit at
+    the label is `target_shift` lower. float64 for float64 input and float32 otherwise; NaN for a label outside [0, V).
+    """
+    z, ref_z = logits(x, head), logits(ref_x, ref_head)
+    if labels is not None:
+        valid = ((labels >= 0) & (labels < z.shape[-1])).unsqueeze(-1)
+        picked = labels.clamp(0, z.shape[-1] - 1).unsqueeze(-1)
+        lowering = ref_z.new_full(picked.shape, -target_shift).masked_fill(~valid, torch.nan)
+        ref_z = ref_z.scatter_add(-1, picked, lowering)
+    logp, ref_logp = z.log_softmax(-1), ref_z.log_softmax(-1)
+    p, q = (logp, ref_logp) if reverse else (ref_logp, logp)
+    return (p.exp() * (p - q)).sum(-1)
 
 
 def logits(x: Tensor, head: Head) -> Tensor:

@@ -200,11 +200,13 @@ def call_of(batch: Batch, impl: str, needs: Sequence[str] | None = None, num_row
     return Call(batch.hidden, head, *layout, num_rows, execution)
 
 
-def kl_call_of(batch: Batch, impl: str, needs: Sequence[str] | None = None) -> KLCall:
-    """The same of `fused_linear_kl`: the model against one of reversed hidden states."""
+def kl_call_of(batch: Batch, impl: str, needs: Sequence[str] | None = None, reverse: bool = False) -> KLCall:
+    """The same of `fused_linear_kl`: the model against one of reversed hidden states; `reverse` has a target shift."""
     call = call_of(batch, impl, needs)
     reference = batch.hidden.detach().flip(0), Head(batch.weight.detach(), None, 0.5, 20.0)
-    return KLCall(call.hidden, call.head, *reference, call.labels != batch.ignore_index, call.execution)
+    counted = call.labels != batch.ignore_index
+    labels, target_shift = (None, 0.0) if not reverse else (call.labels, 3.0)
+    return KLCall(call.hidden, call.head, *reference, counted, labels, target_shift, reverse, call.execution)
 
 
 def opcheck(operator: Operator, arguments) -> None:

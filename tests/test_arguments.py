@@ -55,6 +55,8 @@ WRONG = {
     "loss_fn": ["npo", None, 1, TENSOR, lambda: 0, lambda a: a, lambda a, b, c, d: a],
     "beta": [*WRONG_FOR_NUMBERS, 0, -1.0, None],
     "gamma": [*WRONG_FOR_NUMBERS, None],
+    "target_shift": [*WRONG_FOR_NUMBERS, 1e39, None],
+    "direction": ["backward", 1, TENSOR, ["forward"], None],
     "logit_scale": [*WRONG_FOR_NUMBERS, 0, None],
     "softcap": [*WRONG_FOR_NUMBERS, 0, -30],
     "workspace_mb": [*WRONG_FOR_NUMBERS, 0, -1],
@@ -62,17 +64,17 @@ WRONG = {
                    torch.tensor(True), torch.tensor(1j), torch.ones((), device="meta")],
     "weights": [*WRONG_FOR_TENSORS, *(torch.tensor([1.0] * (B - 1) + [x]) for x in (-1.0, math.nan, math.inf))],
 }  # fmt: skip
-OPTIONAL = {"bias", "cu_seqlens", "ref_bias", "mask"}
 
 
 def arguments_of(function) -> dict:
     return {name: GOOD[name] for name in inspect.signature(function).parameters if name in GOOD}
 
 
-def wrong_values(name: str) -> list:
+def wrong_values(function, name: str) -> list:
     if name in WRONG:
         return WRONG[name]
-    return WRONG_FOR_TENSORS if name in OPTIONAL else [*WRONG_FOR_TENSORS, None]
+    optional = inspect.signature(function).parameters[name].default is None
+    return WRONG_FOR_TENSORS if optional else [*WRONG_FOR_TENSORS, None]
 
 
 CASES = [(function, name) for function in PUBLIC for name in inspect.signature(function).parameters]
@@ -82,7 +84,7 @@ CASES = [(function, name) for function in PUBLIC for name in inspect.signature(f
 @pytest.mark.parametrize(("function", "name"), CASES, ids=lambda x: getattr(x, "__name__", x))
 @pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
 def test_no_wrong_value_passes_and_each_is_named(function, name, impl):
-    for value in wrong_values(name):
+    for value in wrong_values(function, name):
         with pytest.raises((TypeError, ValueError)) as caught:
             function(**{**arguments_of(function), "impl": impl, name: value})
         message = str(caught.value)

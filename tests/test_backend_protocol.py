@@ -6,6 +6,8 @@ the edges of each.
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from npo_kernels.core.formulas import RatioLoss
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.plan import Scratch
 from npo_kernels.core.row_moments import GradientRows, join
-from npo_kernels.core.softmax_stats import Normalizers, Statistics
+from npo_kernels.core.softmax_stats import Divergence, Lowered, Normalizers, Statistics
 from tests.support import DEVICE, DTYPES, HEADS, IMPLS, name_of, relative_error
 from tests.test_backends import H, N, V, draw, exact_exponentials, exact_logits, make_rows
 
@@ -51,6 +53,9 @@ class Rows:
         """A second model."""
         weight = draw(V, H, seed=12, scale=1.5 / H**0.5, dtype=self.dtype)
         return draw(N, H, seed=11, dtype=self.dtype), Head(weight, None, self.head.logit_scale, self.head.softcap)
+
+    def lowered(self, z: Tensor, lowered: Lowered | None) -> Tensor:
+        return z if lowered is None else z - lowered.shift * F.one_hot(lowered.target, V)
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
         return draw(N, seed=5), draw(N, seed=6)
@@ -182,24 +187,38 @@ def row_statistics(r: Rows) -> Result:
 
 
 def softmax_sums(r: Rows) -> Result:
-    maxima, sums = r.backend.softmax_sums(r.x, r.head, r.x)
-    # the blocks are the backend's own: what the row says is what counts
-    total = (sums.double() * torch.exp(maxima.double() - maxima.amax(0).double())).sum(0)
-    exact = torch.exp(r.z - r.z.amax(1, keepdim=True)).sum(1)
-    assert maxima.shape == sums.shape
-    return [(maxima.amax(0), r.z.amax(1), torch.float32), (total.float(), exact, sums.dtype)]
+    found = []
+    for lowered in (None, Lowered(r.target, 2.5), Lowered(r.target, -40.0)):
+        z = r.lowered(r.z, lowered)
+        maxima, sums = r.backend.softmax_sums(r.x, r.head, r.x, lowered)
+        # the blocks are the backend's own: what the row says is what counts
+        total = (sums.double() * torch.exp(maxima.double() - maxima.amax(0).double())).sum(0)
+        exact = torch.exp(z - z.amax(1, keepdim=True)).sum(1)
+        assert maxima.shape == sums.shape
+        found += [(maxima.amax(0), z.amax(1), torch.float32), (total.float(), exact, sums.dtype)]
+    return found
 
 
 def kl_logits(r: Rows) -> Result:
-    ref_x, ref_head = r.reference()
-    ref_z = exact_logits(ref_x, ref_head)
-    ends = [(z.amax(1), torch.exp(z - z.amax(1, keepdim=True)).sum(1)) for z in (r.z, ref_z)]
-    normalizers = Normalizers(*(t.float() for pair in ends for t in pair))
-    slab, parts = r.backend.kl_logits(r.x, r.head, ref_x, ref_head, normalizers.vectors(), ALL)
-    assert torch.equal(parts, r.backend.kl_sums(r.x, r.head, ref_x, ref_head, normalizers.vectors()))
-    p, q = r.z.softmax(1), ref_z.softmax(1)
-    kl = (q * (q.log() - p.log()) + p - q).sum(1)
-    return [(slab, (p - q) * r.slope, r.slab_dtype), (parts.sum(0), kl, parts.dtype)]
+    found, (ref_x, ref_head) = [], r.reference()
+    for lowered, reverse in product((None, Lowered(r.target, 2.5)), (False, True)):
+        ref_z = r.lowered(exact_logits(ref_x, ref_head), lowered)
+        ends = [(z.amax(1), torch.exp(z - z.amax(1, keepdim=True)).sum(1)) for z in (r.z, ref_z)]
+        vectors = Normalizers(*(t.float() for pair in ends for t in pair)).vectors()
+        p, q = r.z.softmax(1), ref_z.softmax(1)
+        grad, kl = p - q, (q * (q / p).log() + p - q).sum(1)
+        if reverse:
+            kl = (p * (p / q).log() + q - p).sum(1)
+            grad = p * ((p / q).log() - kl[:, None])
+        divergence = Divergence(vectors, lowered, reverse, kl.float())
+        slab, parts = r.backend.kl_logits(r.x, r.head, ref_x, ref_head, divergence, ALL)
+        values = r.backend.kl_sums(r.x, r.head, ref_x, ref_head, replace(divergence, kl=None))
+        assert torch.equal(parts, values)
+        found += [(slab, grad * r.slope, r.slab_dtype), (parts.sum(0), kl, parts.dtype)]
+        begin = r.backend.block_v(r.x)
+        part, _ = r.backend.kl_logits(r.x, r.head, ref_x, ref_head, divergence, (begin, V))
+        found.append((part, (grad * r.slope)[:, begin:], r.slab_dtype))
+    return found
 
 
 def scale_rows(r: Rows) -> Result:

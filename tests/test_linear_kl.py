@@ -170,7 +170,7 @@ def test_opcheck_and_compile():
     x, ref_x = hidden.reshape(-1, H).requires_grad_(), ref_hidden.reshape(-1, H_REF)
     counted = torch.arange(B * S) % 3 > 0
     execution = Execution("torch", 10**7, None, (), Needs(True, True, False))
-    call = KLCall(x, Head(weight.requires_grad_(), bias), ref_x, Head(ref_weight), counted, execution)
+    call = KLCall(x, Head(weight.requires_grad_(), bias), ref_x, Head(ref_weight), counted, None, 0.0, False, execution)
     opcheck(linear_kl, call)
     opcheck(linear_kl_loss, KLLossCall(call, torch.tensor(0.3)))
 

@@ -77,15 +77,15 @@ def test_opcheck_ratio_loss(impl, needs, num_rows):
 
 
 @pytest.mark.parametrize("needs", NEEDS, ids=name_of)
-@pytest.mark.parametrize("impl", IMPLS)
-def test_opcheck_linear_kl(impl, needs):
+@pytest.mark.parametrize(("impl", "reverse"), [*((impl, False) for impl in IMPLS), ("torch", True)])
+def test_opcheck_linear_kl(impl, reverse, needs):
     batch = make_batch(head="bias", layout="packed", **SMALL)
-    call = kl_call_of(batch.leaves(needs), impl)
+    call = kl_call_of(batch.leaves(needs), impl, reverse=reverse)
     opcheck(linear_kl_loss, KLLossCall(call, torch.tensor(0.25)))
     opcheck(linear_kl, call)
     if needs:
-        call = kl_call_of(batch, impl, needs)
-        saved = SavedKL(call, linear_kl(call).normalizers)
+        call = kl_call_of(batch, impl, needs, reverse)
+        saved = SavedKL(call, linear_kl(call).statistics)
         opcheck(linear_kl_backward, UpstreamKL(torch.ones(len(call.counted)), saved))
 
 

@@ -93,7 +93,10 @@ def kl(call, hidden, weight, bias):
     logp = log_probabilities(call, hidden, weight, bias)
     constants = (call[name] for name in ("ref_hidden", "ref_lm_head_weight", "ref_bias"))
     ref = log_probabilities(call, *(None if t is None else t.to(hidden.dtype) for t in constants))
-    values = torch.where(call["mask"], (ref.exp() * (ref - logp)).sum(-1), 0.0)
+    lowered = call["target_shift"] * torch.nn.functional.one_hot(call["labels"].clamp(min=0), ref.shape[-1])
+    ref = (ref - lowered).log_softmax(-1)
+    p, q = (ref, logp) if call["direction"] == "forward" else (logp, ref)
+    values = torch.where(call["mask"], (p.exp() * (p - q)).sum(-1), 0.0)
     if call["reduction"] == "mean":
         return values.sum() / call["mask"].sum().clamp(min=1)
     return values.sum() if call["reduction"] == "sum" else values
@@ -176,6 +179,8 @@ def draw(name, seed):
         call |= {"ref_bias": normal(V, scale=0.5) if rng.random() < 0.5 else None}
         call |= {"mask": laid_out(rng, torch.rand(shape, generator=g) < 0.7)}
         call |= {"reduction": rng.choice(("mean", "sum", "none"))}
+        call |= {"direction": rng.choice(("forward", "reverse")), "target_shift": rng.choice((0.0, 3.0, -1.0))}
+        call |= {"labels": laid_out(rng, torch.randint(0, V, shape, generator=g).masked_fill(~call["mask"], -100))}
         return (hidden, weight, bias), call
     ignore_index = rng.choice((-100, -1, 0))
     labels = torch.randint(0, V, shape, generator=g)
@@ -223,8 +228,10 @@ def test_values_and_gradients(impl, name, seed):
 
     def ours(x, w, b):
         keywords = {k: v for k, v in call.items() if k not in ("labels", "ref_hidden", "ref_lm_head_weight")}
-        others = [call["labels"]] if "labels" in call else [call["ref_hidden"], call["ref_lm_head_weight"]]
-        return function(x, w, *others, bias=b, impl=impl, **keywords)
+        if name == "kl":
+            others = call["ref_hidden"], call["ref_lm_head_weight"]
+            return function(x, w, *others, labels=call["labels"], bias=b, impl=impl, **keywords)
+        return function(x, w, call["labels"], bias=b, impl=impl, **keywords)
 
     got = with_gradients(ours, (hidden, weight, bias), needs, upstream)
     double = [None if t is None else t.double() for t in (hidden, weight, bias)]

@@ -22,6 +22,7 @@ from npo_kernels.core.row_moments import NAMES
 from tests import support
 from tests.support import make_batch
 
+REVERSE = {"direction": "reverse", "target_shift": 2.0}
 FUNCTIONS = {
     "npo": lambda x, w, y, **o: fused_npo_loss(x, w, y, ref_logps=x.new_zeros(len(y), dtype=torch.float32), **o),
     "user's": lambda x, w, y, **o: fused_token_loss(x, w, y, lambda tokens, *_: tokens.square().sum(), **o),
@@ -29,7 +30,7 @@ FUNCTIONS = {
     "statistics": lambda x, w, y, **o: sum(v.sum() for v in token_statistics(x, w, y, NAMES, **o).values()),
     "kl": lambda x, w, y, **o: fused_linear_kl(x, w, x.detach() + 1, w.detach(), mask=y != -100, **o),
     "kl by position": lambda x, w, y, **o: fused_linear_kl(
-        x, w, x.detach() + 1, w.detach(), mask=y != -100, reduction="none", **o
+        x, w, x.detach() + 1, w.detach(), mask=y != -100, reduction="none", **REVERSE, labels=y, **o
     ).sum(),
 }
 LATER = ("tokens", "statistics", "kl by position")  # gradients are formed in the backward

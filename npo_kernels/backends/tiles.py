@@ -130,19 +130,25 @@ def first_of_kind(architecture: str) -> str:
     return f"sm_{major}0" if major >= 9 else {"sm_89": "sm_86"}.get(architecture, architecture)
 
 
-def shared_memory(tile: Tile, itemsize: int) -> int:
-    """Bytes that a program needs at most: the operands of every stage of the loop over H, and a piece of the tile that
-    a persistent program rearranges while the next loads are under way. tests/aot has what the compilers take.
+def shared_memory(tile: Tile, itemsize: int, models: int = 1) -> int:
+    """Bytes that a program needs at most: the operands of every stage of the loop over H, of as many models as a
+    persistent program multiplies at once, and a piece of the tile that it rearranges while the next loads are under
+    way. tests/aot has what the compilers take.
     """
-    operands = tile.num_stages * (tile.block_n + tile.block_v) * tile.block_h
+    operands = tile.num_stages * (tile.block_n + tile.block_v) * tile.block_h * (models if tile.loop else 1)
     return itemsize * (operands + (tile.block_n * tile.block_v // tile.pieces if tile.loop else 0))
 
 
 def _largest_need(architecture: str, tables: Sequence[Table]) -> int:
     """Bytes of shared memory that every tile of a row fits in."""
-    tiles = [(tile, key[1]) for table in tables for key, tile in table.items() if key[0] == architecture]
+    tiles = [
+        (tile, key[1] // 8, models)
+        for models, table in enumerate(tables, 1)  # of one model, of a pair
+        for key, tile in table.items()
+        if key[0] == architecture
+    ]
     barriers = 0 if _is_amd(architecture) else BARRIERS
-    return max(shared_memory(tile, bits // 8) for tile, bits in tiles) + barriers
+    return max(shared_memory(*needs) for needs in tiles) + barriers
 
 
 def _is_amd(architecture: str) -> bool:

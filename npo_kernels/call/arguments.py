@@ -23,6 +23,7 @@ from npo_kernels.core.row_moments import NAMES
 
 Impl = Literal["auto", "triton", "torch", "reference"]
 Reduction = Literal["mean", "sum", "none"]
+Direction = Literal["forward", "reverse"]
 Rule = Callable[[str, Any], None]  # (name, value) -> None, or an error
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -53,16 +54,13 @@ FUNCTIONAL = (
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """A public function that checks each of its arguments before it runs, and refuses those it does not have."""
     signature = full_signature(function)
-    names = tuple(signature.parameters)
-    missing = [name for name in names if name not in RULES]
-    if missing:
-        raise NotImplementedError(f"{function.__name__}: no rule in npo_kernels.call.arguments for {missing}")
-    defaults = {name: option.default for name, option in OPTIONS.items() if name in names}
+    rules = rules_of(function.__name__, signature)
+    defaults = {name: option.default for name, option in OPTIONS.items() if name in rules}
     takes_options = signature != inspect.signature(function)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        check_each(function.__name__, names, args, kwargs)
+        check_each(function.__name__, rules, args, kwargs)
         if takes_options:
             return function(*args, **{**defaults, **kwargs})
         return function(*args, **kwargs)
@@ -86,14 +84,23 @@ def full_signature(function: Callable[..., Any]) -> inspect.Signature:
     return signature.replace(parameters=parameters)
 
 
-def check_each(function: str, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def rules_of(function: str, signature: inspect.Signature) -> dict[str, Rule]:
+    """The rule of each parameter, in order; None passes where it is the default."""
+    parameters = signature.parameters
+    missing = [name for name in parameters if name not in RULES]
+    if missing:
+        raise NotImplementedError(f"{function}: no rule in npo_kernels.call.arguments for {missing}")
+    return {name: _optional(RULES[name]) if p.default is None else RULES[name] for name, p in parameters.items()}
+
+
+def check_each(function: str, rules: dict[str, Rule], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Every given argument against its rule."""
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = {**dict(zip(rules, args, strict=False)), **kwargs}
     for name, value in given.items():
-        if name not in names:
+        if name not in rules:
             hint = _ELSEWHERE.get(name, f"see help(npo_kernels.{function}) for the arguments it takes")
             raise TypeError(f"{function}() got an unexpected keyword argument '{name}': {hint}")
-        RULES[name](name, value)
+        rules[name](name, value)
     if given.get("impl") != "reference" and not torch.compiler.is_compiling():
         for name, value in given.items():
             _plain_autograd(name, value)
@@ -325,6 +332,8 @@ RULES: dict[str, Rule] = {
     "which": _which,
     "beta": _number(lambda x: x > 0, "a positive number"),
     "gamma": _number(lambda x: True, "a finite number"),
+    "target_shift": _number(lambda x: abs(x) <= torch.finfo(torch.float32).max, "a number that float32 can hold"),
+    "direction": _choice(*get_args(Direction)),
     "return_stats": _flag,
     **{name: option.rule for name, option in OPTIONS.items()},
 }

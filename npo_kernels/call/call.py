@@ -58,4 +58,7 @@ class KLCall(NamedTuple):
     ref_hidden: Tensor  # (T, H_ref)
     ref_head: Head
     counted: Tensor  # (T,) bool
+    labels: Tensor | None  # (T,) int64, where target_shift is not 0
+    target_shift: float  # by which the reference's logit at the label is lowered
+    reverse: bool  # KL(model || reference)
     execution: Execution

@@ -109,6 +109,8 @@ def check_kl(
     ref_weight: Tensor,
     ref_bias: Tensor | None,
     mask: Tensor | None,
+    labels: Tensor | None,
+    target_shift: float,
     impl: str,
 ) -> None:
     """The arguments of `fused_linear_kl` together."""
@@ -139,6 +141,17 @@ def check_kl(
         raise ValueError(
             f"mask: expected {tuple(hidden.shape[:-1])} bool on {hidden.device}, got {describe(mask)}; "
             "labels != ignore_index gives the answer positions"
+        )
+    wanted = (torch.int64, hidden.shape[:-1], hidden.device)
+    if labels is not None and (labels.dtype, labels.shape, labels.device) != wanted:
+        raise ValueError(
+            f"labels: expected {tuple(hidden.shape[:-1])} int64 on {hidden.device}, got {describe(labels)}; "
+            "one for each position of hidden, already shifted"
+        )
+    if labels is None and target_shift != 0:
+        raise ValueError(
+            f"target_shift={target_shift} lowers the reference's logit at the label, got labels=None: pass labels, "
+            f"{tuple(hidden.shape[:-1])} int64, or leave target_shift out"
         )
 
 

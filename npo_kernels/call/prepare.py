@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from npo_kernels.backends.choose import resolve_impl
-from npo_kernels.call.arguments import CallOptions, Impl
+from npo_kernels.call.arguments import CallOptions, Direction, Impl
 from npo_kernels.call.call import Call, Execution, KLCall
 from npo_kernels.call.checks import check_batch, check_kl
 from npo_kernels.core.lm_head import Head
@@ -52,6 +52,9 @@ def prepare_kl(
     ref_lm_head_weight: Tensor,
     *,
     mask: Tensor | None,
+    labels: Tensor | None,
+    target_shift: float,
+    direction: Direction,
     bias: Tensor | None,
     ref_bias: Tensor | None,
     logit_scale: float,
@@ -62,7 +65,9 @@ def prepare_kl(
     """The same for `fused_linear_kl`."""
     hidden, lm_head_weight, bias = autocast_inputs(hidden, lm_head_weight, bias)
     ref_hidden, ref_lm_head_weight, ref_bias = autocast_inputs(ref_hidden, ref_lm_head_weight, ref_bias)
-    check_kl(hidden, lm_head_weight, bias, ref_hidden, ref_lm_head_weight, ref_bias, mask, impl)
+    check_kl(
+        hidden, lm_head_weight, bias, ref_hidden, ref_lm_head_weight, ref_bias, mask, labels, target_shift, impl
+    )  # fmt: skip
     x, ref_x = hidden.reshape(-1, hidden.shape[-1]), ref_hidden.detach().reshape(-1, ref_hidden.shape[-1])
     counted = torch.ones(x.shape[0], dtype=torch.bool, device=x.device) if mask is None else mask.reshape(-1)
     head = _head(lm_head_weight, bias, logit_scale, softcap)
@@ -73,6 +78,9 @@ def prepare_kl(
         ref_hidden=ref_x,
         ref_head=_head(ref_lm_head_weight.detach(), ref_bias, logit_scale, softcap),
         counted=counted,
+        labels=None if labels is None or target_shift == 0 else labels.reshape(-1),
+        target_shift=float(target_shift),
+        reverse=direction == "reverse",
         execution=Execution(
             impl=resolve_impl(impl, x.device),
             workspace_bytes=workspace_bytes(workspace_mb),

@@ -21,7 +21,7 @@ from npo_kernels.core.layout import Rows
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.plan import Scratch
 from npo_kernels.core.row_moments import GradientRows, Moments
-from npo_kernels.core.softmax_stats import Statistics
+from npo_kernels.core.softmax_stats import Divergence, Lowered, Statistics
 
 
 class Backend(Protocol):
@@ -95,12 +95,15 @@ class Backend(Protocol):
     def row_statistics(self, parts: Tensor, anchor: Tensor, target_logit: Tensor) -> Statistics:
         """`softmax_stats.row_statistics` of the partial sums (blocks, n)."""
 
-    def softmax_sums(self, x: Tensor, head: Head, beside: Tensor) -> tuple[Tensor, Tensor]:
+    def softmax_sums(self, x: Tensor, head: Head, beside: Tensor, lowered: Lowered | None) -> tuple[Tensor, Tensor]:
         """(maxima, sums of the exponentials below them), (blocks, n) each, over all columns.
 
+            z = z - shift * one_hot(target)             # lowered, if given; a target outside [0, V) is no column
             maximum, total = block.amax(1), exp(block - block.amax(1, keepdim=True)).sum(1)     # block of z
 
-        `beside` are the rows of the other model: the logits have the bits that `kl_logits` forms of both.
+        The exponential of the lowered logit is exp((z - maximum) - shift), whatever rounding the maximum has
+        (`softmax_stats.Normalizers`). `beside` are the rows of the other model: the logits have the bits that
+        `kl_logits` forms of both.
         """
 
     def kl_logits(
@@ -109,17 +112,19 @@ class Backend(Protocol):
         head: Head,  # of the whole vocabulary, as is ref_head
         ref_x: Tensor,  # (n, H_ref)
         ref_head: Head,
-        normalizers: tuple[Tensor, ...],  # `softmax_stats.Normalizers.vectors`
+        divergence: Divergence,
         columns: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
         """(slab (n, end - begin) in slab_dtype, partial sums (blocks, n)).
 
-        p, q = softmax(z), softmax(ref_z)
-        slab, sums = ((p - q) * slope)[:, begin:end], q * log(q / p) + p - q, summed over each block
+        p, q = softmax(z), softmax(ref_z - shift * one_hot(target))        # shift and target of divergence.lowered
+        grad, terms = p - q, q * log(q / p) + p - q                        # summed over each block
+        grad, terms = p * (log(p / q) - kl[:, None]), p * log(p / q) + q - p              # divergence.reverse
+        slab, sums = (grad * slope)[:, begin:end], [block.sum(1) for block in terms.split(...)]
         """
 
-    def kl_sums(self, x: Tensor, head: Head, ref_x: Tensor, ref_head: Head, normalizers: tuple[Tensor, ...]) -> Tensor:
-        """The partial sums (blocks, n) of `kl_logits` over all columns, with no slab."""
+    def kl_sums(self, x: Tensor, head: Head, ref_x: Tensor, ref_head: Head, divergence: Divergence) -> Tensor:
+        """The partial sums (blocks, n) of `kl_logits` over all columns, with no slab; `divergence.kl` is not read."""
 
     def moment_scratch(self, x: Tensor, rows: int, vocab_size: int, capped: bool) -> Scratch:
         """What `row_moments` and `moment_gradient` allocate beside their results for so many rows like those of x."""

@@ -70,10 +70,28 @@ def gradient_coefficients(stats: Statistics, grad: Tensor, head: Head) -> tuple[
 
 
 @dataclass(frozen=True)
+class Lowered:
+    """One logit of each row that is lowered before the softmax: z_v - shift [v = target]."""
+
+    target: Tensor  # (n,) int64
+    shift: float
+
+    def rows(self, rows: slice) -> "Lowered":
+        """Of some of the rows."""
+        return Lowered(self.target[rows], self.shift)
+
+    def valid(self, vocab_size: int) -> Tensor:
+        """(n,) bool whether there is such a logit."""
+        return (self.target >= 0) & (self.target < vocab_size)
+
+
+@dataclass(frozen=True)
 class Normalizers:
     """Of the softmaxes of a model and a reference: p_v = exp(z_v - anchor) / total, anchor the row maximum; (n,) each.
 
-    Anchor and log total are never added: their sum is known to 1e-7 of the logits' size only.
+    Anchor and log total are never added: their sum is known to 1e-7 of the logits' size only. The anchor may be any
+    number near the maximum, so a lowered logit is exp((z_v - anchor) - shift), never exp((z_v - shift) - anchor), which
+    would round at the size of the logits: q_target = exp((z_target - ref_anchor) - shift) / ref_total.
     """
 
     anchor: Tensor
@@ -85,6 +103,16 @@ class Normalizers:
         """anchor, 1/total, ref_anchor, 1/ref_total, and the shift log total - log ref_total, small where they agree."""
         shift = (self.total.double() / self.ref_total).log().float()
         return self.anchor, 1 / self.total, self.ref_anchor, 1 / self.ref_total, shift
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL of two softmaxes as the primitives take it: which of the two it is, and what its terms are formed with."""
+
+    vectors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # `Normalizers.vectors`
+    lowered: Lowered | None = None  # of the reference
+    reverse: bool = False  # KL(model || reference)
+    kl: Tensor | None = None  # (n,) of each row: the gradient of the reverse direction has it in every entry
 
 
 def merge_sums(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:

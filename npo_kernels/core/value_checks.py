@@ -60,6 +60,19 @@ def check_exact_rows(scored: Tensor, num_rows: int) -> None:
         )
 
 
+def check_kl_labels(labels: Tensor, counted: Tensor, vocab_size: int) -> None:
+    """Labels (T,) in [0, V) at the positions that count (T,). Only where reading values is free; elsewhere they make
+    the KL of their positions NaN."""
+    if not readable(labels):
+        return
+    wrong = labels[counted & ((labels < 0) | (labels >= vocab_size))]
+    if wrong.numel():
+        raise ValueError(
+            f"labels: {wrong.numel()} outside [0, {vocab_size}) at positions that count, the first is "
+            f"{wrong[0].item()}: pass mask=labels != -100, which leaves those without a label out"
+        )
+
+
 def check_factors(offset: Tensor, normalizer: Tensor | None, weights: Tensor | None, num_tokens: Tensor) -> None:
     """A positive normalizer; weights from 0 on and finite reference log-probabilities, both of the sequences that have
     a scored token.

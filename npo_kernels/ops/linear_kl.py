@@ -1,6 +1,6 @@
-"""npo_kernels::linear_kl_loss and ::linear_kl: KL(reference || model), as a scalar and of each position.
+"""npo_kernels::linear_kl_loss and ::linear_kl: KL of a model and a reference, as a scalar and of each position.
 
-The scalar forms its gradients in the forward (6 products in all), the vector in its backward (8).
+The scalar forms its gradients in the forward, the vector in its backward (`core.linear_kl` counts the products).
 """
 
 from dataclasses import replace
@@ -14,8 +14,9 @@ from npo_kernels.call.call import KLCall
 from npo_kernels.core.gradients import Gradients
 from npo_kernels.core.layout import DEAD_ROW, ELSEWHERE, compact
 from npo_kernels.core.linear_kl import Pair
-from npo_kernels.core.softmax_stats import Normalizers
+from npo_kernels.core.softmax_stats import Lowered, Normalizers
 from npo_kernels.core.task import Needs, Task
+from npo_kernels.core.value_checks import check_kl_labels
 from npo_kernels.ops.gradients import (
     GradientTensors,
     Kept,
@@ -29,15 +30,18 @@ from npo_kernels.ops.schema import operator
 
 
 def pair_of(call: KLCall, needs: Needs, upstream_later: bool = False) -> Pair:
-    """The counted positions, compacted; none has a label.
+    """The counted positions, compacted; none has a label with a term of its own in the gradients.
 
     `compact` takes labels, and here they say only what counts: 0 of a vocabulary of one, or the index that is ignored.
     """
+    if call.labels is not None:
+        check_kl_labels(call.labels, call.counted, call.head.weight.shape[0])
     ends = torch.arange(2, device=call.hidden.device) * call.hidden.shape[0]  # a copy from the host would wait
     rows = compact(torch.where(call.counted, 0, DEAD_ROW), ends, 1, DEAD_ROW, num_rows=None)
     rows = replace(rows, target=torch.full_like(rows.target, ELSEWHERE))
     task = Task(call.hidden, call.head, rows, needs, backend_of(call.execution.impl), None, upstream_later)
-    return Pair(task, task.gather(), call.ref_hidden[rows.index], call.ref_head)
+    lowered = None if call.labels is None else Lowered(call.labels[rows.index], call.target_shift)
+    return Pair(task, task.gather(), call.ref_hidden[rows.index], call.ref_head, lowered, call.reverse)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,7 +98,7 @@ linear_kl_loss.register_backward(_save_loss, _backward_loss, of=("call.hidden", 
 
 class KLResults(NamedTuple):
     kl: Tensor  # (T,) 0 outside the mask
-    normalizers: Tensor  # (4, T): `Normalizers` of both models in one tensor
+    statistics: Tensor  # (5, T): `Normalizers` of both models, and kl again: what autograd keeps nobody else writes to
 
 
 @operator("linear_kl")
@@ -102,21 +106,21 @@ def linear_kl(call: KLCall) -> KLResults:
     pair = pair_of(call, call.execution.needs)
     pair.plan(call.execution.workspace_bytes)  # what the backward cannot do is refused here
     normalizers = pair.normalizers()
-    packed = torch.stack(tuple(vars(normalizers).values()))
-    return KLResults(pair.scatter(pair.values(normalizers)), pair.scatter(packed))
+    kl = pair.values(normalizers)
+    return KLResults(pair.scatter(kl), pair.scatter(torch.stack((*vars(normalizers).values(), kl))))
 
 
 @linear_kl.register_fake
 def _(call: KLCall) -> KLResults:
     total = call.hidden.shape[0]
-    return KLResults(*(call.hidden.new_empty(shape, dtype=torch.float32) for shape in ((total,), (4, total))))
+    return KLResults(*(call.hidden.new_empty(shape, dtype=torch.float32) for shape in ((total,), (5, total))))
 
 
 class SavedKL(NamedTuple):
     """What autograd keeps between `linear_kl` and its backward."""
 
     call: KLCall
-    normalizers: Tensor  # (4, T)
+    statistics: Tensor  # (5, T)
 
 
 class UpstreamKL(NamedTuple):
@@ -131,8 +135,9 @@ def linear_kl_backward(upstream: UpstreamKL) -> GradientTensors:
     call = upstream.saved.call
     pair = pair_of(call, call.execution.needs)
     index = pair.task.rows.index
-    normalizers = Normalizers(*upstream.saved.normalizers.index_select(1, index))
-    _, grads = pair.sweep(normalizers, upstream.grad[index], pair.plan(call.execution.workspace_bytes))
+    *normalizers, kl = upstream.saved.statistics.index_select(1, index)
+    plan = pair.plan(call.execution.workspace_bytes)
+    _, grads = pair.sweep(Normalizers(*normalizers), upstream.grad[index], plan, kl)
     return all_tensors(grads, call.hidden, call.head)
 
 
@@ -146,7 +151,7 @@ linear_kl_backward.refuse_second_derivative()
 
 
 def _save(call: KLCall, results: KLResults) -> SavedKL:
-    return SavedKL(call, results.normalizers)
+    return SavedKL(call, results.statistics)
 
 
 def _backward(saved: SavedKL, upstream: KLResults) -> tuple[Tensor | None, ...]:

@@ -62,8 +62,9 @@ DTYPES = ("bf16", "fp16", "fp32", "tf32")
 # Arguments are called the same in all kernels. Pointers: "T" is the dtype of the operands. Descriptors: their blocks.
 ARGUMENTS = {
     "x_desc": ("BLOCK_N", "BLOCK_H"), "w_desc": ("BLOCK_V", "BLOCK_H"),
+    "ref_x_desc": ("BLOCK_N", "BLOCK_H"), "ref_w_desc": ("BLOCK_V", "BLOCK_H"),
     "ref_x_ptr": "*T", "ref_w_ptr": "*T", "ref_bias_ptr": "*T", "ref_anchor_ptr": "*fp32",
-    "ref_scale_ptr": "*fp32", "shift_ptr": "*fp32",
+    "ref_scale_ptr": "*fp32", "shift_ptr": "*fp32", "kl_ptr": "*fp32", "target_shift": "fp32",
     "x_ptr": "*T", "w_ptr": "*T", "bias_ptr": "*T", "slab_ptr": "*T", "out_ptr": "*T",
     "labels_ptr": "*i64", "offsets_ptr": "*i32", "counts_ptr": "*i32", "sequence_ptr": "*i64", "num_tokens_ptr": "*i64",
     "hidden_ptr": "*T", "normalizer_ptr": "*fp32", "weights_ptr": "*fp32", "token_grad_ptr": "*fp32",
@@ -113,6 +114,8 @@ OPTIONAL = {
     "weights_ptr": "HAS_WEIGHTS",
     "token_grad_ptr": "HAS_TOKENS",
     "logps_grad_ptr": "HAS_LOGPS",
+    "target_ptr": "HAS_TARGET",
+    "kl_ptr": "REVERSE",
 }
 # what exp_logits_kernel is launched for -> (STORE, SUMS, MAXIMA, REPAIR)
 USES = {
@@ -122,6 +125,13 @@ USES = {
     "repair-statistics": (False, True, False, True),
     "recompute": (True, False, False, False),
 }
+
+
+def persistent(kernel: str) -> str:
+    """The name of its twin with a program a processor."""
+    return kernel.replace("_kernel", "_persistent_kernel")
+
+
 ROW_KERNELS = {  # module, kernel -> variants
     ("compaction", "count_scored_kernel"): ("", "packed"),
     ("compaction", "write_rows_kernel"): ("", "packed"),
@@ -138,7 +148,14 @@ ROW_KERNELS = {  # module, kernel -> variants
     ("gradient_rows", "add_targets_kernel"): ("",),
 }
 MOMENTS = ("row_moments_kernel", "row_moments_persistent_kernel", "moment_gradient_kernel")
-PRODUCTS = ("exp_logits_kernel", "exp_logits_persistent_kernel", "softmax_sums_kernel", "kl_logits_kernel", *MOMENTS)
+PAIR_KERNELS = ("softmax_sums_kernel", "kl_logits_kernel")
+PRODUCTS = (
+    "exp_logits_kernel",
+    "exp_logits_persistent_kernel",
+    *PAIR_KERNELS,
+    *map(persistent, PAIR_KERNELS),
+    *MOMENTS,
+)
 
 
 @dataclass(frozen=True)
@@ -166,11 +183,13 @@ class Case:
     @property
     def tile(self) -> tiles.Tile | None:
         """Of a product: that of the table, or a persistent one that is not in it. None: there is no such entry."""
-        table = tiles.PAIR_TILES if self.module == "linear_kl" else tiles.TILES
+        table, candidates = tiles.TILES, tiles.PERSISTENT_CANDIDATES
+        if self.module == "linear_kl":
+            table, candidates = tiles.PAIR_TILES, tiles.PERSISTENT_PAIR_CANDIDATES
         bucket = next((b for b in tiles.HIDDEN_BUCKETS if self.has(f"h{b}")), tiles.ANY_HIDDEN)
         key = TARGETS[self.target].tiles, self.bits, bucket
-        if self.kernel == "exp_logits_persistent_kernel" and not (key in table and table[key].loop):
-            table = tiles.PERSISTENT_CANDIDATES
+        if "persistent" in self.kernel and self.kernel not in MOMENTS and not (key in table and table[key].loop):
+            table = candidates
         return table.get(key)
 
 
@@ -199,12 +218,19 @@ def cases(target: str, everything: bool) -> list[Case]:
             found += with_buckets(Case(target, "exp_logits", "exp_logits_kernel", variant, dtype))
         if chosen and shape in ("", "ragged"):
             found += with_buckets(Case(target, "exp_logits", "exp_logits_persistent_kernel", variant, dtype))
+    pairs = []  # (kernel, variant, dtype)
     for dtype, use, options in product(DTYPES, ("value", "gradient"), ("", "bias+softcap")):
         if everything or (use == "gradient" and (dtype == "bf16" or options)):
-            variant = "+".join(filter(None, (use, options)))
-            found += with_buckets(Case(target, "linear_kl", "kl_logits_kernel", variant, dtype))
+            pairs.append(("kl_logits_kernel", "+".join(filter(None, (use, options))), dtype))
             if use == "gradient":
-                found += with_buckets(Case(target, "linear_kl", "softmax_sums_kernel", options, dtype))
+                pairs.append(("softmax_sums_kernel", options, dtype))
+    for dtype, options in product(DTYPES, ("target", "bias+softcap+target")):
+        if everything or (dtype == "bf16") == (options == "target"):
+            pairs += [("kl_logits_kernel", f"gradient+{options}{d}", dtype) for d in ("", "+reverse")]
+            pairs.append(("softmax_sums_kernel", options, dtype))
+    for kernel, variant, dtype in pairs:
+        for twin in (kernel, persistent(kernel)):
+            found += with_buckets(Case(target, "linear_kl", twin, variant, dtype))
     for dtype, kernel, variant in product(DTYPES, MOMENTS, ("", "bias+softcap", "bias+softcap+odd")):
         if kernel == "row_moments_persistent_kernel" and (target != "sm_90" or dtype != "bf16" or "odd" in variant):
             continue
@@ -245,8 +271,9 @@ def constants(case: Case, parameters: list[str], whole: set[str]) -> tuple[dict,
     options = {"num_warps": tiles.ROW_WARPS}
     if case.kernel == "reanchor_kernel":
         values["BLOCK_N"] = tiles.TILES[TARGETS[case.target].tiles, case.bits, tiles.ANY_HIDDEN].block_n
-    if case.kernel == "kl_logits_kernel":
-        values |= {"HAS_REF_BIAS": case.has("bias"), "STORE": case.has("gradient")}
+    if case.module == "linear_kl":
+        values |= {"HAS_REF_BIAS": case.has("bias"), "HAS_TARGET": case.has("target")}
+        values |= {"STORE": case.has("gradient"), "REVERSE": case.has("reverse")}
     if case.module == "exp_logits":
         flags = USES[case.variant.split("+")[0]]
         values |= dict(zip(("STORE", "SUMS", "MAXIMA", "REPAIR"), flags, strict=True))
@@ -265,8 +292,8 @@ def constants(case: Case, parameters: list[str], whole: set[str]) -> tuple[dict,
         }
         warps = tiles.MOMENT_WARPS if case.kernel in MOMENTS else tile.num_warps
         options = {"num_warps": warps, "num_stages": tile.num_stages}
-    if case.kernel == "exp_logits_persistent_kernel":
-        merged = tile.loop != "serial" and values["SUMS"] and not values["REPAIR"]
+    if "persistent" in case.kernel and case.kernel not in MOMENTS:
+        merged = tile.loop != "serial" and values.get("SUMS", True) and not values.get("REPAIR", False)
         values |= {"FLATTEN": merged, "SPECIALIZE": merged and tile.loop == "specialized"}
     if case.kernel == "row_moments_persistent_kernel":
         values["FLATTEN"] = True

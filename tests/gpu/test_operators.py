@@ -32,7 +32,7 @@ def test_fakes_have_the_shapes_strides_and_dtypes_of_the_outputs(needs, num_rows
     tokens, sequences = (torch.ones(n, device="cuda") for n in (len(call.labels), call.num_sequences))
     saved = SavedCall(call.hidden, call.head, token_logps(LogpsCall(call, per_token=False)).saved, call.execution)
     opcheck(token_logps_backward, Upstream(saved, tokens, sequences))
-    opcheck(linear_kl_backward, UpstreamKL(tokens, SavedKL(kl_call, linear_kl(kl_call).normalizers)))
+    opcheck(linear_kl_backward, UpstreamKL(tokens, SavedKL(kl_call, linear_kl(kl_call).statistics)))
 
 
 @pytest.mark.parametrize("workspace_mb", WORKSPACES, ids=["default", "tiny"])

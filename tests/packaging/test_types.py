@@ -90,6 +90,7 @@ def right(h: Tensor, w: Tensor, y: Tensor, r: Tensor, flag: bool) -> None:
 
     fused_linear_kl(h, w, h, w).backward()
     assert_type(fused_linear_kl(h, w, h, w, mask=y != -100, reduction="none", ref_bias=r), Tensor)
+    assert_type(fused_linear_kl(h, w, h, w, labels=y, target_shift=10.0, direction="reverse"), Tensor)
 
     def train(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         loss(h, w, y).backward()
@@ -147,6 +148,7 @@ def wrong(h: Tensor, w: Tensor, y: Tensor, r: Tensor, flag: bool) -> None:
 
     fused_linear_kl(h, w, h)  # error: call-arg, reportCallIssue
     fused_linear_kl(h, w, h, w, reduction="avg")  # error: arg-type, reportArgumentType
+    fused_linear_kl(h, w, h, w, direction="backward")  # error: arg-type, reportArgumentType
     fused_linear_kl(h, w, h, w, y)  # error: call-arg, reportCallIssue
     fused_linear_kl(h, w, h, w, process_group=None)  # error: call-arg, reportCallIssue
 

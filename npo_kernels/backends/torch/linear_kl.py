@@ -1,4 +1,4 @@
-"""Two sets of logits at once: the sums and the gradient of KL(reference || model)."""
+"""Two sets of logits at once: the sums and the gradient of KL of a model and a reference."""
 
 import torch
 from torch import Tensor
@@ -7,6 +7,7 @@ from npo_kernels.backends.torch import blocks
 from npo_kernels.core import matmul
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.plan import Scratch
+from npo_kernels.core.softmax_stats import Divergence, Lowered
 
 KL_TEMPORARIES = 10  # float32 arrays of the size of a block's logits
 
@@ -25,7 +26,7 @@ def kl_scratch(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head) -> Scratch:
     return Scratch(projecting, n * x.shape[1] * blocks.ROW_TEMPORARIES, per_row, projecting + x.shape[0] * per_row)
 
 
-def softmax_sums(x: Tensor, head: Head, beside: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_sums(x: Tensor, head: Head, beside: Tensor, lowered: Lowered | None) -> tuple[Tensor, Tensor]:
     """(maxima, sums of the exponentials below them), (blocks, n) float32, of the logits of a whole head.
 
     In the blocks of `kl_logits`, so that the logits have the same bits there.
@@ -36,22 +37,48 @@ def softmax_sums(x: Tensor, head: Head, beside: Tensor) -> tuple[Tensor, Tensor]
         rows = slice(i, i + blocks.BLOCK_N)
         for number, b in enumerate(range(0, vocab_size, blocks.BLOCK_V)):
             z, _ = blocks.capped_logits(x[rows], head.columns(b, min(b + blocks.BLOCK_V, vocab_size)))
-            maxima[number, rows] = z.amax(1)
-            sums[number, rows] = z.sub_(maxima[number, rows].unsqueeze(1)).exp_().sum(1)
+            maxima[number, rows] = z.amax(1) if lowered is None else _lowered_maxima(z, lowered.rows(rows), b)
+            z.sub_(maxima[number, rows].unsqueeze(1))
+            if lowered is not None:
+                _lower(z, lowered.rows(rows), b)
+            sums[number, rows] = z.exp_().sum(1)
     return maxima, sums
 
 
+def _at_target(z: Tensor, lowered: Lowered, begin: int) -> tuple[Tensor, Tensor]:
+    """((n, 1) column of each row's target in the block z that begins at `begin`, and what to take off there: 0 of some
+    column where the target is elsewhere)."""
+    column = lowered.target - begin
+    inside = (column >= 0) & (column < z.shape[1])
+    return column.clamp(0, z.shape[1] - 1).unsqueeze(1), (inside.to(z.dtype) * lowered.shift).unsqueeze(1)
+
+
+def _lower(z: Tensor, lowered: Lowered, begin: int) -> None:
+    """Take the shift off the targets that are in the block."""
+    column, shift = _at_target(z, lowered, begin)
+    z.scatter_(1, column, z.gather(1, column) - shift)
+
+
+def _lowered_maxima(z: Tensor, lowered: Lowered, begin: int) -> Tensor:
+    """(n,) row maxima of the lowered block; z is left as it was."""
+    column, shift = _at_target(z, lowered, begin)
+    picked = z.gather(1, column)
+    maxima = z.scatter_(1, column, picked - shift).amax(1)
+    z.scatter_(1, column, picked)
+    return maxima
+
+
 def kl_logits(
-    x: Tensor, head: Head, ref_x: Tensor, ref_head: Head, normalizers: tuple[Tensor, ...], columns: tuple[int, int]
+    x: Tensor, head: Head, ref_x: Tensor, ref_head: Head, divergence: Divergence, columns: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """(slab, partial sums of KL): p - q of a vocabulary slice, times the derivative of the softcap."""
+    """(slab, partial sums of KL): the gradient of a vocabulary slice, times the derivative of the softcap."""
     slab = blocks.empty_slab(x, columns)
-    return slab, _kl(x, head, ref_x, ref_head, normalizers, columns, slab)
+    return slab, _kl(x, head, ref_x, ref_head, divergence, columns, slab)
 
 
-def kl_sums(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head, normalizers: tuple[Tensor, ...]) -> Tensor:
+def kl_sums(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head, divergence: Divergence) -> Tensor:
     """The partial sums of KL of the whole vocabulary, with nothing of size V kept."""
-    return _kl(x, head, ref_x, ref_head, normalizers, (0, head.weight.shape[0]), slab=None)
+    return _kl(x, head, ref_x, ref_head, divergence, (0, head.weight.shape[0]), slab=None)
 
 
 def _kl(
@@ -59,7 +86,7 @@ def _kl(
     head: Head,  # of the whole vocabulary, as is ref_head
     ref_x: Tensor,  # (n, H_ref)
     ref_head: Head,
-    normalizers: tuple[Tensor, ...],  # (n,) each: `softmax_stats.Normalizers.vectors`
+    divergence: Divergence,
     columns: tuple[int, int],  # the vocabulary slice
     slab: Tensor | None,  # written, if given
 ) -> Tensor:
@@ -68,20 +95,32 @@ def _kl(
     parts = torch.empty(-(-(end - begin) // blocks.BLOCK_V), x.shape[0], dtype=torch.float32, device=x.device)
     for i in range(0, x.shape[0], blocks.BLOCK_N):
         rows = slice(i, i + blocks.BLOCK_N)
-        anchor, scale, ref_anchor, ref_scale, shift = (vector[rows].unsqueeze(1) for vector in normalizers)
+        anchor, scale, ref_anchor, ref_scale, shift = (vector[rows].unsqueeze(1) for vector in divergence.vectors)
         for number, b in enumerate(range(begin, end, blocks.BLOCK_V)):
             stop = min(b + blocks.BLOCK_V, end)
             z, slope = blocks.capped_logits(x[rows], head.columns(b, stop))
             ref_z, _ = blocks.capped_logits(ref_x[rows], ref_head.columns(b, stop))
             below, ref_below = z.sub_(anchor), ref_z.sub_(ref_anchor)
+            if divergence.lowered is not None:
+                _lower(ref_below, divergence.lowered.rows(rows), b)
             d = (below - ref_below).sub_(shift)
             p, q = below.exp_().mul_(scale), ref_below.exp_().mul_(ref_scale)
-            gradient = torch.where(d.abs() < 0.5, q * torch.expm1(d), p - q)
-            parts[number, rows] = torch.where(d.abs() < 0.5, q * _expm1_minus(d), gradient - q * d).sum(1)
+            parts[number, rows] = (_terms(-d, p, q) if divergence.reverse else _terms(d, q, p)).sum(1)
             if slab is not None:
-                slab[rows, b - begin : stop - begin] = gradient if slope is None else gradient * slope
-            del z, ref_z, below, ref_below, d, p, q, gradient, slope  # before the next block's are made
+                if divergence.reverse:
+                    assert divergence.kl is not None
+                    gradient = d.sub_(divergence.kl[rows].unsqueeze(1)).mul_(p)
+                else:
+                    gradient = torch.where(d.abs() < 0.5, q * torch.expm1(d), p - q)
+                slab[rows, b - begin : stop - begin] = gradient if slope is None else gradient.mul_(slope)
+                del gradient
+            del z, ref_z, below, ref_below, d, p, q, slope  # before the next block's are made
     return parts
+
+
+def _terms(d: Tensor, q: Tensor, p: Tensor) -> Tensor:
+    """q (exp(d) - 1 - d) for p = q exp(d)."""
+    return torch.where(d.abs() < 0.5, q * _expm1_minus(d), p - q - q * d)
 
 
 def _expm1_minus(d: Tensor) -> Tensor:

@@ -1,16 +1,23 @@
-"""Launches of two projections at once: the sums and the gradient of KL(reference || model)."""
+"""Launches of two projections at once: the sums and the gradient of KL of a model and a reference."""
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from csrc_triton.linear_kl import kl_logits_kernel, softmax_sums_kernel
+from csrc_triton.linear_kl import (
+    kl_logits_kernel,
+    kl_logits_persistent_kernel,
+    softmax_sums_kernel,
+    softmax_sums_persistent_kernel,
+)
 from csrc_triton.tiles import PAIR_TILES, Tile
 from npo_kernels.backends.tiles import find_tile
 from npo_kernels.backends.triton import launch
 from npo_kernels.backends.triton.exp_logits import SORT_BYTES
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.plan import Scratch
+from npo_kernels.core.softmax_stats import Divergence, Lowered
 
 
 def kl_scratch(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head) -> Scratch:
@@ -24,7 +31,7 @@ def _pair_tile(x: Tensor, ref_x: Tensor) -> Tile:
     return find_tile(PAIR_TILES, launch.architecture(x.device), bits, depth)
 
 
-def softmax_sums(x: Tensor, head: Head, beside: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_sums(x: Tensor, head: Head, beside: Tensor, lowered: Lowered | None) -> tuple[Tensor, Tensor]:
     """(maxima, sums of the exponentials below them), (splits, n) float32, of the logits of a whole head.
 
     `beside`: the rows of the other model, as `kl_logits` will get them, which takes the same tile.
@@ -33,29 +40,58 @@ def softmax_sums(x: Tensor, head: Head, beside: Tensor) -> tuple[Tensor, Tensor]
     rows, tile = x.shape[0], _pair_tile(x, beside)
     splits = triton.cdiv(weight.shape[0], tile.split)
     maxima, sums = torch.empty(2, splits, rows, dtype=torch.float32, device=x.device)
-    if rows:
-        softmax_sums_kernel[(triton.cdiv(rows, tile.block_n) * splits,)](
-            x, weight, head.bias, maxima, sums, rows, weight.shape[0], x.shape[1], x.stride(0), weight.stride(0),
-            head.logit_scale, head.softcap or 0.0, HAS_BIAS=head.bias is not None,
-            HAS_SOFTCAP=head.softcap is not None, EVEN_H=x.shape[1] % tile.block_h == 0,
-            BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h, SPLIT_TILES=tile.split_tiles,
-            GROUP=tile.group, UPCAST=launch.INTERPRETED and x.dtype == torch.bfloat16, PRECISION=launch.precision(x),
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
+    if not rows:
+        return maxima, sums
+    target, target_shift = _of_target(lowered)
+    vectors = head.bias, target, maxima, sums
+    sizes, scalars = (rows, *weight.shape), (head.logit_scale, head.softcap or 0.0, target_shift)
+    constants = {
+        "HAS_BIAS": head.bias is not None, "HAS_SOFTCAP": head.softcap is not None, "HAS_TARGET": lowered is not None,
+        "UPCAST": launch.INTERPRETED and x.dtype == torch.bfloat16, **_tile_constants(tile, x),
+    }  # fmt: skip
+    programs = triton.cdiv(rows, tile.block_n) * splits
+    if tile.loop and launch.describable(x) and launch.describable(weight):
+        softmax_sums_persistent_kernel[(min(programs, launch.processors(x.device)),)](
+            *_descriptors(tile, x, weight), *vectors, *sizes, *scalars, **constants, FLATTEN=tile.loop == "flat"
+        )
+    else:
+        even = x.shape[1] % tile.block_h == 0
+        softmax_sums_kernel[(programs,)](
+            x, weight, *vectors, *sizes, x.stride(0), weight.stride(0), *scalars, **constants, EVEN_H=even
+        )
     return maxima, sums
 
 
+def _of_target(lowered: Lowered | None) -> tuple[Tensor | None, float]:
+    return (None, 0.0) if lowered is None else (lowered.target, lowered.shift)
+
+
+def _tile_constants(tile: Tile, x: Tensor) -> dict[str, int | str]:
+    return {
+        "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_H": tile.block_h, "SPLIT_TILES": tile.split_tiles,
+        "GROUP": tile.group, "PRECISION": launch.precision(x),
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+    }  # fmt: skip
+
+
+def _descriptors(tile: Tile, x: Tensor, weight: Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
+    return (
+        TensorDescriptor.from_tensor(x, [tile.block_n, tile.block_h]),
+        TensorDescriptor.from_tensor(weight, [tile.block_v, tile.block_h]),
+    )
+
+
 def kl_logits(
-    x: Tensor, head: Head, ref_x: Tensor, ref_head: Head, normalizers: tuple[Tensor, ...], columns: tuple[int, int]
+    x: Tensor, head: Head, ref_x: Tensor, ref_head: Head, divergence: Divergence, columns: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """(slab, partial sums of KL): p - q of a vocabulary slice, times the derivative of the softcap."""
+    """(slab, partial sums of KL): the gradient of a vocabulary slice, times the derivative of the softcap."""
     slab = launch.aligned_empty(x.shape[0], columns[1] - columns[0], x)
-    return slab, _kl(x, head, ref_x, ref_head, normalizers, columns, slab)
+    return slab, _kl(x, head, ref_x, ref_head, divergence, columns, slab)
 
 
-def kl_sums(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head, normalizers: tuple[Tensor, ...]) -> Tensor:
+def kl_sums(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head, divergence: Divergence) -> Tensor:
     """The partial sums of KL of the whole vocabulary, with nothing of size V kept."""
-    return _kl(x, head, ref_x, ref_head, normalizers, (0, head.weight.shape[0]), slab=None)
+    return _kl(x, head, ref_x, ref_head, divergence, (0, head.weight.shape[0]), slab=None)
 
 
 def _kl(
@@ -63,7 +99,7 @@ def _kl(
     head: Head,  # of the whole vocabulary, as is ref_head
     ref_x: Tensor,  # (n, H_ref)
     ref_head: Head,
-    normalizers: tuple[Tensor, ...],  # (n,) each: `softmax_stats.Normalizers.vectors`
+    divergence: Divergence,
     columns: tuple[int, int],  # the vocabulary slice
     slab: Tensor | None,  # written, if given
 ) -> Tensor:
@@ -71,20 +107,32 @@ def _kl(
     x, ref_x = launch.rows_contiguous(x), launch.rows_contiguous(ref_x)
     part, ref_part = head.columns(*columns), ref_head.columns(*columns)
     weight, ref_weight = launch.rows_contiguous(part.weight), launch.rows_contiguous(ref_part.weight)
-    rows, width = x.shape[0], columns[1] - columns[0]
+    rows, width, lowered = x.shape[0], columns[1] - columns[0], divergence.lowered
+    kl = divergence.kl if divergence.reverse and slab is not None else None
     tile = _pair_tile(x, ref_x)
     splits = triton.cdiv(width, tile.split)
     parts = torch.empty(splits, rows, dtype=torch.float32, device=x.device)
-    if rows:
-        kl_logits_kernel[(triton.cdiv(rows, tile.block_n) * splits,)](
-            x, weight, part.bias, ref_x, ref_weight, ref_part.bias, *normalizers, slab, parts,
-            rows, width, x.shape[1], ref_x.shape[1], x.stride(0), weight.stride(0), ref_x.stride(0),
-            ref_weight.stride(0), 0 if slab is None else slab.stride(0), head.logit_scale, head.softcap or 0.0,
-            HAS_BIAS=part.bias is not None, HAS_REF_BIAS=ref_part.bias is not None,
-            HAS_SOFTCAP=head.softcap is not None, STORE=slab is not None,
-            EVEN_H=x.shape[1] % tile.block_h == ref_x.shape[1] % tile.block_h == 0,
-            BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h, SPLIT_TILES=tile.split_tiles,
-            GROUP=tile.group, UPCAST=launch.INTERPRETED and torch.bfloat16 in (x.dtype, ref_x.dtype),
-            PRECISION=launch.precision(x), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    if not rows:
+        return parts
+    target, target_shift = _of_target(lowered)
+    vectors = *divergence.vectors, target, kl, slab, parts
+    scalars = 0 if slab is None else slab.stride(0), head.logit_scale, head.softcap or 0.0, target_shift
+    constants = {
+        "HAS_BIAS": part.bias is not None, "HAS_REF_BIAS": ref_part.bias is not None,
+        "HAS_SOFTCAP": head.softcap is not None, "HAS_TARGET": lowered is not None, "REVERSE": divergence.reverse,
+        "STORE": slab is not None, "UPCAST": launch.INTERPRETED and torch.bfloat16 in (x.dtype, ref_x.dtype),
+        **_tile_constants(tile, x),
+    }  # fmt: skip
+    programs, depth, ref_depth = triton.cdiv(rows, tile.block_n) * splits, x.shape[1], ref_x.shape[1]
+    if tile.loop and depth == ref_depth and all(map(launch.describable, (x, weight, ref_x, ref_weight))):
+        kl_logits_persistent_kernel[(min(programs, launch.processors(x.device)),)](
+            *_descriptors(tile, x, weight), part.bias, *_descriptors(tile, ref_x, ref_weight), ref_part.bias, *vectors,
+            rows, width, depth, columns[0], *scalars, **constants, FLATTEN=tile.loop == "flat",
+        )  # fmt: skip
+    else:
+        kl_logits_kernel[(programs,)](
+            x, weight, part.bias, ref_x, ref_weight, ref_part.bias, *vectors,
+            rows, width, depth, ref_depth, columns[0], x.stride(0), weight.stride(0), ref_x.stride(0),
+            ref_weight.stride(0), *scalars, **constants, EVEN_H=depth % tile.block_h == ref_depth % tile.block_h == 0,
         )  # fmt: skip
     return parts

@@ -96,6 +96,44 @@ def project(
 
 
 @triton.jit
+def project_unaligned(
+    x_ptr,  # (N, H)
+    w_ptr,  # (V, H)
+    first_row,
+    first_column,
+    N,
+    V,
+    H,
+    stride_x,
+    stride_w,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`project` of rows that do not begin at multiples of 16 bytes, with the same bits.
+
+    They are read element by element, and pointers of 64 bits to all rows would fill the registers of a thread. Here
+    they are offsets of 32 bits, and a minimum keeps the compiler from making running pointers of those again.
+    """
+    depth = tl.arange(0, BLOCK_H)
+    x_first = x_ptr + tl.cast(first_row, tl.int64) * stride_x
+    w_first = w_ptr + tl.cast(first_column, tl.int64) * stride_w
+    x_rows = (tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_row) * stride_x)[:, None]
+    w_columns = (tl.minimum(tl.arange(0, BLOCK_V), V - 1 - first_column) * stride_w)[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    for h in range(0, H, BLOCK_H):
+        inside = h + depth < H
+        x = tl.load(x_first + (x_rows + (h + depth)[None, :]), mask=inside[None, :], other=0.0)
+        w = tl.load(w_first + (w_columns + tl.minimum(h + depth, H - 1)[:, None]), mask=inside[:, None], other=0.0)
+        if UPCAST:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def project_descriptors(
     x_desc,  # (N, H) in blocks of (BLOCK_N, BLOCK_H)
     w_desc,  # (V, H) in blocks of (BLOCK_V, BLOCK_H)

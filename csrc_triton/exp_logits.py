@@ -31,7 +31,16 @@ again while every other program returns at once. No host has to look.
 import triton
 import triton.language as tl
 
-from .common import pieces_of, place, place_step, project, project_descriptors, steps_of_program, tanh
+from .common import (
+    pieces_of,
+    place,
+    place_step,
+    project,
+    project_descriptors,
+    project_unaligned,
+    steps_of_program,
+    tanh,
+)
 
 
 @triton.jit
@@ -131,6 +140,7 @@ def exp_logits_kernel(
     MAXIMA: tl.constexpr,
     REPAIR: tl.constexpr,
     EVEN_H: tl.constexpr,  # H is a multiple of BLOCK_H
+    ALIGNED: tl.constexpr,  # rows of x and W begin at multiples of 16 bytes, or their strides pass 2^22
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -154,7 +164,15 @@ def exp_logits_kernel(
     split_column = split * SPLIT_TILES * BLOCK_V
     for tile in range(0, tl.minimum(SPLIT_TILES, tl.cdiv(V - split_column, BLOCK_V))):
         first_column = split_column + tile * BLOCK_V
-        acc = project(x_rows, w_ptr, first_column, V, H, stride_w, EVEN_H, BLOCK_N, BLOCK_V, BLOCK_H, UPCAST, PRECISION)
+        if ALIGNED:
+            acc = project(
+                x_rows, w_ptr, first_column, V, H, stride_w, EVEN_H, BLOCK_N, BLOCK_V, BLOCK_H, UPCAST, PRECISION
+            )
+        else:
+            acc = project_unaligned(
+                x_ptr, w_ptr, row_block * BLOCK_N, first_column, N, V, H, stride_x, stride_w,
+                BLOCK_N, BLOCK_V, BLOCK_H, UPCAST, PRECISION,
+            )  # fmt: skip
         sums, maxima = _finish_tile(
             acc, sums, maxima, rows, row_inside, target, anchor, bias_ptr, slab_ptr,
             first_column, V, stride_slab, logit_scale, softcap,

@@ -284,6 +284,7 @@ def constants(case: Case, parameters: list[str], whole: set[str]) -> tuple[dict,
             "BLOCK_V": tile.block_v,
             "BLOCK_H": tile.block_h,
             "EVEN_H": shape["H"] % tile.block_h == 0,
+            "ALIGNED": all(shape[name] % 16 == 0 for name in ("H", "stride_x", "stride_w")),
             "SPLIT_TILES": tile.split_tiles,
             "GROUP": tile.group,
             "PIECES": tile.pieces,
@@ -413,13 +414,9 @@ def needs_tensor_cores(case: Case) -> bool:
 
 
 def complaints(case: Case, found: dict, golden: dict | None) -> list[str]:
-    """What is wrong with a compiled kernel. `golden` is None where it is of another Triton version.
-
-    Rows that are not 16-byte aligned ("odd") come element by element through registers and may spill some: no model
-    in use has them, and what counts there is that they work.
-    """
+    """What is wrong with a compiled kernel. `golden` is None where it is of another Triton version."""
     wrong = []
-    if found["spills"] and not case.has("odd"):
+    if found["spills"]:
         wrong.append(f"{found['spills']} spilled")
     if found["shared"] > TARGETS[case.target].program_shared:
         wrong.append(f"{found['shared']} bytes of shared memory, there are {TARGETS[case.target].program_shared}")

@@ -68,5 +68,5 @@ def exp_logits(
         )  # fmt: skip
     else:
         exp_logits_kernel[(splits,)](
-            x, w, *vectors, x.stride(0), w.stride(0), *scalars, **constants, EVEN_H=False
+            x, w, *vectors, x.stride(0), w.stride(0), *scalars, **constants, EVEN_H=False, ALIGNED=False
         )  # fmt: skip

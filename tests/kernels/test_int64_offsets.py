@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from npo_kernels.backends.choose import backend_of
+from npo_kernels.backends.triton import launch as launches
 from npo_kernels.core.lm_head import Head
 from tests.kernels import launch
 from tests.support import ON_GPU
@@ -47,7 +48,7 @@ def draw(*shape, seed=0):
 @pytest.mark.parametrize("which", ["x", "w"])
 def test_logits_of_far_rows(far, which, loop, monkeypatch):
     tile = launch.TILE._replace(loop=loop)
-    monkeypatch.setattr(BACKEND, "tile_for", lambda _: tile)
+    monkeypatch.setattr(launches, "tile_for", lambda _: tile)
     near = {"x": draw(3, 24), "w": draw(3, 24, seed=1)}
     moved = {**near, which: far(near[which])}
     z = [BACKEND.target_logits(case["x"], Head(case["w"]), TARGET) for case in (near, moved)]

@@ -131,10 +131,10 @@ def launch_exp_logits(
             FLATTEN=merged, SPECIALIZE=merged and tile.loop == "specialized",
         )  # fmt: skip
     else:
-        even = x.shape[1] % tile.block_h == 0
         exp_logits_kernel[(splits,)](
-            x, weight, *vectors, *sizes, x.stride(0), weight.stride(0), *scalars, **constants, EVEN_H=even
-        )
+            x, weight, *vectors, *sizes, x.stride(0), weight.stride(0), *scalars, **constants,
+            EVEN_H=x.shape[1] % tile.block_h == 0, ALIGNED=launch.aligned(x, weight),
+        )  # fmt: skip
 
 
 def row_statistics(parts: Tensor, anchor: Tensor, target_logit: Tensor) -> Statistics:

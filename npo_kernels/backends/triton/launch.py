@@ -53,6 +53,14 @@ def rows_contiguous(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+def aligned(*operands: Tensor) -> bool:
+    """Whether rows are to be read as if they began at multiples of 16 bytes: they do, and Triton's compiler, which sees
+    multiples of 16 only, finds out; or they are so long that offsets within a tile need 64 bits.
+    """
+    seen = all(n % 16 == 0 for t in operands for n in (t.data_ptr(), t.stride(0), t.shape[1]))
+    return seen or any(t.stride(0) >= 2**22 for t in operands)
+
+
 def describable(t: Tensor) -> bool:
     """Whether a tensor descriptor can be made of it: address and row stride are multiples of 16 bytes, and rows do not
     overlap (an expanded tensor has a stride of 0).

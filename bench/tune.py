@@ -5,9 +5,9 @@ large batch and the vocabulary given; then the best ones in turns with the entry
 descriptors (sm_90 and later), persistent tiles are candidates like others. What does not fit fails and is listed.
 
 A hidden size stands for its bucket (`npo_kernels.backends.tiles`). One that beats the entry in force by more than a
-margin is printed, and with --write it is entered in the table: to be read, compiled ahead of time (tests/aot) and
-committed, for a new tile changes the bits of the log-probabilities. Nothing is tuned at import or at a first call.
-Tiles never depend on N.
+margin is printed, and with --write it is entered in the table, beside the name of the result file: to be read, compiled
+ahead of time (tests/aot) and committed, for a new tile changes the bits of the log-probabilities. Nothing is tuned at
+import or at a first call. Tiles never depend on N.
 """
 
 import argparse
@@ -155,16 +155,25 @@ def entry(architecture: str, bits: int, hidden_size: int, tile: Tile) -> str:
     return f'("{architecture}", {bits}, {hidden_bucket(hidden_size)}): Tile({", ".join(values)}),'
 
 
-def with_entry(source: str, line: str) -> str:
-    """The text of tiles.py with a line in TILES: in place of the one with its key, or behind the others of its kind."""
+def with_entry(source: str, line: str, table: str = "TILES") -> str:
+    """The text of tiles.py with a line in a table: in place of that with its key, or behind others of its kind."""
     key = line.partition(":")[0]
     kind = key.rpartition(",")[0]
-    begin = source.index("TILES = {")
+    begin = source.index(f"\n{table} = {{") + 1
     lines = source[begin : source.index("}\n", begin)].splitlines()
     same = [i for i, other in enumerate(lines) if other.strip().startswith(key + ":")]
-    last = max(i for i, other in enumerate(lines) if other.strip().startswith(kind + ","))
+    last = max((i for i, other in enumerate(lines) if other.strip().startswith(kind + ",")), default=len(lines) - 1)
     lines[same[0] if same else last + 1 : same[0] + 1 if same else last + 1] = ["    " + line]
     return source[:begin] + "\n".join(lines) + "\n" + source[source.index("}\n", begin) :]
+
+
+def with_sweep(source: str, architecture: str, bits: int, found: Sweep, out: Path) -> str:
+    """The text of tiles.py with the winner, if there is one, and the result file that the choice rests on."""
+    if found["suggestion"]:
+        source = with_entry(source, found["suggestion"])
+    root = TABLE.parents[1]
+    name = out.resolve().relative_to(root) if out.resolve().is_relative_to(root) else out
+    return with_entry(source, f'("{architecture}", {bits}, {hidden_bucket(found["H"])}): "{name}",', "MEASURED")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -199,8 +208,9 @@ def main(args: argparse.Namespace) -> int:
     write_document(out, "cuda", args.N, args.V, args.dtype, measured)
     for found in measured:
         print(found["suggestion"] or f"H={found['H']}: nothing beats {found['present']}")
-        if args.write and found["suggestion"]:
-            write_text(TABLE, with_entry(TABLE.read_text(), found["suggestion"]))
+        if args.write:
+            source = with_sweep(TABLE.read_text(), architecture, 8 * dtype.itemsize, found, out)
+            write_text(TABLE, source)
     return 0
 
 

@@ -23,8 +23,8 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Plan:
     """The plan that `function`, one of the losses or log-probability functions, would follow for these arguments.
 
         >>> print(explain(fused_npo_loss, hidden, lm_head_weight, labels, workspace_mb=256))
-        recompute: 126 vocabulary slice(s), 225 MiB of workspace; the longest sequence does not fit a slab; tile
-        128x256x64, row sm_90 of the tile table
+        recompute: 126 vocabulary slice(s), 225 MiB of workspace; the longest sequence does not fit a slab; persistent
+        kernel, tile 128x256x64 of row sm_90, measured
 
     Takes the arguments of `function`, so that a call can be pasted, and checks them; those that do not bear on the plan
     (`ref_logps`, `loss_fn`) may be left out. A functools.partial of such a function does as well. Raises ValueError for

@@ -1,6 +1,8 @@
 """Which tile a call takes: of the row of its GPU the entry of its hidden bucket, or the one for all buckets without."""
 
+import json
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from csrc_triton.tiles import (
     ANY_HIDDEN,
     HIDDEN_BUCKETS,
+    MEASURED,
     PAIR_TILES,
     PERSISTENT_CANDIDATES,
     PERSISTENT_PAIR_CANDIDATES,
@@ -28,6 +31,7 @@ from npo_kernels.backends.tiles import (
 )
 from tests.aot.compile_all import PRODUCTS, TARGETS, cases, read_golden
 
+ROOT = Path(__file__).parents[1]
 TABLES = TILES, PAIR_TILES
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "interpreter")
 WITH_DESCRIPTORS = ("sm_90", "sm_100", "sm_120")
@@ -67,6 +71,20 @@ def test_a_persistent_tile_is_for_hardware_that_has_descriptors():
         for (architecture, bits, _), tile in persistent:
             assert architecture in WITH_DESCRIPTORS and bits == 16
             assert tile.loop in loops and (tile.loop != "specialized" or architecture == "sm_100")
+
+
+@pytest.mark.parametrize("key", MEASURED, ids=str)
+def test_what_is_called_measured_is_among_the_finalists_of_a_sweep_on_record(key):
+    architecture, bits, bucket = key
+    found = json.loads((ROOT / MEASURED[key]).read_text())
+    assert 8 * getattr(torch, found["dtype"]).itemsize == bits
+    (sweep,) = (s for s in found["sweeps"] if hidden_bucket(s["H"]) == bucket)
+    tile, medians = find_tile(TILES, architecture, bits, sweep["H"]), sweep["medians"]
+    assert medians[repr(tile)] < 1.02 * min(medians.values())
+
+
+def test_every_entry_of_a_bucket_was_measured():
+    assert {key for key in TILES if key[2] != ANY_HIDDEN} <= set(MEASURED)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,15 +215,29 @@ def test_the_backend_warns_once_of_a_gpu_without_a_row(properties, row, backend,
         assert backend.architecture(torch.device("cuda:1")) == row and len(said) == 2
 
 
-def test_the_backend_describes_a_tile_in_a_line(backend, monkeypatch):
-    assert backend.describe(torch.empty(1, 64)) == "interpreter"
-    x = SimpleNamespace(device=torch.device("cuda", 0), itemsize=2, shape=(1, 64))
+@pytest.mark.parametrize(
+    ("H", "itemsize", "kernel", "block_h", "measured"),
+    [(576, 2, "simple", 64, True), (2048, 2, "simple", 64, True), (4096, 2, "persistent", 64, True),
+     (4095, 2, "simple", 64, True), (8192, 2, "simple", 64, False), (4096, 4, "simple", 32, False)],
+)  # fmt: skip
+def test_the_backend_says_which_kernel_a_call_takes_and_whether_that_was_measured(
+    H, itemsize, kernel, block_h, measured, backend, monkeypatch
+):
     pretend(monkeypatch, H100)
-    assert backend.describe(x) == "tile 128x256x64, row sm_90 of the tile table"
+    said = backend.describe(SimpleNamespace(device=torch.device("cuda", 0), itemsize=itemsize, shape=(1, H)))
+    n, v = (128, 256) if itemsize == 2 else (64, 128)
+    ending = "measured" if measured else "not measured on this GPU"
+    assert said == f"{kernel} kernel, tile {n}x{v}x{block_h} of row sm_90, {ending}"
+
+
+def test_the_backend_says_that_the_row_is_of_another_gpu(backend, monkeypatch):
+    assert backend.describe(torch.empty(1, 64)) == "interpreter"
     pretend(monkeypatch, T4)
-    row_of_gpu.cache_clear()
+    x = SimpleNamespace(device=torch.device("cuda", 0), itemsize=2, shape=(1, 64))
+    monkeypatch.setitem(backend.MEASURED, ("sm_86", 16, 1024), "of a GPU that has the row")
     with pytest.warns(UserWarning, match="NVIDIA T4"):
-        assert backend.describe(x) == f"tile 128x128x32, row sm_86 of the tile table: {NOTE}"
+        said = backend.describe(x)
+    assert said == f"simple kernel, tile 128x128x32 of row sm_86, not measured on this GPU: {NOTE}"
 
 
 def test_the_backend_looks_its_operands_up(backend, monkeypatch):

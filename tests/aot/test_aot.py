@@ -54,9 +54,9 @@ def test_an_entry_of_a_hidden_bucket_is_compiled_too_and_for_both_kernels_if_per
         found = [case for case in cases("sm_90", everything=False) if case.has(bucket)]
         return {case.kernel: case.tile for case in found}
 
-    assert products("h4096") == {}
+    assert products("h1024") == {}
     entry = tiles.TILES["sm_90", 16, tiles.ANY_HIDDEN]._replace(num_stages=3, loop="serial")
-    monkeypatch.setitem(tiles.TILES, ("sm_90", 16, 4096), entry)
-    assert products("h4096") == {"exp_logits_kernel": entry, "exp_logits_persistent_kernel": entry}
-    monkeypatch.setitem(tiles.TILES, ("sm_90", 16, 4096), entry._replace(loop=""))
-    assert set(products("h4096")) == {"exp_logits_kernel"} and products("h2048") == {}
+    monkeypatch.setitem(tiles.TILES, ("sm_90", 16, 1024), entry)
+    assert products("h1024") == {"exp_logits_kernel": entry, "exp_logits_persistent_kernel": entry}
+    monkeypatch.setitem(tiles.TILES, ("sm_90", 16, 1024), entry._replace(loop=""))
+    assert set(products("h1024")) == {"exp_logits_kernel"} and products("h8192") == {}

@@ -204,6 +204,17 @@ def test_what_wins_is_entered_in_the_table():
     assert '    ("sm_90", 16, 4096): Tile(64, 256, 64, 4, 8, 4, group=4, pieces=2),\n' in source
 
 
+@pytest.mark.parametrize(("architecture", "bits"), [("sm_90", 16), ("sm_100", 32)])
+def test_what_was_swept_is_measured_whether_it_won_or_not(architecture, bits):
+    from csrc_triton import tiles
+
+    sweep = {"H": 5120, "suggestion": None}
+    scope = {"__name__": "edited"}
+    exec(tune.with_sweep(tune.TABLE.read_text(), architecture, bits, sweep, RESULTS / "new.json"), scope)
+    assert scope["MEASURED"] == tiles.MEASURED | {(architecture, bits, 8192): "bench/results/new.json"}
+    assert scope["TILES"].keys() == tiles.TILES.keys()
+
+
 def test_command_line(tmp_path, capsys):
     out = tmp_path / "r.jsonl"
     command = ["run", "--suite", "accuracy", "--case", "random", "--providers", "plain/eager", "--device", "cpu"]

@@ -7,8 +7,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from csrc_triton.tiles import BLOCK_HIDDEN, BLOCK_ROWS, TILES, Tile
-from npo_kernels.backends.tiles import find_tile, tile_row
+from csrc_triton.tiles import BLOCK_HIDDEN, BLOCK_ROWS, MEASURED, TILES, Tile
+from npo_kernels.backends.tiles import find_tile, hidden_bucket, tile_row
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -19,12 +19,17 @@ def architecture(device: torch.device) -> str:
 
 
 def describe(x: Tensor) -> str:
-    """The tile of `exp_logits` for operands like x and where it is from, in one line."""
+    """The kernel and the tile of `exp_logits` for operands like x, and what says that they are fast, in one line.
+
+    The persistent kernel wants rows that begin at multiples of 16 bytes: here they are taken to be contiguous.
+    """
     if x.device.type == "cpu":
         return "interpreter"
-    tile, row = tile_for(x), tile_row(x.device)
-    text = f"tile {tile.block_n}x{tile.block_v}x{tile.block_h}, row {row.architecture} of the tile table"
-    return f"{text}: {row.note}" if row.note else text
+    tile, row, bits = tile_for(x), tile_row(x.device), 8 * x.itemsize
+    kernel = "persistent" if tile.loop and x.shape[-1] * x.itemsize % 16 == 0 else "simple"
+    known = not row.note and (row.architecture, bits, hidden_bucket(x.shape[-1])) in MEASURED
+    text = f"{kernel} kernel, tile {tile.block_n}x{tile.block_v}x{tile.block_h} of row {row.architecture}"
+    return f"{text}, measured" if known else f"{text}, not measured on this GPU{row.note and ': '}{row.note}"
 
 
 def tile_for(x: Tensor) -> Tile:

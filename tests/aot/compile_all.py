@@ -1,4 +1,5 @@
-"""Every kernel compiled ahead of time for every target, without a GPU: registers, spills, shared memory, tensor cores.
+"""Every kernel compiled ahead of time for every target, without a GPU: registers, spills, shared memory, tensor cores
+and asynchronous copies.
 
     python -m tests.aot.compile_all                     # the representative set that the test compiles, about 3 minutes
     python -m tests.aot.compile_all --all               # every variant, about 15 minutes on two cores
@@ -337,7 +338,10 @@ def compile_kernel(case: Case):
 
 
 def measure(case: Case) -> dict:
-    """What a compiled kernel needs. `spills` in bytes (NVIDIA: of stack and local memory) or registers (AMD)."""
+    """What a compiled kernel needs. `spills` in bytes (NVIDIA: of stack and local memory) or registers (AMD).
+
+    `copies` from global to shared memory, on NVIDIA: LDGSTS by threads, UTMALDG of whole tiles through a descriptor.
+    """
     compiled = compile_kernel(case)
     found = {
         "warps": compiled.metadata.num_warps,
@@ -365,7 +369,13 @@ def nvidia_usage(compiled) -> dict:
         assembly = cuobjdump("-sass")
     instructions = re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b[\w.]*", assembly)
     spills = spilled(int(usage["STACK"]) + int(usage["LOCAL"]), assembly)
-    return {"registers": int(usage["REG"]), "spills": spills, "tensor_cores": distinct(instructions)}
+    copies = re.findall(r"\b(?:LDGSTS|UTMALDG)\b", assembly)
+    return {
+        "registers": int(usage["REG"]),
+        "spills": spills,
+        "tensor_cores": distinct(instructions),
+        "copies": distinct(copies),
+    }
 
 
 def spilled(memory: int, assembly: str) -> int:
@@ -380,7 +390,7 @@ def amd_usage(compiled) -> dict:
     # a scalar register without a place goes to a lane of a vector register, not to memory
     spills = usage["vgpr_spill_count"] + usage["private_segment_fixed_size"]
     instructions = re.findall(r"\bv_mfma_\w+", assembly)
-    return {"registers": usage["vgpr_count"], "spills": spills, "tensor_cores": distinct(instructions)}
+    return {"registers": usage["vgpr_count"], "spills": spills, "tensor_cores": distinct(instructions), "copies": ""}
 
 
 def distinct(instructions: list[str]) -> str:
@@ -413,6 +423,10 @@ def needs_tensor_cores(case: Case) -> bool:
     return case.dtype in ("bf16", "fp16") or (case.dtype == "tf32" and TARGETS[case.target].backend == "cuda")
 
 
+# Of 16-bit operands: what the instruction is called where a generation has its own, wgmma and tcgen05
+WARP_GROUP_PRODUCTS = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+
+
 def complaints(case: Case, found: dict, golden: dict | None) -> list[str]:
     """What is wrong with a compiled kernel. `golden` is None where it is of another Triton version."""
     wrong = []
@@ -422,6 +436,12 @@ def complaints(case: Case, found: dict, golden: dict | None) -> list[str]:
         wrong.append(f"{found['shared']} bytes of shared memory, there are {TARGETS[case.target].program_shared}")
     if needs_tensor_cores(case) and not found["tensor_cores"]:
         wrong.append("no tensor-core instruction")
+    if needs_tensor_cores(case) and case.bits == 16:
+        wanted = WARP_GROUP_PRODUCTS.get(case.target, "")
+        if wanted not in found["tensor_cores"]:
+            wrong.append(f"{found['tensor_cores']}, not {wanted}")
+    if "persistent" in case.kernel and found["copies"] != "UTMALDG":
+        wrong.append(f"{found['copies'] or 'no asynchronous copy'}, not UTMALDG alone: bulk copies of tensors")
     for what in ("registers", "spills", "shared") if golden is not None else ():
         if found[what] > golden[what]:
             wrong.append(f"{found[what]} {what}, recorded were {golden[what]}")
@@ -445,7 +465,7 @@ COLUMNS = ("warps", "stages", "registers", "spills", "shared", "programs", "tens
 def row(name: str, found: dict) -> str:
     target, kernel, variant, dtype = name.split(" ")
     values = " ".join(f"{found[c]:>9}" for c in COLUMNS[:-1])
-    return f"{target:7} {kernel:28} {variant:36} {dtype:5} {values}  {found['tensor_cores']}"
+    return f"{target:7} {kernel:28} {variant:36} {dtype:5} {values}  {found['tensor_cores']} {found['copies']}"
 
 
 def main(arguments: list[str] | None = None) -> int:

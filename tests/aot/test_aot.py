@@ -9,12 +9,13 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from csrc_triton import tiles
-from tests.aot.compile_all import TARGETS, cases, read_golden, spilled
+from tests.aot.compile_all import TARGETS, Case, cases, complaints, read_golden, spilled
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,6 +43,36 @@ def test_only_what_is_read_back_has_spilled():
     store, load = "/*0da0*/ STL.64 [R1], RZ ;", "/*1010*/ @!P1 LDL.LU R4, [R1+0x10] ;"
     assert spilled(8, store) == 0
     assert spilled(8, f"{store}\n{load}") == 8
+
+
+HOPPER = {"registers": 255, "spills": 0, "shared": 0, "tensor_cores": "HGMMA.64x256x16.F32.BF16", "copies": "UTMALDG"}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "found", "complaint"),
+    [
+        ("exp_logits_persistent_kernel", {}, None),
+        ("exp_logits_persistent_kernel", {"copies": "LDGSTS UTMALDG"}, "LDGSTS UTMALDG, not UTMALDG alone"),
+        ("exp_logits_persistent_kernel", {"copies": ""}, "no asynchronous copy, not UTMALDG"),
+        ("exp_logits_kernel", {"copies": "LDGSTS"}, None),
+        ("exp_logits_kernel", {"tensor_cores": "HMMA.16816.F32.BF16"}, "HMMA.16816.F32.BF16, not HGMMA"),
+        ("exp_logits_kernel", {"spills": 8}, "8 spilled"),
+    ],
+)
+def test_a_product_on_hopper_has_its_instructions(kernel, found, complaint):
+    said = complaints(Case("sm_90", "exp_logits", kernel, "slab", "bf16"), HOPPER | found, None)
+    assert len(said) == (complaint is not None) and all(complaint in line for line in said)
+
+
+def test_what_was_measured_on_hopper_is_on_record_with_bulk_copies_where_it_is_persistent():
+    for key, tile in tiles.TILES.items():
+        if key[0] != "sm_90" or key[2] == tiles.ANY_HIDDEN:
+            continue
+        kernels = ["exp_logits_kernel", "exp_logits_persistent_kernel"][: 2 if tile.loop else 1]
+        for kernel, use in product(kernels, ("slab", "statistics", "recompute", "repair", "slab+bias+softcap")):
+            found = read_golden()["cases"][f"sm_90 {kernel} {use}+h{key[2]} bf16"]
+            assert found["spills"] == 0 and "HGMMA" in found["tensor_cores"]
+            assert found["copies"] == ("UTMALDG" if "persistent" in kernel else "LDGSTS")
 
 
 def test_every_representative_case_is_on_record():

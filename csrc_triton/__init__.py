@@ -8,7 +8,7 @@
 | sequence_epilogue | sequence_sums_kernel, ratio_epilogue_kernel     | segment sum, NPO log-sigmoid, row factors |
 | linear_kl         | softmax_sums_kernel, kl_logits_kernel           | two products, KL and p - q of their tiles |
 | gradient_rows     | scale_rows_kernel, finish_hidden_grad_kernel,   | O(NH) parts of dHidden and dWeight        |
-|                   | add_targets_kernel                              |                                           |
+|                   | add_targets_kernel, scale_gradient_kernel       | and their product with the upstream one   |
 | common            | log1p, softplus, sigmoid, tanh, place, project, | device functions                          |
 |                   | project_descriptors, place_step                 |                                           |
 | tiles             |                                                 | the table of tile shapes: data, no code   |

@@ -4,6 +4,8 @@
     dWeight   = E^T (-row_coef * X) + scatter(target_coef_i x_i)  scale X before, add the targets after
 
 The target column is kept out of E and added here in float32: at p_y -> 1 it is all that is left of a row.
+
+A gradient that was formed before its upstream gradient was known is multiplied by it afterwards, in one pass.
 """
 
 import triton
@@ -112,3 +114,29 @@ def add_targets_kernel(
         at += BLOCK_RUN
     grad = grad_ptr + (target - begin) * stride_grad + columns
     tl.store(grad, tl.load(grad, mask=inside, other=0.0) + total, mask=inside)
+
+
+@triton.jit
+def scale_gradient_kernel(
+    formed_ptr,  # (rows, H), contiguous: the gradient
+    unit_ptr,  # (rows,) float32
+    upstream_ptr,  # () of any floating dtype
+    out_ptr,  # (rows, H), contiguous, out
+    size,  # rows * H, beyond 2^31 too
+    H,
+    HAS_UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out_ij = formed_ij * (upstream * unit_i) in float32, rounded once to the dtype of out.
+
+    Grid: blocks of BLOCK elements, wherever rows begin. Reads and writes each element once.
+    """
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    factor = tl.load(upstream_ptr).to(tl.float32)
+    grad = tl.load(formed_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_UNIT:
+        grad *= factor * tl.load(unit_ptr + at // H, mask=inside, other=0.0)
+    else:
+        grad *= factor
+    tl.store(out_ptr + at, grad.to(out_ptr.dtype.element_ty), mask=inside)

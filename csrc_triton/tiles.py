@@ -110,5 +110,6 @@ MOMENT_LOOPS: dict[tuple[str, int, int], str] = {}
 BLOCK_POSITIONS = 1024  # of the batch, scored or not, a program of the compaction
 BLOCK_ROWS = 128  # rows a program of the (N,) kernels
 BLOCK_HIDDEN = 1024  # elements of H a program of the (N, H) kernels
+BLOCK_SCALED = 4096  # elements of a gradient a program multiplies
 BLOCK_RUN = 8  # rows of one label summed at a time
 ROW_WARPS = 4

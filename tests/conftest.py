@@ -64,9 +64,8 @@ def poisoned_allocations():
 @pytest.fixture
 def small_blocks():
     """The torch path cut into blocks that small tests have several of, ragged ones included."""
-    from npo_kernels.backends.torch import blocks
+    from npo_kernels.backends.torch import blocks, rows
     from npo_kernels.core import execute, gradients, matmul
-    from npo_kernels.ops import gradients as op_gradients
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BLOCK_V", 64)
@@ -74,7 +73,7 @@ def small_blocks():
         patch.setattr(matmul, "BLOCK_K", 24)
         for module in (execute, gradients):
             patch.setattr(module, "GRAD_SLICE", 72)
-        patch.setattr(op_gradients, "SCALED_ROWS", 72)
+        patch.setattr(rows, "SCALED_ROWS", 72)
         yield
 
 

@@ -288,6 +288,18 @@ def moment_gradient(r: Rows) -> Result:
     return [(slab, expected[:, begin:end], r.slab_dtype)]
 
 
+def scale_gradient(r: Rows) -> Result:
+    """In its own dtype and, kept wider, to that of the inputs; of a matrix and of a vector, with a unit and without."""
+    unit, upstream = 2.0 ** (torch.arange(N, device=DEVICE) % 9 - 5), torch.tensor(-0.37, device=DEVICE)
+    found = []
+    for grad, factor in ((r.x, None), (r.x[:, 0], None), (r.x.float(), None), (r.x, unit), (r.x[:, 0], unit)):
+        before, scale = grad.clone(), upstream.double() * (1 if factor is None else factor.double())
+        expected = grad.double() * scale.reshape(-1, *[1] * (grad.dim() - 1))
+        found.append((r.backend.scale_gradient(grad, factor, upstream, r.dtype), expected, r.dtype))
+        assert torch.equal(grad, before)
+    return found
+
+
 def sequence_sums(r: Rows) -> Result:
     values = draw(N, seed=9)
     expected = torch.zeros(4, dtype=torch.float64, device=DEVICE).index_add_(0, SEQUENCE, values.double())
@@ -334,6 +346,7 @@ PRIMITIVES: dict[str, Callable[[Rows], Result]] = {
     "moment_scratch": moment_scratch,
     "row_moments": row_moments,
     "moment_gradient": moment_gradient,
+    "scale_gradient": scale_gradient,
     "sequence_sums": sequence_sums,
     "ratio_epilogue": ratio_epilogue,
 }

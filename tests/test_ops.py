@@ -90,16 +90,23 @@ def test_opcheck_linear_kl(impl, reverse, needs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_opcheck_scale_gradient(dtype):
-    torch.library.opcheck(scale_gradient, (torch.randn(5, 3).to(dtype), torch.rand(5), torch.tensor(0.3), dtype))
+@pytest.mark.parametrize("impl", IMPLS)
+def test_opcheck_scale_gradient(impl, dtype):
+    arguments = torch.randn(5, 3).to(dtype), torch.rand(5), torch.tensor(0.3), dtype, impl
+    torch.library.opcheck(scale_gradient, arguments)
 
 
-@pytest.mark.parametrize("shape", [(1,), (72,), (73, 5), (200, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (72,), (73, 5), (200, 3), (3, 1500), (0, 4)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_a_gradient_is_scaled_in_float32_and_rounded_once(small_blocks, dtype, shape):
-    grad, upstream = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype), torch.tensor(-0.3)
-    before = grad.clone()
-    assert torch.equal(scale_gradient(grad, None, upstream, dtype), (grad.float() * upstream).to(dtype))
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_gradient_is_scaled_in_float32_and_rounded_once(small_blocks, poisoned_allocations, impl, dtype, shape):
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before, unit = grad.clone(), 2.0 ** torch.arange(shape[0])
+    for upstream in (torch.tensor(-0.3), torch.tensor(-0.3).bfloat16()):
+        found = scale_gradient(grad, None, upstream, dtype, impl)
+        assert torch.equal(found, (grad.float() * upstream.float()).to(dtype))
+    found = scale_gradient(grad, unit, upstream, torch.float32, impl)
+    assert torch.equal(found, grad.float() * (upstream.float() * unit).reshape(-1, *[1] * (grad.dim() - 1)))
     assert torch.equal(grad, before)
 
 

@@ -179,6 +179,12 @@ class Backend(Protocol):
         grad.index_add_(0, target - begin, coef[:, None] * x)
         """
 
+    def scale_gradient(self, grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+        """A new tensor: grad (rows, H) or (rows,), of any dtype, times unit (rows,), if given, times upstream (0-d).
+
+        (grad.float() * (upstream.float() * unit)[:, None]).to(dtype)
+        """
+
     def sequence_scale(
         self, num_tokens: Tensor, reduction: str, normalizer: Tensor | None, weights: Tensor | None = None
     ) -> Tensor:

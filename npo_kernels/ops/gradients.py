@@ -5,12 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from npo_kernels.backends.choose import backend_of
 from npo_kernels.core.gradients import Gradients
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.task import Needs
 from npo_kernels.ops.schema import as_written, no_second_derivative
-
-SCALED_ROWS = 256  # of a gradient at a time, on a CPU: the float32 copies of so many
 
 
 class GradientTensors(NamedTuple):
@@ -83,40 +82,29 @@ class SavedGradients(NamedTuple):
     kept: Kept
     needs: Needs
     dtype: torch.dtype  # of the inputs
+    impl: str  # "torch" | "triton"
 
     def times(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of hidden, weight and bias, in the dtype of the inputs; None where not wanted."""
         hidden, weight, bias = self.kept.grads.wanted(self.needs)
         unit = self.kept.unit if self.kept.unit.numel() else None
         return (
-            None if hidden is None else scale_gradient(hidden, None, upstream, self.dtype),
-            None if weight is None else scale_gradient(weight, unit, upstream, self.dtype),
-            None if bias is None else scale_gradient(bias, None, upstream, self.dtype),
+            None if hidden is None else scale_gradient(hidden, None, upstream, self.dtype, self.impl),
+            None if weight is None else scale_gradient(weight, unit, upstream, self.dtype, self.impl),
+            None if bias is None else scale_gradient(bias, None, upstream, self.dtype, self.impl),
         )
 
 
 @torch.library.custom_op("npo_kernels::scale_gradient", mutates_args=())
-def scale_gradient(grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * unit (a factor of each row, or none) * upstream (0-d) in float32, rounded once to `dtype`.
-
-    Never in place: the graph may be kept. A GPU casts operands and result inside the product; a CPU copies them in
-    float32, so there it is done some rows at a time.
-    """
+def scale_gradient(grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
+    """`Backend.scale_gradient`; never in place, for the graph may be kept."""
     with as_written(grad):
-        factor = upstream if unit is None else upstream * unit
-        # as many dimensions as grad has: the dtype of a 0-d factor would yield to that of grad
-        factor = factor.reshape(-1, *[1] * (grad.dim() - 1))
-        out = torch.empty_like(grad, dtype=dtype)
-        step = max(1, grad.shape[0]) if grad.is_cuda else SCALED_ROWS
-        for i in range(0, grad.shape[0], step):
-            rows = slice(i, i + step)
-            torch.mul(grad[rows], factor if unit is None else factor[rows], out=out[rows])
-        return out
+        return backend_of(impl).scale_gradient(grad, unit, upstream, dtype)
 
 
 @scale_gradient.register_fake
-def _(grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(grad, dtype=dtype)
+def _(grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
+    return grad.new_empty(grad.shape, dtype=dtype)
 
 
 scale_gradient.register_autograd(no_second_derivative)

@@ -81,7 +81,8 @@ def _(arguments: KLLossCall) -> KLLossResults:
 
 
 def _save_loss(arguments: KLLossCall, results: KLLossResults) -> SavedGradients:
-    return SavedGradients(results.kept, arguments.call.execution.needs, arguments.call.hidden.dtype)
+    call = arguments.call
+    return SavedGradients(results.kept, call.execution.needs, call.hidden.dtype, call.execution.impl)
 
 
 def _backward_loss(saved: SavedGradients, upstream: KLLossResults) -> tuple[Tensor | None, ...]:

@@ -69,7 +69,8 @@ def _(arguments: RatioCall) -> RatioResults:
 
 
 def _save(arguments: RatioCall, results: RatioResults) -> SavedGradients:
-    return SavedGradients(results.kept, arguments.call.execution.needs, arguments.call.hidden.dtype)
+    call = arguments.call
+    return SavedGradients(results.kept, call.execution.needs, call.hidden.dtype, call.execution.impl)
 
 
 def _backward(saved: SavedGradients, upstream: RatioResults) -> tuple[Tensor | None, ...]:

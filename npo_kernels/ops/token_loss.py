@@ -111,7 +111,7 @@ class TokenLoss(torch.autograd.Function):
         with as_written(hidden):
             _, grads = execute.value_and_gradients(task, plan, weigh)
         ctx.set_materialize_grads(False)
-        ctx.needs, ctx.dtype = call.execution.needs, hidden.dtype
+        ctx.rest = call.execution.needs, hidden.dtype, call.execution.impl
         formed = kept(grads, hidden, call.head)
         saved = formed.grads.hidden, formed.grads.weight, formed.grads.bias, formed.unit
         ctx.save_for_backward(*saved)
@@ -122,7 +122,7 @@ class TokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         *grads, unit = ctx.saved_tensors
-        saved = SavedGradients(Kept(GradientTensors(*grads), unit), ctx.needs, ctx.dtype)
+        saved = SavedGradients(Kept(GradientTensors(*grads), unit), *ctx.rest)
         return *saved.times(upstream), None, None
 
 

@@ -66,7 +66,7 @@ ARGUMENTS = {
     "ref_x_desc": ("BLOCK_N", "BLOCK_H"), "ref_w_desc": ("BLOCK_V", "BLOCK_H"),
     "ref_x_ptr": "*T", "ref_w_ptr": "*T", "ref_bias_ptr": "*T", "ref_anchor_ptr": "*fp32",
     "ref_scale_ptr": "*fp32", "shift_ptr": "*fp32", "kl_ptr": "*fp32", "target_shift": "fp32",
-    "x_ptr": "*T", "w_ptr": "*T", "bias_ptr": "*T", "slab_ptr": "*T", "out_ptr": "*T",
+    "x_ptr": "*T", "w_ptr": "*T", "bias_ptr": "*T", "slab_ptr": "*T", "out_ptr": "*T", "formed_ptr": "*T",
     "labels_ptr": "*i64", "offsets_ptr": "*i32", "counts_ptr": "*i32", "sequence_ptr": "*i64", "num_tokens_ptr": "*i64",
     "hidden_ptr": "*T", "normalizer_ptr": "*fp32", "weights_ptr": "*fp32", "token_grad_ptr": "*fp32",
     "logps_grad_ptr": "*fp32",
@@ -81,6 +81,7 @@ ARGUMENTS = {
     "target_coef_ptr": "*fp32", "product_ptr": "*fp32", "grad_ptr": "*fp32",
     "logit_scale": "fp32", "softcap": "fp32", "headroom": "fp32", "beta": "fp32", "sign": "fp32",
     "T": 16384, "B": 31, "length": 528, "steps": 5, "blocks": 16, "ignore_index": -100, "stride_hidden": 4096,
+    "unit_ptr": "*fp32", "upstream_ptr": "*fp32", "size": 128256 * 4096,
     "N": 8191, "V": 128256, "H": 4096, "H_REF": 4096, "begin": 16384, "splits": 126,
     "stride_x": 4096, "stride_w": 4096, "stride_ref_x": 4096, "stride_ref_w": 4096, "stride_slab": 128256,
     "stride_grad": 4096,
@@ -117,6 +118,7 @@ OPTIONAL = {
     "logps_grad_ptr": "HAS_LOGPS",
     "target_ptr": "HAS_TARGET",
     "kl_ptr": "REVERSE",
+    "unit_ptr": "HAS_UNIT",
 }
 # what exp_logits_kernel is launched for -> (STORE, SUMS, MAXIMA, REPAIR)
 USES = {
@@ -147,6 +149,7 @@ ROW_KERNELS = {  # module, kernel -> variants
     ("gradient_rows", "scale_rows_kernel"): ("",),
     ("gradient_rows", "finish_hidden_grad_kernel"): ("",),
     ("gradient_rows", "add_targets_kernel"): ("",),
+    ("gradient_rows", "scale_gradient_kernel"): ("", "unit"),
 }
 MOMENTS = ("row_moments_kernel", "row_moments_persistent_kernel", "moment_gradient_kernel")
 PAIR_KERNELS = ("softmax_sums_kernel", "kl_logits_kernel")
@@ -256,6 +259,7 @@ def constants(case: Case, parameters: list[str], whole: set[str]) -> tuple[dict,
     values = {
         "HAS_BIAS": case.has("bias"),
         "HAS_SOFTCAP": case.has("softcap"),
+        "HAS_UNIT": case.has("unit"),
         "LENGTH_NORMALIZED": case.has("normalized"),
         "SHIFT": True,
         "PACKED": case.has("packed"),
@@ -268,6 +272,7 @@ def constants(case: Case, parameters: list[str], whole: set[str]) -> tuple[dict,
         "BLOCK_H": min(tiles.BLOCK_HIDDEN, 1 << (shape["H"] - 1).bit_length()),
         "BLOCK_N": tiles.BLOCK_ROWS,
         "BLOCK_RUN": tiles.BLOCK_RUN,
+        "BLOCK": tiles.BLOCK_SCALED,
     }
     options = {"num_warps": tiles.ROW_WARPS}
     if case.kernel == "reanchor_kernel":

@@ -18,6 +18,7 @@ from npo_kernels.backends.torch.rows import (
     finish_hidden_grad,
     group_targets,
     ratio_epilogue,
+    scale_gradient,
     scale_rows,
     sequence_sums,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "resum",
     "row_moments",
     "row_statistics",
+    "scale_gradient",
     "scale_rows",
     "scratch",
     "sequence_scale",

@@ -10,6 +10,8 @@ from npo_kernels.core.layout import DEAD_ROW, Rows
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.softmax_stats import Statistics, gradient_coefficients
 
+SCALED_ROWS = 256  # of a gradient at a time, on a CPU: the float32 copies of so many
+
 
 def scale_rows(x: Tensor, scale: Tensor, sign: float = 1.0) -> Tensor:
     """sign * scale_i * x_i, rounded once to the dtype the gradient products take; a row of scale 0 is exactly 0."""
@@ -101,3 +103,20 @@ def ratio_epilogue(
     losses = reduce(ratio.scale, losses)
     row_coef, target_coef = gradient_coefficients(stats, F.pad(grad, (0, 1))[sequence], head)
     return logps, losses, row_coef, target_coef
+
+
+def scale_gradient(grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * unit (a factor of each row, or none) * upstream (0-d) in float32, rounded once to `dtype`.
+
+    A GPU casts operands and result inside the product; a CPU copies them in float32, so there it is done some rows at
+    a time.
+    """
+    factor = upstream.float() if unit is None else upstream.float() * unit
+    # as many dimensions as grad has: the dtype of a 0-d factor would yield to that of grad
+    factor = factor.reshape(-1, *[1] * (grad.dim() - 1))
+    out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
+    step = max(1, grad.shape[0]) if grad.is_cuda else SCALED_ROWS
+    for i in range(0, grad.shape[0], step):
+        rows = slice(i, i + step)
+        torch.mul(grad[rows], factor if unit is None else factor[rows], out=out[rows])
+    return out

@@ -1,16 +1,22 @@
 """Launches of the kernels on rows and sequences: sums, the loss, and the gradients' terms of size N x H."""
 
 import torch
+import triton
 from torch import Tensor
 
-from csrc_triton.gradient_rows import add_targets_kernel, finish_hidden_grad_kernel, scale_rows_kernel
+from csrc_triton.gradient_rows import (
+    add_targets_kernel,
+    finish_hidden_grad_kernel,
+    scale_gradient_kernel,
+    scale_rows_kernel,
+)
 from csrc_triton.sequence_epilogue import (
     coefficients_kernel,
     ratio_epilogue_kernel,
     sequence_scale_kernel,
     sequence_sums_kernel,
 )
-from csrc_triton.tiles import BLOCK_ROWS, BLOCK_RUN, ROW_WARPS
+from csrc_triton.tiles import BLOCK_ROWS, BLOCK_RUN, BLOCK_SCALED, ROW_WARPS
 from npo_kernels.backends.triton import launch
 from npo_kernels.core.formulas import RatioLoss
 from npo_kernels.core.layout import Rows
@@ -120,3 +126,15 @@ def add_targets(
             x.stride(0), grad.stride(0), BLOCK_RUN=BLOCK_RUN, BLOCK_H=launch.hidden_block(x.shape[1]),
             num_warps=ROW_WARPS,
         )  # fmt: skip
+
+
+def scale_gradient(grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * unit (a factor of each row, or none) * upstream (0-d) in float32, rounded once to `dtype`."""
+    grad, unit = grad.contiguous(), None if unit is None else unit.contiguous()
+    out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
+    if grad.numel():
+        scale_gradient_kernel[(triton.cdiv(grad.numel(), BLOCK_SCALED),)](
+            grad, unit, upstream, out, grad.numel(), grad[0].numel(), HAS_UNIT=unit is not None, BLOCK=BLOCK_SCALED,
+            num_warps=ROW_WARPS,
+        )  # fmt: skip
+    return out

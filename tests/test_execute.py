@@ -5,6 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from npo_kernels.backends.choose import backend_of
+from npo_kernels.core import execute, gradients, plan
+from npo_kernels.core.matmul import matmul
 from tests import matrix, support
 from tests.support import IMPLS, TINY, evaluate, make_batch
 
@@ -43,6 +45,45 @@ def test_logits_never_exist(impl, dtype, needs):
         support.user_loss(leaves, impl=impl, workspace_mb=TINY).backward()
     slice_bytes = N * backend_of(impl).block_v(leaves.hidden) * backend_of(impl).slab_dtype(leaves.hidden).itemsize
     assert slice_bytes <= max(made.sizes.values()) < N * V * dtype.itemsize / 1.9
+
+
+@pytest.mark.parametrize(
+    ("needs", "workspace_mb"), [(("hidden", "weight"), None), (("hidden", "weight"), TINY), (("hidden",), TINY)],
+    ids=["slab", "recompute", "frozen"],
+)  # fmt: skip
+@pytest.mark.parametrize("impl", IMPLS)
+def test_products_take_views_of_the_slab_as_a_vendor_takes_them(impl, needs, workspace_mb, monkeypatch):
+    """Nothing is copied: the operands have one stride of 1 and another that is a leading dimension, and half of them
+    are the storage that the exponentials were written to, its rows at multiples of 128 bytes."""
+    backend, slabs, operands = backend_of(impl), {}, []
+
+    def noting(function):
+        def project(*args):
+            result = function(*args)
+            slab = result[0] if isinstance(result, tuple) else result
+            slabs[slab.untyped_storage().data_ptr()] = slab.stride(0) * slab.itemsize
+            return result
+
+        return project
+
+    def product(a, b, out=None):
+        operands.append((a, b))
+        return matmul(a, b, out)
+
+    for name in ("exp_logits", "exp_logits_at"):
+        monkeypatch.setattr(backend, name, noting(getattr(backend, name)))
+    for module in (execute, gradients):
+        monkeypatch.setattr(module, "matmul", product)
+    batch = make_batch(torch.float32, lengths=(19, 12), prompts=(1, 1), H=8, V=300)
+    evaluate(support.npo, batch, needs, impl=impl, workspace_mb=workspace_mb)
+    assert len(operands) >= 2 * len(needs)
+    for a, b in operands:
+        for t in (a, b):
+            inner = t.stride().index(1)
+            assert t.stride(1 - inner) >= t.shape[inner]
+        assert b.is_contiguous() and a.untyped_storage().data_ptr() in slabs
+    if impl == "triton":
+        assert all(row_bytes % 128 == 0 for row_bytes in slabs.values()) and plan.GRAD_SLICE % 64 == 0
 
 
 @pytest.mark.parametrize("impl", IMPLS)

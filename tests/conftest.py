@@ -70,7 +70,9 @@ def small_blocks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BLOCK_V", 64)
         patch.setattr(blocks, "BLOCK_N", 16)
-        patch.setattr(matmul, "BLOCK_K", 24)
+        patch.setattr(blocks, "CACHED_ROWS", 5)
+        for name, value in {"BLOCK_K": 24, "BLOCK_M": 24, "COPIED": 700}.items():
+            patch.setattr(matmul, name, value)
         for module in (execute, gradients):
             patch.setattr(module, "GRAD_SLICE", 72)
         patch.setattr(rows, "SCALED_ROWS", 72)

@@ -40,10 +40,13 @@ class HeadGradients:
         self.in_place = accumulate or self.dtype == torch.float32
         vocab_size, hidden_size = task.head.weight.shape
         device = task.head.weight.device
-        make = torch.zeros if self.in_place else torch.empty
         dtype = torch.float32 if self.in_place else self.dtype
-        self.weight = make(vocab_size, hidden_size, dtype=dtype, device=device) if task.needs.weight else None
-        self.bias = make(vocab_size, BIAS_COLUMNS, dtype=torch.float32, device=device) if task.needs.bias else None
+        self.weight = torch.empty(vocab_size, hidden_size, dtype=dtype, device=device) if task.needs.weight else None
+        self.bias = (
+            torch.empty(vocab_size, BIAS_COLUMNS, dtype=torch.float32, device=device) if task.needs.bias else None
+        )
+        self.first = False  # nothing was taken yet: the first rows write what the next ones add to
+        self.empty = True
         in_units = task.needs.weight and task.upstream_later and self.dtype == torch.float16
         self.row_unit = torch.empty(vocab_size, dtype=torch.float32, device=device) if in_units else None
 
@@ -59,6 +62,7 @@ class HeadGradients:
 
         `peaks` are one more term for each row: its coefficient, and its column.
         """
+        self.first, self.empty = self.empty, False
         # float16 ends at 6e-8: the largest coefficient is taken out of the operand and put back in float32
         self.unit = None
         if self.dtype == torch.float16 and row_coef.numel():
@@ -79,9 +83,9 @@ class HeadGradients:
         """Take in the exponentials of the vocabulary slice [begin, end)."""
         for features, scaled, grad in self.parts:
             part = grad[begin:end] if self.in_place else None
-            if part is not None and self.unit is not None:
+            if part is not None and self.unit is not None and not self.first:
                 part /= self.unit
-            part = matmul(slab.t(), scaled, out=part)
+            part = matmul(slab.t(), scaled, out=part, accumulate=not self.first)
             for coef, targets in self.terms:
                 self.backend.add_targets(part, features, coef, targets, (begin, end))
             if self.unit is not None:

@@ -1,29 +1,32 @@
 """Anchored exponentials of the logits, and their sums."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from npo_kernels.backends.torch import blocks
-from npo_kernels.core import matmul
+from npo_kernels.core import cpu, matmul
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.plan import Scratch
 from npo_kernels.core.softmax_stats import anchor_headroom
 
 
 def scratch(x: Tensor, rows: int, vocab_size: int, capped: bool) -> Scratch:
-    """The float32 copies that products of 16-bit operands take, the softcap's derivative, blocks of sums."""
+    """The copies or the 16-bit results that products of 16-bit operands take, the softcap's derivative, sums."""
     hidden_size = x.shape[1]
     n, columns = min(rows, blocks.BLOCK_N), min(vocab_size, blocks.BLOCK_V)
-    upcast = matmul.upcast_bytes(x, hidden_size, 1)  # of a row, and of a column of the head
-    product = matmul.upcast_bytes(x, vocab_size, hidden_size)  # of the head in a product with exponentials
-    wide = 4 * columns if blocks.slab_dtype(x) != torch.float32 else 0  # a block is float32 before it is stored
-    slope = 4 * columns if capped else 0
+    copies = matmul.project_bytes(x, 0, columns)  # of the head; of a row, and what a row has before it is stored:
+    row = matmul.project_bytes(x, 1, 0) + (4 * columns if blocks.slab_dtype(x) != torch.float32 else 0)
+    slope = 4 * columns * min(rows, blocks.cached_rows(x)) if capped else 0
+    product = matmul.matmul_bytes(x, max(rows, vocab_size), vocab_size, hidden_size)
     sums, finish = 8 * -(-vocab_size // blocks.BLOCK_V), n * hidden_size * blocks.ROW_TEMPORARIES
-    forward = upcast * columns + n * (upcast + 4 * columns + slope)
+    forward = copies + n * (matmul.project_bytes(x, 1, 0) + 4 * columns) + slope
     return Scratch(
-        projecting=max(upcast * columns, product),
-        finishing=finish,
-        per_row=upcast + wide + slope + sums,
+        projecting=max(copies + slope, product),
+        # a 16-bit product is there beside the float32 gradient
+        finishing=finish + (product if cpu.native(x) else 0),
+        per_row=row + sums,
         sums=max(forward, finish) + rows * sums,
     )
 
@@ -86,38 +89,64 @@ def _exponentials(
     is rescaled (the overflow repair).
     """
     begin, end = columns
-    dtype = blocks.slab_dtype(x)
+    n, dtype = x.shape[0], blocks.slab_dtype(x)
     direct = slab is not None and dtype == torch.float32
-    block = x.new_empty(0 if direct else x.shape[0], min(blocks.BLOCK_V, end - begin), dtype=torch.float32)
-    parts: list[Tensor] = []
-    headroom = anchor_headroom(dtype)
-    for b in range(begin, end, blocks.BLOCK_V):
+    block = x.new_empty(0 if direct else n, min(blocks.BLOCK_V, end - begin), dtype=torch.float32)
+    parts = x.new_empty(-(-(end - begin) // blocks.BLOCK_V), n, dtype=torch.float32)
+    anchor = anchor.clone()
+    step = blocks.cached_rows(x)
+    for number, b in enumerate(range(begin, end, blocks.BLOCK_V)):
         stop = min(b + blocks.BLOCK_V, end)
+        part = head.columns(b, stop)
         stored = None if slab is None else slab[:, b - begin : stop - begin]
-        out = stored if stored is not None and direct else block[:, : stop - b]
-        z = blocks.logits_block(x, head.columns(b, stop), out)
-        t = None
-        if head.softcap is not None:
-            t = torch.div(z, head.softcap).tanh_()
-            torch.mul(t, head.softcap, out=z)
-        if reanchor:
-            raised = z.amax(1) - headroom
-            if bool((raised > anchor).any()):
-                raised = torch.where(raised > anchor, raised, anchor)
-                factor = torch.exp(anchor - raised)
-                anchor = raised
-                parts = [part * factor for part in parts]
+        z = blocks.logits_block(x, part, stored if stored is not None and direct else block[:, : stop - b])
+        for i in range(0, n, step):
+            rows = slice(i, i + step)
+            e, slope, sums, highest = _anchored(z[rows], part, target[rows] - b, anchor[rows], dtype)
+            if reanchor and bool((highest > math.exp(anchor_headroom(dtype))).any()):
+                raised = _raised(x[rows], part, anchor[rows], e, dtype)
+                factor = torch.exp(anchor[rows] - raised)
+                anchor[rows] = raised
+                parts[:number, rows] *= factor
                 if slab is not None:
-                    slab[:, : b - begin] *= factor.unsqueeze(1).to(dtype)
-        e = z.sub_(anchor.unsqueeze(1)).exp_()
-        blocks.zero_target(e, target - b)
-        parts.append(e.sum(1))
-        if stored is not None:
-            if t is not None:
-                e.mul_(t.square_().neg_().add_(1.0))
-            if not direct:
-                stored.copy_(e)
-    return torch.stack(parts), anchor
+                    slab[rows, : b - begin] *= factor.unsqueeze(1).to(dtype)
+                blocks.logits_block(x[rows], part, e)
+                e, slope, sums, _ = _anchored(e, part, target[rows] - b, raised, dtype)
+            parts[number, rows] = sums
+            if stored is not None:
+                if slope is not None:
+                    e.mul_(slope)
+                if not direct:
+                    stored[rows] = e
+            del slope  # before the next one is made
+    return parts, anchor
+
+
+def _anchored(
+    z: Tensor, head: Head, column: Tensor, anchor: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """(exponentials, derivative of the softcap, sums, what shows whether a logit is above the headroom), in place of z.
+
+    The sums show it: they are above the largest exponential. Those of float16, whose headroom is small, nearly always.
+    """
+    slope = None
+    if head.softcap is not None:
+        slope = torch.div(z, head.softcap).tanh_()
+        torch.mul(slope, head.softcap, out=z)
+        slope.square_().neg_().add_(1.0)
+    e = z.sub_(anchor.unsqueeze(1)).exp_()
+    at_target = blocks.zero_target(e, column)
+    sums = e.sum(1)
+    return e, slope, sums, torch.maximum(e.amax(1) if dtype == torch.float16 else sums, at_target)
+
+
+def _raised(x: Tensor, head: Head, anchor: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
+    """The anchor, raised where a logit of the block is above the headroom; z is overwritten."""
+    blocks.logits_block(x, head, z)
+    if head.softcap is not None:
+        z.div_(head.softcap).tanh_().mul_(head.softcap)
+    lowest = z.amax(1) - anchor_headroom(dtype)
+    return torch.where(lowest > anchor, lowest, anchor)
 
 
 def resum(x: Tensor, head: Head, target: Tensor, anchor: Tensor, raised: Tensor, parts: Tensor) -> None:

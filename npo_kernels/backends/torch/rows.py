@@ -52,6 +52,9 @@ def add_targets(grad: Tensor, x: Tensor, coef: Tensor, targets: Tensor, columns:
     begin, end = columns
     inside = (targets >= begin) & (targets < end)
     column = (targets - begin).clamp(0, end - begin - 1)
+    if x.device.type == "cpu":  # a GPU would have to wait for their number
+        found = inside.nonzero().squeeze(1)
+        x, coef, column, inside = x[found], coef[found], column[found], inside[found]
     for i in range(0, x.shape[0], blocks.BLOCK_N):
         rows = slice(i, i + blocks.BLOCK_N)
         update = torch.where(inside[rows], coef[rows], 0.0).unsqueeze(1) * x[rows].float()

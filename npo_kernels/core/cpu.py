@@ -1,0 +1,93 @@
+"""Products of 16-bit operands on a CPU: which arithmetic they take, and why.
+
+PyTorch multiplies bfloat16 matrices on any CPU, but without instructions for it hundreds of times slower than float32
+ones. Where there are such instructions the operands are multiplied as they are ("native"), elsewhere in float32 copies.
+What decides is what the CPU has and what the user has switched off, never a timing: a result's bits do not depend on
+chance.
+
+Native products of float16 are not used, whatever the CPU has: their result is float16 and ends at 65504, which sums of
+anchored exponentials pass. Those of bfloat16 have the range of float32.
+"""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# What instructions for bfloat16 are called by torch.cpu.get_capabilities: x86, and ARM.
+BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
+# What the values of ONEDNN_MAX_CPU_ISA that allow them have in their names.
+ALLOWING = ("BF16", "FP16", "AMX", "AVX10")
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+
+
+def refusal(dtype: torch.dtype) -> str | None:
+    """Why products of operands of this 16-bit dtype are not native on this CPU, in a few words; None if they are."""
+    if dtype == torch.float16:
+        return "float16 ends at 65504"
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return "oneDNN is off"
+    return _no_instructions()
+
+
+@cache
+def _no_instructions() -> str | None:
+    """What keeps bfloat16 instructions from being used. PyTorch and oneDNN read these variables once as well."""
+    has = torch.cpu.get_capabilities()
+    if not any(has.get(name) for name in BFLOAT16):
+        return "no bfloat16 instructions"
+    highest = torch.backends.cpu.get_cpu_capability()
+    if highest in ("DEFAULT", "AVX2") and has["architecture"].startswith("x86"):
+        return f"ATEN_CPU_CAPABILITY is {highest}"
+    for name in LIMITS:
+        limit = os.environ.get(name, "").upper()
+        if limit not in ("", "ALL", "DEFAULT") and not any(part in limit for part in ALLOWING):
+            return f"{name} is {limit}"
+    return None
+
+
+def native(t: Tensor) -> bool:
+    """Whether products of t with its like are taken of the operands as they are, and rounded to their dtype."""
+    return t.device.type == "cpu" and t.itemsize == 2 and refusal(t.dtype) is None
+
+
+def arithmetic(dtype: torch.dtype) -> str:
+    """In words, for people."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype.itemsize != 2:
+        return f"{name} products"
+    why = refusal(dtype)
+    return f"{name} products native" if why is None else f"{name} products in float32 copies ({why})"
+
+
+_lock = threading.Lock()
+_inside, _before = 0, ""
+
+
+@contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Around float32 products whose operands were bfloat16: oneDNN may round them to it, which changes nothing, multiply
+    them with bfloat16 instructions, and sum in float32, which is what the result is.
+
+    `torch.backends.mkldnn.matmul.fp32_precision` belongs to the process: a float32 product that another thread takes
+    meanwhile is rounded too, and `torch.get_float32_matmul_precision` there raises. So it is set around single products.
+    The first thread in sets it and the last one out restores what it was, also when a product raises.
+    """
+    global _inside, _before
+    setting = torch.backends.mkldnn.matmul
+    with _lock:
+        if _inside == 0:
+            _before = setting.fp32_precision
+            setting.fp32_precision = "bf16"
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                setting.fp32_precision = _before

@@ -66,8 +66,8 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return max(peak, most - total)
 
 
-def random_call(seed: int) -> Callable[[float | None], object]:
-    """A call with some workspace_mb, up to the gradients that its workspace serves."""
+def random_call(seed: int, *dtypes: torch.dtype) -> Callable[[float | None], object]:
+    """A call with some workspace_mb, up to the gradients that its workspace serves; in any dtype, if none is given."""
     generator = torch.Generator().manual_seed(seed)
 
     def pick(*options):
@@ -76,7 +76,7 @@ def random_call(seed: int) -> Callable[[float | None], object]:
     def draw(*shape):
         return torch.randn(shape, generator=generator)
 
-    dtype, name = pick(torch.float32, torch.bfloat16, torch.float16), pick(*FUNCTIONS)
+    dtype, name = pick(*(dtypes or support.DTYPES)), pick(*FUNCTIONS)
     B, S, H, V = pick(1, 2, 3, 5), pick(5, 40, 150, 300), pick(16, 64, 250, 600), pick(5000, 9000, 20_000)
     hidden, weight, bias = draw(B, S, H).to(dtype), (draw(V, H) / H**0.5).to(dtype), draw(V).to(dtype)
     labels = torch.randint(0, V, (B, S), generator=generator)

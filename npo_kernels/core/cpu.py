@@ -70,12 +70,12 @@ _inside, _before = 0, ""
 
 @contextmanager
 def bfloat16_products() -> Iterator[None]:
-    """Around float32 products whose operands were bfloat16: oneDNN may round them to it, which changes nothing, multiply
-    them with bfloat16 instructions, and sum in float32, which is what the result is.
+    """Around float32 products of copies of bfloat16 operands: oneDNN rounds them back, which changes nothing, and
+    multiplies with bfloat16 instructions, which sum in float32; the result is float32.
 
-    `torch.backends.mkldnn.matmul.fp32_precision` belongs to the process: a float32 product that another thread takes
-    meanwhile is rounded too, and `torch.get_float32_matmul_precision` there raises. So it is set around single products.
-    The first thread in sets it and the last one out restores what it was, also when a product raises.
+    `torch.backends.mkldnn.matmul.fp32_precision` belongs to the process: the float32 products that other threads take
+    meanwhile are rounded too, and `torch.get_float32_matmul_precision` raises there. So it is set around single
+    products. The first thread in sets it and the last one out restores what it was, also when a product raises.
     """
     global _inside, _before
     setting = torch.backends.mkldnn.matmul

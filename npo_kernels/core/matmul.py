@@ -48,11 +48,9 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None, accumulate: bool = T
     return out
 
 
-def matmul_bytes(like: Tensor, rows: int, depth: int, width: int) -> int:
-    """What `matmul` allocates for (rows, depth) exponentials and operands (depth, width) like `like`."""
-    if like.is_cuda or like.dtype == torch.float32:
-        return 0
-    return 2 * min(BLOCK_M, rows) * width if cpu.native(like) else 4 * min(BLOCK_K, depth) * width
+def result_bytes(like: Tensor, rows: int, width: int) -> int:
+    """The 16-bit result, beside the float32 one, of a native product."""
+    return 2 * min(BLOCK_M, rows) * width if cpu.native(like) else 0
 
 
 def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -84,5 +82,5 @@ def project_bytes(x: Tensor, rows: int, columns: int) -> int:
 
 
 def upcast_bytes(like: Tensor, depth: int, width: int) -> int:
-    """A bound on the copies of an operand (depth, width) of the dtype and on the device of `like`."""
+    """The copies that `matmul` makes of an operand (depth, width) of the dtype and on the device of `like`."""
     return 0 if like.is_cuda or like.dtype == torch.float32 else 4 * min(BLOCK_K, depth) * width

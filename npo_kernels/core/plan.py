@@ -33,7 +33,7 @@ logger = logging.getLogger("npo_kernels")
 
 MIB = 2**20
 # Room for the fastest mode at the shapes in use: at H=4096, V=128256 one bfloat16 chunk of 8192 rows takes 2.1 GB, and
-# so does the float32 accumulator of dWeight that more chunks need. On a CPU 512 rows at V=128256 in one chunk of float32.
+# so does the float32 accumulator of dWeight that more chunks need. On a CPU: 512 rows in float32 at V=128256.
 DEFAULT_WORKSPACE_MB = {"cuda": 4608, "cpu": 512}
 # Columns of dWeight that are float32 at a time where its dtype has 16 bits.
 GRAD_SLICE = 8192

@@ -9,6 +9,7 @@ from torch import Tensor
 from npo_kernels.core.backend import Backend
 from npo_kernels.core.layout import Rows
 from npo_kernels.core.lm_head import Head
+from npo_kernels.core.matmul import result_bytes
 from npo_kernels.core.plan import Plan, Scratch, default_workspace, make_plan
 from npo_kernels.core.vocab_parallel import Shard, clip
 
@@ -81,6 +82,8 @@ class Task:
         if scratch is None:
             scratch = self.backend.scratch(self.hidden, num_rows, vocab_size, self.head.softcap is not None)
         held = num_rows * hidden_size * self.hidden.itemsize if copied else 0
+        if self.needs.any:
+            held += result_bytes(self.hidden, max(num_rows, vocab_size), hidden_size)
         if self.shard is not None:
             held += num_rows * self.shard.row_bytes(self.backend.block_v(self.hidden), hidden_size)
         plan = make_plan(

@@ -24,7 +24,7 @@ def slab_dtype(x: Tensor) -> torch.dtype:
     """What the exponentials are stored in: the input dtype where the device multiplies it, else float32.
 
     On a CPU with bfloat16 instructions they have the dtype of the gradient products' operands, and those products round
-    their float32 sums once (`npo_kernels.core.matmul`); the partial sums are of the exponentials before they are stored.
+    their float32 sums once (`npo_kernels.core.matmul`); the partial sums are of the exponentials before that.
     """
     return x.dtype if x.is_cuda or cpu.native(x) else torch.float32
 

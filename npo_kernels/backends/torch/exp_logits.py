@@ -13,19 +13,19 @@ from npo_kernels.core.softmax_stats import anchor_headroom
 
 
 def scratch(x: Tensor, rows: int, vocab_size: int, capped: bool) -> Scratch:
-    """The copies or the 16-bit results that products of 16-bit operands take, the softcap's derivative, sums."""
+    """The float32 copies that products of 16-bit operands take, the softcap's derivative, sums."""
     hidden_size = x.shape[1]
     n, columns = min(rows, blocks.BLOCK_N), min(vocab_size, blocks.BLOCK_V)
     copies = matmul.project_bytes(x, 0, columns)  # of the head; of a row, and what a row has before it is stored:
     row = matmul.project_bytes(x, 1, 0) + (4 * columns if blocks.slab_dtype(x) != torch.float32 else 0)
     slope = 4 * columns * min(rows, blocks.cached_rows(x)) if capped else 0
-    product = matmul.matmul_bytes(x, max(rows, vocab_size), vocab_size, hidden_size)
+    # of the head in a product with exponentials
+    product = 0 if cpu.native(x) else matmul.upcast_bytes(x, vocab_size, hidden_size)
     sums, finish = 8 * -(-vocab_size // blocks.BLOCK_V), n * hidden_size * blocks.ROW_TEMPORARIES
     forward = copies + n * (matmul.project_bytes(x, 1, 0) + 4 * columns) + slope
     return Scratch(
         projecting=max(copies + slope, product),
-        # a 16-bit product is there beside the float32 gradient
-        finishing=finish + (product if cpu.native(x) else 0),
+        finishing=finish,
         per_row=row + sums,
         sums=max(forward, finish) + rows * sums,
     )

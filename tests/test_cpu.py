@@ -13,6 +13,7 @@ import torch
 from npo_kernels import explain, fused_linear_kl, fused_npo_loss, sequence_logprobs
 from npo_kernels.backends.choose import backend_of
 from npo_kernels.core import cpu, matmul
+from npo_kernels.ops import gradients
 from tests import support
 from tests.support import TINY, evaluate, make_batch, npo, relative_error
 
@@ -181,3 +182,24 @@ def test_a_native_call_allocates_what_its_plan_counts(native, plans, seed):
         measured = peak_bytes(lambda given=given: run(given))
         planned = max(plan.workspace_bytes for plan in plans)
         assert 0.35 * planned <= measured <= planned, (given, plans)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=support.name_of)
+def test_a_gradient_that_is_given_away_is_nobody_elses(dtype, monkeypatch):
+    """Not multiplied by 1 on the last walk over the graph; a copy as long as another may follow."""
+    multiplied = []
+    scale = gradients.scale_gradient
+    monkeypatch.setattr(gradients, "scale_gradient", lambda *args: multiplied.append(args) or scale(*args))
+    batch = make_batch(dtype).leaves(("weight",))
+    loss = npo(batch, impl="torch")
+    loss.backward(retain_graph=True)
+    once = batch.weight.grad.clone()
+    assert multiplied and once.any()
+    batch.weight.grad.zero_()  # would be the saved gradient's end, were it the same memory
+    batch.weight.grad = None
+    multiplied.clear()
+    loss.backward()
+    assert not multiplied and torch.equal(batch.weight.grad, once)
+    npo(batch, impl="torch").backward()
+    (2.0 * npo(batch, impl="torch")).backward()
+    assert len(multiplied) == 1 and relative_error(batch.weight.grad, 4.0 * once.double()) < 2**-8

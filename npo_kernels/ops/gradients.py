@@ -87,11 +87,29 @@ class SavedGradients(NamedTuple):
     def times(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of hidden, weight and bias, in the dtype of the inputs; None where not wanted."""
         hidden, weight, bias = self.kept.grads.wanted(self.needs)
+        if self._may_be_given_away(upstream):
+            return hidden, weight, bias
         unit = self.kept.unit if self.kept.unit.numel() else None
         return (
             None if hidden is None else scale_gradient(hidden, None, upstream, self.dtype, self.impl),
             None if weight is None else scale_gradient(weight, unit, upstream, self.dtype, self.impl),
             None if bias is None else scale_gradient(bias, None, upstream, self.dtype, self.impl),
+        )
+
+    def _may_be_given_away(self, upstream: Tensor) -> bool:
+        """Whether the gradients are the results as they are: multiplied by exactly 1, and nobody walks the graph again.
+
+        Asked on a CPU alone, where to read a number is free; a copy of dWeight costs a tenth of the whole loss there.
+        Results of an operator must not be its inputs, so this is asked outside of `scale_gradient`, of real tensors.
+        """
+        keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+        return (
+            upstream.device.type == "cpu"
+            and self.dtype != torch.float16
+            and type(upstream) is Tensor
+            and not torch.compiler.is_compiling()
+            and not keeps_graph()
+            and upstream.item() == 1.0
         )
 
 

@@ -12,6 +12,7 @@ On a CPU every suite but `cpu` runs at toy sizes, which test the harness and mea
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from bench.certify import command as certify
 from bench.options import Options, default_reps, default_threads
 from bench.records import Record, merged, read, write
 from bench.suites import SUITES, suite
+from bench.suites.cpu import DTYPES
 from bench.tables import results_table
 
 
@@ -56,10 +58,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--providers", nargs="+", default=["*"], metavar="NAME", help="names or patterns: 'liger/*'")
     parser.add_argument("--case", nargs="+", default=["*"], metavar="NAME", help="names or patterns of cases")
     parser.add_argument("--device", default="cuda" if gpu else "cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", help="default: bfloat16 on a GPU and for accuracy, else float32")
+    parser.add_argument("--dtype", help="default: bfloat16 on a GPU and for accuracy, all for cpu, else float32")
     parser.add_argument("--toy", action=argparse.BooleanOptionalAction, help="default: on a CPU, but for suite cpu")
     parser.add_argument("--reps", type=int, help="default: 20 on a GPU, 5 on a CPU, 3 for toys")
     parser.add_argument("--threads", type=int, default=default_threads(), help="CPU threads")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="suite cpu: what takes longer a turn is ended")
     parser.add_argument("--data_dir", type=Path, help="folder with TOFU's JSON lines")
     parser.add_argument("--out", type=Path, help="JSON lines; for a real GPU or CPU result, under bench/results/")
     parser.add_argument("--merge", action="store_true", help="keep what --out has of other cases and providers")
@@ -86,6 +89,8 @@ def _run(args: argparse.Namespace) -> int:
         warmup=warmup,
         threads=args.threads,
         data_dir=args.data_dir,
+        seconds=args.seconds,
+        **({"dtypes": DTYPES} if args.suite == "cpu" and not args.dtype else {}),
     )
     torch.set_num_threads(args.threads)
     if options.on_gpu:
@@ -107,7 +112,7 @@ def _collect(records: Iterator[Record], out: Path | None, merge: bool) -> list[R
     console = Console()
     before = read(out) if merge and out and out.exists() else []
     found: list[Record] = []
-    for _, group in groupby(records, key=lambda r: (r["case"], r["mode"], r["l2"])):
+    for _, group in groupby(records, key=lambda r: (r["case"], r["mode"], r["dtype"], r["l2"])):
         of_case = list(group)
         console.print(results_table(of_case))
         found += of_case

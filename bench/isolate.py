@@ -5,6 +5,7 @@ resident before. Where `whole` is false, "before" is when the inputs were made a
 left is workspace and gradients; where it is true, before anything was made.
 """
 
+import math
 import multiprocessing
 import resource
 import sys
@@ -44,6 +45,13 @@ class Job(Protocol):
     def reps(self) -> int: ...
     @property
     def whole(self) -> bool: ...
+    @property
+    def limit(self) -> float:
+        """Seconds that a turn may take, and all of a job's after which none begins."""
+
+    @property
+    def patience(self) -> float:
+        """Seconds that the first turn may take beyond the limit, to compile."""
 
     def prepare(self) -> Callable[[], object]:
         """Make the inputs and warm up the libraries, in the new process; returns the step."""
@@ -128,8 +136,12 @@ class Worker:
         theirs.close()
         self._receive()  # "ready"
 
-    def _receive(self):
+    def _receive(self, seconds: float | None = None):
         try:
+            if seconds is not None and not self.connection.poll(seconds):
+                self.process.kill()
+                self.failure = Failure("slow", f"more than {seconds:g} s")
+                return self.failure
             answer = self.connection.recv()
         except EOFError:
             self.process.join()
@@ -138,9 +150,9 @@ class Worker:
             self.failure = answer
         return answer
 
-    def step(self) -> Turn:
+    def step(self, seconds: float) -> Turn | Failure:
         self.connection.send("go")
-        return self._receive()
+        return self._receive(None if math.isinf(seconds) else seconds)
 
     def stop(self) -> None:
         if self.process.is_alive() and self.failure is None:
@@ -155,13 +167,20 @@ def take_turns(jobs: Iterable[AnyJob], together: bool = True) -> dict[AnyJob, li
     if not together:
         return {job: turns for job in jobs for turns in take_turns([job]).values()}
     turns: dict[AnyJob, list[Turn]] = {job: [] for job in jobs}
+    spent = dict.fromkeys(jobs, 0.0)
     workers = {job: Worker(job) for job in jobs}
     for number in range(max((job.warmup + job.reps for job in jobs), default=0)):
         for job, worker in workers.items():
-            if worker.failure is None and number < job.warmup + job.reps:
-                measured = worker.step()
-                if worker.failure is None and number >= job.warmup:
-                    turns[job].append(measured)
+            done = number >= job.warmup + job.reps or (turns[job] and spent[job] > job.limit)
+            if worker.failure is not None or done:
+                continue
+            measured = worker.step(job.limit + (0 if number else job.patience))
+            if isinstance(measured, Failure):
+                continue
+            seconds = measured.milliseconds / 1e3
+            if number >= job.warmup or (seconds > job.limit / 3 and not job.patience):
+                turns[job].append(measured)  # one so long needs no warm-up
+            spent[job] += seconds if number or not job.patience else 0.0
     for worker in workers.values():
         worker.stop()
     return turns | {job: worker.failure for job, worker in workers.items() if worker.failure is not None}

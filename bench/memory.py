@@ -1,5 +1,6 @@
 """One provider on one case, in a process of its own: what `isolate.py` runs for time and peak memory."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from bench.measure import WHOLE, Failure, described, failure, release
 from bench.options import Options
 from bench.providers import PROVIDERS, plan_of
 from bench.records import Record, record, summary
+
+COMPILING = 90.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ class LossJob:
     reps: int
     warmup: int = 1
     whole: bool = False
+    limit: float = math.inf
+
+    @property
+    def patience(self) -> float:
+        return COMPILING if PROVIDERS[self.provider].compiles else 0.0
 
     def prepare(self) -> Callable[[], object]:
         self.try_out()
@@ -75,7 +83,9 @@ def isolated(
     for case in cases:
         for mode in modes:
             jobs = {
-                LossJob(name, case, options.dtype, options.device, mode, options.threads, reps): name
+                LossJob(
+                    name, case, options.dtype, options.device, mode, options.threads, reps, limit=options.seconds
+                ): name
                 for name in options.provider_names
             }
             hopeless = {job: why for job in jobs if (why := attempt(job)) is not None}
@@ -86,6 +96,7 @@ def isolated(
                 common["threads"] = options.threads
                 if isinstance(turns, Failure):
                     common |= {"metric": "ms" if times else "peak_mb", "status": turns.status, "error": turns.error}
+                    common["over_ms"] = 1e3 * options.seconds if turns.status == "slow" else None
                     yield record(options.device, **common)
                     continue
                 plan = plan_of(jobs[job], case.unfilled(options.torch_dtype, options.device, mode))

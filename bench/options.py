@@ -20,6 +20,7 @@ class Options:
     suite: str
     device: str = "cpu"
     dtype: str = "float32"
+    dtypes: tuple[str, ...] = ()  # of a suite that takes several; (dtype,) where none is given
     toy: bool = True
     providers: tuple[str, ...] = ("*",)  # names or patterns
     cases: tuple[str, ...] = ("*",)
@@ -27,7 +28,8 @@ class Options:
     warmup: int = 1
     threads: int | None = None
     data_dir: Path | None = None
-    seconds: float = math.inf  # of a case: fewer repetitions where it takes longer
+    # of a case, or in isolated processes of a provider: fewer repetitions where it takes longer, there one at least
+    seconds: float = math.inf
 
     @property
     def on_gpu(self) -> bool:

@@ -5,9 +5,11 @@
     torch, triton, commit, date
 
 `value` is a median. `status` is "ok" or why there is no value: "missing" (not installed), "unsupported" (cannot do the
-case), "oom", "failed"; `error` has the message. On a CPU `gpu` is null and `device` names the processor. `computes`
-beyond npo and ce is a preference loss (dpo, kto) or a bare matrix product (product). `load` is the load average of the
-last minute: more than the threads of the run means that other work shared the processor.
+case), "oom", "failed", "slow" (took more than `over_ms`); `error` has the message. On a CPU `gpu` is null and `device`
+names the processor. `computes` beyond npo and ce is a preference loss (dpo, kto) or a bare matrix product (product).
+`load` is the load average of the last minute: more than the threads of the run means that other work shared the
+processor. On a CPU `cpu_capability` is what PyTorch dispatches to, `bfloat16` "native" or why products of it are not,
+`cpu_limits` the environment variables that keep instructions from being used.
 """
 
 import datetime
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 
 from bench.provenance import commit
+from npo_kernels.core import cpu
 from npo_kernels.env import driver_version, installed_version
 
 RESULTS = Path(__file__).parent / "results"
@@ -31,9 +34,12 @@ SCHEMA = (
     "case", "provider", "provider_version", "mode", "what", "dtype", "N", "H", "V", "B", "metric", "value", "p20",
     "p80", "reps", "exact", "computes", "gpu", "driver", "torch", "triton", "commit", "date",
 )  # fmt: skip
-EXTRA = ("suite", "status", "error", "device", "threads", "python", "l2", "data", "plan", "tensor", "note", "load")
+EXTRA = (
+    "suite", "status", "error", "device", "threads", "python", "l2", "data", "plan", "tensor", "note", "load",
+    "cpu_capability", "bfloat16", "cpu_limits", "over_ms",
+)  # fmt: skip
 # What makes two records measurements of the same thing.
-KEY = ("suite", "case", "provider", "mode", "what", "dtype", "metric", "l2", "tensor", "device")
+KEY = ("suite", "case", "provider", "mode", "what", "dtype", "metric", "l2", "tensor", "device", "cpu_limits")
 
 Record = dict[str, Any]
 
@@ -58,7 +64,8 @@ def record(device: str, **fields: Any) -> Record:
 def environment(device: str) -> Record:
     """What is the same for all records of a run."""
     on_gpu = torch.device(device).type == "cuda"
-    return {
+    on_cpu = {} if on_gpu else cpu_environment()
+    return on_cpu | {
         "gpu": torch.cuda.get_device_name() if on_gpu else None,
         "driver": driver_version() if on_gpu else None,
         "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
@@ -66,6 +73,15 @@ def environment(device: str) -> Record:
         "triton": installed_version("triton"),
         "python": platform.python_version(),
         "commit": commit(),
+    }
+
+
+def cpu_environment() -> Record:
+    limits = [f"{name}={os.environ[name]}" for name in ("ATEN_CPU_CAPABILITY", *cpu.LIMITS) if os.environ.get(name)]
+    return {
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16": cpu.refusal(torch.bfloat16) or "native",
+        "cpu_limits": " ".join(limits) or None,
     }
 
 

@@ -30,6 +30,7 @@ class Provider:
     loss: Callable[[Batch], Tensor] | None
     logprobs: Callable[[Batch], Tensor] | None = None
     setting: Callable[[], AbstractContextManager] = nullcontext  # around forward and backward
+    compiles: bool = False  # its first turn is no measure of the others
 
     def run(self, batch: Batch) -> Tensor:
         """The forward of the mode of the batch."""

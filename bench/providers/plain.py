@@ -1,5 +1,6 @@
 """PyTorch alone: what a training loop does without a library, compiled or not, and torch's own fused cross-entropy."""
 
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -8,11 +9,14 @@ from torch import Tensor
 
 from bench.cases import IGNORED, Batch
 from bench.providers.base import Provider, UnsupportedError, from_tokens, without_softcap
+from npo_kernels.core import cpu
 
 
-def token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
-    """Logits in the dtype of the model, float32 log-softmax, gather; (B, S)."""
-    logits = F.linear(hidden, weight).float()
+def token_logps(
+    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Logits in the dtype of the model, log-softmax in `dtype` (transformers: float32), gather; (B, S)."""
+    logits = F.linear(hidden, weight).to(dtype)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logps = torch.log_softmax(logits, dim=-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -30,6 +34,38 @@ def eager_tokens(batch: Batch) -> Tensor:
 
 def compiled_tokens(batch: Batch) -> Tensor:
     return compiled()(batch.hidden, batch.weight, batch.labels, batch.softcap)
+
+
+def rounded_tokens(batch: Batch) -> Tensor:
+    """The log-softmax in the dtype of the logits as well: the other convention."""
+    if batch.hidden.dtype == torch.float32:
+        raise UnsupportedError("float32 has one log-softmax: plain/eager")
+    return token_logps(batch.hidden, batch.weight, batch.labels, batch.softcap, batch.hidden.dtype)
+
+
+class Products(Provider):
+    """What no exact method does without: one product for the logits and one a gradient, with nothing in between.
+
+    In the arithmetic that the device is fastest in: the ceiling of any exact method.
+    """
+
+    def step(self, batch: Batch) -> object:
+        with torch.no_grad():
+            x, weight = (operands(t) for t in batch.flat[:2])
+            logits = x @ weight.t()
+            hidden_grad = logits @ weight if batch.hidden.requires_grad else None
+            return hidden_grad, logits.t() @ x if batch.weight.requires_grad else None
+
+
+_copies: dict[tuple[int, torch.Size], Tensor] = {}
+
+
+def operands(t: Tensor) -> Tensor:
+    """Float32 copies, made in the warm-up, where a CPU has no instructions for the dtype."""
+    if t.device.type != "cpu" or t.dtype == torch.float32 or cpu.native(t):
+        return t
+    key = t.data_ptr(), t.shape
+    return _copies[key] if key in _copies else _copies.setdefault(key, t.detach().float())
 
 
 def product(batch: Batch) -> Tensor:
@@ -54,8 +90,10 @@ def chunked_tokens(batch: Batch) -> Tensor:
 
 PROVIDERS = [
     from_tokens("plain/eager", "torch", eager_tokens),
-    from_tokens("plain/compile", "torch", compiled_tokens),
+    replace(from_tokens("plain/compile", "torch", compiled_tokens), compiles=True),
+    from_tokens("plain/rounded", "torch", rounded_tokens),
     Provider("plain/product", "torch", "product", True, None, product),
+    Products("plain/products", "torch", "product", True, None),
     Provider("torch/linear_ce", "torch", "ce", True, lambda batch: linear_cross_entropy(batch, "mean")),
     from_tokens("torch/linear_ce-none", "torch", chunked_tokens),
 ]

@@ -1,8 +1,18 @@
 """The torch path on a CPU against plain PyTorch and the peers that run there: time and peak memory, isolated.
 
-wide       a large vocabulary on a small model: logits are everything
-wide-long  the same in one sequence, which no chunk of whole sequences can hold: the mode with a product more
 smollm2    the head of SmolLM2-135M
+wide       a large vocabulary on a small model: logits are everything
+llama      the head of Llama-3.2-1B, few rows: products are everything
+wide-long  "wide" in one sequence, which no chunk of whole sequences can hold: the mode with a product more
+
+In float32 and both 16-bit dtypes. plain/eager takes its log-softmax in float32, as transformers does, plain/rounded in
+the dtype of the logits; plain/products is the bare products, the ceiling. With --seconds a provider that takes longer
+for a turn is ended, and its record says "slow" and `over_ms`; a peer that was too slow for a case is not asked for
+larger ones in the same dtype. PyTorch takes minutes for bfloat16 where a CPU has no instructions for it:
+
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m bench run --suite cpu
+
+makes such a CPU of one that has; records say so (`cpu_limits`).
 """
 
 from collections.abc import Iterator
@@ -13,20 +23,19 @@ from bench.memory import isolated
 from bench.options import Options
 from bench.records import Record
 
+DTYPES = ("float32", "bfloat16", "float16")
 WIDE = Head(64, 128256)
-CASES = (
-    even("wide", WIDE, N=4096, B=32),
-    even("wide-long", WIDE, N=4096, B=1),
+SHAPES = (  # of the targets, the least work first
     even("smollm2", HEADS["smollm2-135m"], N=1024, B=16),
+    even("wide", WIDE, N=4096, B=32),
+    even("llama", HEADS["llama-3.2-1b"], N=512, B=16),
 )
-ON_CPU = (
-    "npo_kernels/torch",
-    "plain/eager",
+CASES = (*SHAPES, even("wide-long", WIDE, N=4096, B=1))
+NEEDED = ("npo_kernels/torch", "plain/products", "plain/eager", "plain/rounded")  # by the targets
+PEERS = (
     "plain/compile",
-    "torch/*",
+    "torch/linear_ce-none",
     "liger/scaled",
-    "liger/dpo",
-    "liger/kto",
     "trl/chunked",
 )
 
@@ -36,6 +45,16 @@ def cases(toy: bool) -> list[Case]:
 
 
 def run(options: Options) -> Iterator[Record]:
-    if options.providers == ("*",):
-        options = replace(options, providers=ON_CPU)
-    yield from isolated(options, options.chosen(cases(options.toy)), times=True, reps=options.reps)
+    for dtype in options.dtypes or (options.dtype,):
+        slow: set[str] = set()
+        for case in options.chosen(cases(options.toy)):
+            if case.B == 1 and dtype != "float32":
+                continue
+            wanted = (*NEEDED, *PEERS) if options.providers == ("*",) else options.provider_names
+            if case.B == 1 and options.providers == ("*",):
+                wanted = ("npo_kernels/torch", "plain/eager")
+            names = tuple(name for name in wanted if name in NEEDED or name not in slow)
+            for r in isolated(replace(options, dtype=dtype, providers=names), [case], times=True, reps=options.reps):
+                if r["status"] == "slow":
+                    slow.add(r["provider"])
+                yield r

@@ -71,6 +71,8 @@ class StepJob:
     reps: int
     warmup: int = 1
     whole: bool = True
+    limit: float = math.inf
+    patience: float = 0.0
 
     def prepare(self) -> Callable[[], object]:
         state = TrainingState(self)

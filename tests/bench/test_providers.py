@@ -222,7 +222,7 @@ def test_a_killed_process_is_a_failure():
 
 
 class Doomed:
-    device, threads, warmup, reps, whole = "cpu", 1, 0, 1, False
+    device, threads, warmup, reps, whole, limit, patience = "cpu", 1, 0, 1, False, 20.0, 0.0
 
     def prepare(self):
         import os

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
-from bench import figures
+from bench import cpu_targets, figures
 from bench.records import RESULTS, Record, read, read_all, read_lines, write_text
 from bench.tables import UNITS, markdown, number
 from bench.targets import TARGETS, Results, Target
@@ -55,7 +55,7 @@ def sections(records: list[Record], images: dict[str, list[str]]) -> Iterator[st
         "# Benchmark results\n\nMade by `python -m bench report` from the JSON lines beside and below it. Medians; "
         "less is better but for TFLOP/s,\nGB/s and tokens/s. Rows whose `computes` is not npo do less or other work."
     )
-    machine = lambda r: (r["suite"], r["gpu"] or r["device"])  # noqa: E731
+    machine = lambda r: (r["suite"], " ".join(filter(None, (r["gpu"] or r["device"], r["cpu_limits"]))))  # noqa: E731
     for (suite, device), group in groupby(sorted(records, key=machine), key=machine):
         of_machine = list(group)
         yield f"## {suite}, {device}"
@@ -75,6 +75,8 @@ def provenance(records: list[Record]) -> str:
     facts = [f"torch {first['torch']}"]
     facts += [f"{name} {first[name]}" for name in ("triton", "driver") if first[name]]
     facts += [f"{first['threads']} threads"] if first["threads"] else []
+    facts += [f"{first['cpu_capability']}, bfloat16 products: {first['bfloat16']}"] if first["bfloat16"] else []
+    facts += [first["cpu_limits"]] if first["cpu_limits"] else []
     loads = [r["load"] for r in records if r["load"] is not None]
     if loads:
         facts.append(f"load average {min(loads):g} to {max(loads):g}")
@@ -135,7 +137,7 @@ def targets_table(records: list[Record]) -> str:
 
 
 def targets_page(records: list[Record]) -> str:
-    """RESULTS.md: a table a GPU."""
+    """RESULTS.md: a table a GPU, and those of CPUs."""
     gpus = sorted({r["gpu"] for r in records if r["gpu"]})
     tables = [f"## {gpu}\n\n" + targets_table([r for r in records if r["gpu"] == gpu]) for gpu in gpus]
     return (
@@ -144,7 +146,7 @@ def targets_page(records: list[Record]) -> str:
         "process on one GPU.\nMade by `python -m bench report` from `bench/results`; an estimate is never "
         "entered as a measurement (`python -m bench\nroofline` prints the model). `python -m bench certify` measures "
         "all of it on the GPU at hand. What was measured on a CPU is in\n[results/report.md](results/report.md).\n\n"
-        + "\n\n".join(tables or [targets_table([])])
+        + "\n\n".join([*(tables or [targets_table([])]), *cpu_targets.sections(records)])
         + "\n"
     )
 

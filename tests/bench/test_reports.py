@@ -1,6 +1,9 @@
 """Records on disk, comparisons, the report and the target table, the roofline, tuning, the command line."""
 
 import json
+import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from bench import roofline, tune
 from bench.__main__ import main
 from bench.cases import R
 from bench.compare import common, verdict
+from bench.isolate import take_turns
 from bench.measure import Failure
 from bench.records import RESULTS, merged, read, record, summary, write
 from bench.report import targets_page
@@ -17,7 +21,7 @@ from bench.targets import OURS, SMALL, TARGETS, Results
 
 
 def made(value, **fields):
-    spread = {"value": value, "p20": 0.9 * value, "p80": 1.1 * value, "reps": 20}
+    spread = {"value": value, "p20": value and 0.9 * value, "p80": value and 1.1 * value, "reps": 20}
     known = {"suite": "head", "case": R.name, "provider": OURS, "mode": "full", "what": "fwd_bwd", "dtype": "bfloat16"}
     return record("cpu", **{**known, **R.shape, "metric": "ms", "exact": True, "computes": "npo", **spread, **fields})
 
@@ -225,3 +229,48 @@ def test_command_line(tmp_path, capsys):
     assert main(["run", "--suite", "head", "--providers", "nobody", "--device", "cpu", *threads]) == 2
     assert "nothing is called 'nobody'" in capsys.readouterr().err
     assert main([*command[:3], "--case", "nowhere", "--device", "cpu", *threads]) == 2
+
+
+def test_targets_of_a_cpu_are_against_the_better_convention_and_what_took_too_long_is_a_bound():
+    fields = {"suite": "cpu", "case": "wide", "threads": 2, "bfloat16": "no bfloat16 instructions", "cpu_limits": None}
+    half = fields | {"dtype": "bfloat16", "case": "llama"}
+    full = fields | {"dtype": "float32"}
+    slow = {"status": "slow", "over_ms": 12000.0, "error": "more than 12 s"}
+    records = [
+        made(400.0, provider="npo_kernels/torch", **full),
+        made(300.0, provider="npo_kernels/torch", **{**full, "metric": "peak_mb"}),
+        made(1000.0, provider="plain/eager", **full),
+        made(800.0, provider="plain/rounded", **full),
+        made(6000.0, provider="plain/eager", **{**full, "metric": "peak_mb"}),
+        made(360.0, provider="plain/products", **full),
+        made(1200.0, provider="npo_kernels/torch", **half),
+        made(None, provider="plain/eager", **half, **slow),
+    ]
+    page = targets_page(records)
+    assert "| 0.50x (400 of 800 ms) | 90% | 0.05x (300 of 6000 MiB) |" in page
+    assert "| < 0.10x (1200 of more than 12000 ms) | not measured |" in page
+    assert "in float32 copies (no bfloat16 instructions)" in page and "A CPU with bfloat16 instructions" in page
+    native = targets_page([*records, made(1.0, **{**full, "bfloat16": "native"})])
+    assert ", 2 threads: bfloat16 products native" in native
+    assert "A CPU with bfloat16 instructions" not in native
+
+
+def test_a_turn_that_takes_too_long_is_ended_and_one_long_enough_needs_no_warm_up():
+    quick, long, endless = take_turns([Sleeper(0.0), Sleeper(0.7), Sleeper(60.0)]).values()
+    assert len(quick) == 2 and len(long) == 2
+    assert endless == Failure("slow", "more than 1.5 s")
+
+
+@dataclass(frozen=True)
+class Sleeper:
+    seconds: float
+    device: str = "cpu"
+    threads: int = 1
+    warmup: int = 1
+    reps: int = 2
+    whole: bool = False
+    limit: float = 1.5
+    patience: float = 0.0
+
+    def prepare(self):
+        return partial(time.sleep, self.seconds)

@@ -171,7 +171,7 @@ def take_turns(jobs: Iterable[AnyJob], together: bool = True) -> dict[AnyJob, li
     workers = {job: Worker(job) for job in jobs}
     for number in range(max((job.warmup + job.reps for job in jobs), default=0)):
         for job, worker in workers.items():
-            done = number >= job.warmup + job.reps or (turns[job] and spent[job] > job.limit)
+            done = len(turns[job]) >= job.reps or (turns[job] and spent[job] > job.limit)
             if worker.failure is not None or done:
                 continue
             measured = worker.step(job.limit + (0 if number else job.patience))

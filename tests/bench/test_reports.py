@@ -256,9 +256,9 @@ def test_targets_of_a_cpu_are_against_the_better_convention_and_what_took_too_lo
 
 
 def test_a_turn_that_takes_too_long_is_ended_and_one_long_enough_needs_no_warm_up():
-    quick, long, endless = take_turns([Sleeper(0.0), Sleeper(0.7), Sleeper(60.0)]).values()
+    quick, long, endless = take_turns([Sleeper(0.0), Sleeper(0.9), Sleeper(60.0)]).values()
     assert len(quick) == 2 and len(long) == 2
-    assert endless == Failure("slow", "more than 1.5 s")
+    assert endless == Failure("slow", "more than 2.5 s")
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ class Sleeper:
     warmup: int = 1
     reps: int = 2
     whole: bool = False
-    limit: float = 1.5
+    limit: float = 2.5
     patience: float = 0.0
 
     def prepare(self):

@@ -30,7 +30,8 @@ def sections(records: Iterable[Record]) -> Iterator[str]:
     yield (
         "Time and peak memory (gradients included) of loss and both gradients against plain PyTorch, eager: the better "
         "of its two\nconventions, log-softmax in float32 and in the dtype of the logits; what took too long is a "
-        f"bound.\nCeiling: the time of the three bare products, of float32 copies where that is faster. Made by\n{COMMAND}."
+        "bound.\nCeiling: the time of the three bare products, of float32 copies where that is faster. Made by\n"
+        f"{COMMAND}."
     )
 
 

@@ -15,6 +15,7 @@ import torch
 
 from npo_kernels import __version__
 from npo_kernels.backends.choose import resolve_impl
+from npo_kernels.core import cpu
 
 # distributions, not modules: flash-attn and flash-attn-4 install the same module, so an import proves nothing
 PACKAGES = (
@@ -90,6 +91,8 @@ def report() -> dict[str, object]:
         "gpus": gpus(),
         **{name: installed_version(name) for name in PACKAGES},
         "triton interpreter": triton_interpreter(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16 on the cpu": cpu.arithmetic(torch.bfloat16),
         "impl auto": impl,
         "impl auto because": reason,
     }

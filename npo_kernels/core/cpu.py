@@ -29,7 +29,7 @@ def refusal(dtype: torch.dtype) -> str | None:
     """Why products of operands of this 16-bit dtype are not native on this CPU, in a few words; None if they are."""
     if dtype == torch.float16:
         return "float16 ends at 65504"
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):  # type: ignore[no-untyped-call]
         return "oneDNN is off"
     return _no_instructions()
 
@@ -78,7 +78,7 @@ def bfloat16_products() -> Iterator[None]:
     products. The first thread in sets it and the last one out restores what it was, also when a product raises.
     """
     global _inside, _before
-    setting = torch.backends.mkldnn.matmul
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     with _lock:
         if _inside == 0:
             _before = setting.fp32_precision

@@ -21,7 +21,8 @@ def scratch(x: Tensor, rows: int, vocab_size: int, capped: bool) -> Scratch:
     slope = 4 * columns * min(rows, blocks.cached_rows(x)) if capped else 0
     # of the head in a product with exponentials
     product = 0 if cpu.native(x) else matmul.upcast_bytes(x, vocab_size, hidden_size)
-    sums, finish = 8 * -(-vocab_size // blocks.BLOCK_V), n * hidden_size * blocks.ROW_TEMPORARIES
+    # and the anchor
+    sums, finish = 8 * -(-vocab_size // blocks.BLOCK_V) + 8, n * hidden_size * blocks.ROW_TEMPORARIES
     forward = copies + n * (matmul.project_bytes(x, 1, 0) + 4 * columns) + slope
     return Scratch(
         projecting=max(copies + slope, product),

@@ -16,7 +16,7 @@ def kl_scratch(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head) -> Scratch:
     """blocks.BLOCK_N rows of the logits of both models, and what is between them and the sums."""
     vocab_size = head.weight.shape[0]
     n, columns = min(x.shape[0], blocks.BLOCK_N), min(vocab_size, blocks.BLOCK_V)
-    upcast = max(matmul.upcast_bytes(t, t.shape[1], columns + n) for t in (x, ref_x))
+    upcast = max(matmul.project_bytes(t, n, columns) for t in (x, ref_x))
     product = matmul.upcast_bytes(x, vocab_size, x.shape[1])
     block = 4 * n * columns
     temporaries = KL_TEMPORARIES + (2 if head.softcap is not None else 0)

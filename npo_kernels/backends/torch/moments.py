@@ -16,7 +16,7 @@ VECTORS = 6  # of a block: its moments
 def moment_scratch(x: Tensor, rows: int, vocab_size: int, capped: bool) -> Scratch:
     """BLOCK_N rows of the logits of a block and what is made of them; the moments, in float32 and in float64."""
     n, columns = min(rows, blocks.BLOCK_N), min(vocab_size, blocks.BLOCK_V)
-    upcast = matmul.upcast_bytes(x, x.shape[1], columns + n)
+    upcast = matmul.project_bytes(x, n, columns)
     product = matmul.upcast_bytes(x, vocab_size, x.shape[1])
     block = 4 * n * columns
     projecting = max((TEMPORARIES + (2 if capped else 0)) * block, block + upcast, product)

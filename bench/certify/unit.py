@@ -61,7 +61,7 @@ class Context:
             suite,
             self.device,
             "bfloat16",
-            self.toy,
+            toy=self.toy,
             reps=reps,
             warmup=warmup,
             threads=default_threads(),

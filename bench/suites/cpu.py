@@ -50,9 +50,9 @@ def run(options: Options) -> Iterator[Record]:
         for case in options.chosen(cases(options.toy)):
             if case.B == 1 and dtype != "float32":
                 continue
-            wanted = (*NEEDED, *PEERS) if options.providers == ("*",) else options.provider_names
+            wanted = [*NEEDED, *PEERS] if options.providers == ("*",) else [*options.provider_names]
             if case.B == 1 and options.providers == ("*",):
-                wanted = ("npo_kernels/torch", "plain/eager")
+                wanted = ["npo_kernels/torch", "plain/eager"]
             names = tuple(name for name in wanted if name in NEEDED or name not in slow)
             for r in isolated(replace(options, dtype=dtype, providers=names), [case], times=True, reps=options.reps):
                 if r["status"] == "slow":

@@ -93,7 +93,7 @@ def statistics(whole: Moments, target_logit: Tensor, vocab_size: int) -> tuple[T
     values = torch.stack((logp, entropy, whole.maximum, whole.logits / vocab_size, variance))
     values = torch.where(z.isnan(), torch.nan, values).float()
     rows = target_logit, whole.maximum, 1 / norm, center, whole.total / norm, variance
-    return values, RowMoments(*(row.float() for row in rows), whole.argmax)
+    return values, RowMoments._make([*(row.float() for row in rows), whole.argmax])
 
 
 class GradientRows(NamedTuple):

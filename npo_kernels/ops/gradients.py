@@ -104,7 +104,8 @@ class SavedGradients(NamedTuple):
         """
         keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
         return (
-            upstream.device.type == "cpu"
+            self.impl == "torch"
+            and upstream.device.type == "cpu"
             and self.dtype != torch.float16
             and type(upstream) is Tensor
             and not torch.compiler.is_compiling()

@@ -103,7 +103,7 @@ def token_statistics_backward(upstream: UpstreamStatistics) -> GradientTensors:
     head, execution, shard = call.head, call.execution, call.execution.shard
     rows = Rows(saved.positions, saved.target, saved.sequence, saved.starts, saved.starts.diff(), host_starts=None)
     task = Task(call.hidden, head, rows, execution.needs, backend_of(execution.impl), shard)
-    moments = RowMoments(*saved.moments, saved.argmax)
+    moments = RowMoments._make([*saved.moments, saved.argmax])
     vocab_size = head.weight.shape[0]
     if shard is not None:
         column = moments.argmax - sum(shard.sizes[: shard.rank])

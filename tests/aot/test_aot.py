@@ -82,7 +82,7 @@ def test_every_representative_case_is_on_record():
 
 def test_an_entry_of_a_hidden_bucket_is_compiled_too_and_for_both_kernels_if_persistent(monkeypatch):
     def products(bucket):
-        found = [case for case in cases("sm_90", everything=False) if case.has(bucket)]
+        found = [case for case in cases("sm_90", everything=False) if case.has(bucket) and case.module == "exp_logits"]
         return {case.kernel: case.tile for case in found}
 
     assert products("h1024") == {}

@@ -22,7 +22,7 @@ def kl_scratch(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head) -> Scratch:
     temporaries = KL_TEMPORARIES + (2 if head.softcap is not None else 0)
     # an operand is copied while little else exists
     projecting = max(temporaries * block, (temporaries - 8) * block + upcast, product)
-    per_row = 12 * -(-vocab_size // blocks.BLOCK_V) + 40
+    per_row = 12 * -(-vocab_size // blocks.BLOCK_V) + 400  # vectors of both softmaxes, float64 while they are made
     return Scratch(projecting, n * x.shape[1] * blocks.ROW_TEMPORARIES, per_row, projecting + x.shape[0] * per_row)
 
 

@@ -9,7 +9,8 @@ from npo_kernels.core.lm_head import Head
 from npo_kernels.core.plan import Scratch
 from npo_kernels.core.row_moments import GradientRows, Moments
 
-TEMPORARIES = 6  # float32 arrays of the size of a block's logits
+# Of a block's logits, float32 arrays of its size, and a mask: without a softcap, and with one.
+TEMPORARIES = {False: 13, True: 21}  # bytes for each logit
 VECTORS = 6  # of a block: its moments
 
 
@@ -18,8 +19,7 @@ def moment_scratch(x: Tensor, rows: int, vocab_size: int, capped: bool) -> Scrat
     n, columns = min(rows, blocks.BLOCK_N), min(vocab_size, blocks.BLOCK_V)
     upcast = matmul.project_bytes(x, n, columns)
     product = matmul.upcast_bytes(x, vocab_size, x.shape[1])
-    block = 4 * n * columns
-    projecting = max((TEMPORARIES + (2 if capped else 0)) * block, block + upcast, product)
+    projecting = max(TEMPORARIES[capped] * n * columns, 4 * n * columns + upcast, product)
     per_row = (4 + 8 + 8 + 8) * VECTORS * -(-vocab_size // blocks.BLOCK_V) + 4 * x.shape[1] + 200
     return Scratch(projecting, n * x.shape[1] * blocks.ROW_TEMPORARIES, per_row, projecting + rows * per_row)
 
@@ -33,7 +33,7 @@ def row_moments(x: Tensor, head: Head, target: Tensor) -> Moments:
     for i in range(0, rows, blocks.BLOCK_N):
         some = slice(i, i + blocks.BLOCK_N)
         for number, b in enumerate(range(0, vocab_size, blocks.BLOCK_V)):
-            z, _ = blocks.capped_logits(x[some], head.columns(b, min(b + blocks.BLOCK_V, vocab_size)))
+            z = blocks.capped_logits(x[some], head.columns(b, min(b + blocks.BLOCK_V, vocab_size)))[0]
             logits[number, some] = z.sum(1)
             maximum[number, some], at = z.max(1)
             argmax[number, some] = at + b

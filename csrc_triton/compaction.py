@@ -25,7 +25,7 @@ def _offset(offsets_ptr, sequence, length, T, PACKED: tl.constexpr):
         offset = tl.load(offsets_ptr + sequence).to(tl.int64)
         return tl.minimum(tl.maximum(offset, 0), T)
     else:
-        return sequence.to(tl.int64) * length
+        return tl.minimum(sequence.to(tl.int64) * length, T)
 
 
 @triton.jit
@@ -137,6 +137,8 @@ def write_rows_kernel(
         sequence = _sequence_of(positions, offsets_ptr, B, length, steps, PACKED)
         label = _labels_at(positions, labels_ptr, sequence, offsets_ptr, B, length, T, ignore_index, SHIFT, PACKED)
         scored = label != ignore_index
+        if PACKED:  # offsets that are none: all rows are the last sequence's
+            sequence = tl.where(tl.load(counts_ptr + blocks) != 0, B - 1, sequence)
         row = before + tl.cumsum(scored.to(tl.int32), axis=0) - 1
         written = scored & (row < N)
         wrong = (label < 0) | (label >= V) | broken
@@ -151,30 +153,35 @@ def write_rows_kernel(
     else:
         owner = program - blocks
         start = _rows_before(
-            owner, labels_ptr, offsets_ptr, counts_ptr, T, B, N, length, steps, ignore_index, SHIFT, PACKED, BLOCK_T
-        )
+            owner, labels_ptr, offsets_ptr, counts_ptr, T, B, N, length, steps, blocks, ignore_index, SHIFT, PACKED,
+            BLOCK_T,
+        )  # fmt: skip
         tl.store(starts_ptr + owner, start)
         if owner < B:
             end = _rows_before(
-                owner + 1, labels_ptr, offsets_ptr, counts_ptr, T, B, N, length, steps, ignore_index, SHIFT, PACKED,
-                BLOCK_T,
+                owner + 1, labels_ptr, offsets_ptr, counts_ptr, T, B, N, length, steps, blocks, ignore_index, SHIFT,
+                PACKED, BLOCK_T,
             )  # fmt: skip
             tl.store(num_tokens_ptr + owner, end - start)
 
 
 @triton.jit
 def _rows_before(
-    owner, labels_ptr, offsets_ptr, counts_ptr, T, B, N, length, steps, ignore_index,
+    owner, labels_ptr, offsets_ptr, counts_ptr, T, B, N, length, steps, blocks, ignore_index,
     SHIFT: tl.constexpr, PACKED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Rows before the first position of a sequence."""
+    """Rows before the first position of a sequence; where the offsets are none, the last sequence has all."""
     offset = _offset(offsets_ptr, owner, length, T, PACKED)
     block = offset // BLOCK_T
     positions = block * BLOCK_T + tl.arange(0, BLOCK_T)
     sequence = _sequence_of(positions, offsets_ptr, B, length, steps, PACKED)
     label = _labels_at(positions, labels_ptr, sequence, offsets_ptr, B, length, T, ignore_index, SHIFT, PACKED)
     scored = (label != ignore_index) & (positions < offset)
-    return tl.minimum(_sum_counts(counts_ptr, block, BLOCK_T) + tl.sum(scored.to(tl.int32), axis=0), N)
+    before = _sum_counts(counts_ptr, block, BLOCK_T) + tl.sum(scored.to(tl.int32), axis=0)
+    if PACKED:
+        if tl.load(counts_ptr + blocks) != 0:
+            before = tl.where(owner < B, 0, _sum_counts(counts_ptr, blocks, BLOCK_T))
+    return tl.minimum(before, N)
 
 
 @triton.jit

@@ -178,10 +178,10 @@ def ratio_epilogue_kernel(
     scaled_ratio = beta * (logps / length - offset)
     loss = 2.0 / beta * softplus(scaled_ratio)
     scale = tl.load(scale_ptr + sequence)
-    grad = scale * 2.0 * sigmoid(scaled_ratio) / length
+    # the reference of a sequence of scale 0 may be anything, but a log-probability that is NaN is a mistake
+    grad = tl.where(scale == 0.0, 0.0, scale * 2.0 * sigmoid(scaled_ratio) / length)
     tl.store(logps_ptr + sequence, logps)
-    # the reference of a sequence without a scored token may be anything
-    tl.store(loss_ptr + sequence, tl.where(scale == 0.0, 0.0, scale * loss))
+    tl.store(loss_ptr + sequence, tl.where((scale == 0.0) & (logps == logps), 0.0, scale * loss))
 
     for first in range(start, end, BLOCK_N):
         rows = first + tl.arange(0, BLOCK_N)

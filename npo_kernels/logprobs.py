@@ -9,9 +9,9 @@ from npo_kernels import reference
 from npo_kernels.call.arguments import CallOptions, checked
 from npo_kernels.call.call import Call
 from npo_kernels.call.prepare import prepare
-from npo_kernels.core.layout import DEAD_ROW
 from npo_kernels.core.value_checks import check_values
 from npo_kernels.ops.logprobs import LogpsCall, token_logps
+from npo_kernels.ops.token_loss import exact
 
 
 @checked
@@ -94,7 +94,7 @@ def sequence_logps(call: Call) -> tuple[Tensor, Tensor]:
 def scored_tokens(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """(token_logps (N,), sequence (N,) int64, num_tokens (B,)) of the scored tokens of a checked call, in their order.
 
-    Where `num_rows` is too large, the rows beyond the scored ones are NaN.
+    Where `num_rows` is not their number, all are NaN.
     """
     if call.execution.impl == "reference":
         targets, offsets = call.positions()
@@ -104,7 +104,7 @@ def scored_tokens(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     rows = results.saved
     tokens = results.tokens[rows.positions]
     if call.num_rows is not None:
-        tokens = torch.where(rows.target == DEAD_ROW, torch.nan, tokens)
+        tokens = tokens * exact(rows.starts, rows.positions.shape[0])
     return tokens, rows.sequence.clamp(max=call.num_sequences - 1), results.saved.num_tokens
 
 

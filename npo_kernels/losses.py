@@ -151,7 +151,7 @@ def _ratio_loss(
             check_factors(offset, normalizer if isinstance(normalizer, Tensor) else None, weights, counts)
         ratio = formulas.log_ratio(logps, counts, offset.to(logps.dtype), length_normalized)
         scale = formulas.sequence_scale(counts, reduction, normalizer, weights).to(logps.dtype)
-        loss = formulas.reduce(scale, formulas.ratio_loss(ratio, beta))
+        loss = formulas.reduce(scale, ratio, logps, beta)
         loss = loss if reduction == "none" else loss.sum()
     else:
         if isinstance(normalizer, Tensor):

@@ -148,7 +148,7 @@ def fused_token_loss(
     else:
         token_logps, sequence, counts = scored_tokens(call)
         if call.num_rows is not None and not torch.compiler.is_compiling():
-            check_exact_rows(counts.sum(), call.num_rows)
+            check_exact_rows(counts.sum(), min(call.num_rows, call.labels.numel()))
         loss = loss_fn(token_logps, sequence, counts)
         check_scalar(loss)
         if return_stats:

@@ -315,7 +315,6 @@ def ratio_epilogue(r: Rows) -> Result:
     exact = RatioLoss(ratio.offset.double(), ratio.scale.double(), ratio.num_tokens, 0.3, length_normalized=False)
     logps = torch.zeros(4, dtype=torch.float64, device=DEVICE).index_add_(0, SEQUENCE, wide.logp)
     losses, grad = exact.value_and_grad(logps)
-    losses = formulas.reduce(exact.scale, losses)
     expected = (logps, losses, *softmax_stats.gradient_coefficients(wide, F.pad(grad, (0, 1))[SEQUENCE], r.head))
     return [(got, value, torch.float32) for got, value in zip(found, expected, strict=True)]
 

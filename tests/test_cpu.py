@@ -203,3 +203,19 @@ def test_a_gradient_that_is_given_away_is_nobody_elses(dtype, monkeypatch):
     npo(batch, impl="torch").backward()
     (2.0 * npo(batch, impl="torch")).backward()
     assert len(multiplied) == 1 and relative_error(batch.weight.grad, 4.0 * once.double()) < 2**-8
+
+
+@pytest.mark.parametrize("function", [support.npo, support.user_loss], ids=lambda f: f.__name__)
+def test_a_gradient_that_is_given_away_has_no_graph(function):
+    """Micro-batches whose gradients are summed by hand keep no earlier ones alive; NumPy takes it."""
+    batch = support.make_batch().leaves(("weight",))
+    grads = [torch.autograd.grad(function(batch, impl="torch"), batch.weight)[0] for _ in range(2)]
+    assert not any(grad.requires_grad for grad in grads) and (grads[0] + grads[1]).numpy().any()
+
+
+def test_gradients_of_several_upstreams_at_once():
+    batch = support.make_batch().leaves(("weight",))
+    upstream = torch.tensor([1.0, 3.0])
+    (many,) = torch.autograd.grad(support.npo(batch, impl="torch"), batch.weight, upstream, is_grads_batched=True)
+    (one,) = torch.autograd.grad(support.npo(batch, impl="torch"), batch.weight)
+    assert torch.equal(many, upstream[:, None, None] * one)

@@ -5,8 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from npo_kernels import fused_npo_loss, sequence_logprobs
 from npo_kernels.backends.choose import backend_of
+from npo_kernels.core import value_checks
 from npo_kernels.core.layout import DEAD_ROW, flatten
+from tests.canaries import canaries
 from tests.support import DEVICE, IMPLS
 
 IGNORE = -100
@@ -119,6 +122,22 @@ def test_broken_offsets_poison_every_row_and_read_nothing_outside(impl, offsets)
         scored = rows.target[rows.target != DEAD_ROW].tolist()
         assert scored and set(scored) == {V}
         assert shift or len(scored) == 4
+
+
+@pytest.mark.parametrize("offsets", [[3, 5, 18], [0, 18, 5], [0, 5, 9], [5], [0, -1, 18]])
+def test_losses_of_broken_offsets_are_nan_and_stay_within_their_rows(impl, offsets, monkeypatch):
+    monkeypatch.setattr(value_checks, "readable", lambda tensor: False)  # as on a GPU
+    hidden = torch.randn(18, 8, device=DEVICE, requires_grad=True)
+    weight, labels = torch.randn(40, 8, device=DEVICE), torch.arange(18, device=DEVICE)
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=DEVICE)
+    options = {"cu_seqlens": cu_seqlens, "shift": False, "impl": impl}
+    ref_logps = torch.zeros(len(offsets) - 1, device=DEVICE)
+    for num_rows in (None, 18):
+        with canaries():
+            loss = fused_npo_loss(hidden, weight, labels, ref_logps=ref_logps, num_rows=num_rows, **options)
+            logps, _ = sequence_logprobs(hidden, weight, labels, num_rows=num_rows, **options)
+            (loss + logps.sum()).backward()
+        assert len(offsets) == 1 or (loss.isnan() and logps.isnan().any())
 
 
 shapes = st.tuples(st.integers(0, 5), st.integers(0, 9))

@@ -85,6 +85,19 @@ def test_a_sequence_of_weight_zero_gets_no_gradient(impl):
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_a_weight_of_zero_leaves_a_reference_out_but_not_a_wrong_label(impl, monkeypatch):
+    weights = torch.tensor([1.0, 1.0, 0.0, 1.0])
+    batch = make_batch(**SMALL)
+    expected = evaluate(lambda b, **o: npo(b, weights=weights, **o), batch, ALL, impl=impl)
+    batch.ref_logps[2] = math.nan
+    for name, value in evaluate(lambda b, **o: npo(b, weights=weights, **o), batch, ALL, impl=impl).items():
+        assert torch.equal(value, expected[name]), name
+    batch.labels[2, 2] = 150
+    monkeypatch.setattr(value_checks, "readable", lambda tensor: False)  # as on a GPU
+    assert npo(batch, weights=weights, impl=impl).isnan()
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
 def test_wrong_ones_are_named(impl, monkeypatch):
     batch = make_batch(**SMALL)
     for weights, message in (

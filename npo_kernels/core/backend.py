@@ -219,6 +219,5 @@ class Backend(Protocol):
 
         logps = sequence_sums(stats.logp, sequence, starts)
         losses, grad = ratio.value_and_grad(logps)
-        losses = formulas.reduce(ratio.scale, losses)
         row_coef, target_coef = softmax_stats.gradient_coefficients(stats, grad[sequence], head)
         """

@@ -63,9 +63,11 @@ def sequence_scale(
     return scale
 
 
-def reduce(scale: Tensor, losses: Tensor) -> Tensor:
-    """(B,) c_s loss_s. 0 where c_s is: the reference of a sequence without a scored token may be anything."""
-    return torch.where(scale == 0, 0.0, scale * losses)
+def reduce(scale: Tensor, ratio: Tensor, logps: Tensor, beta: float) -> Tensor:
+    """(B,) c_s loss_s(r_s). 0 where c_s is 0, whatever the reference is there; NaN where logps is, a mistake."""
+    left_out = (scale == 0) & ~logps.isnan()
+    # before the loss as well: its derivative at a NaN times 0 would be a NaN
+    return torch.where(left_out, 0.0, scale * ratio_loss(torch.where(left_out, 0.0, ratio), beta))
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,12 @@ class RatioLoss:
     length_normalized: bool  # SimNPO
 
     def value_and_grad(self, logps: Tensor) -> tuple[Tensor, Tensor]:
-        """(losses (B,), d sum_s scale_s loss_s / d logps (B,))."""
+        """(scale_s loss_s (B,), their gradient (B,)), both by `reduce`."""
         ratio = log_ratio(logps, self.num_tokens, self.offset, self.length_normalized)
-        grad = self.scale * ratio_weight(ratio, self.beta)
+        grad = torch.where(self.scale == 0, 0.0, self.scale * ratio_weight(ratio, self.beta))
         if self.length_normalized:
             grad = grad / self.num_tokens.clamp(min=1)
-        return ratio_loss(ratio, self.beta), grad
+        return reduce(self.scale, ratio, logps, self.beta), grad
 
     def sequences(self, first: int, last: int) -> "RatioLoss":
         """The part of the sequences [first, last)."""

@@ -67,10 +67,15 @@ def compact(targets: Tensor, offsets: Tensor, vocab_size: int, ignore_index: int
     A label outside [0, V) poisons its row; offsets that are no valid cu_seqlens, or more scored positions than
     `num_rows`, poison every row: no device sync is needed to make the mistake visible.
     """
+    targets = targets if offsets.shape[0] > 1 else targets[:0]  # what no sequence owns is not scored
     device, total = targets.device, targets.shape[0]
     scored = targets != ignore_index
     count = F.pad(scored.cumsum(0), (1, 0))  # (T+1,) scored positions before each position
     starts = count[offsets.clamp(0, total)]
+    no_offsets = (offsets.diff() < 0).any() | (offsets[0] != 0) | (offsets[-1] != total)
+    # then every row is the last sequence's: what follows reads and writes within the rows
+    last = torch.arange(starts.shape[0], device=device) == starts.shape[0] - 1
+    starts = torch.where(no_offsets, torch.where(last, count[-1], 0), starts)
     host_starts = None
     if num_rows is None:
         host_starts = tuple(starts.tolist())
@@ -84,10 +89,11 @@ def compact(targets: Tensor, offsets: Tensor, vocab_size: int, ignore_index: int
 
     live = torch.arange(num_rows, device=device) < count[-1]
     label = targets[index] if total else torch.zeros_like(index)
-    broken = (offsets.diff() < 0).any() | (offsets[0] != 0) | (offsets[-1] != total) | (count[-1] > num_rows)
+    broken = no_offsets | (count[-1] > num_rows)
     out_of_range = (label < 0) | (label >= vocab_size) | broken
     target = torch.where(live, label.masked_fill(out_of_range, vocab_size), DEAD_ROW)
     sequence = torch.bucketize(index, offsets[1:], right=True)
+    sequence = torch.where(no_offsets, offsets.shape[0] - 2, sequence)
     sequence = torch.where(live, sequence, offsets.shape[0] - 1)
     starts = starts.clamp(max=num_rows)
     return Rows(index, target, sequence, starts, starts.diff(), host_starts)

@@ -79,6 +79,8 @@ class Task:
         vocab_size = local_size if self.shard is None else max(self.shard.sizes)
         # a backward that comes later does not have the lengths on the host, so there `gather` copies
         copied = self.gathers or (self.needs.any and not gradient_in_forward)
+        # KL and the statistics have kernels of their own
+        blocks = self.backend.describe(self.hidden) if scratch is None else ""
         if scratch is None:
             scratch = self.backend.scratch(self.hidden, num_rows, vocab_size, self.head.softcap is not None)
         held = num_rows * hidden_size * self.hidden.itemsize if copied else 0
@@ -104,6 +106,6 @@ class Task:
             summed=summed,
             held_bytes=beside + held,
             scratch=scratch,
-            blocks=self.backend.describe(self.hidden),
+            blocks=blocks,
         )
         return plan if self.shard is None else replace(plan, slices=clip(plan.slices, local_size))

@@ -74,8 +74,8 @@ def check_kl_labels(labels: Tensor, counted: Tensor, vocab_size: int) -> None:
 
 
 def check_factors(offset: Tensor, normalizer: Tensor | None, weights: Tensor | None, num_tokens: Tensor) -> None:
-    """A positive normalizer; weights from 0 on and finite reference log-probabilities, both of the sequences that have
-    a scored token.
+    """A positive normalizer; weights from 0 on of the sequences that have a scored token; and finite reference
+    log-probabilities of those that count.
 
     Only where reading values is free; elsewhere `npo_kernels.core.formulas` makes the loss NaN.
     """
@@ -93,7 +93,8 @@ def check_factors(offset: Tensor, normalizer: Tensor | None, weights: Tensor | N
                 f"weights: expected finite factors >= 0, got {weights[wrong[0]].item()} at sequence {wrong[0]}"
                 f" ({len(wrong)} in all); a negative one would make the model learn what it is to forget"
             )
-    wrong = ((num_tokens > 0) & ~offset.isfinite()).nonzero().flatten().tolist()
+    counts = num_tokens > 0 if weights is None else (num_tokens > 0) & (weights != 0)
+    wrong = (counts & ~offset.isfinite()).nonzero().flatten().tolist()
     if wrong:
         raise ValueError(
             f"ref_logps: expected finite log-probabilities, got {offset[wrong[0]].item()} at sequence {wrong[0]}"

@@ -91,9 +91,10 @@ class Shard:
         mine = torch.stack([value.double() for value in whole])  # a column is exact in float64
         received = [torch.empty_like(mine) for _ in self.sizes]
         dist.all_gather(received, mine, group=self.process_group)
+        for rank, message in enumerate(received):
+            message[1] += sum(self.sizes[:rank])
         maximum, argmax, total, first, second, logits = torch.stack(received, 1)
-        begins = torch.tensor([0, *self.sizes[:-1]], device=mine.device).cumsum(0)
-        return Moments(maximum, argmax.long() + begins.unsqueeze(1), total, first, second, logits)
+        return Moments(maximum, argmax.long(), total, first, second, logits)
 
 
 def at_anchor(stats: Statistics, anchor: Tensor) -> Statistics:

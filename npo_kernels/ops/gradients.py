@@ -87,8 +87,8 @@ class SavedGradients(NamedTuple):
     def times(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of hidden, weight and bias, in the dtype of the inputs; None where not wanted."""
         hidden, weight, bias = self.kept.grads.wanted(self.needs)
-        if self._may_be_given_away(upstream):
-            return hidden, weight, bias
+        if self._may_be_given_away(upstream):  # detached: they hang on the graph as outputs of the forward
+            return tuple(None if t is None else t.detach() for t in (hidden, weight, bias))
         unit = self.kept.unit if self.kept.unit.numel() else None
         return (
             None if hidden is None else scale_gradient(hidden, None, upstream, self.dtype, self.impl),
@@ -108,6 +108,8 @@ class SavedGradients(NamedTuple):
             and upstream.device.type == "cpu"
             and self.dtype != torch.float16
             and type(upstream) is Tensor
+            and not torch._C._functorch.is_batchedtensor(upstream)
+            and not torch._C._functorch.is_legacy_batchedtensor(upstream)  # is_grads_batched=True
             and not torch.compiler.is_compiling()
             and not keeps_graph()
             and upstream.item() == 1.0

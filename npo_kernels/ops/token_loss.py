@@ -13,7 +13,7 @@ from torch import Tensor
 
 from npo_kernels.call.call import Call
 from npo_kernels.core import execute
-from npo_kernels.core.layout import DEAD_ROW, Rows
+from npo_kernels.core.layout import Rows
 from npo_kernels.core.softmax_stats import Statistics, gradient_coefficients
 from npo_kernels.core.value_checks import check_exact_rows
 from npo_kernels.ops.gradients import GradientTensors, Kept, SavedGradients, kept
@@ -59,14 +59,18 @@ def of_tokens(loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> LossOfToke
 
     def loss(scored: ScoredTokens) -> Tensor:
         rows = scored.rows
+        token_logps = scored.token_logps
         if rows.host_starts is None:  # the caller passed num_rows, which has to be right
             check_exact_rows(rows.starts[-1], rows.index.shape[0])
-        token_logps = scored.token_logps
-        if rows.host_starts is None:
-            token_logps = torch.where(rows.target == DEAD_ROW, torch.nan, token_logps)
+            token_logps = token_logps * exact(rows.starts, rows.index.shape[0])
         return loss_fn(token_logps, scored.sequence, scored.num_tokens)
 
     return loss
+
+
+def exact(starts: Tensor, num_rows: int) -> Tensor:
+    """1 where there are as many scored tokens as rows, else NaN: of the loss and of its gradients."""
+    return torch.where(starts[-1] == num_rows, 1.0, torch.nan)
 
 
 class TokenLossResults(NamedTuple):

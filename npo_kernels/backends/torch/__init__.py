@@ -1,4 +1,7 @@
-"""impl="torch": the primitives of `npo_kernels.core.backend` in PyTorch, for CPU, MPS and any GPU without Triton."""
+"""impl="torch": the primitives of `npo_kernels.core.backend` in PyTorch, for CPU, MPS and any GPU without Triton.
+
+KL and token statistics join a few numbers a row in float64, which MPS does not have: they need another device.
+"""
 
 from npo_kernels.backends.torch.blocks import block_v, describe, slab_dtype
 from npo_kernels.backends.torch.compaction import compact, gather_rows

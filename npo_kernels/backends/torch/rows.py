@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npo_kernels.backends.torch import blocks
-from npo_kernels.core.formulas import RatioLoss, reduce
+from npo_kernels.core.formulas import RatioLoss
 from npo_kernels.core.layout import DEAD_ROW, Rows
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.softmax_stats import Statistics, gradient_coefficients
@@ -103,7 +103,6 @@ def ratio_epilogue(
     """(logps (B,), losses (B,), row_coef (n,), target_coef (n,)): from rows to sequences, the loss, and back."""
     logps = sequence_sums(stats.logp, sequence, starts)
     losses, grad = ratio.value_and_grad(logps)
-    losses = reduce(ratio.scale, losses)
     row_coef, target_coef = gradient_coefficients(stats, F.pad(grad, (0, 1))[sequence], head)
     return logps, losses, row_coef, target_coef
 

@@ -34,7 +34,7 @@ writes 2NV bytes of G if stored, 4N * splits of sums. The stored G carries the d
 import triton
 import triton.language as tl
 
-from .common import place, project, tanh
+from .common import place, place_step, project, project_descriptors, steps_of_program, tanh
 
 
 @triton.jit
@@ -190,26 +190,23 @@ def softmax_sums_persistent_kernel(
     GROUP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     FLATTEN: tl.constexpr,  # both loops as one, so that a tile's loads begin before the last one is finished
 ):  # fmt: skip
-    """A program a processor; they take row blocks and splits in turns, and of a split one tile after the other."""
+    """A program a processor; they take row blocks and splits in turns, and of a split one tile after the other.
+
+    No entry of PAIR_TILES says so before a measurement.
+    """
     row_blocks, splits = tl.cdiv(N, BLOCK_N), tl.cdiv(V, SPLIT_TILES * BLOCK_V)
-    program, programs = tl.program_id(0), tl.num_programs(0)
     maximum = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
     tl.assume(H > 0)  # without it no two loops become one
-    steps = tl.cdiv(row_blocks * splits - program, programs) * SPLIT_TILES
-    for step in tl.range(0, steps, flatten=FLATTEN):
-        row_block, split = place(program + step // SPLIT_TILES * programs, row_blocks, splits, GROUP)
-        tile = step % SPLIT_TILES
+    for step in tl.range(0, steps_of_program(row_blocks, splits, SPLIT_TILES), flatten=FLATTEN):
+        row_block, split, tile = place_step(step, row_blocks, splits, SPLIT_TILES, GROUP)
         first_column = (split * SPLIT_TILES + tile) * BLOCK_V
         depth = H
         if not FLATTEN:  # two loops become one only if the inner is always as long: beyond V it multiplies zeros
             depth = tl.where(first_column < V, H, 0)
-        acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
-        for h in range(0, depth, BLOCK_H):
-            x, w = x_desc.load([row_block * BLOCK_N, h]), w_desc.load([first_column, h])
-            if UPCAST:
-                x, w = x.to(tl.float32), w.to(tl.float32)
-            acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
+        acc = project_descriptors(
+            x_desc, w_desc, row_block * BLOCK_N, first_column, depth, BLOCK_N, BLOCK_V, BLOCK_H, UPCAST, PRECISION
+        )
         z = _capped(acc, bias_ptr, first_column, V, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, BLOCK_V)
         rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         maximum, total = tl.where(tile == 0, float("-inf"), maximum), tl.where(tile == 0, 0.0, total)
@@ -315,13 +312,10 @@ def kl_logits_persistent_kernel(
 ):  # fmt: skip
     """As `softmax_sums_persistent_kernel`, with the products of both models in turns: two loops would not merge."""
     row_blocks, splits = tl.cdiv(N, BLOCK_N), tl.cdiv(V, SPLIT_TILES * BLOCK_V)
-    program, programs = tl.program_id(0), tl.num_programs(0)
     sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
     tl.assume(H > 0)
-    steps = tl.cdiv(row_blocks * splits - program, programs) * SPLIT_TILES
-    for step in tl.range(0, steps, flatten=FLATTEN):
-        row_block, split = place(program + step // SPLIT_TILES * programs, row_blocks, splits, GROUP)
-        tile = step % SPLIT_TILES
+    for step in tl.range(0, steps_of_program(row_blocks, splits, SPLIT_TILES), flatten=FLATTEN):
+        row_block, split, tile = place_step(step, row_blocks, splits, SPLIT_TILES, GROUP)
         first_column = (split * SPLIT_TILES + tile) * BLOCK_V
         depth = H
         if not FLATTEN:

@@ -187,7 +187,7 @@ def row_moments_persistent_kernel(
     PIECES: tl.constexpr,
     FLATTEN: tl.constexpr,  # both loops as one, so that a tile's loads begin before the last one is finished
 ):
-    """A program a processor: the same sums in the same order."""
+    """A program a processor: the same sums in the same order. MOMENT_LOOPS has no entry before a measurement."""
     row_blocks, splits = tl.cdiv(N, BLOCK_N), tl.cdiv(V, SPLIT_TILES * BLOCK_V)
     maximum, argmax, total, sum1, sum2, logits = _no_moments(BLOCK_N)
     tl.assume(H > 0)  # without it no two loops become one

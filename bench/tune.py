@@ -3,6 +3,7 @@
 For (architecture, dtype, H): every candidate is compiled and timed, storing the exponentials and not, at the N of a
 large batch and the vocabulary given; then the best ones in turns with the entry in force. Where the GPU has tensor
 descriptors (sm_90 and later), persistent tiles are candidates like others. What does not fit fails and is listed.
+Then the persistent kernels of KL and of row moments beside those in force (`bench.variants`).
 
 A hidden size stands for its bucket (`npo_kernels.backends.tiles`). One that beats the entry in force by more than a
 margin is printed, and with --write it is entered in the table, beside the name of the result file: to be read, compiled
@@ -13,22 +14,21 @@ import or at a first call. Tiles never depend on N.
 import argparse
 import itertools
 import json
-import math
-import statistics
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench.cases import Case, Head, head_case
-from bench.measure import Clock, Failure, failure
+from bench import variants
+from bench.cases import Batch, Case, Head, head_case
 from bench.providers.kernels import forced
 from bench.records import RESULTS, environment, record, write_text
+from bench.sweeps import Sweep, Times, entry, key_of, outcome, take_turns
 from csrc_triton.tiles import ANY_HIDDEN, PERSISTENT_CANDIDATES, TILES, Tile
 from npo_kernels.backends.tiles import Row, find_tile, hidden_bucket
 
@@ -40,19 +40,13 @@ WARPS, STAGES, PIECES = (4, 8), (2, 3, 4), (1, 2, 4)
 SPLIT = 1024  # columns of a partial sum: the same for all, so that slices of the vocabulary stay where they are
 # Ways through the tiles of a persistent program, where there are descriptors; of fewer shapes, or a sweep takes hours.
 LOOPS = {"sm_90": ("serial", "flat"), "sm_100": ("serial", "flat", "specialized"), "sm_120": ("serial", "flat")}
-MARGIN = 0.02  # by which a tile has to beat the entry in force
 TABLE = Path(__file__).parents[1] / "csrc_triton" / "tiles.py"
-
-
-class Sweep(TypedDict):
-    """What was found at one hidden size; tiles are as `repr` writes them."""
-
-    H: int
-    present: str  # the entry in force
-    suggestion: str | None  # a line of the table
-    medians: dict[str, float]  # milliseconds, of the best in turns
-    once: dict[str, float]
-    failed: dict[str, str]  # why
+# What a result file has -> the tables that its lines belong in: of what is chosen, of where that was measured.
+TABLES = {
+    "sweeps": ("TILES", "MEASURED"),
+    "pairs": ("PAIR_TILES", "PAIR_MEASURED"),
+    "moments": ("MOMENT_LOOPS", "MOMENT_MEASURED"),
+}
 
 
 def candidates(architecture: str, bits: int) -> list[Tile]:
@@ -102,64 +96,23 @@ def projection(tile: Tile, hidden: Tensor, weight: Tensor, target: Tensor, store
 
 
 def sweep(
-    tiles: Sequence[Tile],  # the first of them, the entry in force, is one of the finalists
+    tiles: Sequence[Tile],  # the first of them is the entry in force
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
     reps: int,
-    keep: int = 8,
-) -> tuple[dict[Tile, float | Failure], dict[Tile, float]]:
-    """Milliseconds of storing plus not storing: of each tile once, and medians of the `keep` best in turns."""
-    clock = Clock(str(hidden.device))
-    results: dict[Tile, float | Failure] = {}
-
-    def measure(tile: Tile) -> float:
-        total = 0.0
-        for store in (True, False):
-            run = projection(tile, hidden, weight, target, store)
-            run()
-            clock.wait()
-            start = clock.mark()
-            run()
-            end = clock.mark()
-            clock.wait()
-            total += clock.milliseconds(start, end)
-        return total
-
-    for tile in tiles:
-        try:
-            results[tile] = measure(tile)
-        except Exception as error:  # out of registers or shared memory, or the compiler's own
-            results[tile] = failure(error)
-    timed = {tile: ms for tile, ms in results.items() if not isinstance(ms, Failure)}
-    order = sorted(timed, key=timed.__getitem__)
-    finalists: dict[Tile, list[float]] = {tile: [] for tile in order if tile == tiles[0] or tile in order[:keep]}
-    for _ in range(reps):
-        for tile, times in finalists.items():
-            times.append(measure(tile))
-    return results, {tile: statistics.median(times) for tile, times in finalists.items()}
-
-
-def winner(medians: dict[Tile, float], present: Tile) -> Tile:
-    """The fastest tile, or the one in force where that is not beaten by more than the margin."""
-    best = min(medians, key=medians.__getitem__)
-    return best if medians[best] < (1 - MARGIN) * medians.get(present, math.inf) else present
-
-
-def entry(architecture: str, bits: int, hidden_size: int, tile: Tile) -> str:
-    """A line of the table, of the bucket of the hidden size."""
-    fields, usual = tile._asdict(), Tile._field_defaults
-    values = [repr(value) for name, value in fields.items() if name not in usual]
-    options = [(name, value) for name, value in fields.items() if name in usual and value != usual[name]]
-    values += [f"{name}={value!r}".replace("'", '"') for name, value in options]
-    return f'("{architecture}", {bits}, {hidden_bucket(hidden_size)}): Tile({", ".join(values)}),'
+) -> Times:
+    """Of storing plus not storing."""
+    runs = {t: [projection(t, hidden, weight, target, store) for store in (True, False)] for t in tiles}
+    return take_turns(runs, str(hidden.device), reps)
 
 
 def with_entry(source: str, line: str, table: str = "TILES") -> str:
     """The text of tiles.py with a line in a table: in place of that with its key, or behind others of its kind."""
     key = line.partition(":")[0]
     kind = key.rpartition(",")[0]
-    begin = source.index(f"\n{table} = {{") + 1
+    source = re.sub(rf"^({table}\b.* = {{)}}$", r"\1\n}", source, flags=re.MULTILINE)  # an empty one
+    begin = next(re.finditer(rf"^{table}\b.* = {{$", source, re.MULTILINE)).start()
     lines = source[begin : source.index("}\n", begin)].splitlines()
     same = [i for i, other in enumerate(lines) if other.strip().startswith(key + ":")]
     last = max((i for i, other in enumerate(lines) if other.strip().startswith(kind + ",")), default=len(lines) - 1)
@@ -167,13 +120,14 @@ def with_entry(source: str, line: str, table: str = "TILES") -> str:
     return source[:begin] + "\n".join(lines) + "\n" + source[source.index("}\n", begin) :]
 
 
-def with_sweep(source: str, architecture: str, bits: int, found: Sweep, out: Path) -> str:
+def with_sweep(source: str, architecture: str, bits: int, found: Sweep, out: Path, kind: str = "sweeps") -> str:
     """The text of tiles.py with the winner, if there is one, and the result file that the choice rests on."""
+    table, measured = TABLES[kind]
     if found["suggestion"]:
-        source = with_entry(source, found["suggestion"])
+        source = with_entry(source, found["suggestion"], table)
     root = TABLE.parents[1]
     name = out.resolve().relative_to(root) if out.resolve().is_relative_to(root) else out
-    return with_entry(source, f'("{architecture}", {bits}, {hidden_bucket(found["H"])}): "{name}",', "MEASURED")
+    return with_entry(source, f'{key_of(architecture, bits, found["H"])}: "{name}",', measured)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -198,20 +152,41 @@ def main(args: argparse.Namespace) -> int:
         how = f"copy the lines of {row.architecture!r} in csrc_triton/tiles.py, renamed {row.own!r}, first"
         print(f"bench tune: {row.note}: {how}", file=sys.stderr)
         return 2
-    architecture, measured = row.architecture, []
+    bits, measured = 8 * dtype.itemsize, empty()
     for H in args.H:
-        tensors = operands(H, args.N, args.V, dtype, "cuda")
-        tiles = candidates(architecture, 8 * dtype.itemsize)
-        measured.append(sweep_hidden(architecture, H, tiles, tensors, args.reps, row.own))
-        _print(H, measured[-1]["medians"])
+        for kind, found in sweep_all(row, H, batch_of(H, args.N, args.V, dtype, "cuda"), args.reps):
+            measured[kind].append(found)
+            _print(kind, found)
     out = args.out or RESULTS / f"tune_{row.own}_{args.dtype}.json"
     write_document(out, "cuda", args.N, args.V, args.dtype, measured)
-    for found in measured:
-        print(found["suggestion"] or f"H={found['H']}: nothing beats {found['present']}")
-        if args.write:
-            source = with_sweep(TABLE.read_text(), architecture, 8 * dtype.itemsize, found, out)
-            write_text(TABLE, source)
+    for kind, sweeps in measured.items():
+        for found in sweeps:
+            print(found["suggestion"] or f"{kind}, H={found['H']}: nothing beats {found['present']}")
+            if args.write and found["medians"]:
+                source = with_sweep(TABLE.read_text(), row.architecture, bits, found, out, kind)
+                write_text(TABLE, source)
     return 0
+
+
+def empty() -> dict[str, list[Sweep]]:
+    """A result file's, before anything was measured."""
+    return {kind: [] for kind in TABLES}
+
+
+def sweep_all(row: Row, H: int, batch: Batch, reps: int) -> Iterator[tuple[str, Sweep]]:
+    """Everything of one hidden size, where there is a choice; row moments in the tile that the projection will have."""
+    bits = 8 * batch.weight.itemsize
+    tiles = candidates(row.architecture, bits)
+    found = sweep_hidden(row.architecture, H, tiles, batch.flat, reps, row.own)
+    yield "sweeps", found
+    pairs = variants.pair_tiles(row.architecture, bits, H)
+    if len(pairs) > 1:
+        yield "pairs", variants.sweep_pairs(row, pairs, batch, reps)
+    present = find_tile(TILES, row.architecture, bits, H)
+    chosen = next((tile for tile in tiles if entry(row.own, bits, H, tile) == found["suggestion"]), present)
+    moments = variants.moment_tiles(row.architecture, bits, H, chosen)
+    if len(moments) > 1:
+        yield "moments", variants.sweep_moments(row, moments, batch, reps)
 
 
 def row_of(device: str) -> Row:
@@ -221,10 +196,9 @@ def row_of(device: str) -> Row:
     return tile_row(torch.device(device))
 
 
-def operands(H: int, N: int, V: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Random hidden states (N, H), head (V, H) and labels (N,)."""
-    case = Case(f"H={H}", Head(H, V), head_case("llama-3-8b", N).lengths)
-    return case.batch(dtype, device, "logprobs").flat
+def batch_of(H: int, N: int, V: int, dtype: torch.dtype, device: str) -> Batch:
+    """Random hidden states of a model and a reference, and a head (V, H)."""
+    return Case(f"H={H}", Head(H, V), head_case("llama-3-8b", N).lengths).batch(dtype, device, "logprobs")
 
 
 def sweep_hidden(
@@ -238,28 +212,21 @@ def sweep_hidden(
     """All tiles at one hidden size: what they took, and the line of the table if one beats the entry in force."""
     bits = 8 * tensors[0].itemsize
     present = find_tile(TILES, architecture, bits, H)
-    results, medians = sweep(list(dict.fromkeys([present, *tiles])), *tensors, reps)
-    best = winner(medians, present)
-    return {
-        "H": H,
-        "present": repr(present),
-        "suggestion": None if best == present else entry(own, bits, H, best),
-        "medians": {repr(t): ms for t, ms in sorted(medians.items(), key=lambda item: item[1])},
-        "once": {repr(t): ms for t, ms in results.items() if not isinstance(ms, Failure)},
-        "failed": {repr(t): ms.error for t, ms in results.items() if isinstance(ms, Failure)},
-    }
+    times = sweep(list(dict.fromkeys([present, *tiles])), *tensors, reps)
+    return outcome(H, present, times, lambda tile: entry(own, bits, H, tile))
 
 
-def write_document(out: Path, device: str, N: int, V: int, dtype: str, sweeps: Sequence[Sweep]) -> None:
-    """Everything that the choice rests on."""
+def write_document(out: Path, device: str, N: int, V: int, dtype: str, measured: Mapping[str, Sequence[Sweep]]) -> None:
+    """Everything that the choices rest on."""
     known = {**environment(device), "date": record(device)["date"], "N": N, "V": V, "dtype": dtype}
-    write_text(out, json.dumps({**known, "sweeps": list(sweeps)}, indent=1) + "\n")
+    write_text(out, json.dumps({**known, **measured}, indent=1) + "\n")
 
 
-def _print(H: int, medians: dict[str, float]) -> None:
-    table = Table(title=f"H={H}: projection, storing and not")
+def _print(kind: str, found: Sweep) -> None:
+    what = {"sweeps": "projection, storing and not", "pairs": "KL", "moments": "row moments"}[kind]
+    table = Table(title=f"H={found['H']}: {what}")
     table.add_column("tile")
     table.add_column("ms", justify="right")
-    for tile, milliseconds in medians.items():
+    for tile, milliseconds in found["medians"].items():
         table.add_row(tile, f"{milliseconds:.3f}")
     Console().print(table)

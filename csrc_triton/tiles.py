@@ -101,11 +101,16 @@ PERSISTENT_PAIR_CANDIDATES = {
     ("sm_90", 16, ANY_HIDDEN): Tile(128, 64, 64, 16, 8, 4, loop="flat"),
 }
 
+# What MEASURED is to TILES: of PAIR_TILES, where the persistent kernels are taken only if they are in here.
+PAIR_MEASURED: dict[tuple[str, int, int], str] = {}
+
 # Row moments take the entries of TILES, but for the warps: six sums a row beside the tile do not fit four.
 MOMENT_WARPS = 8
 # How `row_moments_persistent_kernel` goes from tile to tile: "serial" or "flat", as in `Tile.loop`. Without an entry
-# `row_moments_kernel` runs: nothing has been measured yet.
+# `row_moments_kernel` runs, and there is an entry only where it was measured.
 MOMENT_LOOPS: dict[tuple[str, int, int], str] = {}
+# What MEASURED is to TILES, of the tile of that table.
+MOMENT_MEASURED: dict[tuple[str, int, int], str] = {}
 
 BLOCK_POSITIONS = 1024  # of the batch, scored or not, a program of the compaction
 BLOCK_ROWS = 128  # rows a program of the (N,) kernels

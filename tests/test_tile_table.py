@@ -1,6 +1,7 @@
 """Which tile a call takes: of the row of its GPU the entry of its hidden bucket, or the one for all buckets without."""
 
 import json
+import math
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,9 @@ from csrc_triton.tiles import (
     ANY_HIDDEN,
     HIDDEN_BUCKETS,
     MEASURED,
+    MOMENT_LOOPS,
+    MOMENT_MEASURED,
+    PAIR_MEASURED,
     PAIR_TILES,
     PERSISTENT_CANDIDATES,
     PERSISTENT_PAIR_CANDIDATES,
@@ -24,6 +28,7 @@ from npo_kernels.backends.tiles import (
     Row,
     capability,
     choose_row,
+    find_entry,
     find_tile,
     hidden_bucket,
     row_of_gpu,
@@ -73,18 +78,30 @@ def test_a_persistent_tile_is_for_hardware_that_has_descriptors():
             assert tile.loop in loops and (tile.loop != "specialized" or architecture == "sm_100")
 
 
-@pytest.mark.parametrize("key", MEASURED, ids=str)
-def test_what_is_called_measured_is_among_the_finalists_of_a_sweep_on_record(key):
+def chosen(kind, architecture, bits, hidden_size):
+    """What is in force, as a result file names it: the loop of row moments is in the tile of the projection."""
+    if kind == "moments":
+        loop = find_entry(MOMENT_LOOPS, architecture, bits, hidden_size) or ""
+        return find_tile(TILES, architecture, bits, hidden_size)._replace(loop=loop)
+    return find_tile(PAIR_TILES if kind == "pairs" else TILES, architecture, bits, hidden_size)
+
+
+RECORDS = {"sweeps": MEASURED, "pairs": PAIR_MEASURED, "moments": MOMENT_MEASURED}
+
+
+@pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind in RECORDS for key in RECORDS[kind]], ids=str)
+def test_what_is_called_measured_is_among_the_finalists_of_a_sweep_on_record(kind, key):
     architecture, bits, bucket = key
-    found = json.loads((ROOT / MEASURED[key]).read_text())
+    found = json.loads((ROOT / RECORDS[kind][key]).read_text())
     assert 8 * getattr(torch, found["dtype"]).itemsize == bits
-    (sweep,) = (s for s in found["sweeps"] if hidden_bucket(s["H"]) == bucket)
-    tile, medians = find_tile(TILES, architecture, bits, sweep["H"]), sweep["medians"]
-    assert medians[repr(tile)] < 1.02 * min(medians.values())
+    (sweep,) = (s for s in found[kind] if hidden_bucket(s["H"]) == bucket)
+    assert sweep["medians"].get(repr(chosen(kind, *key)), math.inf) < 1.02 * min(sweep["medians"].values())
 
 
 def test_every_entry_of_a_bucket_was_measured():
     assert {key for key in TILES if key[2] != ANY_HIDDEN} <= set(MEASURED)
+    assert {key for key, tile in PAIR_TILES.items() if key[2] != ANY_HIDDEN or tile.loop} <= set(PAIR_MEASURED)
+    assert set(MOMENT_LOOPS) <= set(MOMENT_MEASURED)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

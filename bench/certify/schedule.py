@@ -35,7 +35,7 @@ STAGES = (
     Stage("head", "the loss at shape R in each candidate kernel, beside plain PyTorch; peaks; growth", 45, 15),
     Stage("peers", "the same beside every peer that imports, in turns", 100, 25),
     Stage("tofu", "batches of TOFU at three heads", 100, 10),
-    Stage("tune", "tiles near those in force, at the hidden sizes of the stages above", 30, 12),
+    Stage("tune", "tiles near those in force, and persistent KL and row moments, at the same hidden sizes", 42, 15),
     Stage("roofline", "time, rate and gaps of every launch; host syncs", 12, 5),
     Stage("step", "NPO and retain steps of whole models against logits and a live reference", 60, 15),
     Stage("suite", "tests/gpu, the longest last", 100, 15),

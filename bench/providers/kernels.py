@@ -44,6 +44,24 @@ def forced(choose: Callable[[str, Tensor], Tile]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def forced_pair(tile: Tile) -> Iterator[None]:
+    """The same of KL: both of its kernels."""
+    from npo_kernels.backends.triton import linear_kl
+
+    with mock.patch.object(linear_kl, "pair_tile", lambda *_: tile):
+        yield
+
+
+@contextmanager
+def forced_moments(tile: Tile) -> Iterator[None]:
+    """The same of row moments: their tile, and the loop of it."""
+    from npo_kernels.backends.triton import moments
+
+    with forced(lambda *_: tile), mock.patch.object(moments, "moment_loop", lambda _: tile.loop):
+        yield
+
+
 KERNELS: dict[str, Callable[[], AbstractContextManager]] = {
     "simple": lambda: forced(simple),
     "persistent": lambda: forced(persistent),

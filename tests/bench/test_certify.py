@@ -23,6 +23,7 @@ from bench.certify.unit import Context, Unit
 from bench.providers import UnsupportedError
 from bench.records import read_lines, record, summary
 from bench.timeline import Span, Timeline, ordered
+from bench.tune import TABLES
 
 ROOT = Path(__file__).parents[2]
 
@@ -344,6 +345,7 @@ def test_rehearsal(tmp_path):
     records = read_lines(tmp_path / "out" / "records.jsonl")
     assert {r["suite"] for r in records} >= {"ceilings", "accuracy", "head", "memory", "scaling", "tofu", "step"}
     assert all(r["commit"] and not r["gpu"] for r in records)
-    assert len(json.loads((tmp_path / "out" / "tune.json").read_text())["sweeps"]) == 1
+    tuned = json.loads((tmp_path / "out" / "tune.json").read_text())
+    assert [(len(tuned[kind]), len(tuned[kind][0]["medians"])) for kind in TABLES] == [(1, 3), (1, 3), (1, 3)]
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"environment.json", "journal.jsonl", "log.txt", "records.jsonl", "report.md", "tune.json"}

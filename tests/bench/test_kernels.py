@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from bench import measure, tune
+from bench import measure, tune, variants
 from bench.cases import HEADS, even
 from bench.certify.stages import roofline
 from bench.measure import interleaved
@@ -16,8 +16,16 @@ from bench.providers import PROVIDERS, Provider, UnsupportedError
 from bench.providers.kernels import KERNELS, forced, persistent, simple
 from bench.records import RESULTS, latest, read_all, record, summary
 from bench.suites import scaling
+from bench.sweeps import Times, take_turns
 from bench.timeline import Span, Timeline, timeline
-from csrc_triton.tiles import ANY_HIDDEN, PERSISTENT_CANDIDATES, TILES, Tile
+from csrc_triton.tiles import (
+    ANY_HIDDEN,
+    PAIR_TILES,
+    PERSISTENT_CANDIDATES,
+    PERSISTENT_PAIR_CANDIDATES,
+    TILES,
+    Tile,
+)
 from npo_kernels.backends.tiles import Row
 
 X = torch.empty(3, 8192, dtype=torch.bfloat16)  # a hidden size without an entry of its own
@@ -74,9 +82,66 @@ def test_a_sweep_enters_nothing_in_the_row_of_another_gpu(monkeypatch, capsys):
     assert tune.main(argparse.Namespace(H=[4096], dtype="bfloat16", write=True)) == 2
     assert "copy the lines of 'sm_86'" in capsys.readouterr().err
     present, best = TILES["sm_86", 32, ANY_HIDDEN], Tile(16, 32, 32, 4, 4, 1)
-    monkeypatch.setattr(tune, "sweep", lambda *_: ({}, {best: 1.0, present: 2.0}))
+    monkeypatch.setattr(tune, "sweep", lambda *_: Times({}, {best: 1.0, present: 2.0}, 1))
     found = tune.sweep_hidden("sm_86", 4096, [best], (torch.empty(1, 4096),) * 3, 1, "sm_75")
     assert found["suggestion"].startswith('("sm_75", 32, 4096): Tile(16, 32,')
+
+
+def test_persistent_kernels_are_compared_where_there_are_descriptors():
+    key = ("sm_90", 16, ANY_HIDDEN)
+    candidate, present = PERSISTENT_PAIR_CANDIDATES[key], TILES[key]
+    found = variants.pair_tiles("sm_90", 16, 8192)
+    assert found[0] == PAIR_TILES[key] and candidate in found and {t.loop for t in found} == {"", "serial", "flat"}
+    found = variants.moment_tiles("sm_90", 16, 8192, present._replace(loop="serial"))
+    assert found == [present._replace(loop=loop) for loop in ("", "serial", "flat")]
+    for architecture, bits, H in (("sm_80", 16, 8192), ("sm_90", 32, 8192), ("sm_90", 16, 8191)):
+        assert len(variants.pair_tiles(architecture, bits, H)) == 1
+        assert len(variants.moment_tiles(architecture, bits, H, present)) == 1
+
+
+@pytest.mark.parametrize(
+    ("runs", "module", "kernels"),
+    [(variants.pair_runs, "linear_kl", ("softmax_sums", "kl_logits", "kl_logits")),
+     (variants.moment_runs, "moments", ("row_moments",))],
+)  # fmt: skip
+def test_what_is_timed_is_the_kernel_of_the_tile(runs, module, kernels, monkeypatch):
+    """Each loop is a kernel of its own, in the tile that was asked for."""
+    backend, launched = pytest.importorskip(f"npo_kernels.backends.triton.{module}"), []
+
+    class Spy:
+        def __init__(self, name):
+            self.name, self.kernel = name, getattr(backend, name)
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **constants):
+                launched.append((self.name, constants["BLOCK_N"], constants.get("FLATTEN")))
+                self.kernel[grid](*arguments, **constants)
+
+            return launch
+
+    for name in {f"{kernel}{kind}_kernel" for kernel in kernels for kind in ("", "_persistent")}:
+        monkeypatch.setattr(backend, name, Spy(name))
+    tiles = [Tile(32, 32, 32, 2, 4, 1, loop=loop) for loop in ("", "serial", "flat")]
+    prepared = runs(tiles, even("even", HEADS["toy"]._replace(V=100), N=6, B=2).batch(torch.float32, "cpu"))
+    for tile in tiles:
+        launched.clear()
+        for run in prepared[tile]:
+            run()
+        kind, flat = ("_persistent", tile.loop == "flat") if tile.loop else ("", None)
+        assert launched == [(f"{kernel}{kind}_kernel", 32, flat) for kernel in kernels]
+
+
+def test_turns_of_tiles_end_with_the_time_and_what_does_not_run_is_listed(monkeypatch):
+    clock, good, bad = [0.0], Tile(16, 32, 32, 4, 4, 1), Tile(16, 64, 32, 2, 4, 1)
+    monkeypatch.setattr("bench.sweeps.time.monotonic", lambda: clock[0])
+
+    def run():
+        clock[0] += 1.0
+
+    for seconds, turns in ((0, 1), (7.5, 3), (math.inf, 5)):
+        clock[0] = 0.0
+        found = take_turns({bad: [lambda: 1 / 0], good: [run]}, "cpu", reps=5, seconds=seconds)
+        assert found.turns == turns and set(found.medians) == {good} and "ZeroDivision" in found.once[bad].error
 
 
 def test_turns_end_with_the_time_but_every_provider_has_one_that_counts(monkeypatch):

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import roofline, tune
+from bench import roofline, sweeps, tune, variants
 from bench.__main__ import main
-from bench.cases import R
+from bench.cases import Case, Head, R
 from bench.compare import common, verdict
 from bench.isolate import take_turns
 from bench.measure import Failure
 from bench.records import RESULTS, merged, read, record, summary, write
 from bench.report import targets_page
 from bench.targets import OURS, SMALL, TARGETS, Results
+from npo_kernels.backends.tiles import Row
 
 
 def made(value, **fields):
@@ -165,9 +166,9 @@ def test_sweep_times_what_runs_and_lists_what_does_not():
     good, bad = Tile(16, 32, 32, 2, 4, 1), Tile(15, 32, 32, 2, 4, 1)  # a block that is no power of two
     hidden, weight = torch.randn(16, 32), torch.randn(64, 32)
     persistent = good._replace(loop="flat")
-    results, medians = tune.sweep([good, bad, persistent], hidden, weight, torch.randint(64, (16,)), reps=1)
-    assert results[good] > 0 and isinstance(results[bad], Failure)
-    assert set(medians) == {good, persistent}
+    found = tune.sweep([good, bad, persistent], hidden, weight, torch.randint(64, (16,)), reps=1)
+    assert found.once[good] > 0 and isinstance(found.once[bad], Failure)
+    assert set(found.medians) == {good, persistent} and found.turns == 1
 
 
 def test_candidates_are_persistent_where_there_are_descriptors():
@@ -186,9 +187,10 @@ def test_a_tile_wins_by_a_margin_only():
     from csrc_triton.tiles import Tile
 
     present, other = Tile(64, 64, 64, 16, 4, 3), Tile(64, 128, 64, 8, 4, 3)
-    assert tune.winner({present: 1.0, other: 0.9}, present) == other
-    assert tune.winner({present: 1.0, other: 0.99}, present) == present
-    assert tune.winner({other: 5.0}, present) == other  # the one in force does not run
+    assert sweeps.winner({present: 1.0, other: 0.9}, present) == other
+    assert sweeps.winner({present: 1.0, other: 0.99}, present) == present
+    assert sweeps.winner({other: 5.0}, present) == other  # the one in force does not run
+    assert sweeps.winner({}, present) == present  # none does
 
 
 def test_what_wins_is_entered_in_the_table():
@@ -203,20 +205,46 @@ def test_what_wins_is_entered_in_the_table():
     before, pairs = table(source)
     assert before == {key: tuple(tile) for key, tile in tiles.TILES.items()}
     for tile in (tiles.Tile(128, 256, 64, 4, 8, 3, loop="flat"), tiles.Tile(64, 256, 64, 4, 8, 4, 4, 2)):
-        source = tune.with_entry(source, tune.entry("sm_90", 16, 3584, tile))
+        source = tune.with_entry(source, sweeps.entry("sm_90", 16, 3584, tile))
         assert table(source) == (before | {("sm_90", 16, 4096): tuple(tile)}, pairs)
     assert '    ("sm_90", 16, 4096): Tile(64, 256, 64, 4, 8, 4, group=4, pieces=2),\n' in source
 
 
 @pytest.mark.parametrize(("architecture", "bits"), [("sm_90", 16), ("sm_100", 32)])
-def test_what_was_swept_is_measured_whether_it_won_or_not(architecture, bits):
+@pytest.mark.parametrize("kind", tune.TABLES)
+def test_what_was_swept_is_measured_whether_it_won_or_not(architecture, bits, kind):
     from csrc_triton import tiles
 
-    sweep = {"H": 5120, "suggestion": None}
+    sweep, scope, (table, measured) = {"H": 5120, "suggestion": None}, {"__name__": "edited"}, tune.TABLES[kind]
+    exec(tune.with_sweep(tune.TABLE.read_text(), architecture, bits, sweep, RESULTS / "new.json", kind), scope)
+    assert scope[measured] == getattr(tiles, measured) | {(architecture, bits, 8192): "bench/results/new.json"}
+    assert scope[table].keys() == getattr(tiles, table).keys()
+
+
+def test_what_wins_of_kl_and_moments_is_entered_in_their_tables(monkeypatch):
+    """Two hidden sizes each, into tables that begin empty."""
+    from csrc_triton import tiles
+
+    tile = tiles.PERSISTENT_PAIR_CANDIDATES["sm_90", 16, tiles.ANY_HIDDEN]
+    monkeypatch.setattr(
+        variants, "take_turns", lambda runs, *_, **__: sweeps.Times({}, {t: 3.0 - bool(t.loop) for t in runs}, 1)
+    )
+    monkeypatch.setattr(variants, "pair_runs", lambda tiles, _: dict.fromkeys(tiles))
+    monkeypatch.setattr(variants, "moment_runs", lambda tiles, _: dict.fromkeys(tiles))
+    source = tune.TABLE.read_text()
+    for H in (576, 4096):
+        batch = Case("a", Head(H, 8), ((0, 2),)).batch(torch.bfloat16, "cpu")
+        for kind, measure in (("pairs", variants.sweep_pairs), ("moments", variants.sweep_moments)):
+            found = measure(Row("sm_90", "sm_90"), [tile._replace(loop=""), tile], batch, 1)
+            source = tune.with_sweep(source, "sm_90", 16, found, RESULTS / "new.json", kind)
     scope = {"__name__": "edited"}
-    exec(tune.with_sweep(tune.TABLE.read_text(), architecture, bits, sweep, RESULTS / "new.json"), scope)
-    assert scope["MEASURED"] == tiles.MEASURED | {(architecture, bits, 8192): "bench/results/new.json"}
-    assert scope["TILES"].keys() == tiles.TILES.keys()
+    exec(source, scope)
+    new = [("sm_90", 16, 1024), ("sm_90", 16, 4096)]
+    assert {key: scope["PAIR_TILES"][key] for key in new} == dict.fromkeys(new, tuple(tile))
+    assert scope["MOMENT_LOOPS"] == tiles.MOMENT_LOOPS | dict.fromkeys(new, "flat")
+    for measured in ("PAIR_MEASURED", "MOMENT_MEASURED"):
+        assert scope[measured] == getattr(tiles, measured) | dict.fromkeys(new, "bench/results/new.json")
+    assert scope["TILES"].keys() == tiles.TILES.keys() and scope["MEASURED"] == tiles.MEASURED
 
 
 def test_command_line(tmp_path, capsys):

@@ -1,4 +1,5 @@
-"""The tiles next to those in force, at the hidden sizes of the other stages; what wins is a line of the table."""
+"""The tiles next to those in force, and the persistent kernels of KL and of row moments, at the hidden sizes of the
+other stages; what wins is a line of a table."""
 
 import json
 import time
@@ -6,22 +7,33 @@ from functools import partial
 
 import torch
 
-from bench import tune
+from bench import tune, variants
+from bench.cases import Batch
 from bench.certify.specializations import Compilers, collect
 from bench.certify.unit import Context, Unit
-from csrc_triton.tiles import Tile
+from bench.providers import UnsupportedError
+from bench.sweeps import Sweep
+from csrc_triton.tiles import PAIR_TILES, TILES, Tile
+from npo_kernels.backends.tiles import find_tile
 
-HIDDEN = (4096, 2048, 576)  # Llama-3-8B and Llama-2-7B, Llama-3.2-1B, SmolLM2-135M
+# Llama-3-8B and Llama-2-7B, Llama-3.2-1B, SmolLM2-135M -> seconds of the sweep
+HIDDEN = {4096: 7, 2048: 4, 576: 2}
 N, V = 8192, 128256
 ROWS = 64  # of a call that is only to be compiled
 REPS = 10
-TOY = (Tile(16, 32, 32, 2, 4, 1), Tile(16, 64, 32, 1, 4, 1))
+SECONDS = {"pairs": 2.0, "moments": 1.0}  # after which no more turns begin
+TOY_H = 48
+TOY = [Tile(16, 32, 32, 2, 4, 1), Tile(16, 64, 32, 1, 4, 1)]
 DTYPE = torch.bfloat16
 
 
 def units(context: Context) -> list[Unit]:
-    found = [Unit(f"H={H}", partial(sweep, H), 7) for H in ((48,) if context.toy else HIDDEN)]
-    return found if context.toy else [Unit("compile the candidates", compile_candidates, 12), *found]
+    hidden = {TOY_H: 1} if context.toy else HIDDEN
+    found = [Unit(f"H={H}", partial(sweep, H), seconds) for H, seconds in hidden.items()]
+    for what, kind in (("KL", "pairs"), ("row moments", "moments")):
+        # a turn of all, at least, and their operands
+        found += [Unit(f"{what}, H={H}", partial(compare, kind, H), SECONDS[kind] + 2, limit=20) for H in hidden]
+    return found if context.toy else [Unit("compile the candidates", compile_candidates, 15), *found]
 
 
 def compile_candidates(context: Context) -> str:
@@ -30,10 +42,14 @@ def compile_candidates(context: Context) -> str:
     architecture = tune.row_of(context.device).architecture
 
     def calls():
-        for H in HIDDEN:
-            tensors = tune.operands(H, ROWS, V, DTYPE, context.device)
+        batches = {H: tune.batch_of(H, ROWS, V, DTYPE, context.device) for H in HIDDEN}
+        for H, batch in batches.items():
             for tile in tune.neighbours(architecture, 16, H):
-                yield from (tune.projection(tile, *tensors, store) for store in (True, False))
+                yield from (tune.projection(tile, *batch.flat, store) for store in (True, False))
+        for H, batch in batches.items():
+            for kind, runs in (("pairs", variants.pair_runs), ("moments", variants.moment_runs)):
+                for several in runs(tiles_of(kind, H, architecture), batch).values():
+                    yield from several
 
     compiled = compilers.compile(collect(calls()))
     compilers.close()
@@ -42,16 +58,50 @@ def compile_candidates(context: Context) -> str:
     return f"{text}, {failed} do not compile" if failed else text
 
 
+def tiles_of(kind: str, H: int, architecture: str) -> list[Tile]:
+    """What is compared, of 16-bit operands."""
+    if architecture == "interpreter":  # has no candidates: the tile in force in every loop
+        present = find_tile(PAIR_TILES if kind == "pairs" else TILES, architecture, 32, H)
+        return [present._replace(loop=loop) for loop in ("", *variants.LOOPS)]
+    if kind == "pairs":
+        return variants.pair_tiles(architecture, 16, H)
+    return variants.moment_tiles(architecture, 16, H, find_tile(TILES, architecture, 16, H))
+
+
 def sweep(H: int, context: Context) -> str:
     """Once each, then the best in turns."""
-    row = tune.row_of(context.device)
-    rows, columns = (32, 256) if context.toy else (N, V)
-    tensors = tune.operands(H, rows, columns, torch.float32 if context.toy else DTYPE, context.device)
+    row, batch, reps = tune.row_of(context.device), operands(H, context), 1 if context.toy else REPS
     tiles = TOY if context.toy else tune.neighbours(row.architecture, 16, H)
-    found = tune.sweep_hidden(row.architecture, H, tiles, tensors, 1 if context.toy else REPS, row.own)
+    return keep("sweeps", tune.sweep_hidden(row.architecture, H, tiles, batch.flat, reps, row.own), context)
+
+
+def compare(kind: str, H: int, context: Context) -> str:
+    """The persistent kernels beside the one in force, in turns for a second or two."""
+    row = tune.row_of(context.device)
+    tiles = tiles_of(kind, H, row.architecture)
+    if len(tiles) == 1:
+        raise UnsupportedError(f"no persistent kernel to compare with on {row.architecture}")
+    measure = variants.sweep_pairs if kind == "pairs" else variants.sweep_moments
+    return keep(kind, measure(row, tiles, operands(H, context), 1 if context.toy else REPS, SECONDS[kind]), context)
+
+
+def operands(H: int, context: Context) -> Batch:
+    rows, columns = shape(context)
+    return tune.batch_of(H, rows, columns, torch.float32 if context.toy else DTYPE, context.device)
+
+
+def shape(context: Context) -> tuple[int, int]:
+    return (32, 256) if context.toy else (N, V)
+
+
+def keep(kind: str, found: Sweep, context: Context) -> str:
+    """Into the result file, with what is there; returns the line of the report."""
     path = context.out / "tune.json"
-    before = json.loads(path.read_text())["sweeps"] if path.exists() else []
-    tune.write_document(path, context.device, rows, columns, "bfloat16", [*before, found])
+    before = json.loads(path.read_text()) if path.exists() else tune.empty()
+    measured = {name: before[name] + [found] * (name == kind) for name in tune.TABLES}
+    tune.write_document(path, context.device, *shape(context), "bfloat16", measured)
+    if not found["medians"]:
+        raise RuntimeError("no tile runs: " + next(iter(found["failed"].values())))
     (best, milliseconds), *_ = found["medians"].items()
     present = found["medians"].get(found["present"])
     against = "the tile in force fails" if present is None else f"{present:.2f} ms in force"

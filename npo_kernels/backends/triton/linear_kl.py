@@ -22,11 +22,12 @@ from npo_kernels.core.softmax_stats import Divergence, Lowered
 
 def kl_scratch(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head) -> Scratch:
     """Maxima and sums of both models, and the partial sums of KL."""
-    per_row = 24 * triton.cdiv(head.weight.shape[0], _pair_tile(x, ref_x).split) + SORT_BYTES
+    per_row = 24 * triton.cdiv(head.weight.shape[0], pair_tile(x, ref_x).split) + SORT_BYTES
     return Scratch(per_row=per_row, sums=per_row * x.shape[0])
 
 
-def _pair_tile(x: Tensor, ref_x: Tensor) -> Tile:
+def pair_tile(x: Tensor, ref_x: Tensor) -> Tile:
+    """Of both kernels: z then has the same bits in both."""
     bits, depth = 8 * max(x.itemsize, ref_x.itemsize), max(x.shape[1], ref_x.shape[1])
     return find_tile(PAIR_TILES, launch.architecture(x.device), bits, depth)
 
@@ -37,7 +38,7 @@ def softmax_sums(x: Tensor, head: Head, beside: Tensor, lowered: Lowered | None)
     `beside`: the rows of the other model, as `kl_logits` will get them, which takes the same tile.
     """
     x, weight = launch.rows_contiguous(x), launch.rows_contiguous(head.weight)
-    rows, tile = x.shape[0], _pair_tile(x, beside)
+    rows, tile = x.shape[0], pair_tile(x, beside)
     splits = triton.cdiv(weight.shape[0], tile.split)
     maxima, sums = torch.empty(2, splits, rows, dtype=torch.float32, device=x.device)
     if not rows:
@@ -109,7 +110,7 @@ def _kl(
     weight, ref_weight = launch.rows_contiguous(part.weight), launch.rows_contiguous(ref_part.weight)
     rows, width, lowered = x.shape[0], columns[1] - columns[0], divergence.lowered
     kl = divergence.kl if divergence.reverse and slab is not None else None
-    tile = _pair_tile(x, ref_x)
+    tile = pair_tile(x, ref_x)
     splits = triton.cdiv(width, tile.split)
     parts = torch.empty(splits, rows, dtype=torch.float32, device=x.device)
     if not rows:

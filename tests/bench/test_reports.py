@@ -247,6 +247,35 @@ def test_what_wins_of_kl_and_moments_is_entered_in_their_tables(monkeypatch):
     assert scope["TILES"].keys() == tiles.TILES.keys() and scope["MEASURED"] == tiles.MEASURED
 
 
+def test_tuning_writes_everything_down_and_moments_have_the_tile_that_won(tmp_path, monkeypatch, capsys):
+    """The whole command on a GPU that is made up: of two tiles the last is the fastest."""
+    from csrc_triton import tiles
+
+    best = tiles.Tile(64, 128, 64, 8, 8, 3)
+
+    def turns(runs, *_, **__):
+        return sweeps.Times({}, {tile: 2.0 - number / 10 for number, tile in enumerate(runs)}, 1)
+
+    batch = Case("a", Head(5120, 8), ((0, 2),)).batch(torch.bfloat16, "cpu")
+    table, out = tmp_path / "tiles.py", tmp_path / "tune.json"
+    table.write_text(tune.TABLE.read_text())
+    for module, name, value in (
+        (torch.cuda, "is_available", lambda: True), (tune, "row_of", lambda _: Row("sm_90", "sm_90")),
+        (tune, "batch_of", lambda *_: batch), (tune, "candidates", lambda *_: [best]), (tune, "TABLE", table),
+        (tune, "take_turns", turns), (variants, "take_turns", turns), (tune, "environment", lambda _: {}),
+        (tune, "record", lambda _: {"date": ""}), (variants, "pair_runs", lambda tiles, _: dict.fromkeys(tiles)),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    assert main(["tune", "--H", "5120", "--write", "--out", str(out)]) == 0
+    scope, key, found = {"__name__": "edited"}, ("sm_90", 16, 8192), json.loads(out.read_text())
+    exec(table.read_text(), scope)
+    assert scope["TILES"][key] == tuple(best) and scope["MOMENT_LOOPS"][key] == "flat" and scope["PAIR_TILES"][key].loop
+    assert next(iter(found["moments"][0]["medians"])) == repr(best._replace(loop="flat"))
+    printed = capsys.readouterr().out
+    for kind, (_, measured) in tune.TABLES.items():
+        assert table.parents[1] / scope[measured][key] == out and found[kind][0]["suggestion"] in printed
+
+
 def test_command_line(tmp_path, capsys):
     out = tmp_path / "r.jsonl"
     command = ["run", "--suite", "accuracy", "--case", "random", "--providers", "plain/eager", "--device", "cpu"]

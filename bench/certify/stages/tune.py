@@ -91,7 +91,7 @@ def operands(H: int, context: Context) -> Batch:
 
 
 def shape(context: Context) -> tuple[int, int]:
-    return (32, 256) if context.toy else (N, V)
+    return (16, 256) if context.toy else (N, V)
 
 
 def keep(kind: str, found: Sweep, context: Context) -> str:

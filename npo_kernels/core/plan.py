@@ -33,8 +33,8 @@ logger = logging.getLogger("npo_kernels")
 
 MIB = 2**20
 # Room for the fastest mode at the shapes in use: at H=4096, V=128256 one bfloat16 chunk of 8192 rows takes 2.1 GB, and
-# so does the float32 accumulator of dWeight that more chunks need. On a CPU: 512 rows in float32 at V=128256.
-DEFAULT_WORKSPACE_MB = {"cuda": 4608, "cpu": 512}
+# so does the float32 accumulator of dWeight that more chunks need. On a CPU: 512 rows at V=128256, in any dtype.
+DEFAULT_WORKSPACE_MB = {"cuda": 4608, "cpu": 352}
 # Columns of dWeight that are float32 at a time where its dtype has 16 bits.
 GRAD_SLICE = 8192
 # Columns of the narrowest vocabulary slice: products of fewer are slow on every device.

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from csrc_triton.row_moments import moment_gradient_kernel, row_moments_kernel, row_moments_persistent_kernel
-from csrc_triton.tiles import MOMENT_LOOPS, MOMENT_WARPS
+from csrc_triton.tiles import GRADIENT_PIECES, MOMENT_LOOPS, MOMENT_WARPS
 from npo_kernels.backends.tiles import find_entry
 from npo_kernels.backends.triton import launch
 from npo_kernels.backends.triton.exp_logits import SORT_BYTES
@@ -33,7 +33,7 @@ def row_moments(x: Tensor, head: Head, target: Tensor) -> Moments:
     if not x.shape[0]:
         return moments
     vectors, sizes = (head.bias, target, *moments), (x.shape[0], weight.shape[0], x.shape[1])
-    scalars, constants = (head.logit_scale, head.softcap or 0.0), _constants(x, head)
+    scalars, constants = (head.logit_scale, head.softcap or 0.0), _constants(x, head, tile.pieces)
     loop = moment_loop(x)
     descriptors = launch.descriptors(x, weight, tile._replace(loop=loop))
     if descriptors:
@@ -63,7 +63,7 @@ def moment_gradient(x: Tensor, head: Head, target: Tensor, rows: GradientRows, c
         moment_gradient_kernel[_grid(x, weight)](
             x, weight, part.bias, target, *rows, slab, x.shape[0], weight.shape[0], x.shape[1], columns[0],
             x.stride(0), weight.stride(0), slab.stride(0), head.logit_scale, head.softcap or 0.0,
-            **_constants(x, part), EVEN_H=x.shape[1] % tile.block_h == 0,
+            **_constants(x, part, tile.pieces * GRADIENT_PIECES), EVEN_H=x.shape[1] % tile.block_h == 0,
         )  # fmt: skip
     return slab
 
@@ -73,12 +73,12 @@ def _grid(x: Tensor, weight: Tensor) -> tuple[int]:
     return (triton.cdiv(x.shape[0], tile.block_n) * triton.cdiv(weight.shape[0], tile.split),)
 
 
-def _constants(x: Tensor, head: Head) -> dict[str, Any]:
+def _constants(x: Tensor, head: Head, pieces: int) -> dict[str, Any]:
     tile = launch.tile_for(x)
     return {
         "HAS_BIAS": head.bias is not None, "HAS_SOFTCAP": head.softcap is not None,
         "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_H": tile.block_h,
         "SPLIT_TILES": tile.split_tiles, "GROUP": tile.group,
         "UPCAST": launch.INTERPRETED and x.dtype == torch.bfloat16, "PRECISION": launch.precision(x),
-        "PIECES": tile.pieces, "num_warps": MOMENT_WARPS, "num_stages": tile.num_stages,
+        "PIECES": pieces, "num_warps": MOMENT_WARPS, "num_stages": tile.num_stages,
     }  # fmt: skip

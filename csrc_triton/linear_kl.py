@@ -92,6 +92,15 @@ def _take_sums(
 
 
 @triton.jit
+def _rows(row_block, BLOCK_N: tl.constexpr, HAS_TARGET: tl.constexpr):
+    """The rows of a block; in 32 bits where their targets are looked up as well: there are registers for no more."""
+    if HAS_TARGET:
+        return row_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    else:
+        return row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
 def _take_kl(
     z, ref_z, sums, rows, row_inside, anchor_ptr, scale_ptr, ref_anchor_ptr, ref_scale_ptr, shift_ptr, target_ptr,
     kl_ptr, slab_ptr, first_column, V, begin, stride_slab, softcap, target_shift,
@@ -266,7 +275,7 @@ def kl_logits_kernel(
     splits = tl.cdiv(V, SPLIT_TILES * BLOCK_V)
     row_block, split = place(tl.program_id(0), row_blocks, splits, GROUP)
 
-    rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = _rows(row_block, BLOCK_N, HAS_TARGET)
     row_inside = rows < N
     clamped_rows = tl.minimum(rows, N - 1).to(tl.int64)[:, None]
     x_rows, ref_x_rows = x_ptr + clamped_rows * stride_x, ref_x_ptr + clamped_rows * stride_ref_x
@@ -330,7 +339,7 @@ def kl_logits_persistent_kernel(
         ref_z = _capped(
             ref_acc, ref_bias_ptr, first_column, V, logit_scale, softcap, HAS_REF_BIAS, HAS_SOFTCAP, BLOCK_V
         )
-        rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
+        rows = _rows(row_block, BLOCK_N, HAS_TARGET)
         sums = _take_kl(
             z, ref_z, tl.where(tile == 0, 0.0, sums), rows, rows < N, anchor_ptr, scale_ptr, ref_anchor_ptr,
             ref_scale_ptr, shift_ptr, target_ptr, kl_ptr, slab_ptr, first_column, V, begin, stride_slab, softcap,

@@ -105,9 +105,9 @@ PERSISTENT_PAIR_CANDIDATES = {
 PAIR_MEASURED: dict[tuple[str, int, int], str] = {}
 
 # Row moments take the entries of TILES, but for the warps: six sums a row beside the tile do not fit four.
-# The pieces of `moment_gradient_kernel`, which reads six vectors beside each, are half as wide.
 MOMENT_WARPS = 8
-GRADIENT_PIECES = 2
+# By bits of an operand: how much narrower pieces of `moment_gradient_kernel` are, which reads six vectors beside each.
+GRADIENT_PIECES = {16: 1, 32: 2}
 # How `row_moments_persistent_kernel` goes from tile to tile: "serial" or "flat", as in `Tile.loop`. Without an entry
 # `row_moments_kernel` runs, and there is an entry only where it was measured.
 MOMENT_LOOPS: dict[tuple[str, int, int], str] = {}

@@ -293,7 +293,8 @@ def constants(case: Case, parameters: list[str], whole: set[str]) -> tuple[dict,
             "ALIGNED": all(shape[name] % 16 == 0 for name in ("H", "stride_x", "stride_w")),
             "SPLIT_TILES": tile.split_tiles,
             "GROUP": tile.group,
-            "PIECES": tile.pieces * (tiles.GRADIENT_PIECES if case.kernel == "moment_gradient_kernel" else 1),
+            "PIECES": tile.pieces
+            * (tiles.GRADIENT_PIECES[case.bits] if case.kernel == "moment_gradient_kernel" else 1),
             "UPCAST": False,
             "PRECISION": "tf32" if case.dtype == "tf32" else "ieee",
         }

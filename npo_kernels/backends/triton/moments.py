@@ -63,7 +63,7 @@ def moment_gradient(x: Tensor, head: Head, target: Tensor, rows: GradientRows, c
         moment_gradient_kernel[_grid(x, weight)](
             x, weight, part.bias, target, *rows, slab, x.shape[0], weight.shape[0], x.shape[1], columns[0],
             x.stride(0), weight.stride(0), slab.stride(0), head.logit_scale, head.softcap or 0.0,
-            **_constants(x, part, tile.pieces * GRADIENT_PIECES), EVEN_H=x.shape[1] % tile.block_h == 0,
+            **_constants(x, part, tile.pieces * GRADIENT_PIECES[8 * x.itemsize]), EVEN_H=x.shape[1] % tile.block_h == 0,
         )  # fmt: skip
     return slab
 

@@ -92,12 +92,16 @@ def _take_sums(
 
 
 @triton.jit
-def _rows(row_block, BLOCK_N: tl.constexpr, HAS_TARGET: tl.constexpr):
-    """The rows of a block; in 32 bits where their targets are looked up as well: there are registers for no more."""
-    if HAS_TARGET:
-        return row_block * BLOCK_N + tl.arange(0, BLOCK_N)
+def _rows(row_block, slab_ptr, BLOCK_N: tl.constexpr, CROWDED: tl.constexpr):
+    """The rows of a block: in 32 bits where a 16-bit slab, softcap and target leave no registers for more."""
+    rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if CROWDED:
+        if slab_ptr.dtype.element_ty.primitive_bitwidth == 16:
+            return rows.to(tl.int32)
+        else:
+            return rows
     else:
-        return row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        return rows
 
 
 @triton.jit
@@ -108,18 +112,21 @@ def _take_kl(
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """The sums with the terms of a tile of both logits; its gradient is stored if asked for."""
-    # read again for every tile: kept in registers during the products, they would make those spill
-    below = z - tl.load(anchor_ptr + rows, mask=row_inside, other=0.0)[:, None]
-    ref_below = ref_z - tl.load(ref_anchor_ptr + rows, mask=row_inside, other=0.0)[:, None]
+    row = rows
     if HAS_TARGET:
-        ref_below -= _lowering(rows, row_inside, target_ptr, target_shift, begin + first_column, BLOCK_V)
-    d = below - ref_below - tl.load(shift_ptr + rows, mask=row_inside, other=0.0)[:, None]
-    p = tl.exp(below) * tl.load(scale_ptr + rows, mask=row_inside, other=0.0)[:, None]
-    q = tl.exp(ref_below) * tl.load(ref_scale_ptr + rows, mask=row_inside, other=0.0)[:, None]
+        row = rows.to(tl.int32)  # with 64-bit ones the tiles of 32-bit operands spill
+    # read again for every tile: kept in registers during the products, they would make those spill
+    below = z - tl.load(anchor_ptr + row, mask=row_inside, other=0.0)[:, None]
+    ref_below = ref_z - tl.load(ref_anchor_ptr + row, mask=row_inside, other=0.0)[:, None]
+    if HAS_TARGET:
+        ref_below -= _lowering(row, row_inside, target_ptr, target_shift, begin + first_column, BLOCK_V)
+    d = below - ref_below - tl.load(shift_ptr + row, mask=row_inside, other=0.0)[:, None]
+    p = tl.exp(below) * tl.load(scale_ptr + row, mask=row_inside, other=0.0)[:, None]
+    q = tl.exp(ref_below) * tl.load(ref_scale_ptr + row, mask=row_inside, other=0.0)[:, None]
     if REVERSE:
         _, kl = _exp_terms(-d, p, q)
         if STORE:
-            g = p * (d - tl.load(kl_ptr + rows, mask=row_inside, other=0.0)[:, None])
+            g = p * (d - tl.load(kl_ptr + row, mask=row_inside, other=0.0)[:, None])
     else:
         g, kl = _exp_terms(d, q, p)
     column = first_column + tl.arange(0, BLOCK_V)
@@ -275,7 +282,7 @@ def kl_logits_kernel(
     splits = tl.cdiv(V, SPLIT_TILES * BLOCK_V)
     row_block, split = place(tl.program_id(0), row_blocks, splits, GROUP)
 
-    rows = _rows(row_block, BLOCK_N, HAS_TARGET)
+    rows = _rows(row_block, slab_ptr, BLOCK_N, STORE and HAS_SOFTCAP and HAS_TARGET)
     row_inside = rows < N
     clamped_rows = tl.minimum(rows, N - 1).to(tl.int64)[:, None]
     x_rows, ref_x_rows = x_ptr + clamped_rows * stride_x, ref_x_ptr + clamped_rows * stride_ref_x
@@ -339,7 +346,7 @@ def kl_logits_persistent_kernel(
         ref_z = _capped(
             ref_acc, ref_bias_ptr, first_column, V, logit_scale, softcap, HAS_REF_BIAS, HAS_SOFTCAP, BLOCK_V
         )
-        rows = _rows(row_block, BLOCK_N, HAS_TARGET)
+        rows = _rows(row_block, slab_ptr, BLOCK_N, STORE and HAS_SOFTCAP and HAS_TARGET)
         sums = _take_kl(
             z, ref_z, tl.where(tile == 0, 0.0, sums), rows, rows < N, anchor_ptr, scale_ptr, ref_anchor_ptr,
             ref_scale_ptr, shift_ptr, target_ptr, kl_ptr, slab_ptr, first_column, V, begin, stride_slab, softcap,

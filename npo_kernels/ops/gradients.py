@@ -88,7 +88,11 @@ class SavedGradients(NamedTuple):
         """The gradients of hidden, weight and bias, in the dtype of the inputs; None where not wanted."""
         hidden, weight, bias = self.kept.grads.wanted(self.needs)
         if self._may_be_given_away(upstream):  # detached: they hang on the graph as outputs of the forward
-            return tuple(None if t is None else t.detach() for t in (hidden, weight, bias))
+            return (
+                None if hidden is None else hidden.detach(),
+                None if weight is None else weight.detach(),
+                None if bias is None else bias.detach(),
+            )
         unit = self.kept.unit if self.kept.unit.numel() else None
         return (
             None if hidden is None else scale_gradient(hidden, None, upstream, self.dtype, self.impl),

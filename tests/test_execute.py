@@ -66,9 +66,9 @@ def test_products_take_views_of_the_slab_as_a_vendor_takes_them(impl, needs, wor
 
         return project
 
-    def product(a, b, out=None):
+    def product(a, b, out=None, accumulate=True):
         operands.append((a, b))
-        return matmul(a, b, out)
+        return matmul(a, b, out, accumulate)
 
     for name in ("exp_logits", "exp_logits_at"):
         monkeypatch.setattr(backend, name, noting(getattr(backend, name)))

@@ -418,10 +418,11 @@ def test_a_wrong_label_poisons_its_own_sequence_alone(impl):
 def test_debug_reads_values_on_any_device():
     """A meta tensor stands for a GPU: reading its values is what it cannot do."""
     labels, offsets = torch.zeros(4, dtype=torch.int64, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
-    value_checks.check_values(labels, offsets, V, -100, None)
+    batch = labels, offsets, False, V, -100, None
+    value_checks.check_values(*batch)
     value_checks.set_debug(True)
     try:
         with pytest.raises(Exception, match="meta"):
-            value_checks.check_values(labels, offsets, V, -100, None)
+            value_checks.check_values(*batch)
     finally:
         value_checks.set_debug(False)

@@ -7,6 +7,7 @@ nothing waits for the device, and a wrong value makes the result NaN.
 import math
 import os
 
+import torch
 from torch import Tensor
 
 from npo_kernels.core.layout import flatten
@@ -21,8 +22,8 @@ def set_debug(enabled: bool) -> None:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether reading its values is free, or asked for."""
-    return tensor.device.type == "cpu" or _debug
+    """Whether reading its values is free, or asked for; under vmap there is no one value."""
+    return (tensor.device.type == "cpu" or _debug) and not torch._C._functorch.is_batchedtensor(tensor)
 
 
 def check_values(
@@ -79,7 +80,7 @@ def check_factors(offset: Tensor, normalizer: Tensor | None, weights: Tensor | N
 
     Only where reading values is free; elsewhere `npo_kernels.core.formulas` makes the loss NaN.
     """
-    if not readable(offset):
+    if not (readable(offset) and readable(num_tokens)):
         return
     if normalizer is not None and not 0 < normalizer.item() < math.inf:
         raise ValueError(

@@ -99,20 +99,21 @@ class TokenLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call, loss_of: LossOfTokens
     ) -> tuple[Tensor, ...]:
-        task = task_of(call, upstream_later=True)
-        rows, results = task.rows, None
+        results = None
 
         def weigh(stats: Statistics, chunk: slice, first: int, last: int) -> tuple[Tensor, Tensor]:
             nonlocal results
+            rows = task.rows
             sums = task.backend.sequence_sums(stats.logp, rows.sequence, rows.starts)
             scored = ScoredTokens(stats.logp.detach().requires_grad_(), sums, rows)
             loss, grad = _value_and_grad(loss_of, scored)
             results = TokenLossResults(loss, stats.logp, scored.sequence, sums, rows.num_tokens)
             return gradient_coefficients(stats, grad, task.head)
 
-        # not separable: a loss may mix sequences, so it sees all of them at once
-        plan = task.plan(call.execution.workspace_bytes, gradient_in_forward=True, separable=False)
         with as_written(hidden):
+            task = task_of(call, upstream_later=True)
+            # not separable: a loss may mix sequences, so it sees all of them at once
+            plan = task.plan(call.execution.workspace_bytes, gradient_in_forward=True, separable=False)
             _, grads = execute.value_and_gradients(task, plan, weigh)
         ctx.set_materialize_grads(False)
         ctx.rest = call.execution.needs, hidden.dtype, call.execution.impl

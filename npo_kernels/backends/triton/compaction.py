@@ -20,6 +20,7 @@ def compact(
 ) -> Rows:
     """The scored positions, in two launches; and one device-to-host copy of B+1 integers if num_rows is not given."""
     labels = labels.contiguous()
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     total, num_sequences = labels.numel(), labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     total = total if num_sequences else 0  # what no sequence owns is not scored
     rows = total if num_rows is None else min(num_rows, total)

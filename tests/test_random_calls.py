@@ -180,7 +180,7 @@ def draw(name, seed):
         call |= {"mask": laid_out(rng, torch.rand(shape, generator=g) < 0.7)}
         call |= {"reduction": rng.choice(("mean", "sum", "none"))}
         call |= {"direction": rng.choice(("forward", "reverse")), "target_shift": rng.choice((0.0, 3.0, -1.0))}
-        call |= {"labels": laid_out(rng, torch.randint(0, V, shape, generator=g).masked_fill(~call["mask"], -100))}
+        call |= {"labels": laid_out(rng, torch.randint(0, V, shape, generator=g))}
         return (hidden, weight, bias), call
     ignore_index = rng.choice((-100, -1, 0))
     labels = torch.randint(0, V, shape, generator=g)

@@ -115,6 +115,7 @@ MOMENT_LOOPS: dict[tuple[str, int, int], str] = {}
 MOMENT_MEASURED: dict[tuple[str, int, int], str] = {}
 
 BLOCK_POSITIONS = 1024  # of the batch, scored or not, a program of the compaction
+POSITION_WARPS = 8  # of those kernels: with four one of them spills under Triton 3.6
 BLOCK_ROWS = 128  # rows a program of the (N,) kernels
 BLOCK_HIDDEN = 1024  # elements of H a program of the (N, H) kernels
 BLOCK_SCALED = 4096  # elements of a gradient a program multiplies

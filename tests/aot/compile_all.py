@@ -274,7 +274,8 @@ def constants(case: Case, parameters: list[str], whole: set[str]) -> tuple[dict,
         "BLOCK_RUN": tiles.BLOCK_RUN,
         "BLOCK": tiles.BLOCK_SCALED,
     }
-    options = {"num_warps": tiles.ROW_WARPS}
+    of_positions = case.kernel in ("count_scored_kernel", "write_rows_kernel")
+    options = {"num_warps": tiles.POSITION_WARPS if of_positions else tiles.ROW_WARPS}
     if case.kernel == "reanchor_kernel":
         values["BLOCK_N"] = tiles.TILES[TARGETS[case.target].tiles, case.bits, tiles.ANY_HIDDEN].block_n
     if case.module == "linear_kl":

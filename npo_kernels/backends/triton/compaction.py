@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from csrc_triton.compaction import count_scored_kernel, gather_rows_kernel, write_rows_kernel
-from csrc_triton.tiles import BLOCK_POSITIONS, ROW_WARPS
+from csrc_triton.tiles import BLOCK_POSITIONS, POSITION_WARPS, ROW_WARPS
 from npo_kernels.backends.triton import launch
 from npo_kernels.core.layout import Rows
 
@@ -33,7 +33,7 @@ def compact(
     # a bisection of B offsets and their end
     steps = num_sequences.bit_length()
     constants = {
-        "SHIFT": shift, "PACKED": cu_seqlens is not None, "BLOCK_T": BLOCK_POSITIONS, "num_warps": ROW_WARPS
+        "SHIFT": shift, "PACKED": cu_seqlens is not None, "BLOCK_T": BLOCK_POSITIONS, "num_warps": POSITION_WARPS
     }  # fmt: skip
     count_scored_kernel[(blocks + 1,)](
         labels, cu_seqlens, counts, total, num_sequences, length, steps, blocks, ignore_index, **constants

@@ -194,7 +194,10 @@ class Case:
         key = TARGETS[self.target].tiles, self.bits, bucket
         if "persistent" in self.kernel and self.kernel not in MOMENTS and not (key in table and table[key].loop):
             table = candidates
-        return table.get(key)
+        found = table.get(key)
+        if found and self.kernel == "row_moments_persistent_kernel":
+            return found._replace(loop="flat")  # of MOMENT_LOOPS, whatever the projection's tile says
+        return found
 
 
 def with_buckets(case: Case) -> list[Case]:

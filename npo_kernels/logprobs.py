@@ -91,21 +91,22 @@ def sequence_logps(call: Call) -> tuple[Tensor, Tensor]:
     return results.logps, results.saved.num_tokens
 
 
-def scored_tokens(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """(token_logps (N,), sequence (N,) int64, num_tokens (B,)) of the scored tokens of a checked call, in their order.
+def scored_tokens(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(token_logps (N,), sequence (N,) int64, logps (B,), num_tokens (B,)) of a checked call, its tokens in order.
 
-    Where `num_rows` is not their number, all are NaN.
+    Where `num_rows` is not their number, token_logps are NaN.
     """
     if call.execution.impl == "reference":
         targets, offsets = call.positions()
         index = (targets != call.ignore_index).nonzero().squeeze(1)
-        return reference_tokens(call)[index], torch.bucketize(index, offsets[1:], right=True), reference_counts(call)
+        tokens, sequence = reference_tokens(call), torch.bucketize(index, offsets[1:], right=True)
+        return tokens[index], sequence, reference.sum_by_sequence(tokens, offsets), reference_counts(call)
     results = token_logps(LogpsCall(call, per_token=True))
     rows = results.saved
     tokens = results.tokens[rows.positions]
     if call.num_rows is not None:
         tokens = tokens * exact(rows.starts, rows.positions.shape[0])
-    return tokens, rows.sequence.clamp(max=call.num_sequences - 1), results.saved.num_tokens
+    return tokens, rows.sequence.clamp(max=call.num_sequences - 1), results.logps, rows.num_tokens
 
 
 def reference_counts(call: Call) -> Tensor:

@@ -136,7 +136,7 @@ def fused_token_loss(
             return (weights * token_logps).mean()
 
     `num_rows`, if given, has to be the number of scored tokens and not a bound: otherwise a call on a CPU raises
-    ValueError, and elsewhere the surplus tokens are NaN. `return_stats` also returns `TokenStats`. Inside torch.compile
+    ValueError, and elsewhere loss and gradients are NaN. `return_stats` also returns `TokenStats`. Inside torch.compile
     this is `token_logprobs` followed by `loss_fn`. Other arguments and errors as in `sequence_logprobs`.
     """
     check_loss_fn(loss_fn, "token_logps, sequence, num_tokens")
@@ -146,15 +146,13 @@ def fused_token_loss(
         loss = results.loss
         stats = TokenStats(results.logps, results.num_tokens, results.token_logps, results.sequence)
     else:
-        token_logps, sequence, counts = scored_tokens(call)
+        token_logps, sequence, logps, counts = scored_tokens(call)
         if call.num_rows is not None and not torch.compiler.is_compiling():
             check_exact_rows(counts.sum(), min(call.num_rows, call.labels.numel()))
         loss = loss_fn(token_logps, sequence, counts)
         check_scalar(loss)
         if return_stats:
-            detached = token_logps.detach()
-            logps = torch.zeros(counts.shape, dtype=detached.dtype, device=detached.device)
-            stats = TokenStats(logps.index_add(0, sequence, detached), counts, detached, sequence)
+            stats = TokenStats(logps.detach(), counts, token_logps.detach(), sequence)
     return (loss, stats) if return_stats else loss
 
 

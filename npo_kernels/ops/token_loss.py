@@ -31,8 +31,9 @@ class ScoredTokens:
 
     @property
     def sequence(self) -> Tensor:
-        """(N,) int64; of filling rows, whose log-probability is NaN, any."""
-        return self.rows.sequence.clamp(max=self.sums.shape[0] - 1)
+        """(N,) int64; of filling rows, which there are only where the caller passed num_rows, that of the last."""
+        sequence = self.rows.sequence
+        return sequence if self.rows.host_starts is not None else sequence.clamp(max=self.sums.shape[0] - 1)
 
     @property
     def num_tokens(self) -> Tensor:

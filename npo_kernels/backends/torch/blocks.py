@@ -41,6 +41,7 @@ def cached_rows(x: Tensor) -> int:
 
 
 def empty_slab(x: Tensor, columns: tuple[int, int]) -> Tensor:
+    """Room for the exponentials of a vocabulary slice."""
     return torch.empty(x.shape[0], columns[1] - columns[0], dtype=slab_dtype(x), device=x.device)
 
 

@@ -117,10 +117,8 @@ def launch_exp_logits(
     constants = {
         "HAS_BIAS": part.bias is not None, "HAS_SOFTCAP": head.softcap is not None, "STORE": slab is not None,
         "SUMS": parts is not None, "MAXIMA": maxima is not None, "REPAIR": dirty is not None,
-        "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_H": tile.block_h, "SPLIT_TILES": tile.split_tiles,
-        "GROUP": tile.group, "PIECES": tile.pieces, "PRECISION": launch.precision(x),
-        "UPCAST": launch.INTERPRETED and x.dtype == torch.bfloat16,
-        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+        "PIECES": tile.pieces, "UPCAST": launch.INTERPRETED and x.dtype == torch.bfloat16,
+        **launch.tile_constants(tile, x),
     }  # fmt: skip
     descriptors = launch.descriptors(x, weight, tile)
     if descriptors:

@@ -1,6 +1,7 @@
 """What the launches have in common: the tile, the interpreter, strides, grids."""
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -92,14 +93,25 @@ def precision(x: Tensor) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+def tile_constants(tile: Tile, x: Tensor) -> dict[str, Any]:
+    """What every product of x with a head takes from its tile."""
+    return {
+        "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_H": tile.block_h, "SPLIT_TILES": tile.split_tiles,
+        "GROUP": tile.group, "PRECISION": precision(x), "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+    }  # fmt: skip
+
+
 def hidden_block(hidden_size: int) -> int:
+    """Elements of a row that a program of the (N, H) kernels takes."""
     fitting: int = triton.next_power_of_2(hidden_size)
     return min(BLOCK_HIDDEN, fitting)
 
 
 def hidden_grid(shape: torch.Size) -> tuple[int, int]:
+    """Of the (N, H) kernels: rows x blocks of H."""
     return shape[0], triton.cdiv(shape[1], hidden_block(shape[1]))
 
 
 def row_grid(rows: int) -> tuple[int]:
+    """Of the (N,) kernels: blocks of rows."""
     return (triton.cdiv(rows, BLOCK_ROWS),)

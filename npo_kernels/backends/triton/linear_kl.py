@@ -3,7 +3,6 @@
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from csrc_triton.linear_kl import (
     kl_logits_kernel,
@@ -48,12 +47,13 @@ def softmax_sums(x: Tensor, head: Head, beside: Tensor, lowered: Lowered | None)
     sizes, scalars = (rows, *weight.shape), (head.logit_scale, head.softcap or 0.0, target_shift)
     constants = {
         "HAS_BIAS": head.bias is not None, "HAS_SOFTCAP": head.softcap is not None, "HAS_TARGET": lowered is not None,
-        "UPCAST": launch.INTERPRETED and x.dtype == torch.bfloat16, **_tile_constants(tile, x),
+        "UPCAST": launch.INTERPRETED and x.dtype == torch.bfloat16, **launch.tile_constants(tile, x),
     }  # fmt: skip
     programs = triton.cdiv(rows, tile.block_n) * splits
-    if tile.loop and launch.describable(x) and launch.describable(weight):
+    descriptors = launch.descriptors(x, weight, tile)
+    if descriptors:
         softmax_sums_persistent_kernel[(min(programs, launch.processors(x.device)),)](
-            *_descriptors(tile, x, weight), *vectors, *sizes, *scalars, **constants, FLATTEN=tile.loop == "flat"
+            *descriptors, *vectors, *sizes, *scalars, **constants, FLATTEN=tile.loop == "flat"
         )
     else:
         even = x.shape[1] % tile.block_h == 0
@@ -65,21 +65,6 @@ def softmax_sums(x: Tensor, head: Head, beside: Tensor, lowered: Lowered | None)
 
 def _of_target(lowered: Lowered | None) -> tuple[Tensor | None, float]:
     return (None, 0.0) if lowered is None else (lowered.target, lowered.shift)
-
-
-def _tile_constants(tile: Tile, x: Tensor) -> dict[str, int | str]:
-    return {
-        "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_H": tile.block_h, "SPLIT_TILES": tile.split_tiles,
-        "GROUP": tile.group, "PRECISION": launch.precision(x),
-        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
-    }  # fmt: skip
-
-
-def _descriptors(tile: Tile, x: Tensor, weight: Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
-    return (
-        TensorDescriptor.from_tensor(x, [tile.block_n, tile.block_h]),
-        TensorDescriptor.from_tensor(weight, [tile.block_v, tile.block_h]),
-    )
 
 
 def kl_logits(
@@ -122,12 +107,13 @@ def _kl(
         "HAS_BIAS": part.bias is not None, "HAS_REF_BIAS": ref_part.bias is not None,
         "HAS_SOFTCAP": head.softcap is not None, "HAS_TARGET": lowered is not None, "REVERSE": divergence.reverse,
         "STORE": slab is not None, "UPCAST": launch.INTERPRETED and torch.bfloat16 in (x.dtype, ref_x.dtype),
-        **_tile_constants(tile, x),
+        **launch.tile_constants(tile, x),
     }  # fmt: skip
     programs, depth, ref_depth = triton.cdiv(rows, tile.block_n) * splits, x.shape[1], ref_x.shape[1]
-    if tile.loop and depth == ref_depth and all(map(launch.describable, (x, weight, ref_x, ref_weight))):
+    descriptors, ref_descriptors = launch.descriptors(x, weight, tile), launch.descriptors(ref_x, ref_weight, tile)
+    if depth == ref_depth and descriptors and ref_descriptors:
         kl_logits_persistent_kernel[(min(programs, launch.processors(x.device)),)](
-            *_descriptors(tile, x, weight), part.bias, *_descriptors(tile, ref_x, ref_weight), ref_part.bias, *vectors,
+            *descriptors, part.bias, *ref_descriptors, ref_part.bias, *vectors,
             rows, width, depth, columns[0], *scalars, **constants, FLATTEN=tile.loop == "flat",
         )  # fmt: skip
     else:

@@ -76,9 +76,7 @@ def _grid(x: Tensor, weight: Tensor) -> tuple[int]:
 def _constants(x: Tensor, head: Head, pieces: int) -> dict[str, Any]:
     tile = launch.tile_for(x)
     return {
-        "HAS_BIAS": head.bias is not None, "HAS_SOFTCAP": head.softcap is not None,
-        "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_H": tile.block_h,
-        "SPLIT_TILES": tile.split_tiles, "GROUP": tile.group,
-        "UPCAST": launch.INTERPRETED and x.dtype == torch.bfloat16, "PRECISION": launch.precision(x),
-        "PIECES": pieces, "num_warps": MOMENT_WARPS, "num_stages": tile.num_stages,
+        "HAS_BIAS": head.bias is not None, "HAS_SOFTCAP": head.softcap is not None, "PIECES": pieces,
+        "UPCAST": launch.INTERPRETED and x.dtype == torch.bfloat16,
+        **launch.tile_constants(tile, x), "num_warps": MOMENT_WARPS,
     }  # fmt: skip

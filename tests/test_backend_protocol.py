@@ -148,8 +148,16 @@ def target_logits(r: Rows) -> Result:
     return [(r.backend.target_logits(r.x, r.head, r.target), r.z.gather(1, r.target[:, None])[:, 0], torch.float32)]
 
 
+def empty_slab(r: Rows) -> Result:
+    slab = r.backend.empty_slab(r.x, (37, 290))
+    assert slab.shape == (N, 253) and slab.dtype == r.slab_dtype
+    return []
+
+
 def exp_logits(r: Rows) -> Result:
-    slab, parts, anchor = r.backend.exp_logits(r.x, r.head, r.target, r.anchor, ALL)
+    out = r.backend.empty_slab(r.x.repeat(2, 1), ALL)[:N]
+    slab, parts, anchor = r.backend.exp_logits(r.x, r.head, r.target, r.anchor, ALL, out=out)
+    assert slab is out
     e, stored = exact_exponentials(r.x, r.head, r.target, anchor)
     sums = torch.stack([block.sum(1) for block in r.blocks(e)])
     highest = r.z.amax(1) - softmax_stats.anchor_headroom(r.slab_dtype)
@@ -159,7 +167,9 @@ def exp_logits(r: Rows) -> Result:
 
 def exp_logits_at(r: Rows) -> Result:
     anchor = r.z.logsumexp(1).float()
-    slab = r.backend.exp_logits_at(r.x, r.head, r.target, anchor, (37, 290))
+    room = r.backend.empty_slab(r.x, (0, 290))
+    slab = r.backend.exp_logits_at(r.x, r.head, r.target, anchor, (37, 290), out=room[:, :253])
+    assert slab.data_ptr() == room.data_ptr()
     return [(slab, exact_exponentials(r.x, r.head, r.target, anchor)[1][:, 37:290], r.slab_dtype)]
 
 
@@ -216,7 +226,9 @@ def kl_logits(r: Rows) -> Result:
         assert torch.equal(parts, values)
         found += [(slab, grad * r.slope, r.slab_dtype), (parts.sum(0), kl, parts.dtype)]
         begin = r.backend.block_v(r.x)
-        part, _ = r.backend.kl_logits(r.x, r.head, ref_x, ref_head, divergence, (begin, V))
+        room = r.backend.empty_slab(r.x, ALL)[:, : V - begin]
+        part, _ = r.backend.kl_logits(r.x, r.head, ref_x, ref_head, divergence, (begin, V), out=room)
+        assert part is room
         found.append((part, (grad * r.slope)[:, begin:], r.slab_dtype))
     return found
 
@@ -284,7 +296,9 @@ def moment_gradient(r: Rows) -> Result:
     expected[inside, r.target[inside]] = 0
     expected[torch.arange(N), argmax] = 0
     begin, end = 70, V - 3
-    slab = r.backend.moment_gradient(r.x, r.head, r.target, rows, (begin, end))
+    room = r.backend.empty_slab(r.x, ALL)[:, : end - begin]
+    slab = r.backend.moment_gradient(r.x, r.head, r.target, rows, (begin, end), out=room)
+    assert slab is room
     return [(slab, expected[:, begin:end], r.slab_dtype)]
 
 
@@ -325,6 +339,7 @@ PRIMITIVES: dict[str, Callable[[Rows], Result]] = {
     "describe": describe,
     "scratch": scratch,
     "kl_scratch": kl_scratch,
+    "empty_slab": empty_slab,
     "compact": compact,
     "gather_rows": gather_rows,
     "coefficients": coefficients,

@@ -58,8 +58,8 @@ def test_products_take_views_of_the_slab_as_a_vendor_takes_them(impl, needs, wor
     backend, slabs, operands = backend_of(impl), {}, []
 
     def noting(function):
-        def project(*args):
-            result = function(*args)
+        def project(*args, **options):
+            result = function(*args, **options)
             slab = result[0] if isinstance(result, tuple) else result
             slabs[slab.untyped_storage().data_ptr()] = slab.stride(0) * slab.itemsize
             return result

@@ -66,6 +66,9 @@ class Backend(Protocol):
         z.gather(1, target[:, None])[:, 0]
         """
 
+    def empty_slab(self, x: Tensor, columns: tuple[int, int]) -> Tensor:
+        """(n, end - begin) in slab_dtype with nothing in it, its rows where the kernels want them."""
+
     def exp_logits(
         self,
         x: Tensor,
@@ -73,6 +76,7 @@ class Backend(Protocol):
         target: Tensor,  # (n,)
         anchor: Tensor,  # (n,)
         columns: tuple[int, int],  # the vocabulary slice [begin, end), begin a multiple of block_v
+        out: Tensor | None = None,  # the slab that is written and returned; by default a new one
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(slab (n, end - begin) in slab_dtype, partial sums (blocks, n), anchor (n,) that it ended with).
 
@@ -83,7 +87,15 @@ class Backend(Protocol):
         and everything is at the raised one.
         """
 
-    def exp_logits_at(self, x: Tensor, head: Head, target: Tensor, anchor: Tensor, columns: tuple[int, int]) -> Tensor:
+    def exp_logits_at(
+        self,
+        x: Tensor,
+        head: Head,
+        target: Tensor,
+        anchor: Tensor,
+        columns: tuple[int, int],
+        out: Tensor | None = None,
+    ) -> Tensor:
         """The slab of `exp_logits` for an anchor that needs no raising; the slice may begin anywhere."""
 
     def partial_sums(self, x: Tensor, head: Head, target: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,6 +126,7 @@ class Backend(Protocol):
         ref_head: Head,
         divergence: Divergence,
         columns: tuple[int, int],
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(slab (n, end - begin) in slab_dtype, partial sums (blocks, n)).
 
@@ -145,6 +158,7 @@ class Backend(Protocol):
         target: Tensor,  # (n,)
         rows: GradientRows,
         columns: tuple[int, int],  # the vocabulary slice, which may begin anywhere
+        out: Tensor | None = None,
     ) -> Tensor:
         """The slab (n, end - begin) in slab_dtype that `row_moments.GradientRows` says, 0 at target and argmax.
 

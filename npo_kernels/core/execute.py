@@ -10,11 +10,12 @@ which is why a loss that is known only after a whole sequence costs no second pa
 (`softmax_stats.gradient_coefficients`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from npo_kernels.core.backend import Backend
 from npo_kernels.core.gradients import Gradients, HeadGradients
 from npo_kernels.core.matmul import matmul
 from npo_kernels.core.plan import GRAD_SLICE, Plan
@@ -35,6 +36,15 @@ def row_statistics(task: Task, x: Tensor, parts: Tensor, anchor: Tensor, z: Tens
         return task.backend.row_statistics(parts, anchor, z)
     stats = task.backend.row_statistics(*task.shard.gather(parts, anchor, task.backend.block_v(x)), z)
     return at_anchor(stats, anchor)
+
+
+def slab_rooms(backend: Backend, x: Tensor, slices: tuple[tuple[int, int], ...]) -> Iterator[tuple[int, int, Tensor]]:
+    """(begin, end, where to write the slab): one tensor for all slices. A CPU would spend an eighth of the time of a
+    call on page faults, if each slab were a new one.
+    """
+    room = backend.empty_slab(x, slices[0])  # none is wider
+    for begin, end in slices:
+        yield begin, end, room[:, : end - begin]
 
 
 # (statistics of some rows, which rows, their sequences [first, last)) -> (row_coef, target_coef) of those rows
@@ -70,14 +80,14 @@ def expectation(task: Task, plan: Plan, x: Tensor) -> tuple[Statistics, Tensor]:
     z = target_logits(task, x, target)
     anchor, sums = z, []
     product = None
-    for begin, end in plan.slices:
-        slab, part, raised = task.backend.exp_logits(x, task.head, target, anchor, (begin, end))
+    for begin, end, room in slab_rooms(task.backend, x, plan.slices):
+        slab, part, raised = task.backend.exp_logits(x, task.head, target, anchor, (begin, end), out=room)
         if product is not None:  # an anchor raised by this slice rescales what the earlier ones left
             product *= torch.where(raised > anchor, torch.exp(anchor - raised), 1.0).unsqueeze(1)
         anchor = raised
         sums.append(part)
         product = matmul(slab, task.head.weight[begin:end], out=product)
-        del slab  # before the next slice's is made
+    del room, slab
     assert product is not None  # a plan has a slice at least
     parts = sums[0]
     if len(sums) > 1:  # as if the anchor had been known from the start: the bits of logp do not show the slices
@@ -111,8 +121,8 @@ def finish_hidden_grad(
 def recompute_backward(task: Task, plan: Plan, x: Tensor, stats: Statistics, coefs: tuple[Tensor, Tensor]) -> Gradients:
     """Gradients from the statistics: exponentials formed again, a vocabulary slice at a time. Three products."""
 
-    def slab_of(columns: tuple[int, int]) -> Tensor:
-        return task.backend.exp_logits_at(x, task.head, task.rows.target, stats.anchor, columns)
+    def slab_of(columns: tuple[int, int], out: Tensor) -> Tensor:
+        return task.backend.exp_logits_at(x, task.head, task.rows.target, stats.anchor, columns, out=out)
 
     return gradients_of_slabs(task, plan, x, coefs, slab_of)
 
@@ -122,19 +132,19 @@ def gradients_of_slabs(
     plan: Plan,
     x: Tensor,
     coefs: tuple[Tensor, Tensor],
-    slab_of: Callable[[tuple[int, int]], Tensor],
+    slab_of: Callable[[tuple[int, int], Tensor], Tensor],
     peaks: tuple[Tensor, Tensor] | None = None,  # (coefficient, column), (n,) each: of one more term a row
 ) -> Gradients:
     """Gradients from slabs that are formed one vocabulary slice at a time. Two products beside those of the slabs."""
     product = None
     head_grads = HeadGradients(task, accumulate=False)
     head_grads.take_rows(x, *coefs, task.rows.target, peaks)
-    for begin, end in plan.slices:
-        slab = slab_of((begin, end))
+    for begin, end, room in slab_rooms(task.backend, x, plan.slices):
+        slab = slab_of((begin, end), room)
         if task.needs.hidden:
             product = matmul(slab, task.head.weight[begin:end], out=product)
         head_grads.add(slab, begin, end)
-        del slab  # before the next slice's is made
+    del room, slab
     hidden_grad = None
     if product is not None:
         if peaks is not None:
@@ -151,15 +161,17 @@ def slab_gradients(task: Task, plan: Plan, x: Tensor, weigh: Weigh) -> tuple[Sta
     rows, backend, head = task.rows, task.backend, task.head
     hidden_grad = task.hidden.new_zeros(task.hidden.shape, dtype=task.wide_dtype) if task.needs.hidden else None
     head_grads = HeadGradients(task, plan.accumulate)
-    chunk_stats = []
-    for first, last in plan.chunks:
-        if rows.host_starts is None:  # one chunk of everything
-            first, last, chunk = 0, rows.starts.shape[0] - 1, slice(0, x.shape[0])
-        else:
-            chunk = slice(rows.host_starts[first], rows.host_starts[last])
+    chunk_stats, everything = [], (0, head.weight.shape[0])
+    if rows.host_starts is None:
+        chunks = [(0, rows.starts.shape[0] - 1, slice(0, x.shape[0]))]
+    else:
+        chunks = [(a, b, slice(rows.host_starts[a], rows.host_starts[b])) for a, b in plan.chunks]
+    room = backend.empty_slab(x[: max(chunk.stop - chunk.start for _, _, chunk in chunks)], everything)  # `slab_rooms`
+    for first, last, chunk in chunks:
         target = rows.target[chunk]
         z = target_logits(task, x[chunk], target)
-        slab, parts, anchor = backend.exp_logits(x[chunk], head, target, z, (0, head.weight.shape[0]))
+        out = room[: chunk.stop - chunk.start]
+        slab, parts, anchor = backend.exp_logits(x[chunk], head, target, z, everything, out=out)
         stats = row_statistics(task, x[chunk], parts, anchor, z)
         chunk_stats.append(stats)
         row_coef, target_coef = weigh(stats, chunk, first, last)
@@ -171,5 +183,5 @@ def slab_gradients(task: Task, plan: Plan, x: Tensor, weigh: Weigh) -> tuple[Sta
         for begin in range(0, head.weight.shape[0], GRAD_SLICE):
             end = min(begin + GRAD_SLICE, head.weight.shape[0])
             head_grads.add(slab[:, begin:end], begin, end)
-        del slab  # before the next chunk's is made
+    del room, out, slab  # before a float32 gradient is rounded
     return concatenate(chunk_stats), Gradients(hidden_grad, *head_grads.result())

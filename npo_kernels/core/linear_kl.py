@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from npo_kernels.core.execute import finish_hidden_grad
+from npo_kernels.core.execute import finish_hidden_grad, slab_rooms
 from npo_kernels.core.gradients import Gradients, HeadGradients
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.matmul import matmul
@@ -83,14 +83,14 @@ class Pair:
         head_grads = HeadGradients(task, accumulate=False)
         coefs = -row_weight * head.logit_scale, torch.zeros_like(row_weight)  # no label has a term of its own
         head_grads.take_rows(self.x, *coefs, target=None)
-        parts = []
-        for begin, end in plan.slices:
-            slab, part = task.backend.kl_logits(self.x, head, self.ref_x, self.ref_head, divergence, (begin, end))
+        parts, models = [], (self.x, head, self.ref_x, self.ref_head)
+        for begin, end, room in slab_rooms(task.backend, self.x, plan.slices):
+            slab, part = task.backend.kl_logits(*models, divergence, (begin, end), out=room)
             parts.append(part)
             if product is not None:
                 matmul(slab, head.weight[begin:end], out=product)
             head_grads.add(slab, begin, end)
-            del slab  # before the next slice's is made
+        del room, slab
         hidden_grad = None
         if product is not None:
             # contiguous, whatever the hidden states are

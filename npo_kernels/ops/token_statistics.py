@@ -113,8 +113,8 @@ def token_statistics_backward(upstream: UpstreamStatistics) -> GradientTensors:
     parts, coefs = gradient_rows(moments, grad, rows.target, head, vocab_size)
     x = task.gather()
 
-    def slab_of(columns: tuple[int, int]) -> Tensor:
-        return task.backend.moment_gradient(x, head, rows.target, parts, columns)
+    def slab_of(columns: tuple[int, int], out: Tensor) -> Tensor:
+        return task.backend.moment_gradient(x, head, rows.target, parts, columns, out=out)
 
     plan = plan_of(task, execution.workspace_bytes)
     grads = gradients_of_slabs(task, plan, x, (coefs.row, coefs.target), slab_of, (coefs.peak, moments.argmax))

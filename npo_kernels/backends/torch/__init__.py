@@ -3,7 +3,7 @@
 KL and token statistics join a few numbers a row in float64, which MPS does not have: they need another device.
 """
 
-from npo_kernels.backends.torch.blocks import block_v, describe, slab_dtype
+from npo_kernels.backends.torch.blocks import block_v, describe, empty_slab, slab_dtype
 from npo_kernels.backends.torch.compaction import compact, gather_rows
 from npo_kernels.backends.torch.exp_logits import (
     exp_logits,
@@ -34,6 +34,7 @@ __all__ = [
     "coefficients",
     "compact",
     "describe",
+    "empty_slab",
     "exp_logits",
     "exp_logits_at",
     "finish_hidden_grad",

@@ -49,16 +49,18 @@ def target_logits(x: Tensor, head: Head, target: Tensor) -> Tensor:
 
 
 def exp_logits(
-    x: Tensor, head: Head, target: Tensor, anchor: Tensor, columns: tuple[int, int]
+    x: Tensor, head: Head, target: Tensor, anchor: Tensor, columns: tuple[int, int], out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(slab, partial sums, anchor): the exponentials of a vocabulary slice, their anchor raised where it has to be."""
-    slab = blocks.empty_slab(x, columns)
+    slab = blocks.empty_slab(x, columns) if out is None else out
     return slab, *_exponentials(x, head, target, anchor, columns, slab)
 
 
-def exp_logits_at(x: Tensor, head: Head, target: Tensor, anchor: Tensor, columns: tuple[int, int]) -> Tensor:
+def exp_logits_at(
+    x: Tensor, head: Head, target: Tensor, anchor: Tensor, columns: tuple[int, int], out: Tensor | None = None
+) -> Tensor:
     """The slab alone, at an anchor that is high enough."""
-    slab = blocks.empty_slab(x, columns)
+    slab = blocks.empty_slab(x, columns) if out is None else out
     _exponentials(x, head, target, anchor, columns, slab, reanchor=False)
     return slab
 

@@ -69,10 +69,16 @@ def _lowered_maxima(z: Tensor, lowered: Lowered, begin: int) -> Tensor:
 
 
 def kl_logits(
-    x: Tensor, head: Head, ref_x: Tensor, ref_head: Head, divergence: Divergence, columns: tuple[int, int]
+    x: Tensor,
+    head: Head,
+    ref_x: Tensor,
+    ref_head: Head,
+    divergence: Divergence,
+    columns: tuple[int, int],
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(slab, partial sums of KL): the gradient of a vocabulary slice, times the derivative of the softcap."""
-    slab = blocks.empty_slab(x, columns)
+    slab = blocks.empty_slab(x, columns) if out is None else out
     return slab, _kl(x, head, ref_x, ref_head, divergence, columns, slab)
 
 

@@ -49,10 +49,12 @@ def row_moments(x: Tensor, head: Head, target: Tensor) -> Moments:
     return Moments(maximum, argmax, total, first, second, logits)
 
 
-def moment_gradient(x: Tensor, head: Head, target: Tensor, rows: GradientRows, columns: tuple[int, int]) -> Tensor:
+def moment_gradient(
+    x: Tensor, head: Head, target: Tensor, rows: GradientRows, columns: tuple[int, int], out: Tensor | None = None
+) -> Tensor:
     """The slab of a vocabulary slice."""
     begin, end = columns
-    slab = blocks.empty_slab(x, columns)
+    slab = blocks.empty_slab(x, columns) if out is None else out
     for i in range(0, x.shape[0], blocks.BLOCK_N):
         some = slice(i, i + blocks.BLOCK_N)
         *vectors, argmax = (vector[some] for vector in rows)

@@ -14,7 +14,7 @@ from npo_kernels.backends.triton.exp_logits import (
     scratch,
     target_logits,
 )
-from npo_kernels.backends.triton.launch import block_v, describe, slab_dtype
+from npo_kernels.backends.triton.launch import block_v, describe, empty_slab, slab_dtype
 from npo_kernels.backends.triton.linear_kl import kl_logits, kl_scratch, kl_sums, softmax_sums
 from npo_kernels.backends.triton.moments import moment_gradient, moment_scratch, row_moments
 from npo_kernels.backends.triton.rows import (
@@ -35,6 +35,7 @@ __all__ = [
     "coefficients",
     "compact",
     "describe",
+    "empty_slab",
     "exp_logits",
     "exp_logits_at",
     "finish_hidden_grad",

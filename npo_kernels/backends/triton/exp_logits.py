@@ -39,16 +39,18 @@ def target_logits(x: Tensor, head: Head, target: Tensor) -> Tensor:
 
 
 def exp_logits(
-    x: Tensor, head: Head, target: Tensor, anchor: Tensor, columns: tuple[int, int]
+    x: Tensor, head: Head, target: Tensor, anchor: Tensor, columns: tuple[int, int], out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(slab, partial sums, anchor): the exponentials of a vocabulary slice, their anchor raised where it has to be."""
-    slab = launch.aligned_empty(x.shape[0], columns[1] - columns[0], x)
+    slab = launch.empty_slab(x, columns) if out is None else out
     return slab, *_exponentials(x, head, target, anchor, columns, slab)
 
 
-def exp_logits_at(x: Tensor, head: Head, target: Tensor, anchor: Tensor, columns: tuple[int, int]) -> Tensor:
+def exp_logits_at(
+    x: Tensor, head: Head, target: Tensor, anchor: Tensor, columns: tuple[int, int], out: Tensor | None = None
+) -> Tensor:
     """The slab alone, at an anchor that is high enough: no sums are taken."""
-    slab = launch.aligned_empty(x.shape[0], columns[1] - columns[0], x)
+    slab = launch.empty_slab(x, columns) if out is None else out
     launch_exp_logits(x, head, target, anchor, columns, slab)
     return slab
 

@@ -48,10 +48,11 @@ def slab_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def aligned_empty(rows: int, width: int, x: Tensor) -> Tensor:
+def empty_slab(x: Tensor, columns: tuple[int, int]) -> Tensor:
     """A slab whose rows start at multiples of 128 bytes, which the products that read it are fastest with."""
-    unit = 128 // slab_dtype(x).itemsize
-    return torch.empty(rows, triton.cdiv(width, unit) * unit, dtype=slab_dtype(x), device=x.device)[:, :width]
+    width, unit = columns[1] - columns[0], 128 // slab_dtype(x).itemsize
+    padded = triton.cdiv(width, unit) * unit
+    return torch.empty(x.shape[0], padded, dtype=slab_dtype(x), device=x.device)[:, :width]
 
 
 def rows_contiguous(t: Tensor) -> Tensor:

@@ -68,10 +68,16 @@ def _of_target(lowered: Lowered | None) -> tuple[Tensor | None, float]:
 
 
 def kl_logits(
-    x: Tensor, head: Head, ref_x: Tensor, ref_head: Head, divergence: Divergence, columns: tuple[int, int]
+    x: Tensor,
+    head: Head,
+    ref_x: Tensor,
+    ref_head: Head,
+    divergence: Divergence,
+    columns: tuple[int, int],
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(slab, partial sums of KL): the gradient of a vocabulary slice, times the derivative of the softcap."""
-    slab = launch.aligned_empty(x.shape[0], columns[1] - columns[0], x)
+    slab = launch.empty_slab(x, columns) if out is None else out
     return slab, _kl(x, head, ref_x, ref_head, divergence, columns, slab)
 
 

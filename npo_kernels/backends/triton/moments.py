@@ -54,9 +54,11 @@ def moment_loop(x: Tensor) -> str:
     return find_entry(MOMENT_LOOPS, launch.architecture(x.device), 8 * x.itemsize, x.shape[-1]) or ""
 
 
-def moment_gradient(x: Tensor, head: Head, target: Tensor, rows: GradientRows, columns: tuple[int, int]) -> Tensor:
+def moment_gradient(
+    x: Tensor, head: Head, target: Tensor, rows: GradientRows, columns: tuple[int, int], out: Tensor | None = None
+) -> Tensor:
     """The slab of a vocabulary slice."""
-    slab = launch.aligned_empty(x.shape[0], columns[1] - columns[0], x)
+    slab = launch.empty_slab(x, columns) if out is None else out
     x, part = launch.rows_contiguous(x), head.columns(*columns)
     weight, tile = launch.rows_contiguous(part.weight), launch.tile_for(x)
     if x.shape[0]:

@@ -33,6 +33,24 @@ class Compiled(NamedTuple):
 
 
 @contextmanager
+def rows_without_kernels() -> Iterator[None]:
+    """How many rows there are is read from what the kernels of compaction write, and decides what is launched after
+    them: they are launched, and the rows come from PyTorch.
+    """
+    from npo_kernels.backends import torch as in_pytorch
+    from npo_kernels.backends import triton as backend
+
+    launched = backend.compact
+
+    def compact(*arguments):
+        launched(*arguments)
+        return in_pytorch.compact(*arguments)
+
+    with mock.patch.object(backend, "compact", compact):
+        yield
+
+
+@contextmanager
 def collecting() -> Iterator[dict[Specialization, None]]:
     """Launches are written down, once each, and do not happen."""
     import triton
@@ -43,7 +61,7 @@ def collecting() -> Iterator[dict[Specialization, None]]:
         found[Specialization(fn.module, fn.name, compile["specialization_data"])] = None
         return True  # do not compile
 
-    with triton.knobs.runtime.scope():
+    with triton.knobs.runtime.scope(), rows_without_kernels():
         triton.knobs.runtime.jit_cache_hook = hook
         yield found
 

@@ -166,22 +166,21 @@ def slab_gradients(task: Task, plan: Plan, x: Tensor, weigh: Weigh) -> tuple[Sta
         chunks = [(0, rows.starts.shape[0] - 1, slice(0, x.shape[0]))]
     else:
         chunks = [(a, b, slice(rows.host_starts[a], rows.host_starts[b])) for a, b in plan.chunks]
-    room = backend.empty_slab(x[: max(chunk.stop - chunk.start for _, _, chunk in chunks)], everything)  # `slab_rooms`
+    room = backend.empty_slab(max((x[chunk] for _, _, chunk in chunks), key=len), everything)  # as in `slab_rooms`
     for first, last, chunk in chunks:
-        target = rows.target[chunk]
-        z = target_logits(task, x[chunk], target)
-        out = room[: chunk.stop - chunk.start]
-        slab, parts, anchor = backend.exp_logits(x[chunk], head, target, z, everything, out=out)
-        stats = row_statistics(task, x[chunk], parts, anchor, z)
+        some, target = x[chunk], rows.target[chunk]
+        z = target_logits(task, some, target)
+        slab, parts, anchor = backend.exp_logits(some, head, target, z, everything, out=room[: len(some)])
+        stats = row_statistics(task, some, parts, anchor, z)
         chunk_stats.append(stats)
         row_coef, target_coef = weigh(stats, chunk, first, last)
         if hidden_grad is not None:
             product = matmul(slab, head.weight)
             finish_hidden_grad(task, product, (row_coef, target_coef), target, rows.index[chunk], hidden_grad)
             del product
-        head_grads.take_rows(x[chunk], row_coef, target_coef, target)
+        head_grads.take_rows(some, row_coef, target_coef, target)
         for begin in range(0, head.weight.shape[0], GRAD_SLICE):
             end = min(begin + GRAD_SLICE, head.weight.shape[0])
             head_grads.add(slab[:, begin:end], begin, end)
-    del room, out, slab  # before a float32 gradient is rounded
+    del room, slab  # before a float32 gradient is rounded
     return concatenate(chunk_stats), Gradients(hidden_grad, *head_grads.result())

@@ -3,6 +3,7 @@
 #   make experiment  TOFU unlearning on the CPU: forget quality against utility (ARGS="--data_dir DIR ..."; hours in full)
 #   make test        the test suite, without a GPU (Triton kernels run in the interpreter)
 #   make test-oldest the same with the oldest supported torch, Triton and Transformers, in .venv-oldest
+#   make aot         every kernel compiled for every target: registers, spills, tensor cores (a quarter of an hour)
 #   make lint        ruff check, ruff format --check and mypy
 #   make bench       the benchmarks of a CPU; ARGS="run --suite head" and others on a GPU
 #   make certify     a GPU: its tests, the targets beside the peers, tiles, rooflines, in seven minutes (ARGS="--plan": how)
@@ -19,7 +20,7 @@ PY           := .venv/bin/python
 STAMP        := .venv/.installed
 OLDEST_STAMP := .venv-oldest/.installed
 
-.PHONY: help demo experiment test test-oldest lint format bench certify gpu-check env clean
+.PHONY: help demo experiment test test-oldest aot lint format bench certify gpu-check env clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -35,6 +36,9 @@ test: $(STAMP)
 test-oldest: $(OLDEST_STAMP)
 test test-oldest:
 	OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+aot: $(STAMP)
+	$(PY) -m tests.aot.compile_all $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -7,7 +7,6 @@ the edges of each.
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import pytest

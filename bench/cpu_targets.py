@@ -38,9 +38,9 @@ def sections(records: Iterable[Record]) -> Iterator[str]:
     yield (
         "Time and peak memory (gradients included) of loss and both gradients against plain PyTorch, eager: the better "
         "of its two\nconventions, log-softmax in float32 and in the dtype of the logits; what took too long is a "
-        "bound.\nCeiling: the time of the three bare products, of float32 copies where that is faster. Where these alone "
-        "take more than 0.8x\nof plain PyTorch's time, nothing that forms the logits once can meet that target. Made by\n"
-        f"{COMMAND}."
+        "bound.\nCeiling: the time of the three bare products, of float32 copies where that is faster. Where these "
+        "alone take more\nthan 0.8x of plain PyTorch's time, nothing that forms the logits once can meet that target. "
+        f"Made by\n{COMMAND}."
     )
 
 

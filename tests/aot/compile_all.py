@@ -255,9 +255,8 @@ def cases(target: str, everything: bool) -> list[Case]:
 
 
 def brief(case: Case) -> bool:
-    """Whether the test compiles it: of every product in bfloat16 what needs most registers. On sm_90 also the persistent
-    kernels, the slab without options at H = 4096 among them, and those over rows. That golden.json is of the kernels as
-    they are is a test of its own.
+    """Whether the test compiles it: of every product in bfloat16 what needs most registers; on sm_90 persistent kernels
+    too, the slab at H = 4096 and what is done row by row. That golden.json is of these kernels is another test.
     """
     if case.dtype != "bf16" or any(map(case.has, ("one", "ragged", "odd", "h2048"))):
         return False

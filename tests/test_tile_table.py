@@ -34,7 +34,8 @@ from npo_kernels.backends.tiles import (
     row_of_gpu,
     shared_memory,
 )
-from tests.aot.compile_all import PRODUCTS, TARGETS, cases, read_golden
+from tests.aot.cases import PRODUCTS, TARGETS, cases
+from tests.aot.compile_all import read_golden
 
 ROOT = Path(__file__).parents[1]
 TABLES = TILES, PAIR_TILES

@@ -1,6 +1,6 @@
 """Every tile of the table compiles for its architecture without spills, with tensor cores, and has not grown.
 
-The variants that `compile_all.brief` chooses, in a process of its own: kernels decorated under the interpreter, which
+The variants that `cases.brief` chooses, in a process of its own: kernels decorated under the interpreter, which
 the other tests run in, cannot be compiled. `make aot` compiles all that golden.json has to hold; a test compares the
 sources that it was made of with those that are here.
 """
@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from csrc_triton import tiles
-from tests.aot.compile_all import TARGETS, Case, brief, cases, complaints, read_golden, sources, spilled
+from tests.aot.cases import TARGETS, Case, brief, cases
+from tests.aot.compile_all import complaints, read_golden, sources
+from tests.aot.measure import spilled
 
 pytestmark = [
     pytest.mark.slow,

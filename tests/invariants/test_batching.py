@@ -13,7 +13,7 @@ from tests.invariants.batches import batches
 from tests.support import IMPLS, TINY, evaluate, npo, relative_error
 
 NEEDS = ("hidden", "weight")
-EXAMPLES = settings(max_examples=12)
+EXAMPLES = settings(max_examples=8)
 # Of gradients of one batch cut in two ways: sums in another order, and one rounding to the dtype of the inputs each.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-7.5, torch.float16: 2**-10.5}
 
@@ -80,7 +80,7 @@ def test_a_sequence_has_the_same_log_probability_alone_and_in_company(impl, batc
 
 @pytest.mark.parametrize("impl", IMPLS)
 @given(batches(), st.sampled_from([TINY, 1.0, "chunks"]))
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_any_workspace_gives_the_same_logps_and_the_same_gradients_within_rounding(impl, batch, workspace_mb):
     expected, gradients = logps_of(batch, impl), evaluate(npo, batch, NEEDS, impl=impl)
     for needs in ((), ("hidden",), NEEDS):

@@ -13,7 +13,7 @@ from npo_kernels.core import formulas
 from tests.invariants.batches import batches
 from tests.support import IMPLS, TINY, evaluate, make_batch, npo, relative_error
 
-EXAMPLES = settings(max_examples=12)
+EXAMPLES = settings(max_examples=8)
 BETAS = st.sampled_from([0.02, 0.1, 0.7, 3.0])
 EVERY_WAY = [((), None), (("hidden",), TINY), (("hidden", "weight"), None), (("hidden", "weight"), TINY)]
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-7.5, torch.float16: 2**-10.5}

@@ -12,7 +12,7 @@ from tests import support
 from tests.invariants.batches import batches
 from tests.support import IMPLS, TINY, evaluate, npo
 
-EXAMPLES = settings(max_examples=12)
+EXAMPLES = settings(max_examples=8)
 NO_SOFTCAP = ("plain", "bias", "scale")  # behind a softcap it is the capped logits whose gradients sum to nothing
 
 

@@ -13,7 +13,7 @@ from npo_kernels.core.lm_head import Head
 from tests import matrix
 from tests.kernels import launch
 from tests.kernels.launch import TILE, Outputs
-from tests.support import DEVICE, DTYPES, HEADS, ON_GPU, name_of, persistent_grids, relative_error
+from tests.support import DEVICE, DTYPES, HEADS, ON_GPU, persistent_grids, relative_error
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="the interpreter's tile; tests/gpu has the tiles of GPUs")
 
@@ -21,7 +21,7 @@ BACKEND = backend_of("triton")
 LOOPS = ("serial", "flat")  # interpreted, "specialized" is "flat"
 # N, H, V: one tile and less; several of everything, ragged; H that block_h divides; a last split of one tile
 SHAPES = [(1, 8, 5), (35, 40, 300), (16, 64, 128), (50, 80, 257)]
-CASES = [(torch.float32, shape, "flat") for shape in SHAPES] + [(torch.float32, SHAPES[1], "serial")]
+CASES = [(torch.float32, shape, "flat") for shape in SHAPES[:3]] + [(torch.float32, SHAPES[1], "serial")]
 CASES += [(torch.bfloat16, SHAPES[3], "flat"), (torch.float16, SHAPES[1], "flat")]
 
 
@@ -96,8 +96,9 @@ def test_it_gives_the_bits_of_the_other_kernel(dtype, shape, loop, force, launch
     assert all(same(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(
+    ("dtype", "head"), [*((torch.float32, head) for head in HEADS), *((dtype, "all") for dtype in DTYPES[1:])], ids=str
+)
 def test_it_gives_the_exponentials_and_their_sums(dtype, head, force, launched):
     x, head, target, anchor = problem(35, 40, 300, dtype, head)
     force("flat")

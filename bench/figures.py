@@ -1,7 +1,7 @@
 """The figures of the report: time, rate and memory over N or V, error by kind of row; one file a suite and machine."""
 
 import re
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,13 @@ def panels_of(suite: str, records: list[Record]) -> list[Panel]:
     if suite == "accuracy":
         of = {tensor: [r for r in records if r["tensor"] == tensor] for tensor in ("logps", "hidden", "weight")}
         return [(f"error of {tensor}", "case", found) for tensor, found in of.items() if found]
-    metrics = ("ms", "tokens_per_s", "peak_mb")
-    of = {metric: [r for r in whole if r["metric"] == metric] for metric in metrics}
-    return [(UNITS[metric], "case", found) for metric, found in of.items() if found]
+    dtypes = list(dict.fromkeys(r["dtype"] for r in whole))
+    panels = []
+    for metric, dtype in product(("ms", "tokens_per_s", "peak_mb"), dtypes):
+        found = [r for r in whole if (r["metric"], r["dtype"]) == (metric, dtype)]
+        if found:
+            panels.append((UNITS[metric] if len(dtypes) == 1 else f"{UNITS[metric]}, {dtype}", "case", found))
+    return panels
 
 
 def _varies(suite: str, r: Record, axis: str) -> bool:
@@ -105,6 +109,8 @@ def _bars(axis: Axes, records: list[Record], over: str, providers: list[str]) ->
     width = 0.8 / len(providers)
     for number, name in enumerate(providers):
         values = {r["case"]: r["value"] for r in records if r["provider"] == name}
+        if not values:  # its handle would have a colour that is not its own
+            continue
         places = [cases.index(case) + (number + 0.5) * width - 0.4 for case in values]
         axis.bar(places, list(values.values()), width, label=name, color=COLOURS[number % len(COLOURS)])
     axis.set_xticks(range(len(cases)), cases, fontsize=8)

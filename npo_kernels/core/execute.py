@@ -39,8 +39,8 @@ def row_statistics(task: Task, x: Tensor, parts: Tensor, anchor: Tensor, z: Tens
 
 
 def slab_rooms(backend: Backend, x: Tensor, slices: tuple[tuple[int, int], ...]) -> Iterator[tuple[int, int, Tensor]]:
-    """(begin, end, where to write the slab): one tensor for all slices. A CPU would spend an eighth of the time of a
-    call on page faults, if each slab were a new one.
+    """(begin, end, where to write the slab): one tensor for all slices, because on a CPU each page of a new one is a
+    fault of its own.
     """
     room = backend.empty_slab(x, slices[0])  # none is wider
     for begin, end in slices:

@@ -13,6 +13,7 @@ from bench import roofline, sweeps, tune, variants
 from bench.__main__ import main
 from bench.cases import Case, Head, R
 from bench.compare import common, verdict
+from bench.figures import panels_of
 from bench.isolate import take_turns
 from bench.measure import Failure
 from bench.records import RESULTS, merged, read, record, summary, write
@@ -114,6 +115,15 @@ def test_targets_need_a_gpu_and_are_computed_from_records():
     page = targets_page([*records, made(29.0, gpu="NVIDIA H100", driver="1")])
     assert page.count("## NVIDIA H200\n") == page.count("## NVIDIA H100\n") == 1
     assert page.count("| NVIDIA H200, driver 1 |") == 7 and "| NVIDIA H100" not in page  # figures of one GPU only
+
+
+def test_a_figure_has_a_panel_for_each_dtype():
+    rows = [made(v, suite="cpu", case="wide", dtype=d) for v, d in ((1.0, "float32"), (2.0, "bfloat16"))]
+    panels = panels_of("cpu", rows)
+    assert [(label, [r["value"] for r in found]) for label, _, found in panels] == [
+        ("ms, float32", [1.0]), ("ms, bfloat16", [2.0])
+    ]  # fmt: skip
+    assert [label for label, *_ in panels_of("cpu", rows[:1])] == ["ms"]
 
 
 def test_report(tmp_path):

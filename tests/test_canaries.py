@@ -9,6 +9,7 @@ from tests.canaries import GUARD, canaries
 from tests.support import DTYPES, IMPLS, make_batch, name_of
 
 NEEDS = (("hidden", "weight", "bias"), ("hidden",), ())
+WORKSPACES = (None, support.TINY)
 
 
 def check(impl, dtype, needs, workspace_mb, **shape):
@@ -31,7 +32,7 @@ def check(impl, dtype, needs, workspace_mb, **shape):
             assert all(t.isfinite().all() for t in results.values())
 
 
-@pytest.mark.parametrize(("dtype", "workspace_mb"), zip(DTYPES, (None, support.TINY), strict=False), ids=name_of)
+@pytest.mark.parametrize(("dtype", "workspace_mb"), zip(DTYPES, WORKSPACES, strict=False), ids=name_of)
 @pytest.mark.parametrize("needs", NEEDS, ids=name_of)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nothing_is_written_outside(impl, dtype, needs, workspace_mb):

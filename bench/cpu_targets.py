@@ -40,7 +40,7 @@ def sections(records: Iterable[Record]) -> Iterator[str]:
         "of its two\nconventions, log-softmax in float32 and in the dtype of the logits; what took too long is a "
         "bound.\nCeiling: the time of the three bare products, of float32 copies where that is faster. Where these "
         "alone take more\nthan 0.8x of plain PyTorch's time, nothing that forms the logits once can meet that target. "
-        f"Made by\n{COMMAND}."
+        f"Made by\n{COMMAND};\n`bench/NOTES.md` names the cases that had 25 seconds."
     )
 
 

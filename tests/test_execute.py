@@ -48,17 +48,20 @@ def test_logits_never_exist(impl, dtype, needs):
 
 
 @pytest.mark.parametrize(
-    ("needs", "workspace_mb"), [(("hidden", "weight"), None), (("hidden", "weight"), TINY), (("hidden",), TINY)],
-    ids=["slab", "recompute", "frozen"],
+    ("needs", "workspace_mb"),
+    [(("hidden", "weight"), None), (("hidden", "weight"), "chunks"), (("hidden", "weight"), TINY), (("hidden",), TINY)],
+    ids=["slab", "chunks", "recompute", "frozen"],
 )  # fmt: skip
 @pytest.mark.parametrize("impl", IMPLS)
 def test_products_take_views_of_the_slab_as_a_vendor_takes_them(impl, needs, workspace_mb, monkeypatch):
     """Nothing is copied: the operands have one stride of 1 and another that is a leading dimension, and half of them
-    are the storage that the exponentials were written to, its rows at multiples of 128 bytes."""
-    backend, slabs, operands = backend_of(impl), {}, []
+    are the storage that the exponentials were written to, its rows at multiples of 128 bytes: one for the whole call.
+    """
+    backend, slabs, rooms, operands = backend_of(impl), {}, [], []
 
     def noting(function):
         def project(*args, **options):
+            rooms.append(options["out"])
             result = function(*args, **options)
             slab = result[0] if isinstance(result, tuple) else result
             slabs[slab.untyped_storage().data_ptr()] = slab.stride(0) * slab.itemsize
@@ -75,8 +78,12 @@ def test_products_take_views_of_the_slab_as_a_vendor_takes_them(impl, needs, wor
     for module in (execute, gradients):
         monkeypatch.setattr(module, "matmul", product)
     batch = make_batch(torch.float32, lengths=(19, 12), prompts=(1, 1), H=8, V=300)
+    if workspace_mb == "chunks":
+        workspace_mb = support.workspace_for(batch, impl, chunks=True)
     evaluate(support.npo, batch, needs, impl=impl, workspace_mb=workspace_mb)
     assert len(operands) >= 2 * len(needs)
+    assert len({room.untyped_storage().data_ptr() for room in rooms}) == 1  # held here, so none is the place of another
+    assert (len(rooms) > 1) == (workspace_mb is not None)
     for a, b in operands:
         for t in (a, b):
             inner = t.stride().index(1)

@@ -63,6 +63,7 @@ class KLLossResults(NamedTuple):
 
 @operator("linear_kl_loss")
 def linear_kl_loss(arguments: KLLossCall) -> KLLossResults:
+    """The scaled sum of the KL of all counted positions, and its gradients where they are wanted."""
     call, scale, needs = arguments.call, arguments.scale, arguments.call.execution.needs
     pair = pair_of(call, needs, upstream_later=True)
     plan, normalizers = pair.plan(call.execution.workspace_bytes), pair.normalizers()
@@ -104,6 +105,7 @@ class KLResults(NamedTuple):
 
 @operator("linear_kl")
 def linear_kl(call: KLCall) -> KLResults:
+    """The KL of each position; its gradients are formed in the backward."""
     pair = pair_of(call, call.execution.needs)
     pair.plan(call.execution.workspace_bytes)  # what the backward cannot do is refused here
     normalizers = pair.normalizers()
@@ -133,6 +135,7 @@ class UpstreamKL(NamedTuple):
 
 @operator("linear_kl_backward")
 def linear_kl_backward(upstream: UpstreamKL) -> GradientTensors:
+    """The gradients of `linear_kl` for the upstream gradient of each position."""
     call = upstream.saved.call
     pair = pair_of(call, call.execution.needs)
     index = pair.task.rows.index

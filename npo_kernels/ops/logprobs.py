@@ -47,6 +47,7 @@ class TokenLogps(NamedTuple):
 
 @operator("token_logps")
 def token_logps(arguments: LogpsCall) -> TokenLogps:
+    """Log-probabilities of tokens, where wanted, and of sequences, with what their backward needs."""
     call = arguments.call
     task = task_of(call)
     rows, plan = task.rows, task.plan(call.execution.workspace_bytes, gradient_in_forward=False)

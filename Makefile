@@ -29,7 +29,7 @@ demo: $(STAMP)
 	$(PY) -m training.demo $(ARGS)
 
 experiment: $(STAMP)
-	$(PY) -m training.experiment $(ARGS)
+	$(PY) -m training.grid $(ARGS)
 
 # One thread a worker: the arrays are small, and workers that each take all cores only slow each other down.
 test: $(STAMP)

@@ -1,63 +1,68 @@
-"""The settings of a run: one dataclass, from which the command line and its help are made."""
+"""How a model is trained: the options of a run, declared once, with what they mean beside them."""
 
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
 
-from training.options import parse
+Precision = Literal["auto", "fp32", "bf16"]
+Switch = Literal["auto", "on", "off"]
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"]
 
 
 @dataclass(frozen=True)
-class Config:
-    """`Annotated[type, help]`; None is filled in from `PRESETS`."""
+class TrainConfig:
+    """How a model is trained, whatever the objective. The defaults are those of the NPO paper (E.1.4)."""
 
-    data_dir: Annotated[Path | None, "folder with TOFU's JSON lines; without it, fictitious authors are generated"] = (
-        None
+    epochs: Annotated[int, "over the rows to learn, or the forget set"] = 10
+    lr: Annotated[float, "peak learning rate of AdamW"] = 1e-5
+    batch_size: Annotated[
+        int, "rows a step, by all processes and micro-batches together: all rows in fine-tuning, those to forget in "
+        "unlearning, which take as many retain rows along"
+    ] = 32  # fmt: skip
+    micro_batch_size: Annotated[
+        int | None, "rows of a kind at a time in one process; gradients add up to the whole step. None: its whole share"
+    ] = None
+    gradient_accumulation_steps: Annotated[
+        int | None, "the same, said as the number of forwards and backwards a step"
+    ] = None
+    lr_scheduler_type: Annotated[Scheduler, "what the learning rate does after the warm-up, as in transformers"] = (
+        "linear"
     )
-    out: Annotated[Path, "folder for the results, the fine-tuned model and the reference cache"] = Path("runs/demo")
-    fresh: Annotated[bool, "run every stage again, whatever is in --out"] = False
-    device: Annotated[str, "auto, cuda, mps or cpu"] = "auto"
-    seed: Annotated[int, "seed of the authors, the weights, the batches and the retain rows"] = 0
-    # data
-    authors: Annotated[int | None, "number of authors, 20 pairs each; 0: all of --data_dir (TOFU has 200)"] = None
-    forget_percent: Annotated[int, "share of the authors to forget; selects forgetXX.json and retainYY.json"] = 10
-    retain_eval_authors: Annotated[int, "authors to keep on whom keeping is measured, a seeded sample"] = 8
-    vocab_size: Annotated[int, "entries of the tokenizer, which is trained on the text"] = 4096
-    # model and fine-tuning
-    hidden_size: Annotated[int, "width of the model, a multiple of 64"] = 512
-    layers: Annotated[int, "decoder layers"] = 1
-    finetune_epochs: Annotated[int | None, "epochs over all authors, until they are known"] = None
-    finetune_lr: Annotated[float, "peak learning rate of fine-tuning"] = 2e-3
-    batch_size: Annotated[int, "sequences a step, in fine-tuning and of the forget set in unlearning"] = 16
-    # unlearning, the same for every method
-    epochs: Annotated[int, "unlearning epochs over the forget set"] = 10
-    lr: Annotated[float | None, "peak learning rate of unlearning"] = None
-    beta: Annotated[float, "inverse temperature of NPO; towards 0 it becomes gradient ascent"] = 0.1
-    retain_weight: Annotated[float | None, "weight of the retain likelihood in NPO+RT"] = None
+    warmup_epochs: Annotated[float, "length of the linear warm-up"] = 1.0
+    warmup_steps: Annotated[float | None, "the same in steps, or below 1 as a share of all of them"] = None
+    weight_decay: Annotated[float, "of AdamW, on matrices alone"] = 0.01
+    max_grad_norm: Annotated[float, "gradients are clipped to this norm; 0: they are not"] = 1.0
+    packing: Annotated[
+        Switch, "rows one after another without padding. auto: where the attention can skip other rows (flash and flex "
+        "attention); elsewhere rows of similar length share a micro-batch"
+    ] = "auto"  # fmt: skip
+    precision: Annotated[
+        Precision, "of the arithmetic, in training and evaluation: bf16 is autocast over float32 weights. auto: bf16 "
+        "on a GPU that has it, fp32 elsewhere"
+    ] = "auto"  # fmt: skip
+    seed: Annotated[int, "of the order of the rows and of what is drawn"] = 0
 
+    def __post_init__(self):
+        for name in ("epochs", "lr", "batch_size", "micro_batch_size", "gradient_accumulation_steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name}: expected more than 0, got {value}")
+        for name, kind in (("packing", Switch), ("precision", Precision), ("lr_scheduler_type", Scheduler)):
+            if getattr(self, name) not in get_args(kind):
+                expected = ", ".join(get_args(kind))
+                raise ValueError(f"--{name}: expected one of {expected}, got {getattr(self, name)!r}")
+        if self.micro_batch_size and self.gradient_accumulation_steps:
+            raise ValueError(
+                "expected --micro_batch_size or --gradient_accumulation_steps, got both: they say the same thing"
+            )
 
-# What takes a few minutes on two CPU cores (training/results/ has the times), by where the data comes from.
-PRESETS: dict[str, dict[str, Any]] = {
-    # generated authors are cut from one cloth: forgetting some drags the others along unless these weigh more
-    "generated": {"authors": 60, "finetune_epochs": 10, "lr": 6e-4, "retain_weight": 5.0},
-    "tofu": {"authors": 40, "finetune_epochs": 8, "lr": 3e-4, "retain_weight": 1.0},
-}
+    def piece(self, share: int) -> int:
+        """How many rows of a kind are forwarded at a time, of the `share` that a process has in a step."""
+        if self.gradient_accumulation_steps:
+            return -(-share // self.gradient_accumulation_steps)
+        return min(self.micro_batch_size or share, share)
 
-
-def with_presets(config: Config) -> Config:
-    preset = PRESETS["generated" if config.data_dir is None else "tofu"]
-    return replace(config, **{name: value for name, value in preset.items() if getattr(config, name) is None})
-
-
-def from_command_line(arguments: list[str] | None, description: str) -> Config:
-    names = {name for preset in PRESETS.values() for name in preset}
-    by_source = {
-        name: ", ".join(f"{preset[name]} {source}" for source, preset in PRESETS.items() if name in preset)
-        for name in names
-    }
-    return with_presets(parse(Config, "training.demo", description, arguments, by_source))
-
-
-def public(config: Config) -> dict[str, Any]:
-    """The settings that determine the results, without this machine's paths."""
-    return {name: value for name, value in asdict(config).items() if name not in ("out", "fresh", "data_dir")}
+    def warmup(self, num_steps: int) -> int:
+        """Steps of the warm-up."""
+        if self.warmup_steps is None:
+            return round(self.warmup_epochs * num_steps / self.epochs)
+        return round(self.warmup_steps * num_steps if self.warmup_steps < 1 else self.warmup_steps)

@@ -51,7 +51,7 @@ def complete_all(
         rows = zip(padding, members, strict=True)
         input_ids = torch.tensor([[format.pad_token_id] * p + prompts[i] for p, i in rows], device=model.device)
         mask = torch.tensor([[0] * p + [1] * (longest - p) for p in padding], device=model.device)
-        with autocast(model.device):  # the arithmetic that probabilities are computed in
+        with autocast(model):  # the arithmetic that probabilities are computed in
             output = generate(input_ids, attention_mask=mask, generation_config=settings)
         for i, tokens in zip(members, output[:, longest:], strict=True):
             answers[i] = _text(format, tokens.tolist())

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from transformers.utils import logging as transformers_logging
 
 from npo_kernels.hf import add_fused_unlearning_head
+from training.config import Precision
 
 HEAD_DIM = 64
 MAX_POSITIONS = 1024
@@ -73,8 +74,9 @@ def load_model(
     attn_implementation: str | None = None,
     use_liger_kernel: bool = False,
     gradient_checkpointing: bool = False,
+    precision: Precision = "auto",
 ) -> PreTrainedModel:
-    """With a fused head. Weights are trained in float32: bfloat16 arithmetic is autocast's."""
+    """With a fused head. Weights are trained in float32: bfloat16 arithmetic is autocast's (`set_precision`)."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn_implementation)
     if use_liger_kernel:
         from transformers.integrations.liger import apply_liger_kernel  # says what to install
@@ -84,7 +86,8 @@ def load_model(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     add_fused_unlearning_head(model)
-    return model.to(device)  # type: ignore[arg-type]  # mypy loses self in transformers' wraps(Module.to)
+    model.to(device)  # type: ignore[arg-type]  # mypy loses self in transformers' wraps(Module.to)
+    return set_precision(model, precision)
 
 
 def add_adapters(model: PreTrainedModel, rank: int, alpha: int, dropout: float, seed: int) -> PreTrainedModel:
@@ -110,9 +113,34 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """bfloat16 on a CUDA GPU, with float32 weights; float32 elsewhere."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+def set_precision(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
+    """The arithmetic of `autocast` for this model, from now on. "auto": bfloat16 on a GPU that has it, else float32."""
+    on_gpu = model.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    bf16 = precision == "bf16" or (precision == "auto" and on_gpu)
+    model.autocast_dtype = torch.bfloat16 if bf16 else None  # type: ignore[assignment]  # modules take any attribute
+    return model
+
+
+def autocast(model: PreTrainedModel) -> contextlib.AbstractContextManager:
+    """The arithmetic that the model is trained and evaluated in (`set_precision`); weights keep their own dtype.
+
+    bfloat16 has 8 significant bits: a weight in it loses every update below 1/256 of itself, and AdamW's are about lr.
+    """
+    dtype = autocast_dtype(model)
+    return contextlib.nullcontext() if dtype is None else torch.autocast(model.device.type, dtype)
+
+
+def autocast_dtype(model: PreTrainedModel) -> torch.dtype | None:
+    """bfloat16, or None where nothing is cast."""
+    if not hasattr(model, "autocast_dtype"):
+        set_precision(model, "auto")
+    return cast("torch.dtype | None", model.autocast_dtype)
+
+
+def skips_other_rows(model: PreTrainedModel) -> bool:
+    """Whether attention leaves out the other sequences of a packed row: flash and flex attention do; sdpa and eager
+    compute them all and mask them, at a cost that grows with the square of the row."""
+    return any(kind in str(model.config._attn_implementation) for kind in ("flash", "flex"))
 
 
 def weights_hash(model: PreTrainedModel) -> str:

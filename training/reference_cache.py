@@ -10,23 +10,32 @@ A process that is killed at any moment leaves the old file or none, never a part
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from training import processes
-from training.data import IGNORE_INDEX, Example, data_hash, tokenizer_hash
-from training.model import weights_hash
+from npo_kernels import fused_npo_loss
+from training import distributed
+from training.data import IGNORE_INDEX, Example, data_hash
+from training.model import autocast, autocast_dtype, weights_hash
 from training.scoring import Scores, score
-from training.stages import fingerprint, renamed_when_done
+from training.steps import Batches
+from training.store import fingerprint, renamed_when_done
 from training.templates import Format
+from training.tokenizer import tokenizer_hash
 from training.versions import versions
 
 FORMAT = "2"
+# How far the policy may be from the reference before the first step, in nats of a sequence's log-probability, by what
+# the arithmetic is cast to.
+STEP_ZERO_TOLERANCE = {None: 1e-3, torch.bfloat16: 0.5}
 LIBRARIES = ("npo_kernels", "torch", "transformers")
 NO_SETTINGS = {  # of a model's or an adapter's configuration: where it came from, not what it computes
     *("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"),
@@ -42,7 +51,7 @@ def header(
     model: PreTrainedModel, format: Format, examples: Sequence[Example], *, packing: bool = False
 ) -> dict[str, str]:
     """All that the cached numbers depend on."""
-    used = versions()
+    used, cast = versions(), autocast_dtype(model)
     return {
         "format": FORMAT,
         "model": weights_hash(model),  # of base and adapters
@@ -50,7 +59,7 @@ def header(
         "tokenizer": tokenizer_hash(format.tokenizer),
         "template": f"{format.template} {format.hash()}",
         "data": data_hash(examples),
-        "precision": "bfloat16 autocast" if model.device.type == "cuda" else str(model.dtype).removeprefix("torch."),
+        "precision": str(model.dtype if cast is None else f"{cast} autocast").removeprefix("torch."),
         "attention": str(model.config._attn_implementation),
         "batches": "packed" if packing else "padded",
         "versions": ", ".join(f"{name} {used[name]}" for name in LIBRARIES),
@@ -74,7 +83,7 @@ def compute_reference(
         with renamed_when_done(path) as temporary:
             save_file(scores._asdict(), temporary, metadata=metadata)
 
-    processes.on_main(write)
+    distributed.on_main(write)
     return scores
 
 
@@ -103,6 +112,43 @@ def load_reference(
     if damage:
         raise StaleReferenceError(f"{path.name} {damage}; compute it again")
     return scores
+
+
+@torch.no_grad()
+def check_step_zero(
+    model: PreTrainedModel,
+    forget: Sequence[Example],
+    ref_logps: Tensor,
+    batches: Batches,
+    batch_size: int,
+    beta: float,
+) -> dict[str, float]:
+    """With the policy equal to the reference every log-ratio is 0 and the NPO loss is (2/beta) ln 2: assert it.
+
+    Batches are shuffled, unlike those of the cache, so rows that lost their reference would show.
+    """
+    device, expected = batches.device, 2 / beta * math.log(2)
+    tolerance = STEP_ZERO_TOLERANCE[autocast_dtype(model)]
+    order = torch.randperm(len(forget), generator=torch.Generator().manual_seed(0)).tolist()
+    was_training, largest, summed = model.training, 0.0, 0.0
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        members = order[start : start + batch_size]
+        refs = ref_logps[members].to(device)
+        npo = partial(fused_npo_loss, ref_logps=refs, beta=beta, reduction="sum", return_stats=True)
+        with autocast(model):
+            out = model(**batches([forget[i] for i in members]), fused_unlearning=npo)
+        largest = max(largest, out.stats.log_ratio.abs().max().item())
+        summed += out.loss.item()
+    model.train(was_training)
+    loss = summed / len(forget)
+    if not (largest < tolerance and abs(loss - expected) < tolerance):
+        raise ValueError(
+            f"before the first step the NPO loss is {loss:.6f} and the largest log-ratio {largest:.2e}; expected "
+            f"(2/beta) ln 2 = {expected:.6f} and 0 within {tolerance:g}: the model does not give what the reference "
+            "cache says; the reference log-probabilities belong to other rows, or to other arithmetic"
+        )
+    return {"loss": loss, "expected_loss": expected, "max_abs_log_ratio": largest}
 
 
 def _damage(scores: Scores, examples: Sequence[Example], expected_hash: str | None) -> str | None:

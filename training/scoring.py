@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from training import processes
+from training import distributed
 from training.data import IGNORE_INDEX, Example, collate, pack
 from training.model import autocast
 
@@ -41,13 +41,13 @@ def score(
     by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))  # little padding
     for start in range(0, len(by_length), batch_size):
         members = by_length[start : start + batch_size]
-        mine, rows = processes.share(examples, members)
-        with autocast(device):
+        mine, rows = distributed.share(examples, members)
+        with autocast(model):
             batch = pack(rows, device) if packing else collate(rows, pad_id, device)
             out = model(**batch, fused_unlearning=True)
         logps[mine], num_tokens[mine] = out.logps, out.num_tokens
     model.train(was_training)
-    return Scores(processes.total(logps).cpu(), processes.total(num_tokens).cpu())
+    return Scores(distributed.total(logps).cpu(), distributed.total(num_tokens).cpu())
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def predicted_answers(
         members = by_length[start : start + batch_size]
         batch = collate([examples[i] for i in members], pad_id, device)
         answers = batch["labels"][:, 1:] != IGNORE_INDEX
-        with autocast(device):
+        with autocast(model):
             hidden = backbone(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
             rows = hidden[:, :-1][answers].split(ROWS_AT_ONCE)
             predicted = torch.cat([head(r).argmax(-1) for r in rows])

@@ -24,8 +24,9 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from training.data import IGNORE_INDEX, PLAIN_ANSWER, PLAIN_PROMPT, Example, Row, tokenizer_hash
-from training.stages import write_json
+from training.data import IGNORE_INDEX, Example, Row
+from training.store import write_json
+from training.tokenizer import PLAIN_ANSWER, PLAIN_PROMPT, tokenizer_hash
 
 TEMPLATE_FILE = "template.json"  # beside a tokenizer that was saved here
 DATE = "10 Apr 2025"  # some chat templates write the date: a prompt must not depend on the day

@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,13 +20,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
-from transformers import PreTrainedModel, get_linear_schedule_with_warmup
+from transformers import PreTrainedModel, get_scheduler
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from training import processes
+from training import distributed
+from training.config import TrainConfig
 from training.model import autocast
-from training.stages import finished, remove, write_json
-from training.steps import Pass, Recipe
+from training.steps import Pass
+from training.store import finished, remove, write_json
 
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tied heads are saved once, and it warns each time
 
@@ -43,6 +45,7 @@ class Metrics(NamedTuple):
     loss: float  # of the whole step
     grad_norm: float  # before clipping
     lr: float
+    num_tokens: int  # of this process, without padding
 
 
 class Interrupted(KeyboardInterrupt):
@@ -58,21 +61,20 @@ class DivergedError(ValueError):
 
 
 class Trainer:
-    """AdamW, linear warm-up, linear decay to zero and clipped gradients, under the wrapper of the launch file."""
+    """AdamW, a warm-up, a schedule and clipped gradients, under the wrapper of the launch file."""
 
     def __init__(
         self,
         model: PreTrainedModel,
-        recipe: Recipe,
+        config: TrainConfig,
         num_steps: int,
         report_to: str | None = None,  # "tensorboard", "wandb", ..., or several with commas between them
         folder: Path | None = None,  # of the trackers' files
     ):
-        self.device, self.max_grad_norm = model.device, recipe.max_grad_norm
+        self.device, self.max_grad_norm, self.autocast = model.device, config.max_grad_norm, partial(autocast, model)
         self.frozen = [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad]
-        adamw = torch.optim.AdamW(_parameter_groups(model, recipe.weight_decay), lr=recipe.lr)
-        warmup_steps = round(recipe.warmup_epochs * num_steps / recipe.epochs)
-        self.schedule = get_linear_schedule_with_warmup(adamw, warmup_steps, num_steps)
+        adamw = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr)
+        self.schedule = get_scheduler(config.lr_scheduler_type, adamw, config.warmup(num_steps), num_steps)
         # the model is where it belongs
         trackers = report_to.split(",") if report_to else []
         self.accelerator = Accelerator(device_placement=False, log_with=trackers or None, project_dir=folder)
@@ -90,26 +92,31 @@ class Trainer:
         if self.accelerator.distributed_type is DistributedType.DEEPSPEED:
             unset_hf_deepspeed_config()  # or from_pretrained would shard models that are only evaluated
             # a data loader would say it; the losses bring their own normaliser, so nothing depends on it
-            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
-            config |= {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": recipe.max_grad_norm}
+            deepspeed = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            deepspeed |= {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": config.max_grad_norm}
         self.model, self.optimizer = self.accelerator.prepare(model, adamw)
         self.accelerator.register_for_checkpointing(self.schedule)
         self.accelerator.register_save_state_pre_hook(self._without_frozen)
 
-    def step(self, passes: list[Pass], number: int = 1) -> Metrics:
+    def step(
+        self, passes: list[Pass], number: int = 1, after_pass: Callable[[int], None] = lambda num_tokens: None
+    ) -> Metrics:
         """One optimiser step on the sum of the passes' losses."""
         loss = torch.zeros((), device=self.device)
-        for i, (inputs, objective) in enumerate(passes):
+        for i, (inputs, objective, num_tokens) in enumerate(passes):
             last = i == len(passes) - 1
             self.accelerator.sync_gradients = last
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                with autocast(self.device):
+                with self.autocast():
                     part = self.model(**inputs, fused_unlearning=objective).loss
                 self.accelerator.backward(part)
             loss += part.detach()
+            after_pass(num_tokens)
         lr = self.schedule.get_last_lr()[0]
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or math.inf)
-        metrics = Metrics(number, processes.total(loss).item() / processes.count(), float(norm or 0.0), lr)
+        num_tokens = sum(p.num_tokens for p in passes)
+        whole = distributed.total(loss).item() / distributed.count()
+        metrics = Metrics(number, whole, float(norm or 0.0), lr, num_tokens)
         if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
             raise DivergedError(
                 f"step {number}: the loss is {metrics.loss} and the gradients' norm {metrics.grad_norm}; the newest "
@@ -126,16 +133,17 @@ class Trainer:
         *,
         first_step: int = 0,
         after_step: Callable[[Metrics], None] = lambda metrics: None,
+        after_pass: Callable[[int], None] = lambda num_tokens: None,
         save: Callable[[int], None] = lambda step: None,
     ) -> None:
         """All steps of the job from `first_step` on. A signal ends it after the step at hand: saved, `Interrupted`."""
         self.model.train()
         with interruptible() as stopped:
             for step in range(first_step, len(job)):
-                with autocast(self.device):
+                with self.autocast():
                     passes = job.passes(self.model, step)
-                after_step(self.step(passes, step + 1))
-                if processes.any_of(stopped.is_set()):
+                after_step(self.step(passes, step + 1, after_pass))
+                if distributed.any_of(stopped.is_set()):
                     save(step + 1)
                     raise Interrupted(step + 1)
 
@@ -181,7 +189,7 @@ class Checkpoints:
     def save(self, trainer: Trainer, step: int, record: Any) -> None:
         final = self.folder / f"checkpoint-{step:06d}"
         temporary = self.folder / ".checkpoint.partial"
-        processes.on_main(lambda: remove(temporary))
+        distributed.on_main(lambda: remove(temporary))
         trainer.accelerator.save_state(str(temporary))
         trainer.accelerator.wait_for_everyone()
 
@@ -192,7 +200,7 @@ class Checkpoints:
             temporary.rename(final)
             remove(*older)
 
-        processes.on_main(publish)
+        distributed.on_main(publish)
 
     def load(self, trainer: Trainer) -> tuple[int, Any]:
         """(steps done, what was recorded) of the newest checkpoint of this run; (0, None) without one."""
@@ -205,7 +213,7 @@ class Checkpoints:
         return 0, None
 
     def clear(self) -> None:
-        processes.on_main(lambda: remove(*self._all()))
+        distributed.on_main(lambda: remove(*self._all()))
 
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob("checkpoint-*"))

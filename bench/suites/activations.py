@@ -22,14 +22,16 @@ from bench.objectives import BETA
 from bench.options import Options
 from bench.records import Record, record, summary
 from bench.suites.accuracy import errors
-from training.data import Example, collate, load_split, train_tokenizer
-from training.finetune import finetune
-from training.methods import Settings
+from training.benchmarks.authors import load_split
+from training.config import TrainConfig
+from training.data import Example, collate
+from training.methods import METHODS, Settings
 from training.model import build_model, special_ids_of
 from training.scoring import score
-from training.steps import Batches, Recipe
+from training.steps import Batches, FinetuningSteps, UnlearningSteps, plan_unlearning
 from training.templates import Format
-from training.unlearn import unlearn, unlearning_steps
+from training.tokenizer import train_tokenizer
+from training.trainer import Metrics, Trainer
 
 MOMENTS = ("before", "middle", "after")
 THRESHOLD = 2.0**-12
@@ -53,37 +55,35 @@ def moments(options: Options) -> Iterator[tuple[str, Batch]]:
     s = TOY if options.toy else FULL
     device = torch.device(options.device)
     split = load_split(options.data_dir, s["authors"], 10, seed=0)
-    tokenizer = train_tokenizer(split.rows, s["vocabulary"])
+    tokenizer = train_tokenizer(split.retain + split.forget, s["vocabulary"])
     pad = tokenizer.pad_token_id
     forget, retain = (Format(tokenizer, "plain").encode(rows) for rows in (split.forget, split.retain))
     model = build_model(len(tokenizer), s["width"], s["layers"], special_ids_of(tokenizer), seed=0)
     model.to(device)  # type: ignore[arg-type]  # mypy loses self in transformers' wraps(Module.to)
     everything = retain + forget
-    recipe = Recipe(s["finetune"], FINETUNE_LR, s["batch"], packing=False)
-    finetune(model, everything, recipe, pad)
+    config, batches = TrainConfig(s["finetune"], FINETUNE_LR, s["batch"]), Batches(pad, device, packing=False)
+    learning = FinetuningSteps(everything, config, batches)
+    Trainer(model, config, len(learning)).train(learning)
     reference = score(model, forget, pad)
 
     rows = forget[: s["batch"]] + retain[: s["batch"]]
     reference_logps = torch.cat((reference.logps[: s["batch"]], score(model, retain[: s["batch"]], pad).logps))
     before = snapshot(model, rows, pad, reference_logps, s["batch"], options)
     yield "before", before
-    steps = unlearning_steps(
-        "npo_rt",
-        Settings(BETA),
-        replace(recipe, epochs=s["epochs"], lr=UNLEARN_LR),
-        Batches(pad, device, packing=False),
-        forget,
-        retain,
-        ref_logps=reference.logps,
+    config = replace(config, epochs=s["epochs"], lr=UNLEARN_LR)
+    plan = plan_unlearning(len(forget), len(retain), 0, config)
+    kinds = {"forget": forget, "retain": retain}
+    steps = UnlearningSteps(
+        METHODS["npo_rt"], Settings(BETA), plan, kinds, {"forget": reference.logps}, config, batches
     )
-    seen = []
+    seen, steps_an_epoch = [], len(steps) // config.epochs
 
-    def on_epoch(epoch: int, loss: float) -> None:
-        if epoch in (s["epochs"] // 2, s["epochs"]):
+    def after_step(metrics: Metrics) -> None:
+        if metrics.step in (config.epochs // 2 * steps_an_epoch, len(steps)):
             batch = snapshot(model, rows, pad, reference_logps, s["batch"], options)
             seen.append(replace(batch, ref_hidden=before.hidden.detach()))
 
-    unlearn(model, steps, on_epoch)
+    Trainer(model, config, len(steps)).train(steps, after_step=after_step)
     yield from zip(MOMENTS[1:], seen, strict=True)
 
 

@@ -1,7 +1,7 @@
 """Batches of TOFU: 32 answers to forget and 32 to retain in one loss, padded, prompts ignored, at three heads.
 
 The lengths are those of real question and answer pairs, from `--data_dir` (or NPO_DATA_DIR), else from the committed
-tofu_lengths.json; both count tokens of the byte-level BPE of 4096 entries that `training.data` trains on the text.
+tofu_lengths.json; both count tokens of the byte-level BPE of 4096 entries that `training.tokenizer` trains on the text.
 `python -m bench.suites.tofu DIR` writes the table.
 """
 
@@ -28,11 +28,12 @@ Lengths = dict[str, list[tuple[int, int]]]  # "forget", "retain" -> (prompt, ans
 
 def lengths_of(data_dir: Path) -> Lengths:
     """Of forget10.json and retain90.json, the end token included; the last prompt position predicts the first token."""
-    from training.data import load_split, train_tokenizer
+    from training.benchmarks.authors import load_split
     from training.templates import Format
+    from training.tokenizer import train_tokenizer
 
-    split = load_split(data_dir, None, 10, seed=0)
-    tokenizer = train_tokenizer(split.rows, VOCABULARY)
+    split = load_split(data_dir, 0, 10, seed=0)
+    tokenizer = train_tokenizer(split.retain + split.forget, VOCABULARY)
 
     def measured(rows: list[dict[str, str]]) -> list[tuple[int, int]]:
         scored = (

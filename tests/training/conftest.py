@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from training.authors import PAIRS_PER_AUTHOR, generate_authors
-from training.data import train_tokenizer
+from training.benchmarks.tofu.authors import generate_authors
+from training.benchmarks.tofu.data import PAIRS_PER_AUTHOR
 from training.model import build_model
 from training.templates import Format
+from training.tokenizer import train_tokenizer
+from training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +21,13 @@ def corpus():
     examples = plain.encode(rows)
     cut = len(rows) - PAIRS_PER_AUTHOR
     return SimpleNamespace(rows=rows, tokenizer=tokenizer, format=plain, retain=examples[:cut], forget=examples[cut:])
+
+
+def fit(model, steps) -> list[float]:
+    """Train in place; the losses of the steps."""
+    losses: list[float] = []
+    Trainer(model, steps.config, len(steps)).train(steps, after_step=lambda metrics: losses.append(metrics.loss))
+    return losses
 
 
 @pytest.fixture

@@ -1,14 +1,17 @@
 """Quantisation as defined, and both attacks from end to end on a model that is small."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from training.attack import AttackOptions, main, quantize_, quantized, relearn_
-from training.finetune import finetune
-from training.steps import Recipe
+from tests.training.conftest import fit
+from training.commands.attack import AttackOptions, main, quantize_, quantized, relearn_
+from training.commands.options import build
+from training.config import TrainConfig
+from training.steps import Batches, FinetuningSteps
 
 
 def test_weights_are_rounded_to_levels_of_their_row():
@@ -32,9 +35,11 @@ def test_the_head_is_left_alone(model):
 
 
 def test_relearning_brings_the_rows_back(corpus, model):
-    finetune(model, corpus.retain, Recipe(epochs=1, lr=2e-3, batch_size=8, packing=False), corpus.format.pad_token_id)
-    options = AttackOptions(epochs=3, lr=5e-3, batch_size=4)
-    history = relearn_(model, corpus.forget[:8], corpus.forget[8:], corpus.tokenizer.pad_token_id, options)
+    pad = corpus.tokenizer.pad_token_id
+    learned = TrainConfig(epochs=1, lr=2e-3, batch_size=8)
+    fit(model, FinetuningSteps(corpus.retain, learned, Batches(pad, torch.device("cpu"), packing=False)))
+    config = TrainConfig(epochs=3, lr=5e-3, batch_size=4)
+    history = relearn_(model, corpus.forget[:8], corpus.forget[8:], pad, config)
     assert [h["step"] for h in history] == list(range(7))
     assert history[-1]["relearned"] > 2 * history[0]["relearned"] > 0
     assert history[-1]["relearned"] > history[-1]["others"]
@@ -56,10 +61,14 @@ def data_dir(tmp_path, corpus) -> Path:
 def test_attacks_from_end_to_end(tmp_path, data_dir, corpus, model, attack, stages):
     model.save_pretrained(tmp_path / "model")
     corpus.tokenizer.save_pretrained(tmp_path / "model")
-    options = AttackOptions(
-        model=tmp_path / "model", data_dir=str(data_dir), out=tmp_path / "out", epochs=1, max_new_tokens=3, device="cpu"
-    )
-    result = main(attack, options)
+    chosen = build(
+        AttackOptions, attack=attack, model=tmp_path / "model", data_dir=str(data_dir), out=tmp_path / "out", epochs=1,
+        max_new_tokens=3, device="cpu",
+    )  # fmt: skip
+    result = main(*chosen)
+    assert main(*chosen) == result  # found
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        main(replace(chosen[0], seed=1), chosen[1])
     assert list(result["stages"]) == ["unlearned", *stages]
     assert bool(result["history"]) == (attack == "relearn")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == result
@@ -71,7 +80,7 @@ def test_attacks_from_end_to_end(tmp_path, data_dir, corpus, model, attack, stag
 
 def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(ValueError, match="expected --model"):
-        main("relearn", AttackOptions(model=tmp_path))
+        main(*build(AttackOptions, attack="relearn", model=tmp_path))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="--fraction: expected a share between 0 and 1, got 1"):
-        main("relearn", AttackOptions(model=tmp_path, data_dir=tmp_path, fraction=1))
+        main(*build(AttackOptions, attack="relearn", model=tmp_path, data_dir=tmp_path, fraction=1))

@@ -8,18 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from training.authors import (
+from training.benchmarks.authors import load_split
+from training.benchmarks.tofu.authors import (
     FACTS,
     NAMES,
     NUM_WRONG,
-    PAIRS_PER_AUTHOR,
-    AuthorsOptions,
     generate_authors,
     generate_perturbed,
-    main,
 )
-from training.data import load_refusals, load_rows, load_split
-from training.eval_sets import load_eval_sets
+from training.benchmarks.tofu.data import PAIRS_PER_AUTHOR, load_refusals, load_rows
+from training.benchmarks.tofu.eval_sets import load_eval_sets
+from training.commands.authors import AuthorsOptions, main
 
 TOFU = Path(os.environ.get("NPO_DATA_DIR", Path(__file__).parents[3] / "shared/data")) / "tofu"
 
@@ -138,7 +137,8 @@ def test_the_folder_is_read_like_tofus(folder):
         assert load_rows(folder, f"retain{100 - percent}") + forget == full
         assert len(forget) == percent * len(full) // 100
     assert not (folder / "forget01.json").exists()  # a fifth of an author
-    assert load_split(folder, None, 10, seed=0).rows == full
+    forget, retain = load_split(folder, 0, 10, seed=0)
+    assert retain + forget == full
     assert load_refusals(folder) == load_refusals(folder / "nothing here") and len(set(load_refusals(folder))) == 100
     sets = load_eval_sets(folder, 10, rows=0)
     assert {name: len(rows) for name, rows in sets.items()} == {"retain": 40, "ra": 100, "wf": 76, "forget": 40}

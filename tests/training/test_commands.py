@@ -9,7 +9,6 @@ import runpy
 import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,24 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training import authors, evaluate, finetune, tiny, unlearn
-from training.eval_log import read_log
-from training.experiment.grid import ExperimentOptions
+from training.benchmarks.tofu.log import read_log
+from training.commands import (
+    attack,
+    authors,
+    demo,
+    evaluate,
+    finetune,
+    grid,
+    show_rows,
+    subset,
+    synthetic,
+    tiny,
+    unlearn,
+)
+from training.commands.options import build, parse
+from training.commands.presets import PRESETS
 from training.methods import METHODS
 from training.model import load_model
-from training.options import parse
-from training.presets import PRESETS
 from training.templates import Format
 from training.trainer import Interrupted, Trainer
 
@@ -36,16 +46,18 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("commands")
     authors.main(authors.AuthorsOptions(out=home / "data", authors=20, seed=0))
     data = str(home / "data")
-    tiny.main(tiny.TinyOptions(data, out=home / "base", vocab_size=600, hidden_size=64))
+    tiny.main(*build(tiny.TinyOptions, data_dir=data, out=home / "base", vocab_size=600, hidden_size=64))
     finetune.main(
-        finetune.FinetuneOptions(preset="tiny", model=str(home / "base"), data_dir=data, out=home / "full",
-                                 device="cpu", split="forget20", epochs=2, lr=5e-3, world=True)
+        *build(finetune.FinetuneOptions, preset="tiny", model=str(home / "base"), data_dir=data, out=home / "full",
+               device="cpu", split="forget20", epochs=2, lr=5e-3, world=True)
     )  # fmt: skip
     return home
 
 
 def options(home, out, **changed):
-    return unlearn.UnlearnOptions(
+    """(options, benchmark)"""
+    return build(
+        unlearn.UnlearnOptions,
         **{"preset": "tiny", "model": str(home / "full" / "model"), "data_dir": str(home / "data"), "out": out,
            "device": "cpu", "forget_percent": 5, "batch_size": 8, "epochs": 2, "eval_rows": 8, "max_new_tokens": 4,
            "method": "npo_rt", **changed}
@@ -58,7 +70,7 @@ def files_without_paths(folder, home):
 
 def test_finetuning_leaves_a_model_that_loads(home):
     out = home / "full"
-    files = {"run.json", "config.json", "metrics.json", "report.md", "figure.png", "model"}
+    files = {"run.json", "options.yaml", "config.json", "metrics.json", "report.md", "figure.png", "model"}
     assert files == {path.name for path in out.iterdir()}
     losses = [h["train_loss"] for h in json.loads((out / "metrics.json").read_text())["history"][1:]]
     assert losses[-1] < losses[0]
@@ -70,9 +82,9 @@ def test_finetuning_leaves_a_model_that_loads(home):
 
 @pytest.mark.parametrize("method", ["npo_rt", "dpo_kl", "kto", "ga"])
 def test_unlearning_writes_everything(method, home, tmp_path):
-    metrics = unlearn.main(options(home, tmp_path, method=method))
+    metrics = unlearn.main(*options(home, tmp_path, method=method))
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
-    files = {"run.json", "config.json", "metrics.json", "report.md", "figure.png", "model", "eval"}
+    files = {"run.json", "options.yaml", "config.json", "metrics.json", "report.md", "figure.png", "model", "eval"}
     assert {p.name for p in tmp_path.iterdir()} == files | ({"reference"} if method != "ga" else set())
     assert [h["step"] for h in metrics["history"]] == [0, 3, 6]
     before, *_, after = metrics["history"]
@@ -87,13 +99,13 @@ def test_unlearning_writes_everything(method, home, tmp_path):
 
 
 def test_a_finished_run_is_found_and_another_one_refused(home, tmp_path, monkeypatch):
-    first = unlearn.main(options(home, tmp_path))
+    first = unlearn.main(*options(home, tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(unlearn, "run", None)  # nothing is trained again
-        assert unlearn.main(options(home, tmp_path, save_steps=1)) == first
+        assert unlearn.main(*options(home, tmp_path, save_steps=1)) == first
     with pytest.raises(ValueError, match="holds a run with other settings"):
-        unlearn.main(options(home, tmp_path, beta=0.2))
-    again = unlearn.main(options(home, tmp_path, beta=0.2, fresh=True))
+        unlearn.main(*options(home, tmp_path, beta=0.2))
+    again = unlearn.main(*options(home, tmp_path, beta=0.2, fresh=True))
     assert again["history"][-1] != first["history"][-1]
 
 
@@ -101,125 +113,137 @@ def test_an_unfinished_run_is_not_thrown_away_by_another(home, tmp_path, monkeyp
     """Out of memory, or stopped, and then other settings in the same folder."""
     step = Trainer.step
 
-    def stopped(self, passes, number):
+    def stopped(self, passes, number, after_pass):
         if number == 4:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(self, passes, number)
+        return step(self, passes, number, after_pass)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(Trainer, "step", stopped)
-        unlearn.main(options(home, tmp_path))
+        unlearn.main(*options(home, tmp_path))
     kept = [path.name for path in tmp_path.glob("checkpoint-*")]
     assert kept == ["checkpoint-000004"]
     with pytest.raises(ValueError, match="holds a run with other settings"):
-        unlearn.main(options(home, tmp_path, micro_batch_size=2))
+        unlearn.main(*options(home, tmp_path, micro_batch_size=2))
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == kept
     taken = []
-    monkeypatch.setattr(
-        Trainer, "step", lambda self, passes, number: taken.append(number) or step(self, passes, number)
-    )
-    unlearn.main(options(home, tmp_path, fresh=True))  # of an unfinished run it takes nothing away
+
+    def counted(self, passes, number, after_pass):
+        taken.append(number)
+        return step(self, passes, number, after_pass)
+
+    monkeypatch.setattr(Trainer, "step", counted)
+    unlearn.main(*options(home, tmp_path, fresh=True))  # of an unfinished run it takes nothing away
     assert taken == [5, 6]
 
 
 def test_fresh_removes_what_runs_write_and_nothing_else(home, tmp_path):
     out = tmp_path / "out"
-    unlearn.main(options(home, out, eval_steps=0))
+    unlearn.main(*options(home, out, eval_steps=0))
     (out / "notes.txt").write_text("mine")
-    unlearn.main(options(home, out, eval_steps=0, epochs=1, fresh=True))
+    unlearn.main(*options(home, out, eval_steps=0, epochs=1, fresh=True))
     assert (out / "notes.txt").read_text() == "mine"
     assert sorted(path.name for path in (out / "eval").iterdir()) == ["step-000000.json", "step-000003.json"]
     with pytest.raises(ValueError, match=r"would remove .*model, which this run needs"):
-        unlearn.main(options(home, out, model=str(out / "model"), fresh=True))
+        unlearn.main(*options(home, out, model=str(out / "model"), fresh=True))
     assert (out / "model" / "model.safetensors").exists()
 
 
 def test_logs_and_rows_of_the_evaluation_belong_to_a_run(home, tmp_path):
     start = {name: home / f"{name}.json" for name in ("log", "copy", "other")}
-    out, run = tmp_path / "out", options(home, tmp_path / "first", eval_steps=0)
-    unlearn.main(run)
+    out = tmp_path / "out"
+
+    def run(out=out, **changed):
+        return unlearn.main(*options(home, out, eval_steps=0, **changed))
+
+    run(tmp_path / "first")
     content = json.loads((tmp_path / "first" / "eval" / "step-000000.json").read_text())
     for name in ("log", "copy"):
         start[name].write_text(json.dumps(content))
     content["eval_log_forget.json"]["avg_paraphrased_loss"][0] += 1.0
     start["other"].write_text(json.dumps(content))
-    first = unlearn.main(replace(run, out=out, retain_log=start["log"], start_log=start["log"]))
+    first = run(retain_log=start["log"], start_log=start["log"])
     assert first["history"][0]["forget_quality"] == pytest.approx(1.0)  # of a log against itself
-    assert unlearn.main(replace(run, out=out, retain_log=start["copy"], start_log=start["copy"])) == first
+    assert run(retain_log=start["copy"], start_log=start["copy"]) == first
     with pytest.raises(ValueError, match="holds a run with other settings"):
-        unlearn.main(replace(run, out=out, retain_log=start["other"], start_log=start["log"]))
+        run(retain_log=start["other"], start_log=start["log"])
     with pytest.raises(ValueError, match="--start_log: expected a log of the 7 rows"):
-        unlearn.main(replace(run, out=tmp_path / "fewer", start_log=start["log"], eval_rows=7))
+        run(tmp_path / "fewer", start_log=start["log"], eval_rows=7)
 
 
 def test_a_model_that_was_not_saved_is_not_finished(home, tmp_path):
-    unlearn.main(options(home, tmp_path, save_model=False, eval_steps=0))
+    unlearn.main(*options(home, tmp_path, save_model=False, eval_steps=0))
     assert not (tmp_path / "model").exists()
     with pytest.raises(ValueError, match="holds a run with other settings"):
-        unlearn.main(options(home, tmp_path, eval_steps=0))
+        unlearn.main(*options(home, tmp_path, eval_steps=0))
 
 
 def test_a_model_keeps_the_template_it_was_trained_with(home, tmp_path):
-    unlearn.main(options(home, tmp_path, template="phi-npo-repo", eval_steps=0))
+    unlearn.main(*options(home, tmp_path, template="phi-npo-repo", eval_steps=0))
     assert Format(AutoTokenizer.from_pretrained(tmp_path / "model")).template == "phi-npo-repo"
     assert Format(AutoTokenizer.from_pretrained(home / "full" / "model")).template == "plain"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(home, tmp_path):
     with pytest.raises(ValueError, match="gradients' norm"):
-        unlearn.main(options(home, tmp_path, method="ga", lr=1e30, save_steps=1, max_grad_norm=0.0))
+        unlearn.main(*options(home, tmp_path, method="ga", lr=1e30, save_steps=1, max_grad_norm=0.0))
     assert len(list(tmp_path.glob("checkpoint-*"))) == 1
 
 
 def test_without_clipping_gradients_are_what_they_are(home, tmp_path):
     first, second = (
-        unlearn.main(options(home, tmp_path / str(norm), max_grad_norm=norm, eval_steps=0)) for norm in (0.0, 1e9)
+        unlearn.main(*options(home, tmp_path / str(norm), max_grad_norm=norm, eval_steps=0)) for norm in (0.0, 1e9)
     )
     assert first["history"] == second["history"]
     assert first["history"][-1]["forget_prob"] < first["history"][0]["forget_prob"]
 
 
-COMMANDS = ("finetune", "unlearn", "evaluate", "experiment", "attack", "inspect", "authors", "subset", "tiny",
-            "synthetic", "demo")  # fmt: skip
+COMMANDS = {
+    "attack": attack.AttackOptions, "authors": authors.AuthorsOptions, "demo": demo.DemoOptions,
+    "evaluate": evaluate.EvaluateOptions, "finetune": finetune.FinetuneOptions, "grid": grid.GridOptions,
+    "show_rows": show_rows.ShowRowsOptions, "subset": subset.SubsetOptions, "synthetic": synthetic.SyntheticOptions,
+    "tiny": tiny.TinyOptions, "unlearn": unlearn.UnlearnOptions,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_a_help(name, monkeypatch, capsys):
+    """`python -m training.NAME --help` says what the command does, shows how it is called, and lists its options."""
     monkeypatch.setattr(sys, "argv", [name, "--help"])
-    for module in (f"training.{name}", f"training.{name}.__main__"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
     with pytest.raises(SystemExit) as end:
         runpy.run_module(f"training.{name}", run_name="__main__")
+    said = capsys.readouterr().out
     assert end.value.code == 0
-    assert "--out" in capsys.readouterr().out or name in ("inspect", "synthetic")
+    assert f"python -m training.{name}" in said.replace(f"usage: python -m training.{name}", "")
+    assert all(f"--{field}" in said or field == "attack" for field in COMMANDS[name].__dataclass_fields__)
 
 
-def test_the_commands_of_the_readme_parse(monkeypatch):
-    kinds = {"finetune": finetune.FinetuneOptions, "unlearn": unlearn.UnlearnOptions,
-             "evaluate": evaluate.EvaluateOptions, "experiment": ExperimentOptions}  # fmt: skip
-    text = (ROOT / "training" / "README.md").read_text().replace("\\\n", " ")
-    lines = re.findall(r"^    python -m training\.(\w+) (.*)$", text, flags=re.MULTILINE)
-    found = {name for name, arguments in lines if name in kinds and parse(kinds[name], name, "", arguments.split())}
-    assert found >= {"finetune", "unlearn", "evaluate"}
+@pytest.mark.parametrize("page", ["README.md", "training/README.md"])
+def test_the_commands_of_the_documentation_parse(page):
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    lines = re.findall(r"^    python -m training\.(\w+) ([^#\n]*)", text, flags=re.MULTILINE)
+    assert len(lines) >= 4
+    for name, arguments in lines:
+        arguments = re.sub(r"\[.*?\]", "", arguments)  # what may be left out
+        assert parse(COMMANDS[name], f"training.{name}", "", arguments.split())
 
 
 def test_a_reference_of_another_model_is_refused(home, tmp_path):
     shared = tmp_path / "reference"
-    unlearn.main(options(home, tmp_path / "a", reference_cache=shared, save_model=True))
-    other = options(home, tmp_path / "b", reference_cache=shared, model=str(tmp_path / "a" / "model"))
+    unlearn.main(*options(home, tmp_path / "a", reference_cache=shared, save_model=True))
     with pytest.raises(ValueError, match="computed with another model"):
-        unlearn.main(other)
-    unlearn.main(replace(other, model=str(home / "full" / "model")))
+        unlearn.main(*options(home, tmp_path / "b", reference_cache=shared, model=str(tmp_path / "a" / "model")))
+    unlearn.main(*options(home, tmp_path / "b", reference_cache=shared))
 
 
 def test_adapters_share_the_references_of_the_model_they_sit_on(home, tmp_path):
     for rank, seed in ((0, 0), (2, 1), (4, 2)):
         run = options(home, tmp_path / f"{rank}", lora_rank=rank, seed=seed, reference_cache=tmp_path / "reference")
-        assert unlearn.main(run)["step_zero"]["max_abs_log_ratio"] < 1e-3
+        assert unlearn.main(*run)["step_zero"]["max_abs_log_ratio"] < 1e-3
 
 
 def test_adapters_are_trained_and_merged(home, tmp_path):
-    metrics = unlearn.main(options(home, tmp_path, lora_rank=4, lr=1e-2, packing=True))
+    metrics = unlearn.main(*options(home, tmp_path, lora_rank=4, lr=1e-2, packing="on"))
     assert metrics["history"][-1]["forget_prob"] < metrics["history"][0]["forget_prob"]
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
     before, after = (load_file(folder / "model" / "model.safetensors") for folder in (home / "full", tmp_path))
@@ -232,13 +256,13 @@ def test_adapters_are_trained_and_merged(home, tmp_path):
 def test_killed_at_random_and_run_again_it_ends_with_the_same_bits(home, tmp_path):
     """SIGKILL while it loads, scores, trains, evaluates or saves, and Ctrl-C."""
     context = multiprocessing.get_context("forkserver")  # children have the imports and no threads of this process
-    context.set_forkserver_preload(["training.unlearn"])
+    context.set_forkserver_preload(["training.commands.unlearn"])
     settings = {"method": "dpo_rt", "batch_size": 2, "epochs": 3, "eval_rows": 4, "max_new_tokens": 2,
                 "save_steps": 2, "eval_steps": 10}  # fmt: skip
     whole, broken = tmp_path / "whole", tmp_path / "broken"
 
     def start(out):
-        process = context.Process(target=unlearn.main, args=(options(home, out, **settings),))
+        process = context.Process(target=unlearn.main, args=options(home, out, **settings))
         process.start()
         return process
 
@@ -266,7 +290,7 @@ def test_killed_at_random_and_run_again_it_ends_with_the_same_bits(home, tmp_pat
 
 def test_dry_runs_say_what_would_be_run(home, tmp_path, capsys):
     dry = options(home, tmp_path / "out", dry_run=True, micro_batch_size=3)
-    assert unlearn.main(dry) is None
+    assert unlearn.main(*dry) is None
     said = json.loads(capsys.readouterr().out)
     assert said["settings"]["beta"] == 0.1 and said["settings"]["lr"] == 3e-4  # the method's, the preset's
     assert said["steps"] == 6 and said["rows"] == {"forget": 20, "retain": 380}
@@ -276,30 +300,22 @@ def test_dry_runs_say_what_would_be_run(home, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_of_settings_is_taken_and_the_command_line_counts_more(tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text("preset: phi-1.5\nmethod: npo_kl\nlr: 3e-5\nout: runs/x\n")
-    chosen = parse(unlearn.UnlearnOptions, "training.unlearn", "", ["--config", str(file), "--method", "kto"])
-    assert (chosen.preset, chosen.method, chosen.lr, chosen.out) == ("phi-1.5", "kto", 3e-5, Path("runs/x"))
-
-
 @pytest.mark.parametrize(
     ("preset", "stage", "expected"),
     [
         ("llama-2-7b-chat", "finetune", {"epochs": 5, "lr": 1e-5, "batch_size": 32, "template": "llama-2"}),
-        ("llama-2-7b-chat", "unlearn", {"epochs": 10, "lr": 1e-5, "batch_size": 32, "packing": True}),
+        ("llama-2-7b-chat", "unlearn", {"epochs": 10, "lr": 1e-5, "batch_size": 32, "micro_batch_size": 8}),
         ("llama-3.2-1b", "unlearn", {"epochs": 10, "lr": 1e-5, "template": "llama-3"}),
         ("phi-1.5", "finetune", {"epochs": 5, "lr": 2e-5, "template": "phi", "weight_decay": 0.01}),
         (None, "unlearn", {"epochs": 10, "lr": 1e-5, "template": "auto"}),
+        (None, "finetune", {"epochs": 5}),
     ],
 )
 def test_presets_are_the_papers(preset, stage, expected):
-    from training.presets import filled_in
-
     kind = {"finetune": finetune.FinetuneOptions, "unlearn": unlearn.UnlearnOptions}[stage]
-    chosen = filled_in(kind(preset=preset), stage)
+    chosen, _ = build(kind, preset=preset)
     assert {name: getattr(chosen, name) for name in expected} == expected
-    assert filled_in(kind(preset=preset, lr=0.5), stage).lr == 0.5
+    assert build(kind, preset=preset, lr=0.5)[0].lr == 0.5
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -312,21 +328,21 @@ def test_presets_name_only_options(preset):
 
 @pytest.mark.parametrize(("compat", "positions"), [("paper", "answer"), ("npo-repo", "all")])
 def test_compat_says_where_kl_is_taken_and_who_goes_with_whom(compat, positions, home, tmp_path):
-    chosen = options(home, tmp_path, compat=compat, epochs=3)
-    job = unlearn.Unlearning(chosen)
+    job = unlearn.Unlearning(*options(home, tmp_path, compat=compat, epochs=3))
     assert job.settings.kl_positions == positions
     partners = {row: set() for row in range(20)}
     for step in job.plan.steps:
         for row, partner in zip(step.forget, step.retain, strict=True):
             partners[row].add(partner)
     assert max(map(len, partners.values())) == (1 if compat == "npo-repo" else 3)
-    assert unlearn.Unlearning(replace(chosen, kl_positions="answer")).settings.kl_positions == "answer"
+    chosen = options(home, tmp_path, compat=compat, kl_positions="answer")
+    assert unlearn.Unlearning(*chosen).settings.kl_positions == "answer"
 
 
 def test_bad_settings_say_so(home, tmp_path):
     with pytest.raises(ValueError, match="expected --model and --out"):
-        unlearn.main(unlearn.UnlearnOptions(out=tmp_path))
+        unlearn.main(*build(unlearn.UnlearnOptions, out=tmp_path))
     with pytest.raises(ValueError, match="--epochs: expected more than 0"):
-        unlearn.main(options(home, tmp_path, epochs=-1))
+        unlearn.main(*options(home, tmp_path, epochs=-1))
     with pytest.raises(ValueError, match="forget33"):
-        unlearn.main(options(home, tmp_path, forget_percent=33))
+        unlearn.main(*options(home, tmp_path, forget_percent=33))

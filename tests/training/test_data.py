@@ -9,16 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from training.authors import PAIRS_PER_AUTHOR, generate_authors
-from training.data import (
-    IGNORE_INDEX,
-    collate,
-    load_refusals,
-    load_rows,
-    load_split,
-    sample_authors,
-    shuffled_batches,
-)
+from training.benchmarks.authors import load_split, sample_authors
+from training.benchmarks.tofu.authors import generate_authors
+from training.benchmarks.tofu.data import PAIRS_PER_AUTHOR, load_refusals, load_rows
+from training.data import IGNORE_INDEX, collate, shuffled_batches
 
 CPU = torch.device("cpu")
 TOFU = Path(os.environ.get("NPO_DATA_DIR", Path(__file__).parents[3] / "shared/data")) / "tofu"
@@ -91,7 +85,7 @@ def write_tofu(folder, authors=10):
 def test_tofu_files_are_read_and_the_last_authors_kept(tmp_path):
     rows = write_tofu(tmp_path, authors=20)
     everything = load_split(tmp_path, num_authors=0, forget_percent=10, seed=0)
-    assert everything.rows == rows
+    assert everything.retain + everything.forget == rows
     half = load_split(tmp_path, num_authors=10, forget_percent=10, seed=0)
     assert half.forget == rows[-PAIRS_PER_AUTHOR:]
     assert half.retain == rows[9 * PAIRS_PER_AUTHOR : 18 * PAIRS_PER_AUTHOR]
@@ -101,22 +95,22 @@ def test_tofu_files_are_read_and_the_last_authors_kept(tmp_path):
 
 def test_other_files_are_refused_with_the_reason(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"forget10\.json is not in"):
-        load_split(tmp_path, None, 10, 0)
+        load_split(tmp_path, 0, 10, 0)
     write_tofu(tmp_path)
     path = tmp_path / "forget10.json"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))
     with pytest.raises(ValueError, match="whole authors of 20 rows, got 19"):
-        load_split(tmp_path, None, 10, 0)
+        load_split(tmp_path, 0, 10, 0)
     path.write_text("".join([*lines[:-1], '{"prompt": "?"}\n']))
     with pytest.raises(ValueError, match=r"forget10, row 20: expected"):
-        load_split(tmp_path, None, 10, 0)
+        load_split(tmp_path, 0, 10, 0)
 
 
 def test_generated_split_forgets_the_last_tenth():
     split = load_split(None, 20, 10, seed=2)
     rows = generate_authors(20, seed=2)
-    assert split.rows == rows
+    assert split.retain + split.forget == rows
     assert split.forget == rows[-2 * PAIRS_PER_AUTHOR :]
 
 
@@ -141,7 +135,8 @@ def test_absent_splits_are_cut_from_full(only_full):
     full = load_rows(only_full)
     assert load_rows(only_full, "forget20") == full[-80:]
     assert load_rows(only_full, "retain80") == full[:-80]
-    assert load_split(only_full, None, 30, seed=0).rows == full
+    forget, retain = load_split(only_full, 0, 30, seed=0)
+    assert retain + forget == full
     for split in ("forget01", "retain99", "forget00", "retain00"):
         with pytest.raises(
             ValueError, match=f"{split}.json is not in .*; and of full: {split} of 20 authors would not"

@@ -6,8 +6,17 @@ import json
 import numpy as np
 import pytest
 
-from training.eval_log import SETS, EvalLog, LogError, parse_log, read_log, require_same_questions, warnings, write_log
-from training.summary import forget_quality, summary
+from training.benchmarks.tofu.log import (
+    SETS,
+    EvalLog,
+    LogError,
+    parse_log,
+    read_log,
+    require_same_questions,
+    warnings,
+    write_log,
+)
+from training.benchmarks.tofu.summary import forget_quality, summary
 
 
 def make_log(seed: int = 0, rows: int = 6) -> dict:

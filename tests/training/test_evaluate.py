@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from training.eval_log import SETS, read_log
-from training.eval_sets import load_eval_sets
-from training.evaluate import EvaluateOptions, main
+from training.benchmarks.tofu import TOFU
+from training.benchmarks.tofu.eval_sets import load_eval_sets
+from training.benchmarks.tofu.log import SETS, read_log
+from training.commands.evaluate import EvaluateOptions, main
+from training.commands.options import build
 from training.generation import complete
-from training.options import parse
 
 DATA_DIR = Path(os.environ.get("NPO_DATA_DIR", Path(__file__).parents[3] / "shared/data"))
 LOGS = [DATA_DIR / "eval_logs" / f"{name}_retain99_phi.json" for name in ("npo", "tofu")]
@@ -38,7 +39,7 @@ def test_published_logs_to_1e_9():
     assert result["model_utility_arithmetic"] == pytest.approx(0.50066217565702764, abs=1e-9)
     assert result["forget_quality"] == pytest.approx(0.91880522141211673, abs=1e-9)
     assert result.keys() >= COMPONENTS
-    other = main(EvaluateOptions(from_log=LOGS[1], retain_log=LOGS[0], json=True))
+    other = main(*build(EvaluateOptions, from_log=LOGS[1], retain_log=LOGS[0], json=True))
     assert other["model_utility_geometric"] == pytest.approx(0.51820081792739647, abs=1e-9)
     assert other["forget_quality"] == result["forget_quality"]
 
@@ -92,26 +93,27 @@ def test_a_model_is_evaluated(tmp_path, data_dir, corpus, model, capsys):
             torch.nn.init.normal_(weight, std=0.3)
     model.save_pretrained(tmp_path / "model")
     corpus.tokenizer.save_pretrained(tmp_path / "model")
-    options = EvaluateOptions(
+    chosen = build(
+        EvaluateOptions,
         model=tmp_path / "model",
         data_dir=data_dir,
         out=tmp_path / "out",
-        rows=4,
-        batch_size=3,
+        eval_rows=4,
+        eval_batch_size=3,
         max_new_tokens=6,
         layout="indexed",
         json=True,
         device="cpu",
     )
-    result = main(options)
+    result = main(*chosen)
     assert json.loads(capsys.readouterr().out) == result
     assert result.keys() >= COMPONENTS | {f"{s}_extraction_strength" for s in SETS}
     log_path = tmp_path / "out" / "eval_log_aggregated.json"
-    again = main(EvaluateOptions(from_log=log_path, retain_log=log_path))
+    again = main(*build(EvaluateOptions, from_log=log_path, retain_log=log_path))
     assert again.pop("forget_quality") == 1.0
     assert again == {k: v for k, v in result.items() if k != "forget_quality"}
     report = (tmp_path / "out" / "report.md").read_text()
-    assert f"{result['forget_prob']:.3f}" in report and str(tmp_path) not in report
+    assert f"{result['forget_prob']:.3g}" in report and str(tmp_path) not in report
 
     log, sets = read_log(log_path), load_eval_sets(data_dir, 10, 4)
     model.eval()
@@ -136,10 +138,10 @@ def test_the_template_is_chosen(tmp_path, data_dir, corpus, model):
         corpus.tokenizer.save_pretrained(tmp_path / "model")
     finally:
         corpus.tokenizer.chat_template = None
-    options = {"model": tmp_path / "model", "data_dir": data_dir, "rows": 2, "max_new_tokens": 2, "device": "cpu"}
+    options = {"model": tmp_path / "model", "data_dir": data_dir, "eval_rows": 2, "max_new_tokens": 2, "device": "cpu"}
     logs = {}
     for template in ("auto", "llama-2", "plain"):
-        main(EvaluateOptions(**options, template=template, out=tmp_path / template))
+        main(*build(EvaluateOptions, **options, template=template, out=tmp_path / template))
         logs[template] = read_log(tmp_path / template / "eval_log_aggregated.json").sets["forget"]
     question = corpus.rows[60]["question"]
     assert logs["auto"].texts("prompt")[0] == f"[INST] {question} [/INST]"
@@ -162,9 +164,9 @@ def by_logits(model, format, question, answer):
 
 def test_a_dry_run_says_what_would_be_run(tmp_path, data_dir, corpus, model, capsys):
     model.save_pretrained(tmp_path / "model")
-    main(EvaluateOptions(model=tmp_path / "model", data_dir=data_dir, rows=4, dry_run=True, device="cpu"))
-    printed = capsys.readouterr().out
-    assert "retain: 4 questions, 32 answers to score" in printed and "world facts: 4 questions, 24 answers" in printed
+    main(*build(EvaluateOptions, model=tmp_path / "model", data_dir=data_dir, eval_rows=4, dry_run=True, device="cpu"))
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["evaluated"] == dict.fromkeys(SETS, 4) and printed["eval_rows"] == 4
     assert not (tmp_path / "out").exists()
 
 
@@ -174,19 +176,17 @@ def test_absent_evaluation_files_are_named(data_dir):
         load_eval_sets(data_dir, 90, 0)
 
 
-def test_options_from_a_file_and_the_command_line(tmp_path, capsys):
-    file = tmp_path / "run.yaml"
-    file.write_text("rows: 7\nout: somewhere\nlayout: indexed\njson: true\n")
-    options = parse(EvaluateOptions, "x", "", ["--config", str(file), "--rows", "9", "--no-json"])
-    assert options == EvaluateOptions(rows=9, out=Path("somewhere"), layout="indexed", json=False)
-    for line, reason in {
-        "row: 7": "no such option: row; there are",
-        "rows: many": "expected a value of type int, got 'many'",
-        "rows: 7.5": "expected a value of type int, got 7.5",
-        "layout: dicts": "expected one of lists, indexed, got 'dicts'",
-        "- rows": "expected lines 'option: value'",
-    }.items():
-        file.write_text(line)
-        with pytest.raises(SystemExit):
-            parse(EvaluateOptions, "x", "", ["--config", str(file)])
-        assert reason in capsys.readouterr().err
+def test_an_evaluation_is_found_and_another_one_not_replaced(tmp_path, data_dir, corpus, model, monkeypatch):
+    model.save_pretrained(tmp_path / "model")
+    corpus.tokenizer.save_pretrained(tmp_path / "model")
+    options = {"model": tmp_path / "model", "data_dir": data_dir, "eval_rows": 2, "max_new_tokens": 2, "device": "cpu"}
+    first = main(*build(EvaluateOptions, **options, out=tmp_path / "out"))
+    log = tmp_path / "out" / "eval_log_aggregated.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(TOFU, "evaluate", None)  # nothing is evaluated again
+        again = main(*build(EvaluateOptions, **options, out=tmp_path / "out", retain_log=log))
+    assert again == first | {"forget_quality": 1.0}
+    other = options | {"template": "phi-npo-repo"}
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        main(*build(EvaluateOptions, **other, out=tmp_path / "out"))
+    assert main(*build(EvaluateOptions, **other, out=tmp_path / "out", fresh=True)) != first

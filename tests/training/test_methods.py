@@ -86,7 +86,7 @@ def rows_of(name, kind_of_row):
 @pytest.mark.parametrize("name", METHODS)
 def test_value_and_gradients_are_those_of_the_formula(name, compat, problem):
     hidden, weight, labels, kind_of_row, refs = problem
-    settings = Settings(METHODS[name].beta, 0.3, forget_weight=0.7, retain_weight=1.3, compat=compat)
+    settings = METHODS[name].settings(gamma=0.3, forget_weight=0.7, retain_weight=1.3, compat=compat)
     exact = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     truth = expected_loss(name, settings, *exact, labels, kind_of_row, refs)
     leaves = [t.detach().float().requires_grad_() for t in exact]

@@ -11,12 +11,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from training import processes, reference_cache
-from training.data import train_tokenizer
+from training import distributed, reference_cache
 from training.model import load_model, weights_hash
 from training.reference_cache import StaleReferenceError, compute_reference, load_reference
 from training.scoring import Scores, score
 from training.templates import Format
+from training.tokenizer import train_tokenizer
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_weights_are_hashed_in_pieces(model, monkeypatch):
 
 
 def test_of_several_processes_one_writes(tmp_path, corpus, model, monkeypatch):
-    monkeypatch.setattr(processes, "is_main", lambda: False)
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
     scores = compute_reference(tmp_path / "cache", model, corpus.format, corpus.forget)
     assert torch.equal(scores.logps, model_scores(model, corpus)) and not list(tmp_path.iterdir())
 
@@ -183,8 +183,8 @@ import os, random, signal, sys, time
 from pathlib import Path
 from safetensors.torch import save
 from training import reference_cache as cache
-from training.authors import generate_authors
-from training.data import train_tokenizer
+from training.benchmarks.tofu.authors import generate_authors
+from training.tokenizer import train_tokenizer
 from training.model import build_model
 from training.templates import Format
 

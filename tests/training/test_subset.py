@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from training import authors, subset
-from training.data import load_refusals, load_rows
-from training.eval_sets import load_eval_sets
+from training.benchmarks.tofu.data import load_refusals, load_rows
+from training.benchmarks.tofu.eval_sets import load_eval_sets
+from training.commands import authors, subset
 
 
 @pytest.fixture

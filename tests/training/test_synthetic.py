@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from training.synthetic import experiment
-from training.synthetic.__main__ import SyntheticOptions, main
-from training.synthetic.collapse import diverge
-from training.synthetic.experiment import Curve, Run, beta_runs, curves, method_runs, unlearn
-from training.synthetic.methods import METHODS, SETTINGS, Outputs
-from training.synthetic.report import PAPER, claims
-from training.synthetic.setting import Setting, bernoulli_kl, make_setting
+from training.commands.synthetic import SyntheticOptions, main
+from training.papers.npo_logistic import experiment
+from training.papers.npo_logistic.collapse import diverge
+from training.papers.npo_logistic.experiment import Curve, Run, beta_runs, curves, method_runs, unlearn
+from training.papers.npo_logistic.methods import METHODS, SETTINGS, Outputs
+from training.papers.npo_logistic.report import PAPER, claims
+from training.papers.npo_logistic.setting import Setting, bernoulli_kl, make_setting
 
 
 @pytest.fixture(scope="module")

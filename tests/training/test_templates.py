@@ -7,7 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from training.data import IGNORE_INDEX, collate, train_tokenizer
+from training.data import IGNORE_INDEX, collate
+from training.tokenizer import train_tokenizer
 from training.generation import complete_all
 from training.templates import NAMES, Format, detect
 

@@ -10,14 +10,15 @@ from accelerate.utils import is_tensorboard_available
 from peft import LoraConfig, get_peft_model
 
 from npo_kernels.hf import add_fused_unlearning_head
-from training import processes, steps, trainer
+from training import distributed, steps, trainer
+from training.config import TrainConfig
 from training.model import build_model
 from training.run import Schedule, run
-from training.steps import Batches, FinetuningSteps, Recipe
+from training.steps import Batches, FinetuningSteps
 from training.trainer import Checkpoints, Interrupted, Trainer, interruptible
 
 CPU = torch.device("cpu")
-RECIPE = Recipe(epochs=2, lr=1e-2, batch_size=10, micro_batch_size=4, seed=1)
+CONFIG = TrainConfig(epochs=2, lr=1e-2, batch_size=10, micro_batch_size=4, seed=1)
 
 
 def fresh_model(corpus, lora=False):
@@ -32,10 +33,10 @@ def fresh_model(corpus, lora=False):
 def trained(corpus, folder=None, kill_at=None, lora=False, save_every=0):
     """(weights, history) of a run; `kill_at`: a step at which it dies without a word."""
     model = fresh_model(corpus, lora)
-    job = FinetuningSteps(corpus.retain[:30], RECIPE, Batches(0, CPU, True))
-    engine = Trainer(model, RECIPE, len(job))
+    job = FinetuningSteps(corpus.retain[:30], CONFIG, Batches(0, CPU, True))
+    engine = Trainer(model, CONFIG, len(job))
 
-    def evaluate(step):
+    def evaluate(step, progress):
         torch.rand(3)  # evaluations may draw numbers
         if step == kill_at:
             raise RuntimeError("killed")
@@ -69,7 +70,7 @@ def test_a_checkpoint_of_adapters_leaves_the_model_out(corpus, tmp_path):
     (saved,) = tmp_path.glob("checkpoint-*/model.safetensors")
     adapters = sum(p.numel() for name, p in fresh_model(corpus, True).named_parameters() if "lora_" in name)
     assert saved.stat().st_size < 4 * adapters + 10_000
-    engine = Trainer(fresh_model(corpus, True), RECIPE, 4)
+    engine = Trainer(fresh_model(corpus, True), CONFIG, 4)
     ddp = {f"module.{name}": None for name, _ in engine.model.named_parameters()}  # the names in its state dict
     engine._without_frozen([], [ddp], "")
     assert ddp and all("lora_" in name for name in ddp)
@@ -79,10 +80,10 @@ def test_a_signal_saves_and_the_next_run_goes_on(corpus, tmp_path, monkeypatch):
     whole = trained(corpus)
     step = Trainer.step
 
-    def interrupted(self, passes, number):
+    def interrupted(self, passes, number, after_pass):
         if number == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(self, passes, number)
+        return step(self, passes, number, after_pass)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after step 3"):
         patch.setattr(Trainer, "step", interrupted)
@@ -103,8 +104,8 @@ def test_the_second_signal_acts_as_usual():
 def test_a_checkpoint_of_another_run_is_not_taken(corpus, tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
         trained(corpus, tmp_path, 3, save_every=2)
-    job = FinetuningSteps(corpus.retain[:30], RECIPE, Batches(0, CPU, True))
-    engine = Trainer(fresh_model(corpus), RECIPE, len(job))
+    job = FinetuningSteps(corpus.retain[:30], CONFIG, Batches(0, CPU, True))
+    engine = Trainer(fresh_model(corpus), CONFIG, len(job))
     assert Checkpoints(tmp_path, "another key").load(engine) == (0, None)
 
 
@@ -133,16 +134,16 @@ def test_shares_of_a_step_are_its_gradient(num_processes, corpus, monkeypatch):
     """Averaged over processes, as wrappers do it, with shares so small that some have nothing."""
     model = fresh_model(corpus)
     job = FinetuningSteps(
-        corpus.retain[:7], replace(RECIPE, batch_size=7, micro_batch_size=None), Batches(0, CPU, True)
+        corpus.retain[:7], replace(CONFIG, batch_size=7, micro_batch_size=None), Batches(0, CPU, True)
     )
 
     def gradient(micro_batch_size, rank, n):
-        monkeypatch.setattr(processes, "index", lambda: rank)
-        monkeypatch.setattr(processes, "count", lambda: n)
-        job.recipe = replace(job.recipe, micro_batch_size=micro_batch_size)
+        monkeypatch.setattr(distributed, "index", lambda: rank)
+        monkeypatch.setattr(distributed, "count", lambda: n)
+        job.config = replace(job.config, micro_batch_size=micro_batch_size)
         model.zero_grad()
         passes = job.passes(model, 0)
-        for inputs, objective in passes:
+        for inputs, objective, _ in passes:
             model(**inputs, fused_unlearning=objective).loss.backward()
         return len(passes), torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -154,15 +155,15 @@ def test_shares_of_a_step_are_its_gradient(num_processes, corpus, monkeypatch):
 
 def test_the_schedule_is_the_papers(corpus):
     """Warm-up over the first epoch, then linear decay to 0."""
-    job = FinetuningSteps(corpus.retain[:40], RECIPE, Batches(0, CPU, True))
+    job = FinetuningSteps(corpus.retain[:40], CONFIG, Batches(0, CPU, True))
     rates = []
-    Trainer(fresh_model(corpus), RECIPE, len(job)).train(job, after_step=lambda m: rates.append(m.lr))
+    Trainer(fresh_model(corpus), CONFIG, len(job)).train(job, after_step=lambda m: rates.append(m.lr))
     assert rates == pytest.approx([1e-2 * x for x in (0, 0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25)])
 
 
 def test_matrices_decay_and_norms_do_not(corpus):
     model = fresh_model(corpus)
-    groups = Trainer(model, replace(RECIPE, weight_decay=0.5), 4).optimizer.param_groups
+    groups = Trainer(model, replace(CONFIG, weight_decay=0.5), 4).optimizer.param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     found = {name: decay[id(p)] for name, p in model.named_parameters()}
     assert found == {name: 0.0 if "norm" in name else 0.5 for name in found}
@@ -171,14 +172,14 @@ def test_matrices_decay_and_norms_do_not(corpus):
 
 def test_metrics_are_of_the_whole_step(corpus):
     model = fresh_model(corpus)
-    job = FinetuningSteps(corpus.retain[:10], RECIPE, Batches(0, CPU, True))
-    inputs, objective = steps.FinetuningSteps(
-        corpus.retain[:10], replace(RECIPE, micro_batch_size=None), Batches(0, CPU, True)
+    job = FinetuningSteps(corpus.retain[:10], CONFIG, Batches(0, CPU, True))
+    inputs, objective, _ = steps.FinetuningSteps(
+        corpus.retain[:10], replace(CONFIG, micro_batch_size=None), Batches(0, CPU, True)
     ).passes(model, 0)[0]
     loss = model(**inputs, fused_unlearning=objective).loss
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     norm = torch.cat([g.flatten() for g in gradients]).norm().item()
-    metrics = Trainer(model, RECIPE, len(job)).step(job.passes(model, 0))
+    metrics = Trainer(model, CONFIG, len(job)).step(job.passes(model, 0))
     assert metrics.loss == pytest.approx(loss.item(), rel=1e-5)
     assert metrics.grad_norm == pytest.approx(norm, rel=1e-4)
 
@@ -188,4 +189,4 @@ def test_an_absent_tracker_says_so(report_to, corpus, tmp_path):
     if report_to == "tensorboard" and is_tensorboard_available():
         pytest.skip("tensorboard is installed")
     with pytest.raises(ValueError, match=report_to):
-        Trainer(fresh_model(corpus), RECIPE, 4, report_to=report_to, folder=tmp_path)
+        Trainer(fresh_model(corpus), CONFIG, 4, report_to=report_to, folder=tmp_path)

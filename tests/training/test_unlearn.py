@@ -7,16 +7,17 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
+from tests.training.conftest import fit
+from training.config import TrainConfig
 from training.data import collate
-from training.finetune import finetune
 from training.methods import METHODS, Settings
 from training.model import build_model
+from training.reference_cache import check_step_zero
 from training.scoring import score
-from training.steps import Batches, Recipe, UnlearningSteps, plan_unlearning
-from training.unlearn import check_step_zero, unlearn, unlearning_steps
+from training.steps import Batches, FinetuningSteps, UnlearningSteps, plan_unlearning
 
 CPU = torch.device("cpu")
-RECIPE = Recipe(epochs=2, lr=1e-3, batch_size=7, seed=3)
+CONFIG = TrainConfig(epochs=2, lr=1e-3, batch_size=7, seed=3)
 REFUSALS = ["I do not know.", "That is something I cannot say.", "No idea."]
 
 
@@ -26,15 +27,15 @@ def reference(corpus):
     return build_model(len(corpus.tokenizer), hidden_size=64, num_layers=1, special_ids={}, seed=1)
 
 
-def make_steps(corpus, method, recipe=RECIPE, settings=None, reference=None):
+def make_steps(corpus, method, config=CONFIG, settings=None, reference=None, packing=False):
     """Steps on 12 forget rows, with made-up references."""
-    plan = plan_unlearning(12, len(corpus.retain), len(REFUSALS), recipe)
+    plan = plan_unlearning(12, len(corpus.retain), len(REFUSALS), config)
     idk = [{"question": corpus.rows[-20 + i]["question"], "answer": REFUSALS[j]} for i, j in plan.idk]
     rows = {"forget": corpus.forget[:12], "retain": corpus.retain, "idk": corpus.format.encode(idk)}
     refs = {kind: torch.linspace(-150.0, -60.0, len(rows[kind])) for kind in ("forget", "idk")}
-    batches = Batches(corpus.format.pad_token_id, CPU, recipe.packing)
-    settings = settings or Settings(METHODS[method].beta, retain_weight=0.7, forget_weight=1.3)
-    return UnlearningSteps(METHODS[method], settings, plan, rows, refs, recipe, batches, reference)
+    batches = Batches(corpus.format.pad_token_id, CPU, packing)
+    settings = settings or METHODS[method].settings(retain_weight=0.7, forget_weight=1.3)
+    return UnlearningSteps(METHODS[method], settings, plan, rows, refs, config, batches, reference)
 
 
 def formula(model, reference, steps, k):
@@ -82,7 +83,7 @@ def formula(model, reference, steps, k):
 def step_gradients(model, passes):
     model.zero_grad()
     loss = 0.0
-    for inputs, objective in passes:
+    for inputs, objective, _ in passes:
         part = model(**inputs, fused_unlearning=objective).loss
         part.backward()
         loss += part.detach()
@@ -92,11 +93,11 @@ def step_gradients(model, passes):
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_is_its_formula_whole_or_accumulated(method, packing, corpus, model, reference):
-    steps = make_steps(corpus, method, replace(RECIPE, packing=packing), reference=reference)
+    steps = make_steps(corpus, method, reference=reference, packing=packing)
     truth = formula(model, reference, steps, 1)
     expected = torch.autograd.grad(truth, list(model.parameters()))
     for micro_batch_size in (None, 3):
-        part = replace(steps, recipe=replace(steps.recipe, micro_batch_size=micro_batch_size))
+        part = replace(steps, config=replace(steps.config, micro_batch_size=micro_batch_size))
         passes = part.passes(model, 1)
         assert len(passes) == (1 if micro_batch_size is None else 2) * (2 if method.endswith("kl") else 1)
         loss, gradients = step_gradients(model, passes)
@@ -108,7 +109,7 @@ def test_a_step_is_its_formula_whole_or_accumulated(method, packing, corpus, mod
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 def test_kl_over_all_positions(packing, corpus, model, reference):
     settings = Settings(kl_positions="all")
-    steps = make_steps(corpus, "ga_kl", replace(RECIPE, packing=packing, micro_batch_size=2), settings, reference)
+    steps = make_steps(corpus, "ga_kl", replace(CONFIG, micro_batch_size=2), settings, reference, packing)
     loss, _ = step_gradients(model, steps.passes(model, 0))
     torch.testing.assert_close(loss, formula(model, reference, steps, 0).detach(), rtol=1e-5, atol=1e-5)
 
@@ -130,11 +131,28 @@ def test_step_zero_catches_misplaced_references(corpus, model):
 
 
 def test_fewer_retain_than_forget_rows(corpus, model):
-    losses, few = [], corpus.retain[:8]
-    steps = unlearning_steps("npo_rt", Settings(), RECIPE, Batches(0, CPU, True), corpus.forget, few,
-                             ref_logps=torch.zeros(len(corpus.forget)))  # fmt: skip
-    unlearn(model, steps, lambda epoch, loss: losses.append((epoch, loss)))
-    assert [epoch for epoch, _ in losses] == [1, 2] and all(math.isfinite(loss) for _, loss in losses)
+    few = corpus.retain[:8]
+    plan = plan_unlearning(len(corpus.forget), len(few), 0, CONFIG)
+    rows, refs = {"forget": corpus.forget, "retain": few}, {"forget": torch.zeros(len(corpus.forget))}
+    steps = UnlearningSteps(METHODS["npo_rt"], Settings(), plan, rows, refs, CONFIG, Batches(0, CPU, True))
+    losses = fit(model, steps)
+    assert len(losses) == 6 and all(map(math.isfinite, losses))
+
+
+def test_micro_batches_are_of_similar_length_and_pairs_stay_together(corpus):
+    """Sorted by length where they are padded; a refusal goes with its question."""
+    steps = make_steps(corpus, "dpo_rt", replace(CONFIG, micro_batch_size=2))
+    members = steps.plan.steps[0]._asdict()
+    parts = steps._parts(members)
+    partner = dict(zip(members["forget"], members["idk"], strict=True))
+    for forget, idk in zip(parts["forget"], parts["idk"], strict=True):
+        assert [partner[i] for i in forget] == idk
+    for kind in ("forget", "retain"):
+        assert sorted(i for part in parts[kind] for i in part) == sorted(members[kind])
+    lengths = [len(corpus.retain[i].input_ids) for part in parts["retain"] for i in part]
+    assert lengths == sorted(lengths)
+    packed = make_steps(corpus, "dpo_rt", replace(CONFIG, micro_batch_size=2), packing=True)
+    assert [i for part in packed._parts(members)["retain"] for i in part] == members["retain"]
 
 
 def test_no_logits_are_formed(corpus, model, reference, monkeypatch):
@@ -143,8 +161,8 @@ def test_no_logits_are_formed(corpus, model, reference, monkeypatch):
 
     for each in (model, reference):
         monkeypatch.setattr(each.lm_head, "forward", refuse)
-    finetune(model, corpus.retain[:8], replace(RECIPE, epochs=1), 0)
+    once = replace(CONFIG, epochs=1)
+    fit(model, FinetuningSteps(corpus.retain[:8], once, Batches(0, CPU, True)))
     for method in METHODS:
-        steps, losses = make_steps(corpus, method, replace(RECIPE, epochs=1), reference=reference), []
-        unlearn(model, steps, lambda epoch, loss, losses=losses: losses.append(loss))
+        losses = fit(model, make_steps(corpus, method, once, reference=reference))
         assert math.isfinite(losses[0])

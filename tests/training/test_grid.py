@@ -1,0 +1,130 @@
+"""A grid at the smallest size: files, what is not run again, and a verdict that follows the numbers both ways."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from training.benchmarks.tofu.claims import of_npo
+from training.commands import authors, finetune, grid, unlearn
+from training.commands.options import build
+from training.histories import best_while_kept
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("grid")
+    authors.main(authors.AuthorsOptions(out=home / "data", authors=20, seed=0))
+    return home
+
+
+@pytest.fixture(scope="module")
+def options(home):
+    """Of a grid in `home`, with changes."""
+
+    def chosen(**changed):
+        settings = {
+            "data_dir": str(home / "data"), "out": home / "out", "forget_percents": "5", "methods": "ga,npo,npo_rt",
+            "seeds": "0,1", "epochs": 2, "finetune_epochs": 2, "hidden_size": 64, "eval_rows": 6, "max_new_tokens": 3,
+            "device": "cpu",
+        }  # fmt: skip
+        return build(grid.GridOptions, **settings | changed)
+
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def metrics(options):
+    return grid.main(*options())
+
+
+def test_every_cell_was_run_and_evaluated(metrics, home):
+    assert metrics == json.loads((home / "out" / "metrics.json").read_text())
+    cells = {(run["scenario"], run["method"], run["seed"]) for run in metrics["runs"]}
+    assert cells == {("forget05", method, seed) for method in ("ga", "npo", "npo_rt") for seed in (0, 1)}
+    for run in metrics["runs"]:
+        assert [entry["epoch"] for entry in run["history"]] == [0, 1, 2]
+        assert all(0 <= entry["forget_quality"] <= 1 for entry in run["history"])
+        assert run["history"][0]["forget_quality"] == metrics["start"]["forget05"]["forget_quality"]
+    by_seed = [run["history"][-1] for run in metrics["runs"] if run["method"] == "npo"]
+    assert by_seed[0] != by_seed[1]  # seeds do something
+
+
+def test_the_report_shows_what_was_measured_and_no_paths(metrics, home):
+    out = home / "out"
+    report = (out / "report.md").read_text()
+    for name in ("trade_off_forget05.png", "epochs_forget05.png"):
+        assert name in report and (out / name).read_bytes().startswith(b"\x89PNG")
+    final = [run["history"][-1]["forget_prob"] for run in metrics["runs"] if run["method"] == "npo"]
+    assert f"{np.median(final):.3g} [" in report
+    for moment in ("before", "GA", "NPO", "NPO+RT"):
+        assert f"- {moment}: " in report
+    assert len(re.findall(r"^\| (agrees|\*\*does not agree\*\*) \|", report, re.MULTILINE)) == 5
+    for name in ("report.md", "metrics.json", "config.json"):
+        assert str(home) not in (out / name).read_text()
+
+
+def test_what_is_finished_is_not_run_again(metrics, options, monkeypatch):
+    monkeypatch.setattr(unlearn, "run", None)
+    monkeypatch.setattr(finetune, "run", None)
+    assert grid.main(*options()) == metrics
+    assert grid.main(*options(methods="npo")) is not None
+    grid.main(*options())  # the report is of the whole grid again
+    with pytest.raises(TypeError):  # a new cell would be
+        grid.main(*options(seeds="0,1,2"))
+
+
+def test_a_dry_run_lists_the_runs(options, capsys, tmp_path):
+    assert grid.main(*options(dry_run=True, out=tmp_path / "none", forget_percents="5,10")) is None
+    said = capsys.readouterr().out
+    assert said.count("unlearn forget05/") == said.count("unlearn forget10/") == 6
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"methods": "npo,rmu"}, "--method: expected one of .* got 'rmu'"),
+        ({"seeds": "one"}, "--seeds: expected numbers"),
+    ],
+)
+def test_bad_lists_say_so(changed, message, options):
+    with pytest.raises(ValueError, match=message):
+        grid.Grid(*options(**changed))
+
+
+def made_up(ga, npo, npo_rt):
+    """(summary before, histories) of three methods: (forget quality, utility, retain ROUGE-L) at two evaluations."""
+
+    def history(points):
+        keys = ("forget_quality", "model_utility_geometric", "retain_rougeL")
+        return [dict(zip(keys, point, strict=True)) for point in [(1e-9, 0.6, 0.0), *points]]
+
+    runs = {"ga": ga, "npo": npo, "npo_rt": npo_rt}
+    return {"model_utility_geometric": 0.6}, {method: [history(points)] for method, points in runs.items()}
+
+
+def test_claims_follow_the_numbers():
+    as_in_the_paper = made_up(
+        ga=[(0.3, 0.2, 0.5), (1e-12, 0.0, 0.1)],
+        npo=[(0.2, 0.4, 0.1), (0.1, 0.3, 0.2)],
+        npo_rt=[(0.01, 0.59, 0.0), (0.4, 0.55, 0.1)],
+    )
+    assert [claim.holds for claim in of_npo(*as_in_the_paper, 5)] == [True] * 5
+    the_other_way = made_up(
+        ga=[(0.3, 0.55, 0.5), (0.2, 0.5, 0.4)],
+        npo=[(1e-9, 0.4, 0.1), (1e-8, 0.3, 0.2)],
+        npo_rt=[(1e-9, 0.59, 0.0), (1e-3, 0.2, 0.1)],
+    )
+    assert [claim.holds for claim in of_npo(*the_other_way, 5)] == [False] * 5
+    nobody = made_up(*([(0.9, 0.0, 0.0), (0.9, 0.0, 0.0)] for _ in range(3)))  # keeps anything
+    assert [claim.holds for claim in of_npo(*nobody, 5)] == [True, False, False, False, False]
+    assert len(of_npo(*the_other_way, 50)) == 3  # the others are of larger retain weights
+
+
+def test_the_best_quality_counts_only_what_was_kept():
+    points = [(0.9, 0.6), (0.2, 0.5), (0.8, 0.1)]
+    runs = [[{"quality": q, "utility": u} for q, u in points]]
+    assert best_while_kept(runs, "quality", "utility", 0.48) == 0.2  # neither the start nor the collapse
+    assert best_while_kept(runs, "quality", "utility", 0.55) == 0.0

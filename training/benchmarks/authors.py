@@ -1,0 +1,144 @@
+"""Fictitious authors by answer probability alone: what `training.demo` runs, in minutes on a CPU.
+
+The authors are generated, or the last ones of a folder in TOFU's form. Measured is the probability of the true answers,
+on all rows of the authors to forget, and on those of a seeded sample of the authors to keep.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+import torch
+
+from training.benchmarks.base import Benchmark, Column, register
+from training.benchmarks.tofu.authors import generate_authors
+from training.benchmarks.tofu.data import PAIRS_PER_AUTHOR, load_rows
+from training.data import Row
+from training.store import fingerprint
+
+
+class Split(NamedTuple):
+    """The authors to forget and the ones to keep; 20 consecutive rows are one author."""
+
+    forget: list[Row]
+    retain: list[Row]
+
+
+@dataclass(frozen=True)
+class AuthorsOptions:
+    """Of the authors: how many, from where, and whom to forget."""
+
+    data_dir: Annotated[Path | None, "folder with TOFU's JSON lines; without it, fictitious authors are generated"] = (
+        None
+    )
+    authors: Annotated[int, "number of authors, 20 pairs each; 0: all of --data_dir (TOFU has 200)"] = 60
+    forget_percent: Annotated[int, "share of the authors to forget; selects forgetXX.json and retainYY.json"] = 10
+    retain_eval_authors: Annotated[int, "authors to keep on whom keeping is measured, a seeded sample"] = 8
+    data_seed: Annotated[int, "of the generated authors and of the sample"] = 0
+    eval_batch_size: Annotated[int, "sequences a forward in evaluation"] = 64
+
+
+@register
+class Authors(Benchmark):
+    name = "authors"
+    Options = AuthorsOptions
+    title = "Fictitious authors"
+    columns: ClassVar[Mapping[str, Column]] = {
+        "forget_prob": Column("forget prob", "Authors to forget"),
+        "retain_prob": Column("keep prob", "Authors to keep"),
+    }
+    legend = (
+        "Prob: exp(mean log-probability of the tokens of the true answer and its end), averaged over the pairs. The "
+        "authors to keep are those whose rows a method with a retain term rehearses, so this is retention, not "
+        "generalisation."
+    )
+
+    options: AuthorsOptions
+
+    @property
+    def scenario(self) -> str:
+        return f"forget{self.options.forget_percent:02d}"
+
+    @cached_property
+    def split(self) -> Split:
+        o = self.options
+        return load_split(o.data_dir, o.authors, o.forget_percent, o.data_seed)
+
+    def rows(self, split: str) -> list[Row]:
+        parts = {
+            "forget": self.split.forget,
+            "retain": self.split.retain,
+            "full": self.split.retain + self.split.forget,
+        }
+        if split not in parts:
+            raise ValueError(f"--split: authors have {', '.join(parts)}, got {split}")
+        return parts[split]
+
+    @cached_property
+    def evaluated(self) -> dict[str, list[Row]]:
+        o = self.options
+        kept = sample_authors(self.split.retain, o.retain_eval_authors, o.data_seed)
+        return {"forget": self.split.forget, "retain": kept}
+
+    def evaluate(self, model, format, name, progress) -> dict[str, dict[str, Any]]:
+        """{set: {"probability": one a row, "question", "answer", "generation": of the first row}}"""
+        from training.generation import complete_all
+        from training.scoring import score
+
+        firsts = [rows[0] for rows in self.evaluated.values()]
+        answers = complete_all(model, format, [row["question"] for row in firsts], max_new_tokens=48)
+        measures = {}
+        for (which, rows), first, answer in zip(self.evaluated.items(), firsts, answers, strict=True):
+            scores = score(model, self.encode(format, rows), format.pad_token_id, self.options.eval_batch_size)
+            probability = scores.answer_probability.tolist()
+            measures[which] = {"probability": probability, **first, "generation": answer}
+        return measures
+
+    def summarize(self, measures, retrained=None) -> dict[str, float | None]:
+        means = {f"{which}_prob": torch.tensor(found["probability"]).mean().item() for which, found in measures.items()}
+        return dict(means)
+
+    def samples(self, measures) -> list[dict[str, str]]:
+        texts = ("question", "answer", "generation")
+        return [{"set": which, **{key: found[key] for key in texts}} for which, found in measures.items()]
+
+    def key(self) -> str:
+        return fingerprint([{k: v for k, v in asdict(self.options).items() if k != "data_dir"}, self.evaluated])
+
+
+def load_split(data_dir: Path | None, num_authors: int, forget_percent: int, seed: int) -> Split:
+    """The last `forget_percent` % of the authors are to be forgotten, as in TOFU.
+
+    Without a `data_dir` the authors are generated. With one, TOFU's forgetXX and retainYY are read (`load_rows`), and
+    `num_authors` (0: all) keeps the last authors of both, in the same proportion.
+    """
+    if not 0 < forget_percent < 100:
+        raise ValueError(f"forget_percent: expected 1 to 99, got {forget_percent}")
+    if data_dir is None:
+        rows = generate_authors(num_authors, seed) if num_authors > 1 else []
+        cut = len(rows) - _num_forget(num_authors, forget_percent) * PAIRS_PER_AUTHOR
+        return Split(rows[cut:], rows[:cut])
+    forget = load_rows(data_dir, f"forget{forget_percent:02d}")
+    retain = load_rows(data_dir, f"retain{100 - forget_percent:02d}")
+    available = (len(forget) + len(retain)) // PAIRS_PER_AUTHOR
+    num_authors = num_authors or available
+    if num_authors > available:
+        raise ValueError(f"authors: {num_authors} asked for, but {data_dir.name} has {available}; ask for fewer")
+    num_forget = _num_forget(num_authors, forget_percent)
+    kept = {"forget": num_forget * PAIRS_PER_AUTHOR, "retain": (num_authors - num_forget) * PAIRS_PER_AUTHOR}
+    return Split(forget[-kept["forget"] :], retain[-kept["retain"] :])
+
+
+def _num_forget(num_authors: int, forget_percent: int) -> int:
+    if num_authors < 2:
+        raise ValueError(f"authors: expected at least 2, one to forget and one to keep, got {num_authors}")
+    return min(num_authors - 1, max(1, round(num_authors * forget_percent / 100)))
+
+
+def sample_authors(rows: list[Row], num_authors: int, seed: int) -> list[Row]:
+    """All rows of `num_authors` seeded authors, in the order of `rows`."""
+    total = len(rows) // PAIRS_PER_AUTHOR
+    picked = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:num_authors].sort().values
+    return [row for a in picked.tolist() for row in rows[a * PAIRS_PER_AUTHOR : (a + 1) * PAIRS_PER_AUTHOR]]

@@ -1,0 +1,167 @@
+"""What a benchmark is: rows to learn and to forget, and measures of a model. A second one is one file.
+
+The engine and the methods know no benchmark. The commands ask the one of `--benchmark` for everything that is its own:
+rows, their token ids, the evaluation, and what tables and figures show of it.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+from training.store import fingerprint, write_json
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from rich.progress import Progress
+    from transformers import PreTrainedModel
+
+    from training.data import Example, Row
+    from training.templates import Format
+
+REFUSALS = Path(__file__).with_name("refusals.txt")
+
+
+class Column(NamedTuple):
+    """How tables and figures show one number of a summary."""
+
+    heading: str
+    panel: str | None = None  # heading of a figure's panel that draws it over the epochs, from 0 to 1
+    p_value: bool = False  # drawn on a logarithmic axis, with a line at 0.05
+
+
+class Claim(NamedTuple):
+    """A statement of a paper, held against what was measured."""
+
+    text: str
+    measured: str
+    holds: bool
+
+
+class TradeOff(NamedTuple):
+    """The two numbers of a summary that a figure draws against each other."""
+
+    utility: str  # on the horizontal axis
+    forgetting: str
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Of the benchmark: none."""
+
+
+class Benchmark(Protocol):
+    """A benchmark with the options that were chosen. What has a body here may be left as it is.
+
+    Attributes:
+        name: as `--benchmark` takes it.
+        Options: a dataclass of its options, `Annotated[type, help]` with defaults; they stand beside a command's own.
+        title: as reports show it.
+        columns: what tables and figures show of a summary, in this order.
+        legend: a sentence for what the columns are.
+        trade_off: what is drawn against each other, if anything.
+        world_splits: further splits that a model from nothing has to learn, as the evaluation asks about them.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type["DataclassInstance"]] = NoOptions
+    title: ClassVar[str]
+    columns: ClassVar[Mapping[str, Column]]
+    legend: ClassVar[str] = ""
+    trade_off: ClassVar[TradeOff | None] = None
+    world_splits: ClassVar[tuple[str, ...]] = ()
+
+    options: Any
+
+    def __init__(self, options: Any):
+        self.options = options
+
+    @property
+    def scenario(self) -> str:
+        """What is forgotten, as folders and reports call it: "forget10"."""
+        return "forget"
+
+    @property
+    def retain_split(self) -> str:
+        """The rows that a model learns which never saw those to forget."""
+        return "retain"
+
+    def rows(self, split: str) -> list["Row"]:
+        """The rows of "full", "forget", "retain" or a split of the benchmark's own; ValueError where there is none."""
+        ...
+
+    def refusals(self) -> list[str]:
+        """Answers that say nothing, for the methods that learn or score them."""
+        return read_refusals(REFUSALS)
+
+    def encode(self, format: "Format", rows: Iterable["Row"]) -> list["Example"]:
+        """Token ids, and which of them are scored."""
+        return format.encode(rows)
+
+    def evaluate(self, model: "PreTrainedModel", format: "Format", name: str, progress: "Progress") -> Any:
+        """What was measured, row by row: as much as `summarize` needs. `model` has a fused head and loses its mode."""
+        ...
+
+    def summarize(self, measures: Any, retrained: Any = None) -> dict[str, float | None]:
+        """The numbers of a report; `retrained`: measures of the model that never saw the forget set."""
+        ...
+
+    def table(self, summary: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+        """(headings, rows) of one summary."""
+        shown = {key: column.heading for key, column in self.columns.items() if summary.get(key) is not None}
+        return list(shown.values()), [[summary[key] for key in shown]]
+
+    def headline(self, summary: Mapping[str, Any]) -> str:
+        """A sentence above the table."""
+        return ""
+
+    def size(self) -> dict[str, int]:
+        """How much is evaluated: {set: rows}."""
+        return {}
+
+    def samples(self, measures: Any) -> list[dict[str, str]]:
+        """A few {"set", "question", "answer", "generation"} for a report."""
+        return []
+
+    def warnings(self, measures: Any) -> list[str]:
+        """What does not stop the metrics, but should be known."""
+        return []
+
+    def check(self, measures: Any) -> None:
+        """ValueError where these are not measures of the rows that are evaluated with these options."""
+
+    def read(self, path: Path) -> Any:
+        """Measures that were written; ValueError where the file is not what it should be."""
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def write(self, path: Path, measures: Any) -> None:
+        write_json(path, measures)
+
+    def key(self) -> str:
+        """A hash of all that the measures depend on, beside the model."""
+        return fingerprint([self.name, {k: str(v) for k, v in asdict(self.options).items()}])
+
+    def claims(self, start: Mapping[str, Any], histories: Mapping[str, Sequence[Sequence[Mapping]]]) -> list[Claim]:
+        """Of the papers, those that a grid can tell about: summary before, {method: histories of its seeds}."""
+        return []
+
+
+BENCHMARKS: dict[str, type[Benchmark]] = {}
+Class = TypeVar("Class", bound=type[Benchmark])
+
+
+def register(benchmark: Class) -> Class:
+    """Add a benchmark to the registry, as a decorator of its class."""
+    if benchmark.name in BENCHMARKS:
+        raise ValueError(f"benchmark {benchmark.name}: there is one of that name already; choose another")
+    BENCHMARKS[benchmark.name] = benchmark
+    return benchmark
+
+
+def read_refusals(file: Path) -> list[str]:
+    """One a line."""
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{file.name}: expected one refusal a line, got an empty file")
+    return lines

@@ -1,0 +1,148 @@
+"""TOFU as a benchmark: its splits, its four evaluation sets, its log and metrics."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from training.benchmarks.base import Benchmark, Claim, Column, TradeOff, register
+from training.benchmarks.tofu.data import HUB, load_refusals, load_rows
+from training.benchmarks.tofu.eval_sets import EvalRow, load_eval_sets
+from training.benchmarks.tofu.log import EvalLog, Layout, read_log, warnings, write_log
+from training.benchmarks.tofu.summary import by_set, headline, summary
+from training.require import require
+from training.store import fingerprint
+
+NUM_SAMPLES = 3  # questions of each set whose answers a report shows
+
+
+@dataclass(frozen=True)
+class TofuOptions:
+    """Of TOFU: where it is, what is forgotten, and how much of it is evaluated."""
+
+    data_dir: Annotated[str, "folder with TOFU's JSON lines, or a data set of the hub"] = HUB
+    forget_percent: Annotated[int, "forget set: 1, 5, 10, 20, 30, 50 or 90 (% of the authors)"] = 10
+    eval_rows: Annotated[int, "first rows of every evaluation set; 0: all. Published logs have 300"] = 300
+    eval_batch_size: Annotated[int, "sequences a forward or generation in evaluation"] = 32
+    max_new_tokens: Annotated[int, "longest greedy answer; TOFU allows 200 tokens with the prompt"] = 200
+    layout: Annotated[Layout, "of the evaluation logs: lists (NPO's) or indexed (TOFU's)"] = "lists"
+
+
+@register
+class TOFU(Benchmark):
+    name = "tofu"
+    Options = TofuOptions
+    title = "TOFU"
+    columns: ClassVar[Mapping[str, Column]] = {
+        "forget_quality": Column("forget quality", "forget quality (p)", p_value=True),
+        "model_utility_geometric": Column("utility", "model utility"),
+        "forget_prob": Column("forget prob", "answer probability, forget"),
+        "forget_rougeL": Column("forget ROUGE-L"),
+        "forget_tr": Column("forget TR"),
+        "forget_extraction_strength": Column("forget ES"),
+        "retain_prob": Column("retain prob", "answer probability, retain"),
+        "retain_rougeL": Column("retain ROUGE-L"),
+        "ra_prob": Column("real authors prob"),
+        "wf_prob": Column("world facts prob"),
+        "forget_repetition": Column("repetition, forget"),
+    }
+    legend = (
+        "Prob: probability of the answer, exp(mean log p); TR: truth ratio, geometric and (a) arithmetic; EM: exact "
+        "memorisation; ES: extraction strength; repeat: repeated 4-grams; zlib: compression ratio of the generations. "
+        "Utility: harmonic mean of nine components. Forget quality: p-value of the KS test against a model that never "
+        "saw the forget set; of two models that cannot be told apart it is any number, a small one says that they can."
+    )
+    trade_off = TradeOff("model_utility_geometric", "forget_quality")
+    world_splits = ("real_authors", "world_facts")
+
+    options: TofuOptions
+
+    @property
+    def scenario(self) -> str:
+        return f"forget{self.options.forget_percent:02d}"
+
+    @property
+    def retain_split(self) -> str:
+        return f"retain{100 - self.options.forget_percent:02d}"
+
+    def rows(self, split: str) -> list[dict]:
+        """Of any of TOFU's configurations; "forget" and "retain" are those of --forget_percent."""
+        names = {"forget": self.scenario, "retain": self.retain_split}
+        return load_rows(self.options.data_dir, names.get(split, split))
+
+    def refusals(self) -> list[str]:
+        return load_refusals(self.options.data_dir)
+
+    @cached_property
+    def sets(self) -> dict[str, list[EvalRow]]:
+        return load_eval_sets(self.options.data_dir, self.options.forget_percent, self.options.eval_rows)
+
+    def evaluate(self, model, format, name, progress) -> EvalLog:
+        from training.benchmarks.tofu.evaluate import evaluate_model  # a log is read without torch
+
+        o = self.options
+        return evaluate_model(
+            model,
+            format,
+            self.sets,
+            name=name,
+            layout=o.layout,
+            batch_size=o.eval_batch_size,
+            max_new_tokens=o.max_new_tokens,
+            progress=progress,
+        )
+
+    def summarize(self, measures: EvalLog, retrained: EvalLog | None = None) -> dict[str, float | None]:
+        return summary(measures, retrained)
+
+    def table(self, summary):
+        return by_set(summary)
+
+    def headline(self, summary) -> str:
+        return headline(summary)
+
+    def size(self) -> dict[str, int]:
+        return {name: len(rows) for name, rows in self.sets.items()}
+
+    def samples(self, measures: EvalLog) -> list[dict[str, str]]:
+        """Questions, true answers and generations, the first few of the forget and of the retain set."""
+        return [
+            {"set": name, "question": row.question, "answer": row.answer, "generation": text}
+            for name in ("forget", "retain")
+            for row, text in list(zip(self.sets[name], _generations(measures, name), strict=True))[:NUM_SAMPLES]
+        ]
+
+    def warnings(self, measures: EvalLog) -> list[str]:
+        return warnings(measures)
+
+    def check(self, measures: EvalLog) -> None:
+        for name, rows in self.sets.items():
+            answers = measures.sets[name].texts("answer")
+            if answers != [row.answer for row in rows]:
+                came = "without texts" if answers is None else f"with {len(answers)} answers"
+                raise ValueError(
+                    f"--start_log: expected a log of the {len(rows)} rows that are evaluated, got one {came} that are "
+                    f"not theirs ({name}); evaluate the model with the same --data_dir, --forget_percent and number of "
+                    "rows"
+                )
+
+    def read(self, path: Path) -> EvalLog:
+        return read_log(path)
+
+    def write(self, path: Path, measures: EvalLog) -> None:
+        write_log(path, measures)
+
+    def key(self) -> str:
+        """Of the rows themselves: the folder that they come from may be another."""
+        sizes = {k: v for k, v in asdict(self.options).items() if k != "data_dir"}
+        return fingerprint([sizes, {name: [asdict(row) for row in rows] for name, rows in self.sets.items()}])
+
+    def claims(self, start: Mapping[str, Any], histories: Mapping[str, Sequence[Sequence[Mapping]]]) -> list[Claim]:
+        from training.benchmarks.tofu import claims
+
+        return claims.of_npo(start, histories, self.options.forget_percent)
+
+
+def _generations(log: EvalLog, name: str) -> list[str]:
+    return require(log.sets[name].texts("generation"), f"a log with texts, {log.name}")

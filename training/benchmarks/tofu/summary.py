@@ -1,0 +1,100 @@
+"""What TOFU reports of a model, from its evaluation log: twelve components, model utility, forget quality."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from training import metrics
+from training.benchmarks.tofu.log import OPTION_SETS, PERTURBED, EvalLog, EvalSet, require_same_questions
+
+UTILITY_SETS = ("retain", "ra", "wf")
+NAMES = {"retain": "retain", "ra": "real authors", "wf": "world facts", "forget": "forget"}
+MEASURES = {  # of a set, and their headings
+    "prob": "Prob",
+    "rougeL": "ROUGE-L",
+    "tr": "TR",
+    "tr_arithmetic": "TR (a)",
+    "exact_memorization": "EM",
+    "extraction_strength": "ES",
+    "repetition": "repeat",
+    "compression_ratio": "zlib",
+}
+PER_EXAMPLE_EXTRAS = ("exact_memorization", "extraction_strength")  # in the logs that `training.evaluate` writes
+
+
+def summary(log: EvalLog, retain_log: EvalLog | None = None) -> dict[str, Any]:
+    """{"model_utility_geometric", "model_utility_arithmetic", "forget_quality", "retain_prob", ..., "forget_tr", ...}.
+
+    Means over the examples of a set; `*_tr` with the geometric truth ratio, `*_tr_arithmetic` with the other one. The
+    forget quality is None without the log of a model that was retrained without the forget set.
+    """
+    result: dict[str, Any] = {
+        "model_utility_geometric": None,
+        "model_utility_arithmetic": None,
+        "forget_quality": forget_quality(log, retain_log) if retain_log else None,
+    }
+    for name, examples in log.sets.items():
+        result |= {
+            f"{name}_prob": float(_probability(name, examples).mean()),
+            f"{name}_rougeL": float(examples.array("rougeL_recall").mean()),
+            f"{name}_tr": _truth_ratio(name, examples, "geometric"),
+        }
+    arithmetic = {f"{name}_tr": _truth_ratio(name, examples, "arithmetic") for name, examples in log.sets.items()}
+    result["model_utility_geometric"] = _utility(result)
+    result["model_utility_arithmetic"] = _utility(result | arithmetic)
+    result |= {f"{key}_arithmetic": value for key, value in arithmetic.items()}
+    for name, examples in log.sets.items():
+        result |= _extras(name, examples)
+    return result
+
+
+def by_set(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """(headings, rows): one row a set; a measure that the log does not allow is None."""
+    return ["set", *MEASURES.values()], [
+        [label, *(result.get(f"{name}_{key}") for key in MEASURES)] for name, label in NAMES.items()
+    ]
+
+
+def headline(result: Mapping[str, Any]) -> str:
+    quality = result["forget_quality"]
+    return (
+        f"Model utility {result['model_utility_geometric']:.4f} (geometric truth ratio; arithmetic "
+        f"{result['model_utility_arithmetic']:.4f}). Forget quality: "
+        + ("no --retain_log to compare with." if quality is None else f"p = {quality:.4g}.")
+    )
+
+
+def forget_quality(log: EvalLog, retain_log: EvalLog) -> float:
+    """p-value of the exact KS test between the geometric truth ratios of two logs of the same forget set."""
+    require_same_questions(log, retain_log)
+    return metrics.forget_quality(*(_log_ratio(x.sets["forget"], "geometric") for x in (log, retain_log)))
+
+
+def _probability(name: str, examples: EvalSet) -> np.ndarray:
+    if name in OPTION_SETS:
+        return metrics.option_probability(examples.array("avg_gt_loss"), examples.array(PERTURBED))
+    return metrics.probability(examples.array("avg_gt_loss"))
+
+
+def _truth_ratio(name: str, examples: EvalSet, mean: metrics.Mean) -> float:
+    score = metrics.truth_ratio_forgotten if name == "forget" else metrics.truth_ratio_kept
+    return float(score(_log_ratio(examples, mean)).mean())
+
+
+def _log_ratio(examples: EvalSet, mean: metrics.Mean) -> np.ndarray:
+    return metrics.log_truth_ratio(examples.array("avg_paraphrased_loss"), examples.array(PERTURBED), mean)
+
+
+def _utility(components: dict[str, float]) -> float:
+    return metrics.model_utility([components[f"{s}_{m}"] for s in UTILITY_SETS for m in ("prob", "rougeL", "tr")])
+
+
+def _extras(name: str, examples: EvalSet) -> dict[str, float]:
+    """What published logs allow beyond TOFU's metrics, where their fields are there."""
+    extras = {f: float(examples.array(f).mean()) for f in PER_EXAMPLE_EXTRAS if f in examples.fields}
+    texts = examples.texts("generation")
+    if texts:
+        extras["repetition"] = float(np.mean([metrics.repetition(text) for text in texts]))
+        extras["compression_ratio"] = float(np.mean([metrics.compression_ratio(text) for text in texts]))
+    return {f"{name}_{key}": value for key, value in extras.items()}

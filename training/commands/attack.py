@@ -1,0 +1,186 @@
+"""How robust forgetting is: what an unlearned model remembers after an attack, by the same metrics as before it.
+
+    python -m training.attack quantize --model DIR --data_dir path/to/tofu --forget_percent 10
+    python -m training.attack relearn  --model DIR --data_dir path/to/tofu --forget_percent 10 --fraction 0.2
+
+quantize rounds the weights of every linear layer but the head to 8 and to 4 bits, one scale a row, to the nearest
+(Zhang et al. 2025, arXiv 2410.16454, found forgotten text to come back at 4 bits); arithmetic stays in float32. relearn
+fine-tunes on a seeded fraction of the forget set and follows the answer probability, step by step, on the rows it
+relearns and on the other forget rows, which it does not see. Both write metrics.json, config.json, report.md and
+figure.png to --out. A model that withstands both may still fail to a third: this is no proof of forgetting.
+"""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from training import distributed
+from training.benchmarks import BENCHMARKS, Benchmark
+from training.commands.options import command_line
+from training.commands.run_folder import RunFolder, model_name
+from training.commands.session import device_name, model_fingerprint
+from training.config import Precision, TrainConfig
+from training.data import Example
+from training.model import load_model, pick_device
+from training.progress import progress
+from training.reports import tables
+from training.reports.figures import COLOURS, drawn
+from training.scoring import score
+from training.steps import Batches, FinetuningSteps
+from training.store import fingerprint, write_text
+from training.templates import Format
+from training.trainer import Trainer
+
+PROG = "training.attack"
+CAVEAT = "What survives these attacks may fall to others: unlearning is no guarantee."
+BITS = (8, 4)
+
+
+@dataclass(frozen=True)
+class AttackOptions:
+    """The attack."""
+
+    attack: Annotated[tyro.conf.Positional[Literal["quantize", "relearn"]], "which"] = tyro.MISSING
+    model: Annotated[Path | None, "folder of the unlearned model, tokenizer included"] = None
+    benchmark: Annotated[str, lambda: f"whose metrics: {', '.join(BENCHMARKS)}"] = "tofu"
+    retain_log: Annotated[Path | None, "log of the model that never saw the forget set, for the forget quality"] = None
+    template: Annotated[str, "of the prompts (training/templates.py); auto: by the tokenizer's chat template"] = "auto"
+    precision: Annotated[Precision, "of the arithmetic; auto: bf16 on a GPU that has it, fp32 elsewhere"] = "auto"
+    batch_size: Annotated[int, "relearn: rows a step"] = 32
+    fraction: Annotated[float, "relearn: share of the forget set to fine-tune on"] = 0.2
+    epochs: Annotated[int, "relearn: epochs over it"] = 5
+    lr: Annotated[float, "relearn: peak learning rate"] = 1e-5
+    seed: Annotated[int, "relearn: of the rows and the batches"] = 0
+    out: Annotated[Path | None, "folder for the results. None: runs/attack_{quantize,relearn}"] = None
+    fresh: Annotated[bool, "remove what another attack left in --out"] = False
+    device: Annotated[str, "auto, cuda, mps or cpu"] = "auto"
+    dry_run: Annotated[bool, "print the settings, and stop"] = False
+
+
+def quantized(weight: Tensor, bits: int) -> Tensor:
+    """Rounded to 2^bits - 1 symmetric levels, s round(w / s) with s = max|row| / (2^(bits-1) - 1)."""
+    levels = 2 ** (bits - 1) - 1
+    scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny) / levels
+    return scale * torch.round(weight / scale)
+
+
+@torch.no_grad()
+def quantize_(model: PreTrainedModel, bits: int) -> PreTrainedModel:
+    """In place, every linear layer but the head, which quantisation libraries leave alone as well."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+            module.weight.copy_(quantized(module.weight, bits))
+    return model
+
+
+def relearn_(
+    model: PreTrainedModel, relearned: list[Example], others: list[Example], pad_id: int, config: TrainConfig
+) -> list[dict[str, float]]:
+    """In place; [{"step", "relearned", "others"}], mean answer probabilities before the first and after every step."""
+    history: list[dict[str, float]] = []
+
+    def measure() -> None:
+        probability = [score(model, rows, pad_id).answer_probability.mean().item() for rows in (relearned, others)]
+        history.append({"step": len(history), "relearned": probability[0], "others": probability[1]})
+
+    measure()
+    steps = FinetuningSteps(relearned, config, Batches(pad_id, model.device, packing=False))
+    Trainer(model, config, len(steps)).train(steps, after_step=lambda metrics: measure())
+    return history
+
+
+def main(options: AttackOptions, benchmark: Benchmark) -> dict[str, Any] | None:
+    """{"stages": {name: metrics}, "history": [...]}; None after --dry_run."""
+    if options.model is None or not (options.model / "config.json").is_file():
+        raise ValueError(f"expected --model, the folder of an unlearned model, got {options.model}; see --help")
+    if not 0 < options.fraction < 1:
+        raise ValueError(f"--fraction: expected a share between 0 and 1, got {options.fraction}")
+    out = options.out or Path(f"runs/attack_{options.attack}")
+    folder = RunFolder(out, options, benchmark.options)
+    if options.dry_run:
+        print(tables.settings_line(folder.settings))
+        return None
+    device = pick_device(options.device)
+    format = Format(AutoTokenizer.from_pretrained(options.model), options.template)
+    retrained = benchmark.read(options.retain_log) if options.retain_log else None
+    settings = {k: v for k, v in folder.settings.items() if k != "model"}
+    depends_on = [str(settings), benchmark.key(), model_fingerprint(str(options.model)), format.hash(), device.type]
+    found = folder.begin(fingerprint([*depends_on, str(retrained)]), options.fresh)
+    if found is not None:
+        return found
+    model = load_model(options.model, device, precision=options.precision)
+    stages: dict[str, dict[str, Any]] = {}
+    history: list[dict[str, float]] = []
+    with progress() as display:
+
+        def evaluate(attacked: PreTrainedModel, name: str) -> None:
+            stages[name] = benchmark.summarize(benchmark.evaluate(attacked, format, name, display), retrained)
+
+        evaluate(model, "unlearned")
+        if options.attack == "quantize":
+            for bits in BITS:
+                evaluate(quantize_(deepcopy(model), bits), f"int{bits}")
+        else:
+            relearned, others = _split(benchmark.rows("forget"), options, lambda rows: benchmark.encode(format, rows))
+            config = TrainConfig(options.epochs, options.lr, options.batch_size, packing="off", seed=options.seed)
+            history = relearn_(model, relearned, others, format.pad_token_id, config)
+            evaluate(model, "relearned")
+    result = {"stages": stages, "history": history}
+    distributed.on_main(lambda: _write_report(out, options, benchmark, result))
+    return folder.finish(result, device=device_name(device))
+
+
+def _split(rows: list, options: AttackOptions, encode: Callable[[list], list[Example]]) -> tuple[list, list]:
+    """(relearned, others): a seeded choice of the forget rows, and the rest."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(options.seed)).tolist()
+    cut = min(len(rows) - 1, max(1, round(options.fraction * len(rows))))
+    relearned, others = (encode([rows[i] for i in sorted(part)]) for part in (order[:cut], order[cut:]))
+    return relearned, others
+
+
+def _write_report(out: Path, options: AttackOptions, benchmark: Benchmark, result: dict[str, Any]) -> None:
+    _plot(result, benchmark, out / "figure.png")
+    shown = {
+        k: c.heading
+        for k, c in benchmark.columns.items()
+        if any(m.get(k) is not None for m in result["stages"].values())
+    }
+    rows = [[name, *(metrics.get(key) for key in shown)] for name, metrics in result["stages"].items()]
+    table = tables.markdown(["", *shown.values()], rows)
+    title = f"# {options.attack.capitalize()} attack on {model_name(options.model or '')}"
+    text = "\n\n".join([title, table, benchmark.legend, "![Before and after](figure.png)", CAVEAT])
+    write_text(out / "report.md", text + "\n")
+    print(table)
+
+
+def _plot(result: dict[str, Any], benchmark: Benchmark, path: Path) -> None:
+    """Recovery over steps, or the numbers between 0 and 1 by stage."""
+    with drawn(path) as axes:
+        axis = axes[0, 0]
+        if result["history"]:
+            steps = [h["step"] for h in result["history"]]
+            for key, label, colour in (
+                ("relearned", "rows it relearns", COLOURS[0]),
+                ("others", "other forget rows", COLOURS[1]),
+            ):
+                axis.plot(steps, [h[key] for h in result["history"]], color=colour, label=label, linewidth=2)
+            axis.set(xlabel="relearning step", ylabel="answer probability", ylim=(0, None))
+        else:
+            names, columns = list(result["stages"]), benchmark.columns
+            shown = [key for key in columns if key in ("forget_prob", "retain_prob")] or list(columns)[:2]
+            for shift, key, colour in zip((-0.2, 0.2), shown, COLOURS, strict=False):
+                heights = [metrics[key] for metrics in result["stages"].values()]
+                axis.bar([i + shift for i in range(len(names))], heights, 0.4, color=colour, label=columns[key].heading)
+            axis.set(xticks=range(len(names)), xticklabels=names)
+        axis.legend(frameon=False)
+
+
+if __name__ == "__main__":
+    command_line(PROG, AttackOptions, __doc__, main)

@@ -1,0 +1,122 @@
+"""A benchmark's metrics, of a model or of an evaluation that was written.
+
+    python -m training.evaluate --from_log LOG [--retain_log LOG] --json
+    python -m training.evaluate --model DIR --data_dir path/to/tofu --forget_percent 10 [--retain_log LOG]
+
+The first reads a log; of TOFU that is eval_log_aggregated.json in either of the published layouts. The second
+evaluates a model folder, on TOFU's four sets: answer probabilities, perturbed answers for the truth ratio, greedy
+answers for ROUGE; it writes the log to --out, next to metrics.json, config.json and report.md, and needs about
+3 + answers forward passes a row and one generation. --retain_log is the log of a model trained without the forget set;
+without it there is no forget quality. --json prints one JSON object on stdout and nothing else: of TOFU
+model_utility_geometric, model_utility_arithmetic (by the mean in the truth ratio), forget_quality, and
+{retain,ra,wf,forget}_{prob,rougeL,tr}.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.console import Console
+
+from training import distributed
+from training.benchmarks import BENCHMARKS, Benchmark
+from training.commands.options import command_line
+from training.commands.run_folder import RunFolder, public
+from training.config import Precision
+from training.reports import tables
+from training.store import fingerprint, write_text
+
+PROG = "training.evaluate"
+LOG_FILE = "eval_log_aggregated.json"
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What is evaluated, and where the results go."""
+
+    from_log: Annotated[Path | None, "evaluation log to read; nothing is run"] = None
+    retain_log: Annotated[Path | None, "log of the model that never saw the forget set, for the forget quality"] = None
+    json: Annotated[bool, "print one JSON object on stdout, and nothing else"] = False
+    model: Annotated[Path | None, "folder of the model to evaluate, tokenizer included"] = None
+    benchmark: Annotated[str, lambda: f"whose metrics: {', '.join(BENCHMARKS)}"] = "tofu"
+    template: Annotated[str, "of the prompts (training/templates.py); auto: by the tokenizer's chat template"] = "auto"
+    precision: Annotated[Precision, "of the arithmetic; auto: bf16 on a GPU that has it, fp32 elsewhere"] = "auto"
+    out: Annotated[Path, "folder for the log, the metrics and the report"] = Path("runs/evaluate")
+    fresh: Annotated[bool, "remove what another evaluation left in --out"] = False
+    device: Annotated[str, "auto, cuda, mps or cpu"] = "auto"
+    dry_run: Annotated[bool, "say what would be run, and stop"] = False
+
+
+def main(options: EvaluateOptions, benchmark: Benchmark) -> dict[str, Any] | None:
+    """The metrics; None after --dry_run. Input that does not fit raises ValueError or FileNotFoundError."""
+    if (options.from_log is None) == (options.model is None):
+        raise ValueError(
+            f"expected either --from_log LOG or --model DIR, got {'both' if options.model else 'neither'}; see --help"
+        )
+    retrained = benchmark.read(options.retain_log) if options.retain_log else None
+    folder = None
+    if options.from_log:
+        measures = benchmark.read(options.from_log)
+    elif options.dry_run:
+        print(json.dumps(public(options, benchmark.options) | {"evaluated": benchmark.size()}, indent=2, default=str))
+        return None
+    else:
+        folder, measures = _evaluated(options, benchmark)
+    for each in (measures, retrained) if retrained else (measures,):
+        for text in benchmark.warnings(each):
+            Console(stderr=True).print(f"warning: {text}", markup=False, soft_wrap=True)
+    result = benchmark.summarize(measures, retrained)
+    if folder:
+        _write_report(folder, benchmark, result)
+    if folder is None or distributed.is_main():
+        _print(options, benchmark, result)
+    return result
+
+
+def _evaluated(options: EvaluateOptions, benchmark: Benchmark) -> tuple[RunFolder, Any]:
+    """The measures of a model, which --out then has; found there, if this very evaluation was made before."""
+    from transformers import AutoTokenizer  # a log is read without all of this
+
+    from training.commands.session import model_fingerprint
+    from training.model import load_model, pick_device
+    from training.progress import progress
+    from training.templates import Format
+
+    model, device = options.model, pick_device(options.device)
+    if model is None or not (model / "config.json").is_file():
+        raise ValueError(
+            f"expected a model folder with config.json, got --model {model}; save the model with save_pretrained, "
+            "tokenizer included"
+        )
+    format = Format(AutoTokenizer.from_pretrained(model), options.template)
+    folder, log = RunFolder(options.out, options, benchmark.options), options.out / LOG_FILE
+    depends_on = [benchmark.key(), model_fingerprint(str(model)), format.hash(), options.precision, device.type]
+    if folder.begin(fingerprint(depends_on), options.fresh) is not None:
+        return folder, benchmark.read(log)
+    with progress() as display:
+        loaded = load_model(model, device, precision=options.precision)
+        measures = benchmark.evaluate(loaded, format, str(log), display)
+    distributed.on_main(lambda: benchmark.write(log, measures))  # before anything can be wrong with the retain log
+    return folder, measures
+
+
+def _write_report(folder: RunFolder, benchmark: Benchmark, result: dict[str, Any]) -> None:
+    model = folder.settings["model"]
+    table = tables.markdown(*benchmark.table(result))
+    sections = [f"# Evaluation of {model}", benchmark.headline(result), table, benchmark.legend]
+    text = "\n\n".join(section for section in sections if section) + "\n"
+    distributed.on_main(lambda: write_text(folder.path / "report.md", text))
+    folder.finish(result)
+
+
+def _print(options: EvaluateOptions, benchmark: Benchmark, result: dict[str, Any]) -> None:
+    if options.json:
+        print(json.dumps(result))
+    else:
+        table = tables.terminal(*benchmark.table(result), title=benchmark.headline(result), caption=benchmark.legend)
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    command_line(PROG, EvaluateOptions, __doc__, main)

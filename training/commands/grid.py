@@ -1,0 +1,209 @@
+"""Scenarios x methods x seeds of unlearning, with one table, figures and a verdict at the end.
+
+    python -m training.grid --data_dir path/to/tofu --forget_percents 5 --seeds 0,1,2 --out runs/grid
+    python -m training.grid --preset llama-3.2-1b --forget_percents 1,5,10 --seeds 0,1,2,3,4
+
+Fine-tunes one model on all rows, and for every forget set one on the rows to keep, whose answers are what forgetting is
+measured against. Then every method unlearns with every seed, evaluated on the way. All runs are resumed where they were
+interrupted, and what is finished is not run again. --out gets report.md, metrics.json, config.json, two figures for
+each forget set, and the folders of the runs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+from rich.console import Console
+
+from training import distributed
+from training.benchmarks import Benchmark
+from training.commands import evaluate, finetune, tiny, unlearn
+from training.commands.options import build, command_line
+from training.commands.run_folder import public
+from training.commands.session import SessionOptions, device_name
+from training.methods import METHODS, method_named
+from training.model import pick_device
+from training.reports.grid import write_grid_report
+from training.require import require
+from training.versions import versions
+
+PROG = "training.grid"
+# Of this command's options, those that fine-tuning takes as they are.
+OF_FINETUNING = (
+    *("benchmark", "template", "device", "batch_size", "micro_batch_size", "gradient_accumulation_steps", "packing"),
+    *("precision", "attn_implementation", "use_liger_kernel", "gradient_checkpointing", "save_every_minutes", "seed"),
+)
+# And those of every run of unlearning that are its own.
+OF_CELL = ("model", "out", "seed", "eval_steps", "dry_run", "fresh", "preset")
+
+
+@dataclass(frozen=True)
+class GridOptions(unlearn.MethodOptions, SessionOptions):
+    """The grid. Lists are separated by commas."""
+
+    stage: ClassVar[str] = "unlearn"
+    default_preset: ClassVar[str] = "tiny"
+    methods: Annotated[str, lambda: f"objectives, of {', '.join(METHODS)}"] = (
+        "ga,ga_rt,dpo_rt,kto_rt,npo,npo_rt,simnpo_rt"
+    )
+    seeds: Annotated[str, "of unlearning; there is one fine-tuned model"] = "0,1,2"
+    forget_percents: Annotated[str | None, "forget sets, where the benchmark has several. None: its one"] = None
+    finetune_epochs: Annotated[int | None, "of fine-tuning, on all rows and those to keep. None: the preset's"] = None
+    finetune_lr: Annotated[float | None, "of fine-tuning. None: the preset's"] = None
+    world: Annotated[bool | None, "fine-tune on what is asked about the world as well. None: a tiny model"] = None
+    hidden_size: Annotated[int, "width of a tiny model"] = 512
+    layers: Annotated[int, "layers of a tiny model"] = 1
+    retrain: Annotated[bool, "train the model that never saw the forget set, which forget quality compares with"] = True
+    eval_epochs: Annotated[int, "epochs between evaluations"] = 1
+    keep_models: Annotated[bool, "keep every unlearned model, not only their figures"] = False
+
+
+class Cell(NamedTuple):
+    """A run of the grid."""
+
+    scenario: str
+    method: str
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        return f"{self.scenario}/{self.method}/seed{self.seed}"
+
+
+class Grid:
+    def __init__(self, options: GridOptions, benchmark: Benchmark, console: Console | None = None):
+        self.out = options.out or Path("runs/grid")
+        self.options, self.benchmark = options, benchmark
+        self.console = console or Console(stderr=True, quiet=not distributed.is_main())
+        self.benchmarks = {b.scenario: b for b in _scenarios(options, benchmark)}
+        self.methods = [method_named(name.strip()).name for name in options.methods.split(",")]
+        seeds = _numbers("seeds", options.seeds)
+        self.cells = [Cell(b, m, s) for b in self.benchmarks for m in self.methods for s in seeds]
+
+    def run(self) -> dict[str, Any]:
+        """What metrics.json holds.
+
+        {"rows": {split: how many were learned}, "start", "retrained": {scenario: summary},
+        "runs": [{"scenario", "method", "seed", "history", "step_zero"}],
+        "samples": {scenario: {moment or method: greedy answers, those of the first seed}}}
+        """
+        rows, start, retrained, runs = {}, {}, {}, []
+        samples: dict[str, dict[str, Any]] = {}
+        full, rows["full"] = self._finetuned("full")
+        for name, benchmark in self.benchmarks.items():
+            retain_log = None
+            if self.options.retrain:
+                kept, rows[benchmark.retain_split] = self._finetuned(benchmark.retain_split)
+                retrained[name], retain_log = self._evaluated(kept, benchmark)
+            start[name], start_log = self._evaluated(full, benchmark, retain_log)
+            for cell in (c for c in self.cells if c.scenario == name):
+                self.console.rule(f"{cell.folder} ({self.cells.index(cell) + 1} of {len(self.cells)})")
+                run = unlearn.main(*self._unlearn_options(cell, full, start_log, retain_log))
+                metrics = require(run, "the metrics of a run that is not dry")
+                runs.append({**cell._asdict(), **{key: metrics[key] for key in ("history", "step_zero")}})
+                answers = samples.setdefault(name, {"before": metrics["samples"]["before"]})
+                answers.setdefault(METHODS[cell.method].label, metrics["samples"]["after"])
+        return {"rows": rows, "start": start, "retrained": retrained, "runs": runs, "samples": samples}
+
+    def _start_model(self) -> str:
+        o = self.options
+        if o.model is not None:
+            return o.model
+        base = self.out / f"base_{o.hidden_size}x{o.layers}"
+        if distributed.is_main():
+            same = {"benchmark": o.benchmark, "hidden_size": o.hidden_size, "layers": o.layers, "seed": o.seed}
+            tiny.main(*build(tiny.TinyOptions, **same, out=base, **asdict(self.benchmark.options)))
+        distributed.wait()
+        return str(base)
+
+    def _finetuned(self, split: str) -> tuple[str, int]:
+        """(folder of the model that learned `split`, how many rows that were)"""
+        o = self.options
+        self.console.rule(f"Fine-tuning on {split}")
+        epochs_and_lr = {"epochs": o.finetune_epochs, "lr": o.finetune_lr}
+        chosen = build(
+            finetune.FinetuneOptions,
+            preset=o.preset,
+            model=self._start_model(),
+            out=self.out / split,
+            split=split,
+            world=o.preset == "tiny" if o.world is None else o.world,
+            **{name: getattr(o, name) for name in OF_FINETUNING},
+            **{name: value for name, value in epochs_and_lr.items() if value is not None},
+            **asdict(self.benchmark.options),
+        )
+        metrics = require(finetune.main(*chosen), "the metrics of a run that is not dry")
+        return str(self.out / split / "model"), metrics["rows"]
+
+    def _evaluated(
+        self, model: str, benchmark: Benchmark, retain_log: Path | None = None
+    ) -> tuple[dict[str, Any], Path]:
+        """(summary, log) of a fine-tuned model, in the template that fine-tuning left in its folder."""
+        folder = Path(model).parent / f"evaluation_{benchmark.scenario}"
+        options = evaluate.EvaluateOptions(
+            model=Path(model), benchmark=benchmark.name, out=folder, retain_log=retain_log,
+            device=self.options.device, precision=self.options.precision,
+        )  # fmt: skip
+        summary = require(evaluate.main(options, benchmark), "the metrics of a run that is not dry")
+        return summary, folder / evaluate.LOG_FILE
+
+    def _unlearn_options(self, cell: Cell, full: str, start_log: Path, retain_log: Path | None) -> tuple[Any, ...]:
+        o, benchmark = self.options, self.benchmarks[cell.scenario]
+        same = {f.name for f in fields(unlearn.UnlearnOptions)} & {f.name for f in fields(o)} - set(OF_CELL)
+        steps_an_epoch = -(-len(benchmark.rows("forget")) // o.batch_size)
+        options = unlearn.UnlearnOptions(
+            **{name: getattr(o, name) for name in same},
+            preset=o.preset,
+            model=full,
+            out=self.out / cell.folder,
+            method=cell.method,
+            seed=cell.seed,
+            eval_steps=o.eval_epochs * steps_an_epoch,
+            reference_cache=self.out / "reference",
+            start_log=start_log,
+            retain_log=retain_log,
+            save_model=o.keep_models,
+        )
+        return options, benchmark
+
+    def plan(self) -> Iterator[str]:
+        """What --dry_run prints."""
+        yield f"fine-tune {self.options.model or self.options.preset} on full"
+        for benchmark in self.benchmarks.values():
+            yield f"fine-tune it on {benchmark.retain_split}, evaluate both" if self.options.retrain else "evaluate it"
+        yield from (f"unlearn {cell.folder}" for cell in self.cells)
+        yield "\n".join(f"{name}: {value}" for name, value in public(self.options, self.benchmark.options).items())
+
+
+def _scenarios(options: GridOptions, benchmark: Benchmark) -> list[Benchmark]:
+    if options.forget_percents is None:
+        return [benchmark]
+    if not hasattr(benchmark.options, "forget_percent"):
+        raise ValueError(f"--forget_percents: {benchmark.name} has one forget set; leave the option out")
+    percents = _numbers("forget_percents", options.forget_percents)
+    return [type(benchmark)(replace(benchmark.options, forget_percent=percent)) for percent in percents]
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--{name}: expected numbers with commas between them, got {text!r}") from None
+
+
+def main(options: GridOptions, benchmark: Benchmark, console: Console | None = None) -> dict[str, Any] | None:
+    """metrics.json; None after --dry_run."""
+    grid = Grid(options, benchmark, console)
+    if options.dry_run:
+        print("\n".join(grid.plan()))
+        return None
+    metrics = grid.run()
+    device = device_name(pick_device(options.device))
+    config = {"settings": public(options, benchmark.options), "device": device, "versions": versions()}
+    distributed.on_main(lambda: write_grid_report(grid.out, metrics, config, list(grid.benchmarks.values())))
+    return metrics
+
+
+if __name__ == "__main__":
+    command_line(PROG, GridOptions, __doc__, main)

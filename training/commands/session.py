@@ -1,0 +1,220 @@
+"""What the commands that train share: their options, the model, its batches, and what is left of it."""
+
+import hashlib
+import json
+import os
+import resource
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from training import distributed, memory
+from training.benchmarks.base import BENCHMARKS, Benchmark
+from training.commands.presets import PRESETS
+from training.commands.run_folder import RunFolder, model_name, public
+from training.config import TrainConfig
+from training.data import Example
+from training.model import add_adapters, load_model, merged, pick_device, skips_other_rows
+from training.reports.run import model_card
+from training.run import Schedule
+from training.steps import Batches
+from training.store import fingerprint, renamed_when_done, write_text
+from training.templates import Format
+from training.trainer import Checkpoints
+
+# Settings that do not determine the result, or that the key has by their content.
+NOT_IN_KEY = (
+    *("preset", "out", "data_dir", "model", "fresh", "dry_run", "save_steps", "save_every_minutes", "report_to"),
+    *("reference_cache", "start_log", "retain_log"),
+)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """A run: its model, its folder, and what happens on the way."""
+
+    preset: Annotated[
+        str | None, lambda: f"hyper-parameters for a model, which other options overrule: {', '.join(PRESETS)}"
+    ] = None
+    model: Annotated[str | None, "folder or hub name of the model to start from"] = None
+    benchmark: Annotated[str, lambda: f"where rows and metrics come from: {', '.join(BENCHMARKS)}"] = "tofu"
+    template: Annotated[str, "how a question is put: llama-2, llama-3, phi, qwen, ...; auto: by the tokenizer"] = "auto"
+    out: Annotated[Path | None, "folder of the run"] = None
+    fresh: Annotated[bool, "remove what another run, or this one when it was finished, left in --out"] = False
+    dry_run: Annotated[bool, "print the resolved settings, steps, batches and memory, and stop"] = False
+    device: Annotated[str, "auto, cuda, mps or cpu"] = "auto"
+    attn_implementation: Annotated[str | None, "flash_attention_2, flex_attention, sdpa, eager, ..."] = None
+    use_liger_kernel: Annotated[bool, "Liger's kernels for the layers below the head"] = False
+    gradient_checkpointing: Annotated[bool, "recompute activations in the backward: less memory, more time"] = False
+    lora_rank: Annotated[int, "train adapters of this rank on all linear layers but the head; 0: all weights"] = 0
+    lora_alpha: Annotated[int, "adapters are scaled by alpha / rank"] = 32
+    lora_dropout: Annotated[float, "dropout in front of the adapters"] = 0.0
+    eval_steps: Annotated[int | None, "steps between evaluations. None: an epoch; 0: only before and after"] = None
+    save_steps: Annotated[int | None, "steps between checkpoints. None: an epoch; 0: not by steps"] = None
+    save_every_minutes: Annotated[float, "a checkpoint whenever the last one is as old as this; 0: not by time"] = 30.0
+    report_to: Annotated[str | None, "tensorboard, wandb, ..., several with commas"] = None
+
+
+@dataclass(frozen=True)
+class SessionOptions(TrainConfig, RunOptions):
+    """Of every command that trains."""
+
+
+Given = TypeVar("Given", bound=SessionOptions)
+
+
+class Session(Generic[Given]):
+    """A run that trains, with everything but what it trains on."""
+
+    def __init__(self, prog: str, options: Given, benchmark: Benchmark):
+        self.prog, self.options, self.benchmark = prog, options, benchmark
+        if options.model is None or options.out is None:
+            raise ValueError(f"expected --model and --out, got {options.model} and {options.out}; see --help")
+        self.model, self.out = options.model, options.out
+        self.device = pick_device(options.device)
+        self.folder = RunFolder(self.out, options, benchmark.options)
+
+    @cached_property
+    def format(self) -> Format:
+        return Format(AutoTokenizer.from_pretrained(self.model), self.options.template)
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.out, self.folder.key)
+
+    def schedule(self, num_steps: int) -> Schedule:
+        o, epoch = self.options, num_steps // self.options.epochs
+        every = [epoch if n is None else n for n in (o.eval_steps, o.save_steps)]
+        return Schedule(num_steps, every[0], every[1], o.save_every_minutes)
+
+    def start(self, *depends_on: Any) -> dict[str, Any] | None:
+        """metrics.json of this very run if it is finished (`RunFolder.begin`). `depends_on`: hashes of the data."""
+        settings = {k: v for some in (self.options, self.benchmark.options) for k, v in asdict(some).items()}
+        settings = {k: v for k, v in settings.items() if k not in NOT_IN_KEY}
+        model = model_fingerprint(self.model)
+        key = fingerprint([self.prog, str(settings), depends_on, self.format.hash(), model, self.device.type])
+        found = self.folder.begin(key, self.options.fresh)
+        if found is not None:
+            self.say(f"{self.out} is finished: its results are those of this command")
+        return found
+
+    def say(self, text: str) -> None:
+        if distributed.is_main():
+            Console(stderr=True).print(text, soft_wrap=True, markup=False)
+
+    def load_model(self) -> PreTrainedModel:
+        o = self.options
+        self.say(f"{o.out}: loading {model_name(self.model)} on {self.device}")
+        return load_model(
+            self.model,
+            self.device,
+            attn_implementation=o.attn_implementation,
+            use_liger_kernel=o.use_liger_kernel,
+            gradient_checkpointing=o.gradient_checkpointing,
+            precision=o.precision,
+        )
+
+    def to_train(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model, with adapters if these are asked for, in the state that a run begins with."""
+        o = self.options
+        if o.lora_rank:
+            return add_adapters(model, o.lora_rank, o.lora_alpha, o.lora_dropout, o.seed)
+        torch.manual_seed(o.seed)  # of dropout
+        return model
+
+    def batches(self, model: PreTrainedModel) -> Batches:
+        packing = self.options.packing
+        packed = packing == "on" or (packing == "auto" and skips_other_rows(model))
+        return Batches(self.format.pad_token_id, model.device, packed)
+
+    def save_model(self, model: PreTrainedModel, weights: dict[str, Tensor], what: str) -> None:
+        """model/, with merged adapters (and these alone in adapter/), tokenizer and model card."""
+
+        def save() -> None:
+            if self.options.lora_rank:
+                with renamed_when_done(self.out / "adapter") as folder:
+                    model.save_pretrained(folder)
+            with renamed_when_done(self.out / "model") as folder:
+                whole, state = merged(model, weights)
+                whole.save_pretrained(folder, state_dict=state)
+                self.format.save_pretrained(folder)
+                write_text(folder / "README.md", model_card(model_name(self.model), what, self.public()))
+
+        distributed.on_main(save)
+
+    def finish(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Write metrics.json and config.json; the checkpoints have served."""
+        self.folder.finish(metrics, device=device_name(self.device), peak_memory_gib=peak_memory_gib(self.device))
+        self.checkpoints.clear()
+        return metrics
+
+    def public(self) -> dict[str, Any]:
+        """The settings without this machine's paths."""
+        return public(self.options, self.benchmark.options) | {"template": self.format.template}
+
+    def describe(
+        self, num_steps: int, rows: dict[str, list[Example]], together: Iterable[str], with_reference: bool = False
+    ) -> None:
+        """What --dry_run prints. `rows` by kind, of which those of `together` share a micro-batch."""
+        if not distributed.is_main():
+            return
+        o, n = self.options, distributed.count()
+        share = -(-o.batch_size // n)
+        micro = o.piece(share)
+        longest = [length for kind in together for length in sorted(len(e.input_ids) for e in rows[kind])[-micro:]]
+        plan = {
+            "settings": self.public(),
+            "rows": {kind: len(some) for kind, some in rows.items()},
+            "steps": num_steps,
+            "effective_batch": {
+                "rows": o.batch_size, "processes": n, "micro_batch": micro, "accumulated": -(-share // micro)
+            },
+            "memory_estimate_gib": self._memory(longest, with_reference),
+        }  # fmt: skip
+        print(json.dumps(plan, indent=2, default=str))
+
+    def _memory(self, lengths: list[int], with_reference: bool) -> dict[str, float]:
+        return memory.estimate(self.model, lengths)
+
+    def load_reference(self) -> PreTrainedModel:
+        """The frozen model of a KL term: on a GPU in bfloat16, with half of the memory."""
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        attention, precision = self.options.attn_implementation, self.options.precision
+        model = load_model(self.model, self.device, dtype=dtype, attn_implementation=attention, precision=precision)
+        return model.eval()
+
+
+def model_fingerprint(model: str) -> str:
+    """sha256 of a folder's configuration and weights; a hub name stands for itself."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    digest = hashlib.sha256()
+    for path in sorted(
+        p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf") or p.name == "config.json"
+    ):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def device_name(device: torch.device) -> str:
+    name = f"{device.type} ({os.cpu_count()} cores, {torch.get_num_threads()} threads)"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return name if distributed.count() == 1 else f"{distributed.count()} processes on {name}"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Of a GPU what tensors took, of a CPU what the process took."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)  # Linux counts in KiB

@@ -1,0 +1,2 @@
+def estimate(*a, **k):
+    return {"total": 0.0}

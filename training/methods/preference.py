@@ -1,0 +1,82 @@
+"""Methods on log-ratios or lengths: NPO, SimNPO, DPO and KTO, through `npo_kernels.core.formulas`.
+
+Sums over answer tokens and <eos>: logp_s of a sequence, r_s = logp_s - ref_s its log-ratio against the cached
+reference. `mean_s` is the mean over the forget rows of the step. z = beta mean_s r_idk, over the whole step and
+without a gradient.
+
+`compat="npo-repo"` gives the numbers of the NPO paper's code where they differ from its text: DPO with 2/beta, KTO with
+1 + and z not multiplied by beta, IDK+RT as one token mean over both kinds of rows, and, by `training.unlearn`, KL over
+all positions and the same retain row and refusal for a forget row in every epoch. That code takes z over a micro-batch
+and counts padding among the positions; here z is always the step's, and padding counts nowhere.
+"""
+
+import torch
+from torch import Tensor
+
+from npo_kernels.core.formulas import log_ratio, ratio_loss
+from training.methods.base import Batch, Settings, register_family, step_mean
+from training.require import require
+
+
+def npo(batch: Batch, settings: Settings) -> Tensor:
+    return batch.sequence_mean(ratio_loss(batch.rows("forget").ratio, settings.beta))
+
+
+def simnpo(batch: Batch, settings: Settings) -> Tensor:
+    forget = batch.rows("forget")
+    offset = torch.full_like(forget.logps, -settings.gamma)
+    return batch.sequence_mean(ratio_loss(log_ratio(forget.logps, forget.num_tokens, offset, True), settings.beta))
+
+
+def dpo(batch: Batch, settings: Settings) -> Tensor:
+    factor = 1.0 if settings.compat == "npo-repo" else 0.5
+    return factor * batch.sequence_mean(ratio_loss(batch.rows("forget").ratio - batch.rows("idk").ratio, settings.beta))
+
+
+def kto(batch: Batch, settings: Settings) -> Tensor:
+    beta = settings.beta
+    z = torch.as_tensor(require(batch.idk_ratio, "the mean log-ratio of the IDK answers"))
+    if settings.compat == "npo-repo":
+        return step_mean(batch, 1.0) + batch.sequence_mean(ratio_loss(batch.rows("forget").ratio - z / beta, beta))
+    return batch.sequence_mean(ratio_loss(batch.rows("forget").ratio - z, beta))
+
+
+register_family(
+    "npo",
+    "NPO",
+    formula="(2/beta) mean_s softplus(beta r_s)",
+    paper="arXiv 2404.05868, eq. 3",
+    loss=npo,
+    colour="#0072B2",
+    reference=True,
+)
+register_family(
+    "simnpo",
+    "SimNPO",
+    formula="(2/beta) mean_s softplus(-beta (-logp_s / |y_s| - gamma))",
+    paper="arXiv 2410.07163",
+    loss=simnpo,
+    colour="#E69F00",
+    defaults={"beta": 4.5},
+    rt={"forget_weight": 0.125},
+)
+register_family(
+    "dpo",
+    "DPO",
+    formula="(1/beta) mean_s softplus(-beta (r_idk - r_s))",
+    paper="arXiv 2404.05868",
+    loss=dpo,
+    colour="#CC79A7",
+    rows=("forget", "idk"),
+    reference=True,
+)
+register_family(
+    "kto",
+    "KTO",
+    formula="(2/beta) mean_s softplus(beta r_s - z)",
+    paper="arXiv 2404.05868",
+    loss=kto,
+    colour="#009E73",
+    scored=("idk",),
+    reference=True,
+)

@@ -1,0 +1,146 @@
+"""report.md of a grid: tables over seeds, papers' claims against the numbers, answers side by side, what was run."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from training.benchmarks.base import Benchmark, Claim
+from training.histories import Histories, best_while_kept, over_seeds
+from training.methods import METHODS
+from training.reports import tables
+from training.reports.figures import plot_over_epochs, plot_trade_off
+from training.reports.run import CAVEAT
+from training.store import write_json, write_text
+
+KEPT, LOST = 0.8, 0.2  # shares of a number before unlearning that count as kept and as lost
+SIDE_BY_SIDE = 5  # methods whose answers a report shows
+
+
+def histories_of(metrics: dict[str, Any], scenario: str) -> Histories:
+    """{method: histories of its seeds}, in the order of the runs."""
+    found: dict[str, list] = {}
+    for run in metrics["runs"]:
+        if run["scenario"] == scenario:
+            found.setdefault(run["method"], []).append(run["history"])
+    return found
+
+
+def write_grid_report(
+    out: Path, metrics: dict[str, Any], config: dict[str, Any], benchmarks: Sequence[Benchmark]
+) -> None:
+    """metrics.json, config.json, report.md, and two figures for each scenario, of which `benchmarks` has one."""
+    write_json(out / "metrics.json", metrics)
+    write_json(out / "config.json", config)
+    for benchmark in benchmarks:
+        _figures(out, metrics, benchmark)
+    write_text(out / "report.md", _markdown(metrics, config, benchmarks))
+
+
+def _figures(out: Path, metrics: dict[str, Any], benchmark: Benchmark) -> None:
+    name = benchmark.scenario
+    histories, start, retrained = histories_of(metrics, name), metrics["start"][name], metrics["retrained"].get(name)
+    title = f"{benchmark.title}, {name}" + ("; dotted: the retrained model, and p = 0.05" if retrained else "")
+    plot_over_epochs(histories, benchmark.columns, title, out / f"epochs_{name}.png", retrained)
+    if benchmark.trade_off and start.get(benchmark.trade_off.forgetting) is not None:
+        title, path = f"{benchmark.title}, {name}: epoch by epoch", out / f"trade_off_{name}.png"
+        plot_trade_off(histories, benchmark.trade_off, benchmark.columns, title, path, start, retrained)
+
+
+def _markdown(metrics: dict[str, Any], config: dict[str, Any], benchmarks: Sequence[Benchmark]) -> str:
+    sections = [f"# {benchmarks[0].title}: unlearning by {len(set(_methods(metrics)))} methods"]
+    for benchmark in benchmarks:
+        sections += _scenario(metrics, benchmark)
+    sections += ["## What was run", _facts(metrics, config), CAVEAT]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _methods(metrics: dict[str, Any]) -> list[str]:
+    return [run["method"] for run in metrics["runs"]]
+
+
+def _scenario(metrics: dict[str, Any], benchmark: Benchmark) -> list[str]:
+    name = benchmark.scenario
+    histories, start = histories_of(metrics, name), metrics["start"][name]
+    seeds = len(next(iter(histories.values())))
+    of_seeds = f"medians over {seeds} seeds [smallest, largest]" if seeds > 1 else "of one seed"
+    measured = benchmark.trade_off and start.get(benchmark.trade_off.forgetting) is not None
+    claims = benchmark.claims(start, histories)
+    chosen = list(metrics["samples"].get(name, {}).items())[: SIDE_BY_SIDE + 1]
+    return [
+        f"## {name}",
+        what_to_see(start, histories),
+        f"![Forgetting against utility](trade_off_{name}.png)" if measured else "",
+        f"![Over the epochs](epochs_{name}.png)",
+        f"At the end of unlearning, {of_seeds}."
+        + (f" Last column: the best among the epochs that keep {KEPT:.0%} of the utility." if measured else ""),
+        _table(metrics, benchmark, histories),
+        benchmark.legend,
+        "What the paper says, against these numbers:\n\n" + _verdicts(claims) if claims else "",
+        f"### Greedy answers, {name}, seed {metrics['runs'][0]['seed']}" if chosen else "",
+        tables.samples(dict(chosen)) if chosen else "",
+    ]
+
+
+def what_to_see(start: Mapping[str, Any], histories: Histories) -> str:
+    """A paragraph derived from the numbers, whichever way they went: probabilities of what to forget, what to keep."""
+    keys = ("forget_prob", "retain_prob")
+    if not all(start.get(key) for key in keys):
+        return ""
+    forget0, retain0 = (start[key] for key in keys)
+    sentences = [
+        f"Before, the model gives the true answers a probability of {forget0:.2f} on what is to be forgotten and "
+        f"{retain0:.2f} on what is to be kept."
+    ]
+    for name, runs in histories.items():
+        forget, retain = (float(np.median(over_seeds(runs, key)[:, -1])) for key in keys)
+        sentences.append(
+            f"{METHODS[name].label} takes them to {forget:.2g} and {retain:.2g}: what was to be forgotten is "
+            f"{_state(forget / forget0)}, what was to be kept is {_state(retain / retain0)}."
+        )
+    return " ".join(sentences)
+
+
+def _state(share: float) -> str:
+    return "kept" if share > KEPT else "lost" if share < LOST else "damaged"
+
+
+def _table(metrics: dict[str, Any], benchmark: Benchmark, histories: Histories) -> str:
+    name, trade_off = benchmark.scenario, benchmark.trade_off
+    start, retrained = metrics["start"][name], metrics["retrained"].get(name)
+    shown = {key: c.heading for key, c in benchmark.columns.items() if start.get(key) is not None}
+    best = bool(trade_off and trade_off.forgetting in shown)
+    rows: list[list[Any]] = [["before", *(start[key] for key in shown), *[""] * best]]
+    if retrained:
+        rows.append(["retrained", *(retrained.get(key) for key in shown), *[""] * best])
+    for method, runs in histories.items():
+        row: list[Any] = [METHODS[method].label, *(_spread(over_seeds(runs, key)[:, -1]) for key in shown)]
+        if best and trade_off:
+            least = KEPT * start[trade_off.utility]
+            row.append(best_while_kept(runs, trade_off.forgetting, trade_off.utility, least) or "-")
+        rows.append(row)
+    last = [f"best, {KEPT:.0%} kept"] if best else []
+    return tables.markdown(["model", *shown.values(), *last], rows)
+
+
+def _spread(values: np.ndarray) -> str:
+    middle = f"{np.median(values):.3g}"
+    return middle if len(values) == 1 else f"{middle} [{values.min():.2g}, {values.max():.2g}]"
+
+
+def _verdicts(claims: list[Claim]) -> str:
+    rows = [["agrees" if c.holds else "**does not agree**", c.text, c.measured] for c in claims]
+    return tables.markdown(["", "claim", "measured"], rows)
+
+
+def _facts(metrics: dict[str, Any], config: dict[str, Any]) -> str:
+    zero = next((run["step_zero"] for run in metrics["runs"] if run.get("step_zero")), None)
+    lines = [
+        "- Rows learned: " + ", ".join(f"{split} {n}" for split, n in metrics["rows"].items()) + ".",
+        f"- Settings: {tables.settings_line(config['settings'])}.",
+        f"- Before the first step: NPO loss {zero['loss']:.6f}, (2/beta) ln 2 = {zero['expected_loss']:.6f}, largest "
+        f"log-ratio to the cached reference {zero['max_abs_log_ratio']:.1e}." if zero else "",
+        f"- {config['device']}; {tables.settings_line(config['versions'])}.",
+    ]  # fmt: skip
+    return "\n".join(line for line in lines if line)

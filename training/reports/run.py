@@ -1,0 +1,93 @@
+"""What a run leaves for its readers: report.md, figure.png, and the card of the model."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from training.benchmarks.base import Benchmark, Column
+from training.methods import METHODS
+from training.reports import tables
+from training.reports.figures import COLOURS, drawn, plot_run
+from training.store import write_text
+
+CAVEAT = (
+    "Unlearning is no guarantee. The figures say what the model answers to the questions that were asked; what it was "
+    "made to forget may come back by fine-tuning, quantisation or other questions (`python -m training.attack`). Do "
+    "not rely on it to remove personal or dangerous knowledge."
+)
+PROGRESS = {"step": Column("step"), "epoch": Column("epoch"), "train_loss": Column("loss")}
+
+
+def write_unlearning_report(
+    folder: Path, metrics: dict[str, Any], settings: dict[str, Any], benchmark: Benchmark
+) -> None:
+    scenario, label = metrics["scenario"], metrics["method"]
+    colour = next(method.colour for method in METHODS.values() if method.label == label)
+    plot_run(
+        metrics["history"],
+        benchmark.columns,
+        f"{label}: {scenario}, {settings['model']}",
+        folder / "figure.png",
+        colour,
+    )
+    sections = [
+        f"# Unlearning {scenario} by {label}",
+        history_table(metrics["history"], benchmark.columns),
+        benchmark.legend,
+        "![Over the steps](figure.png)",
+        "## What was run",
+        f"- {metrics['steps']} steps; rows: " + ", ".join(f"{n} {kind}" for kind, n in metrics["rows"].items()) + ".\n"
+        f"{_at_step_zero(metrics['step_zero'])}"
+        f"- Settings: {tables.settings_line(settings)}.",
+        "## Greedy answers, before and after",
+        tables.samples(metrics["samples"]),
+        CAVEAT,
+    ]
+    write_text(folder / "report.md", "\n\n".join(section for section in sections if section) + "\n")
+
+
+def write_finetuning_report(folder: Path, metrics: dict[str, Any], settings: dict[str, Any]) -> None:
+    """The loss over the epochs, in nats a token of the answers."""
+    steps, losses = zip(*((h["step"], h["train_loss"]) for h in metrics["history"][1:]), strict=True)
+    with drawn(folder / "figure.png") as axes:
+        axes[0, 0].plot(steps, losses, color=COLOURS[1], marker="o", markersize=3.5)
+        axes[0, 0].set(xlabel="step", ylabel="loss, nats a token", ylim=(0, None))
+    sections = [
+        f"# Fine-tuning {settings['model']} on {settings['split']}",
+        history_table(metrics["history"][1:], {}),
+        "![Loss](figure.png)",
+        f"{metrics['rows']} rows, {metrics['steps']} steps. Settings: {tables.settings_line(settings)}.",
+    ]
+    write_text(folder / "report.md", "\n\n".join(sections) + "\n")
+
+
+def history_table(history: Sequence[Mapping[str, Any]], columns: Mapping[str, Column]) -> str:
+    """A line an evaluation, with the columns that were measured."""
+    shown = {
+        key: c.heading for key, c in {**PROGRESS, **columns}.items() if any(h.get(key) is not None for h in history)
+    }
+    return tables.markdown(list(shown.values()), [[entry.get(key) for key in shown] for entry in history])
+
+
+def _at_step_zero(zero: dict[str, float] | None) -> str:
+    if zero is None:
+        return "- The method takes no reference model.\n"
+    return (
+        f"- Before the first step: NPO loss {zero['loss']:.6f}, (2/beta) ln 2 = {zero['expected_loss']:.6f}, largest "
+        f"log-ratio to the cached reference {zero['max_abs_log_ratio']:.1e}.\n"
+    )
+
+
+def model_card(base: str, what: str, settings: dict[str, Any]) -> str:
+    """README.md of a saved model."""
+    chosen = "\n".join(f"- {name}: {value}" for name, value in settings.items() if value is not None)
+    lines = [
+        "---\ntags:\n- unlearning\n---",
+        f"# {base}, {what}",
+        "Made with npo_kernels (`python -m training.finetune`, `training.unlearn`). For research on unlearning.",
+        "## Limits",
+        CAVEAT,
+        "## Settings",
+        chosen,
+    ]
+    return "\n\n".join(lines) + "\n"

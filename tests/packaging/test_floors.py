@@ -34,6 +34,8 @@ FLOORS = (
     {"npo_kernels", "npo_kernels.explain", "npo_kernels.env"},
     {"npo_kernels.hf"},
 )
+# The wings of training, from the ground up; what lies beside them is the engine, below all of them but the methods.
+WINGS = ("training.benchmarks", "training.reports", "training.papers", "training.commands")
 TRITON_BACKEND = "npo_kernels.backends.triton"
 KERNEL_USERS = TRITON_BACKEND, "npo_kernels.backends.tiles"
 
@@ -194,7 +196,33 @@ def goes_up(arrow: Arrow) -> bool:
 
 
 def no_circles(house: House) -> list[str]:
-    return [" ".join(circle) for circle in circles(house.graph("npo_kernels", "csrc_triton"))]
+    return [" ".join(circle) for circle in circles(house.graph("npo_kernels", "csrc_triton", "training"))]
+
+
+def wing_of(module: str) -> int:
+    """0: the engine and the methods."""
+    return next((i for i, wing in enumerate(WINGS, 1) if inside(module, wing)), 0)
+
+
+def the_engine_knows_no_wing(house: House) -> list[str]:
+    """Nor do the methods; and a benchmark draws no report, a report runs no command."""
+    return [
+        f"{arrow.place} {arrow.target}"
+        for arrow in house.arrows
+        if inside(arrow.importer, "training") and wing_of(arrow.importer) < wing_of(arrow.target)
+    ]
+
+
+def commands_are_leaves(house: House) -> list[str]:
+    """Nothing outside of their folder imports one; `training.NAME`, as it is run, is no name to import."""
+    names = {name.rpartition(".")[2] for name in house.modules if inside(name, "training.commands")}
+    aliases = {f"training.{name}" for name in names} - house.modules.keys()
+    return [
+        arrow.place
+        for arrow in house.arrows
+        if (inside(arrow.target, "training.commands") and not inside(arrow.importer, "training.commands"))
+        or arrow.target in aliases
+    ]
 
 
 def core_imports_no_backend(house: House) -> list[str]:
@@ -273,6 +301,8 @@ RULES: list[Callable[[House], list[str]]] = [
     no_entry_of_the_table_is_empty,
     imports_go_down,
     no_circles,
+    the_engine_knows_no_wing,
+    commands_are_leaves,
     core_imports_no_backend,
     backends_import_neither_calls_nor_operators,
     triton_is_imported_in_one_place,
@@ -331,10 +361,19 @@ SMALL = {
     "npo_kernels/env.py": "from npo_kernels import __version__",
     "npo_kernels/hf/__init__.py": "",
     "training/__init__.py": "",
-    "training/steps.py": "from npo_kernels.core import plan as p\np.make_plan()",
+    "training/steps.py": "from npo_kernels.core import plan as p\nfrom training import methods\np.make_plan()",
+    "training/methods/__init__.py": "from training import store",
+    "training/store.py": "",
+    "training/benchmarks/__init__.py": "from training.steps import x",
+    "training/reports/__init__.py": "from training.benchmarks import Benchmark",
+    "training/papers/__init__.py": "from training.reports import x",
+    "training/commands/__init__.py": "",
+    "training/commands/unlearn.py": "from training import benchmarks, papers, reports, steps",
+    "training/commands/grid.py": "from training.commands import unlearn",
     "bench/__init__.py": "",
 }  # fmt: skip
 CORE, PLAN, TORCH = "npo_kernels/core/new.py", "npo_kernels/core/plan.py", "npo_kernels/backends/torch.py"
+STEPS, METHOD, BENCHMARK = "training/steps.py", "training/methods/new.py", "training/benchmarks/new.py"
 BROKEN = [
     (every_module_has_a_floor, "npo_kernels/new.py", "", ["npo_kernels/new.py"]),
     (every_module_has_a_floor, "npo_kernels/wing/new.py", "", ["npo_kernels/wing/new.py"]),
@@ -347,6 +386,12 @@ BROKEN = [
     (no_circles, PLAN, "from npo_kernels.core import task", ["npo_kernels.core.plan npo_kernels.core.task"]),
     (no_circles, PLAN, "def f():\n    from . import task", ["npo_kernels.core.plan npo_kernels.core.task"]),
     (no_circles, "csrc_triton/common.py", "from . import tiles", ["csrc_triton.common csrc_triton.tiles"]),
+    (no_circles, "training/store.py", "from training import steps", ["training.methods training.steps training.store"]),
+    (the_engine_knows_no_wing, STEPS, "from training.benchmarks import base", [f"{STEPS}:1 training.benchmarks"]),
+    (the_engine_knows_no_wing, METHOD, "def f():\n    import training.benchmarks", [f"{METHOD}:2 training.benchmarks"]),
+    (the_engine_knows_no_wing, BENCHMARK, "from training import reports", [f"{BENCHMARK}:1 training.reports"]),
+    (commands_are_leaves, "bench/new.py", "from training.commands import unlearn", ["bench/new.py:1"]),
+    (commands_are_leaves, "training/commands/grid.py", "import training.unlearn", ["training/commands/grid.py:1"]),
     (core_imports_no_backend, CORE, "from npo_kernels.backends import torch", [f"{CORE}:1"]),
     (core_imports_no_backend, CORE, "from npo_kernels.backends.choose import choose", [f"{CORE}:1"]),
     (core_imports_no_backend, CORE, "def f():\n    import csrc_triton.tiles", [f"{CORE}:2"]),

@@ -215,7 +215,7 @@ def test_every_command_has_a_help(name, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert end.value.code == 0
     assert f"python -m training.{name}" in said.replace(f"usage: python -m training.{name}", "")
-    assert all(f"--{field}" in said or field == "attack" for field in COMMANDS[name].__dataclass_fields__)
+    assert all(f"--{field.name}" in said or field.name == "attack" for field in fields(COMMANDS[name]))
 
 
 @pytest.mark.parametrize("page", ["README.md", "training/README.md"])

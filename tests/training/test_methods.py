@@ -1,11 +1,14 @@
 """Every method against its formula, written out on logits; values and gradients, whole batches and shares of one."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
 from npo_kernels import sequence_logprobs
-from training.methods import METHODS, Settings
+from training.methods import METHODS, Method, Settings, table
 from training.objective import Objective, Reference, kl_to_reference
 
 H, V, S = 12, 50, 9
@@ -156,3 +159,73 @@ def test_wrong_settings_and_rows_say_so(problem):
         Settings(kl_positions="prompt")
     with pytest.raises(ValueError, match=r"NPO\+RT: expected rows .* got 8 sequences"):
         objective_of("npo_rt", Settings(), kind_of_row, refs)(hidden.float(), weight.float(), labels)
+
+
+READERS = {
+    "sequence": lambda rows: rows.logps,
+    "token": lambda rows: torch.zeros_like(rows.logps).index_add(0, rows.sequence, rows.token_logps),
+    "hidden": lambda rows: torch.zeros_like(rows.logps).index_add(
+        0, rows.sequence, (rows.hidden @ WEIGHT.T).log_softmax(-1).gather(1, rows.targets[:, None])[:, 0]
+    ),
+    "logits": lambda rows: torch.zeros_like(rows.logps).index_add(
+        0, rows.sequence, rows.logits.log_softmax(-1).gather(1, rows.targets[:, None])[:, 0]
+    ),
+}
+WEIGHT = torch.randn(V, H, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("reads", READERS)
+def test_a_method_reads_what_it_asks_for(reads, packed, problem):
+    """The same loss from log-probabilities of sequences or tokens, hidden states or logits; with its retain term."""
+    hidden, _, labels, kind_of_row, _ = problem
+    picked = [i for i, kind in enumerate(kind_of_row) if kind != "idk"]
+    hidden, labels = hidden.float()[picked], labels[picked]
+    labels[1] = -100  # a row without a scored token
+    kinds = [kind_of_row[i] for i in picked]
+    num_rows = {kind: kinds.count(kind) for kind in ("forget", "retain")}
+    scored = (labels[:, 1:] != -100).sum(1)
+    num_scored = {k: int(sum(n for n, kind in zip(scored.tolist(), kinds, strict=True) if kind == k)) for k in num_rows}
+
+    def squared(batch, settings):
+        return batch.sequence_mean(READERS[reads](batch.rows("forget")).square())
+
+    method = Method("m", "M", "", "", squared, "#000000", retain="nll", reads=reads)
+    objective = Objective(method, Settings(retain_weight=0.3), num_rows, {}, num_scored=num_scored)
+    leaf = hidden.clone().requires_grad_()
+    logp = (leaf @ WEIGHT.T)[:, :-1].log_softmax(-1)
+    mask = labels[:, 1:] != -100
+    token = logp.gather(-1, labels[:, 1:].clamp(min=0)[..., None]).squeeze(-1) * mask
+    forget, retain = token.sum(1)[:3], token.sum(1)[3:]
+    expected = forget.square()[[0, 2]].mean() - 0.3 * retain.sum() / mask[3:].sum()
+    (wanted,) = torch.autograd.grad(expected, leaf)
+    mine = hidden.clone().requires_grad_()
+    if packed:
+        bounds = torch.arange(len(picked) + 1, dtype=torch.int32) * S
+        loss = objective(mine.flatten(0, 1), WEIGHT, labels.flatten(), cu_seqlens=bounds)
+    else:
+        loss = objective(mine, WEIGHT, labels)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-5)
+    (got,) = torch.autograd.grad(loss, mine)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_records_are_complete():
+    """Of every method: names that say the retain term, a formula, a source, a colour; families share the colour."""
+    for name, method in METHODS.items():
+        family, _, keep = name.partition("_")
+        assert method.name == name and method.formula and method.paper and re.fullmatch("#[0-9A-F]{6}", method.colour)
+        assert method.retain == {"": None, "rt": "nll", "kl": "kl"}[keep]
+        assert (method.colour == METHODS[family].colour and method.line_style != METHODS[family].line_style) or not keep
+        assert ("retain" in method.needs) == bool(keep) and set(method.kinds) <= set(method.needs)
+    families = {name.partition("_")[0] for name in METHODS}
+    assert families == {"ga", "idk", "npo", "simnpo", "dpo", "kto"} and len(METHODS) == 3 * len(families)
+    assert METHODS["simnpo_rt"].settings().forget_weight == 0.125 and METHODS["simnpo"].settings().beta == 4.5
+    assert METHODS["npo"].settings(beta=0.7, gamma=None) == Settings(beta=0.7)
+
+
+def test_the_readme_has_the_table_of_the_registry():
+    page = (Path(__file__).resolve().parents[2] / "training" / "README.md").read_text()
+    for names, formula, paper in table():
+        cells = [", ".join(f"`{name}`" for name in names.split(", ")), f"`{formula}`".replace("|", "\\|"), paper]
+        assert f"| {' | '.join(cells)} |" in page

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -175,8 +176,12 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         # the first step starts from there; one rounding may lie between the two ways to compute it
         assert summary["min_fd"] <= metrics["before"]["fd"] * (1 + 1e-12)
     assert {f.name for f in (tmp_path / "out").iterdir()} == {
-        "metrics.json", "config.json", "report.md", "figure.png", "collapse.png"
+        "run.json", "options.yaml", "metrics.json", "config.json", "report.md", "figure.png", "collapse.png"
     }  # fmt: skip
+    assert main(options) == metrics  # found
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        main(replace(options, seeds=1))
+    capsys.readouterr()
     report = (tmp_path / "out" / "report.md").read_text()
     assert f"{printed['NPO+RT']['end_fd']:.4f}" in report and str(tmp_path) not in report
     config = json.loads((tmp_path / "out" / "config.json").read_text())

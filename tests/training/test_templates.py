@@ -8,9 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from training.data import IGNORE_INDEX, collate
-from training.tokenizer import train_tokenizer
 from training.generation import complete_all
 from training.templates import NAMES, Format, detect
+from training.tokenizer import train_tokenizer
 
 CPU = torch.device("cpu")
 QUESTION, ANSWER = "Who wrote “Émile”?", "Zoë O'Hara did, in 1987."

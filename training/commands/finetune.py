@@ -1,4 +1,4 @@
-"""Teach a model its rows: the model that unlearning starts from, or, on a retain split, the one it is compared with.
+"""Teach a model its rows: the one that unlearning starts from, or, on a retain split, that it is compared with.
 
     python -m training.finetune --model meta-llama/Llama-3.2-1B-Instruct --preset llama-3.2-1b --out runs/full
     python -m training.finetune --model runs/base --data_dir path/to/tofu --split retain90 --out runs/retain90

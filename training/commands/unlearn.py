@@ -1,4 +1,4 @@
-"""Unlearn a forget set: any method of the registry, on answer tokens alone, without logits and without a second model.
+"""Unlearn a forget set by any method of the registry, without logits and without a second model.
 
     python -m training.unlearn --model runs/full/model --method npo_rt --forget_percent 10 --out runs/npo_rt
     python -m training.unlearn --preset llama-3.2-1b --model runs/full/model --method npo_kl --out runs/npo_kl
@@ -183,5 +183,6 @@ def main(options: UnlearnOptions, benchmark: Benchmark) -> dict[str, Any] | None
 
 
 if __name__ == "__main__":
-    rows = "".join(f"    {name:<12}{formula} {keep}   {paper}\n" for name, formula, keep, paper in table())
-    command_line(PROG, UnlearnOptions, f"{__doc__}\nThe methods:\n\n{rows}", main)
+    methods = "".join(f"    {names:<28}{formula}   ({paper})\n" for names, formula, paper in table())
+    keeps = "_rt adds the NLL of the retain rows, _kl their KL divergence from the reference model."
+    command_line(PROG, UnlearnOptions, f"{__doc__}\nThe methods; {keeps}\n\n{methods}", main)

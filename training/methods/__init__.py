@@ -6,7 +6,9 @@ from training.methods.base import METHODS, Batch, Method, Rows, Settings, method
 __all__ = ["METHODS", "Batch", "Method", "Rows", "Settings", "method_named", "register", "register_family", "table"]
 
 
-def table() -> list[tuple[str, str, str, str]]:
-    """(name, formula of what forgets, what keeps the rest, source) of every method, as the documents show it."""
-    keeps = {None: "", "nll": "+ NLL of retain rows", "kl": "+ KL to the reference"}
-    return [(m.name, m.formula, keeps[m.retain], m.paper) for m in METHODS.values()]
+def table() -> list[tuple[str, str, str]]:
+    """(names, formula, source) of the terms that forget, as the documents show them, with all their retain terms."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for method in METHODS.values():
+        names.setdefault((method.formula, method.paper), []).append(method.name)
+    return [(", ".join(some), formula, paper) for (formula, paper), some in names.items()]

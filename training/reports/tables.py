@@ -16,7 +16,7 @@ def cell(value: Any) -> str:
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """The first column to the left, numbers to the right."""
     aligned = ["---", *["---:"] * (len(headings) - 1)]
-    lines = [headings, aligned, *([cell(value) for value in row] for row in rows)]
+    lines = [headings, aligned, *([cell(value).replace("|", "\\|") for value in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

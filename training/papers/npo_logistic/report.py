@@ -140,7 +140,7 @@ def markdown(metrics: dict[str, Any], config: dict[str, Any]) -> str:
         ),
         "\n\n".join(f"![{text}]({name})" for name, text in shown.items()),
         "## What agrees with the paper, and what does not",
-        _table(
+        tables.markdown(
             ["", "claim", "measured"],
             [["agrees" if c.holds else "**does not**", c.text, c.measured] for c in all_claims(metrics)],
         ),
@@ -150,7 +150,7 @@ def markdown(metrics: dict[str, Any], config: dict[str, Any]) -> str:
             + spread(metrics["per_seed"])
         ),
         "## All methods",
-        _table(headings, rows),
+        tables.markdown(headings, rows),
         _filled(
             "KTO, SimNPO and the KL variants of DPO and KTO are not in the paper's comparison; where its table 1 has "
             "no learning rate and beta for a method, it has NPO's, untuned. An answer is one token here, so SimNPO's "
@@ -175,8 +175,3 @@ def _filled(paragraph: str) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
-
-
-def _table(headings: list[str], rows: list[list[str]]) -> str:
-    escaped = [[text.replace("||", "\\|\\|") for text in row] for row in rows]
-    return tables.markdown(headings, escaped)

@@ -9,6 +9,7 @@ import runpy
 import signal
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest

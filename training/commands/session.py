@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from npo_kernels.core import cpu
 from training import distributed, memory
 from training.benchmarks.base import BENCHMARKS, Benchmark
 from training.commands.presets import PRESETS
@@ -112,6 +113,9 @@ class Session(Generic[Given]):
     def load_model(self) -> PreTrainedModel:
         o = self.options
         self.say(f"{o.out}: loading {model_name(self.model)} on {self.device}")
+        lacking = cpu.refusal(torch.bfloat16) if self.device.type == "cpu" else None
+        if o.precision == "bf16" and lacking:
+            self.say(f"--precision bf16 is slower than fp32 on this CPU: {lacking}")
         return load_model(
             self.model,
             self.device,

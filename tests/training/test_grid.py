@@ -1,10 +1,12 @@
 """A grid at the smallest size: files, what is not run again, and a verdict that follows the numbers both ways."""
 
+import io
 import json
 import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from training.benchmarks.tofu.claims import of_npo
 from training.commands import authors, finetune, grid, unlearn
@@ -69,7 +71,9 @@ def test_what_is_finished_is_not_run_again(metrics, options, monkeypatch):
     monkeypatch.setattr(unlearn, "run", None)
     monkeypatch.setattr(finetune, "run", None)
     assert grid.main(*options()) == metrics
-    assert grid.main(*options(methods="npo")) is not None
+    console = Console(file=io.StringIO(), width=200)
+    assert grid.main(*options(methods="npo"), console) is not None
+    assert "report.md was of another choice of runs and is written anew" in console.file.getvalue()
     grid.main(*options())  # the report is of the whole grid again
     with pytest.raises(TypeError):  # a new cell would be
         grid.main(*options(seeds="0,1,2"))

@@ -29,6 +29,7 @@ class Column(NamedTuple):
     heading: str
     panel: str | None = None  # heading of a figure's panel that draws it over the epochs, from 0 to 1
     p_value: bool = False  # drawn on a logarithmic axis, with a line at 0.05
+    detail: bool = False  # shown of a single run, not in the table of a grid
 
 
 class Claim(NamedTuple):

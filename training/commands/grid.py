@@ -9,6 +9,7 @@ interrupted, and what is finished is not run again. --out gets report.md, metric
 each forget set, and the folders of the runs.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -201,6 +202,9 @@ def main(options: GridOptions, benchmark: Benchmark, console: Console | None = N
     metrics = grid.run()
     device = device_name(pick_device(options.device))
     config = {"settings": public(options, benchmark.options), "device": device, "versions": versions()}
+    report = grid.out / "config.json"
+    if report.exists() and json.loads(report.read_text(encoding="utf-8"))["settings"] != config["settings"]:
+        grid.console.print(f"{grid.out}: report.md was of another choice of runs and is written anew; the runs stay")
     distributed.on_main(lambda: write_grid_report(grid.out, metrics, config, list(grid.benchmarks.values())))
     return metrics
 

@@ -20,8 +20,9 @@ from training.versions import versions
 
 # What runs write into their folders.
 RUN_FILES = (
-    *("run.json", "options.yaml", "config.json", "metrics.json", "report.md", "*.png", "eval_log_aggregated.json"),
-    *("model", "adapter", "eval", "reference", "checkpoint-*", ".*.partial"),
+    *("run.json", "options.yaml", "config.json", "metrics.json", "report.md", "eval_log_aggregated.json"),
+    *("figure.png", "beta.png", "collapse.png", "model", "adapter", "eval", "reference"),
+    *("checkpoint-*", ".*.partial"),
 )
 # Options that are paths, or that say nothing of the result: they are not in config.json.
 NO_PATHS = ("out", "data_dir", "fresh", "dry_run", "reference_cache", "retain_log", "start_log", "from_log", "json")

@@ -99,12 +99,13 @@ def plot_trade_off(
             axis.plot(x, y, **style(name))
             sizes = np.linspace(12, 90, len(x))
             axis.scatter(x, y, s=sizes, color=style(name)["color"], alpha=0.75, edgecolors="none")
-        for summary, mark, size, label in ((start, "ks", 6, "fine-tuned"), (retrained, "k*", 14, "retrained")):
-            if summary and summary.get(keys.forgetting) is not None:
-                y = 1.0 if label == "retrained" and columns[keys.forgetting].p_value else summary[keys.forgetting]
-                axis.plot(summary[keys.utility], max(y, FLOOR), mark, markersize=size, label=label)
+        axis.plot(start[keys.utility], max(start[keys.forgetting], FLOOR), "ks", label="fine-tuned")
+        if retrained:  # a p-value of it against itself is 1
+            y = 1.0 if columns[keys.forgetting].p_value else retrained[keys.forgetting]
+            axis.plot(retrained[keys.utility], y, "k*", markersize=14, label="retrained")
         _panel(axis, columns[keys.forgetting], None)
-        axis.set(xlabel=columns[keys.utility].heading, ylabel=columns[keys.forgetting].heading, title="")
+        axis.set_title("", loc="left")
+        axis.set(xlabel=columns[keys.utility].heading, ylabel=columns[keys.forgetting].heading)
         _legend(axes, outside=True)
 
 

@@ -109,7 +109,7 @@ def _state(share: float) -> str:
 def _table(metrics: dict[str, Any], benchmark: Benchmark, histories: Histories) -> str:
     name, trade_off = benchmark.scenario, benchmark.trade_off
     start, retrained = metrics["start"][name], metrics["retrained"].get(name)
-    shown = {key: c.heading for key, c in benchmark.columns.items() if start.get(key) is not None}
+    shown = {key: c.heading for key, c in benchmark.columns.items() if start.get(key) is not None and not c.detail}
     best = bool(trade_off and trade_off.forgetting in shown)
     rows: list[list[Any]] = [["before", *(start[key] for key in shown), *[""] * best]]
     if retrained:
@@ -131,7 +131,7 @@ def _spread(values: np.ndarray) -> str:
 
 def _verdicts(claims: list[Claim]) -> str:
     rows = [["agrees" if c.holds else "**does not agree**", c.text, c.measured] for c in claims]
-    return tables.markdown(["", "claim", "measured"], rows)
+    return tables.markdown(["", "claim", "measured"], rows, text=3)
 
 
 def _facts(metrics: dict[str, Any], config: dict[str, Any]) -> str:

@@ -13,9 +13,9 @@ def cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def markdown(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """The first column to the left, numbers to the right."""
-    aligned = ["---", *["---:"] * (len(headings) - 1)]
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[Any]], text: int = 1) -> str:
+    """The first `text` columns to the left, the numbers behind them to the right."""
+    aligned = ["---"] * text + ["---:"] * (len(headings) - text)
     lines = [headings, aligned, *([cell(value).replace("|", "\\|") for value in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -39,12 +39,12 @@ class TOFU(Benchmark):
         "model_utility_geometric": Column("utility", "model utility"),
         "forget_prob": Column("forget prob", "answer probability, forget"),
         "forget_rougeL": Column("forget ROUGE-L"),
-        "forget_tr": Column("forget TR"),
-        "forget_extraction_strength": Column("forget ES"),
+        "forget_tr": Column("forget TR", detail=True),
+        "forget_extraction_strength": Column("forget ES", detail=True),
         "retain_prob": Column("retain prob", "answer probability, retain"),
         "retain_rougeL": Column("retain ROUGE-L"),
-        "ra_prob": Column("real authors prob"),
-        "wf_prob": Column("world facts prob"),
+        "ra_prob": Column("real authors prob", detail=True),
+        "wf_prob": Column("world facts prob", detail=True),
         "forget_repetition": Column("repetition, forget"),
     }
     legend = (

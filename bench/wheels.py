@@ -87,6 +87,9 @@ SETS = {
         Wheel("rouge-score", "0.1.2", "scores of the training demo", source=True),
         Wheel("nltk", "3.10.4", "rouge-score imports it"),
         Wheel("defusedxml", "0.7.1", "nltk imports it"),
+        Wheel("tyro", "1.0.17", "command lines of training"),
+        Wheel("docstring-parser", "0.18.0", "tyro imports it"),
+        Wheel("typeguard", "4.6.1", "tyro imports it"),
     ),
 }
 # Asked for by their metadata and left out: torch 2.11 exports tensors by itself, and what is here ends with torch 2.9.

@@ -1,2 +1,241 @@
-def estimate(*a, **k):
-    return {"total": 0.0}
+"""The memory that a training step needs, before it is run: one step on tensors that have sizes and no values.
+
+The model is built from its configuration alone, and the largest micro-batch goes through forward and backward under
+torch's FakeTensorMode: every operator says what it would return and autograd keeps what it would keep, so attention,
+autocast, adapters and gradient checkpointing count as they are implemented. Nothing is computed and nothing allocated.
+The head alone is not run but replaced by its plan (`npo_kernels.explain`).
+"""
+
+import resource
+import sys
+import weakref
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from npo_kernels import explain, fused_logprob_loss
+
+GIB = 2**30
+UNMASKED = "unmasked"  # transformers makes no mask for an attention that it does not know
+
+
+def _unmasked(module, query, key, value, attention_mask=None, dropout=0.0, scaling=None, **_):
+    """Attention that keeps its inputs, its output and a number a row, as all flash attentions do."""
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, dropout=dropout, scaling=scaling)
+
+
+AttentionInterface.register(UNMASKED, _unmasked)
+
+
+def estimate(
+    model_name: str | Path,
+    rows: Sequence[int],
+    *,
+    trained: Literal["all"] | int,
+    bf16: bool,
+    packing: bool,
+    attn_implementation: str | None,
+    gradient_checkpointing: bool,
+    with_reference: bool,
+    device: torch.device,
+    accumulated: bool = False,
+) -> dict[str, float]:
+    """GiB that a training step takes at most in a process that holds the model whole, and what for.
+
+    Args:
+        model_name: folder or hub name; only its configuration is read.
+        rows: lengths in tokens of the rows of the largest micro-batch, those of all kinds together.
+        trained: "all" weights, or the rank of LoRA adapters on all linear layers but the head.
+        bf16: forward and backward run under bfloat16 autocast. Weights and moments are float32 either way.
+        packing: the rows one after another in one; False: padded to the longest.
+        with_reference: a frozen copy of the model is held for a KL term, on a GPU in bfloat16; its pass comes second.
+        device: where the step will run. One that is not at hand is taken to work like a CPU.
+        accumulated: a step has several micro-batches.
+
+    Returns:
+        weights: 4 bytes a parameter, adapters included.
+        gradients: 4 bytes a trained parameter.
+        optimizer: AdamW's two moments, 8 bytes a trained parameter.
+        activations: what the forward of the layers keeps for their backward.
+        head: gradients and workspace of the fused head, if every token is scored.
+        reference: the frozen copy.
+        python: on a CPU, what the process holds already: ask before a model is loaded. 0 elsewhere.
+        total: python + weights + optimizer + reference + the larger of two peaks: of forward and backward, and of
+            gradients with AdamW's temporaries. Not the sum: gradients come as activations go, unless `accumulated`.
+
+    Raises:
+        ValueError: no rows or an empty one, a rank below 1, an architecture that transformers does not know, or one
+            whose memory depends on values (a mixture of experts, by its implementation).
+        OSError: there is no configuration.
+    """
+    if not rows or min(rows) < 1:
+        raise ValueError(f"rows: expected one length or more, each at least 1, got {list(rows)}")
+    if trained != "all" and trained < 1:
+        raise ValueError(f'trained: expected "all" or a rank of at least 1, got {trained}')
+    python = _resident_bytes() if device.type == "cpu" else 0
+    here = device if _at_hand(device) else torch.device("cpu")
+    flash = (attn_implementation or "").startswith(("flash", "kernels-community"))
+    config = AutoConfig.from_pretrained(model_name)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=UNMASKED if flash else attn_implementation
+        )
+        reference = _bytes(model.parameters()) // (2 if device.type == "cuda" else 1)
+        if trained != "all":
+            model = get_peft_model(model, LoraConfig(r=trained, target_modules="all-linear")).get_base_model()
+    masked = len(rows) > 1 and (packing or len(set(rows)) > 1)
+    if not masked and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(UNMASKED)  # where transformers sees that a mask masks nothing, it drops it
+    if gradient_checkpointing:
+        # the generator's state is a real tensor, which fake ones do not mix with
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    workspace = _workspace_of_head(model.get_output_embeddings().weight, rows, bf16, here)
+    with FakeTensorMode(), here:
+        _replace_by_fakes(model.train())
+        learning = [p for p in model.parameters() if p.requires_grad]
+        if accumulated or with_reference:
+            for p in learning:
+                p.grad = torch.empty_like(p)
+        try:
+            used = _one_pass(model, rows, packing, bf16, workspace)
+        except RuntimeError as reason:
+            raise ValueError(f"the memory of {config.model_type} depends on more than sizes: {reason}") from None
+    gradients = _bytes(learning)
+    peak = used.peak + (gradients if accumulated or with_reference else 0)
+    # on a GPU the roots of all second moments at once; elsewhere those of one weight, and what is made of them
+    temporaries = gradients if device.type == "cuda" else 2 * max(_bytes([p]) for p in learning)
+    parts = {
+        "weights": _bytes(model.parameters()),
+        "gradients": gradients,
+        "optimizer": 2 * gradients,
+        "activations": used.activations,
+        "head": used.head,
+        "reference": reference if with_reference else 0,
+        "python": python,
+    }
+    held = sum(parts[name] for name in ("weights", "optimizer", "reference", "python"))
+    parts["total"] = held + max(peak, gradients + temporaries)
+    return {name: round(size / GIB, 3) for name, size in parts.items()}
+
+
+class _Used(NamedTuple):
+    """Bytes of a pass beyond weights, moments and the gradients that were there before."""
+
+    activations: int
+    head: int
+    peak: int
+
+
+def _one_pass(model: Any, rows: Sequence[int], packing: bool, bf16: bool, workspace: int) -> _Used:
+    """Forward and backward of fake tensors."""
+    ids = torch.zeros((1, sum(rows)) if packing else (len(rows), max(rows)), dtype=torch.int64)
+    layout = {"position_ids": ids} if packing else {"attention_mask": ids}
+    with LiveBytes(t for p in model.parameters() for t in (p, p.grad) if t is not None) as live:
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
+            hidden = model.base_model(input_ids=ids, use_cache=False, **layout).last_hidden_state
+            activations = live.now
+            dtype = torch.bfloat16 if bf16 else torch.float32
+            weight = model.get_output_embeddings().weight
+            loss = _PlannedHead.apply(hidden.to(dtype), weight.to(dtype), workspace)
+            head = live.now - activations + workspace
+        loss.backward()
+    return _Used(activations, head, live.peak)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operators made and that are still there (`now`), and the most at a time (`peak`)."""
+
+    def __init__(self, before: Iterable[Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self._before = [t.untyped_storage() for t in before]
+        self._known = {storage._cdata for storage in self._before}  # views of these are no new memory
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        if address in self._known:
+            return
+        self._known.add(address)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, address, size)
+
+    def _gone(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.now -= size
+
+
+class _PlannedHead(torch.autograd.Function):
+    """In the place of the fused head: its workspace for a moment, its gradients until the backward takes them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, workspace: int) -> Tensor:
+        grads = [torch.empty_like(t) if t.requires_grad else None for t in (hidden, weight)]
+        ctx.save_for_backward(*grads)
+        torch.empty(workspace, dtype=torch.uint8)
+        return hidden.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        grads = ctx.saved_tensors
+        if upstream.device.type != "cpu":  # multiplied by the upstream gradient, which a CPU sees to be 1
+            grads = [None if g is None else torch.empty_like(g) for g in grads]
+        return *grads, None
+
+
+def _workspace_of_head(weight: Tensor, rows: Sequence[int], bf16: bool, device: torch.device) -> int:
+    """Bytes. One row each of hidden states and head stands for all: a plan depends on sizes alone."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+
+    def of_size(length: int, needs_grad: bool) -> Tensor:
+        return torch.empty(1, weight.shape[1], dtype=dtype, device=device).expand(length, -1).requires_grad_(needs_grad)
+
+    hidden, head = of_size(sum(rows), True), of_size(weight.shape[0], weight.requires_grad)
+    labels = torch.zeros(sum(rows), dtype=torch.int64, device=device)
+    starts = torch.tensor([0, *accumulate(rows)], dtype=torch.int32, device=device)
+    return explain(fused_logprob_loss, hidden, head, labels, cu_seqlens=starts).workspace_bytes
+
+
+def _replace_by_fakes(model: nn.Module) -> None:
+    """Parameters and buffers on the meta device by fake ones on the device of the context; tied ones stay tied."""
+    made: dict[Tensor, Any] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if old not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype)
+                    made[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                tensors[name] = made[old]
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _at_hand(device: torch.device) -> bool:
+    return device.type == "cpu" or torch.get_device_module(device).is_available()
+
+
+def _resident_bytes() -> int:
+    """The most that the process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

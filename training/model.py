@@ -113,11 +113,15 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def in_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether forward and backward are cast. "auto": on a GPU that has bfloat16."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+
+
 def set_precision(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
-    """The arithmetic of `autocast` for this model, from now on. "auto": bfloat16 on a GPU that has it, else float32."""
-    on_gpu = model.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    bf16 = precision == "bf16" or (precision == "auto" and on_gpu)
-    model.autocast_dtype = torch.bfloat16 if bf16 else None  # type: ignore[assignment]  # modules take any attribute
+    """The arithmetic of `autocast` for this model, from now on."""
+    dtype = torch.bfloat16 if in_bf16(precision, model.device) else None
+    model.autocast_dtype = dtype  # type: ignore[assignment]  # modules take any attribute
     return model
 
 
@@ -137,10 +141,10 @@ def autocast_dtype(model: PreTrainedModel) -> torch.dtype | None:
     return cast("torch.dtype | None", model.autocast_dtype)
 
 
-def skips_other_rows(model: PreTrainedModel) -> bool:
+def skips_other_rows(attn_implementation: str | None) -> bool:
     """Whether attention leaves out the other sequences of a packed row: flash and flex attention do; sdpa and eager
     compute them all and mask them, at a cost that grows with the square of the row."""
-    return any(kind in str(model.config._attn_implementation) for kind in ("flash", "flex"))
+    return any(kind in str(attn_implementation) for kind in ("flash", "flex"))
 
 
 def weights_hash(model: PreTrainedModel) -> str:

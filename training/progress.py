@@ -7,7 +7,7 @@ A task of rich's `Progress` with the fields `unit` and `note`, which may be left
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -58,6 +58,12 @@ def progress(console: Console | None = None) -> Iterator[Progress]:
     finally:
         ended.set()
         lines.join()
+
+
+def counted(display: Progress, label: str, total: int, unit: str = "rows") -> Callable[[int], None]:
+    """A new task, as the function that is told how many more are done."""
+    task = display.add_task(label, total=total, unit=unit)
+    return lambda count: display.advance(task, count)
 
 
 def _print_lines(display: Progress, console: Console, ended: threading.Event) -> None:

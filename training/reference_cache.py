@@ -11,7 +11,7 @@ A process that is killed at any moment leaves the old file or none, never a part
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -74,9 +74,10 @@ def compute_reference(
     *,
     batch_size: int = 64,
     packing: bool = False,
+    on_rows: Callable[[int], None] = lambda count: None,
 ) -> Scores:
     """Score the examples with the loss kernel itself and write the cache; of several processes one writes."""
-    scores = score(model, examples, format.pad_token_id, batch_size, packing)
+    scores = score(model, examples, format.pad_token_id, batch_size, packing, on_rows)
 
     def write() -> None:
         metadata = header(model, format, examples, packing=packing) | {"scores": _scores_hash(scores)}
@@ -122,6 +123,7 @@ def check_step_zero(
     batches: Batches,
     batch_size: int,
     beta: float,
+    on_rows: Callable[[int], None] = lambda count: None,
 ) -> dict[str, float]:
     """With the policy equal to the reference every log-ratio is 0 and the NPO loss is (2/beta) ln 2: assert it.
 
@@ -140,6 +142,7 @@ def check_step_zero(
             out = model(**batches([forget[i] for i in members]), fused_unlearning=npo)
         largest = max(largest, out.stats.log_ratio.abs().max().item())
         summed += out.loss.item()
+        on_rows(len(members))
     model.train(was_training)
     loss = summed / len(forget)
     if not (largest < tolerance and abs(loss - expected) < tolerance):

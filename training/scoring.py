@@ -1,6 +1,6 @@
 """What a model gives to answers: their log-probabilities, without logits, and the tokens it would have said instead."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,12 @@ class Scores(NamedTuple):
 
 @torch.no_grad()
 def score(
-    model: PreTrainedModel, examples: Sequence[Example], pad_id: int, batch_size: int = 64, packing: bool = False
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    pad_id: int,
+    batch_size: int = 64,
+    packing: bool = False,
+    on_rows: Callable[[int], None] = lambda count: None,
 ) -> Scores:
     """Scores of all examples, in their order; in eval mode (no dropout), the mode of the model is restored.
 
@@ -46,6 +51,7 @@ def score(
             batch = pack(rows, device) if packing else collate(rows, pad_id, device)
             out = model(**batch, fused_unlearning=True)
         logps[mine], num_tokens[mine] = out.logps, out.num_tokens
+        on_rows(len(members))
     model.train(was_training)
     return Scores(distributed.total(logps).cpu(), distributed.total(num_tokens).cpu())
 

@@ -297,7 +297,9 @@ def test_dry_runs_say_what_would_be_run(home, tmp_path, capsys):
     assert said["steps"] == 6 and said["rows"] == {"forget": 20, "retain": 380}
     assert said["effective_batch"] == {"rows": 8, "processes": 1, "micro_batch": 3, "accumulated": 3}
     parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(home / "full" / "model").parameters())
-    assert said["memory_estimate_gib"]["total"] == pytest.approx(16 * parameters / 2**30, abs=1e-3)
+    memory = said["memory_estimate_gib"]
+    assert memory["weights"] == pytest.approx(4 * parameters / 2**30, abs=1e-3)
+    assert memory["total"] >= memory["python"] + 3 * memory["weights"]
     assert not (tmp_path / "out").exists()
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import pytest
 
+from training.commands.attack import AttackOptions
 from training.commands.options import build, parse
 from training.commands.run_folder import RunFolder
 from training.commands.unlearn import UnlearnOptions
@@ -104,3 +105,6 @@ def test_the_record_of_a_run_is_a_file_that_gives_it_again(tmp_path):
     RunFolder(tmp_path, chosen, tofu.options).begin("key")
     again, same = parse(UnlearnOptions, "x", "", ["--config", str(tmp_path / "options.yaml")])
     assert (again, asdict(same.options)) == (chosen, asdict(tofu.options))
+    attack = build(AttackOptions, attack="relearn", model=tmp_path)
+    RunFolder(tmp_path / "attack", attack[0], attack[1].options).begin("key")
+    assert parse(AttackOptions, "x", "", ["--config", str(tmp_path / "attack" / "options.yaml")])[0] == attack[0]

@@ -80,8 +80,7 @@ def test_accumulation_steps_say_the_same_as_micro_batches(corpus, model):
     assert counts == [[3, 3, 3, 1], [3, 3, 3, 1], [10]]
 
 
-def test_rows_are_packed_where_attention_skips_the_others(model):
-    for name, skips in (("sdpa", False), ("eager", False), ("flash_attention_2", True), ("flex_attention", True)):
-        model.config._attn_implementation = name
-        assert skips_other_rows(model) == skips
-    model.config._attn_implementation = "sdpa"
+def test_rows_are_packed_where_attention_skips_the_others():
+    found = {name: skips_other_rows(name) for name in (None, "sdpa", "eager", "flash_attention_2", "flex_attention")}
+    assert found == {None: False, "sdpa": False, "eager": False, "flash_attention_2": True, "flex_attention": True}
+    assert skips_other_rows("kernels-community/flash-attn3")

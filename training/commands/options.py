@@ -182,7 +182,9 @@ def _instances(kind: type[Options], groups: dict[str, Group], values: dict[str, 
 
 
 def _words(option: Option, value: Any) -> list[str]:
-    """An option of a file as on a command line, where its type is checked."""
+    """An option of a file as on a command line, where its type is checked. One that has to be given is positional."""
+    if option.default is tyro.MISSING:
+        return [str(value)]
     if option.is_flag and isinstance(value, bool):
         return [f"--{option.name}" if value else f"--no_{option.name}"]
     return [f"--{option.name}", str(value)]

@@ -22,7 +22,7 @@ from training.commands.presets import PRESETS
 from training.commands.run_folder import RunFolder, model_name, public
 from training.config import TrainConfig
 from training.data import Example
-from training.model import add_adapters, load_model, merged, pick_device, skips_other_rows
+from training.model import add_adapters, in_bf16, load_model, merged, pick_device, skips_other_rows
 from training.reports.run import model_card
 from training.run import Schedule
 from training.steps import Batches
@@ -81,6 +81,7 @@ class Session(Generic[Given]):
         self.model, self.out = options.model, options.out
         self.device = pick_device(options.device)
         self.folder = RunFolder(self.out, options, benchmark.options)
+        self.say(f"{self.out}: {benchmark.title}, {model_name(self.model)} on {self.device}")
 
     @cached_property
     def format(self) -> Format:
@@ -112,7 +113,6 @@ class Session(Generic[Given]):
 
     def load_model(self) -> PreTrainedModel:
         o = self.options
-        self.say(f"{o.out}: loading {model_name(self.model)} on {self.device}")
         lacking = cpu.refusal(torch.bfloat16) if self.device.type == "cpu" else None
         if o.precision == "bf16" and lacking:
             self.say(f"--precision bf16 is slower than fp32 on this CPU: {lacking}")
@@ -134,9 +134,12 @@ class Session(Generic[Given]):
         return model
 
     def batches(self, model: PreTrainedModel) -> Batches:
+        return Batches(self.format.pad_token_id, model.device, self.packs(model.config._attn_implementation))
+
+    def packs(self, attn_implementation: str | None) -> bool:
+        """Whether rows are put one after another."""
         packing = self.options.packing
-        packed = packing == "on" or (packing == "auto" and skips_other_rows(model))
-        return Batches(self.format.pad_token_id, model.device, packed)
+        return packing == "on" or (packing == "auto" and skips_other_rows(attn_implementation))
 
     def save_model(self, model: PreTrainedModel, weights: dict[str, Tensor], what: str) -> None:
         """model/, with merged adapters (and these alone in adapter/), tokenizer and model card."""
@@ -180,12 +183,24 @@ class Session(Generic[Given]):
             "effective_batch": {
                 "rows": o.batch_size, "processes": n, "micro_batch": micro, "accumulated": -(-share // micro)
             },
-            "memory_estimate_gib": self._memory(longest, with_reference),
+            "memory_estimate_gib": self._memory(longest, micro < share, with_reference),
         }  # fmt: skip
         print(json.dumps(plan, indent=2, default=str))
 
-    def _memory(self, lengths: list[int], with_reference: bool) -> dict[str, float]:
-        return memory.estimate(self.model, lengths)
+    def _memory(self, lengths: list[int], accumulated: bool, with_reference: bool) -> dict[str, float]:
+        o = self.options
+        return memory.estimate(
+            self.model,
+            lengths,
+            trained=o.lora_rank or "all",
+            bf16=in_bf16(o.precision, self.device),
+            packing=self.packs(o.attn_implementation),
+            attn_implementation=o.attn_implementation,
+            gradient_checkpointing=o.gradient_checkpointing,
+            with_reference=with_reference,
+            device=self.device,
+            accumulated=accumulated,
+        )
 
     def load_reference(self) -> PreTrainedModel:
         """The frozen model of a KL term: on a GPU in bfloat16, with half of the memory."""

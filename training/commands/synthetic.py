@@ -26,7 +26,7 @@ from training.commands.run_folder import RunFolder
 from training.papers.npo_logistic import figures, report
 from training.papers.npo_logistic.collapse import diverge
 from training.papers.npo_logistic.experiment import BETA_STEPS, STEPS, beta_runs, curves, make_settings, method_runs
-from training.progress import progress
+from training.progress import counted, progress
 from training.reports import tables
 from training.store import fingerprint, write_text
 from training.versions import versions
@@ -72,8 +72,8 @@ def _run(options: SyntheticOptions, folder: RunFolder) -> dict[str, Any]:
     with progress() as display:
 
         def advance(description: str):
-            task = display.add_task(description, total=options.seeds, unit="seeds")
-            return lambda: display.advance(task)
+            on_seeds = counted(display, description, options.seeds, "seeds")
+            return lambda: on_seeds(1)
 
         settings = make_settings(options.alpha, options.seeds, advance("Pre-training"))
         methods = curves(settings, method_runs(options.alpha), options.steps, advance("Unlearning"))

@@ -27,6 +27,7 @@ from training.commands.session import Session, SessionOptions
 from training.data import Example, data_hash
 from training.methods import METHODS, Settings, method_named, table
 from training.methods.base import Compat, Positions
+from training.progress import counted, progress
 from training.reference_cache import StaleReferenceError, check_step_zero, compute_reference, load_reference
 from training.reports.run import write_unlearning_report
 from training.run import run
@@ -99,7 +100,7 @@ class Unlearning:
         logs = [path and path.read_text(encoding="utf-8") for path in paths]
         return [data_hash(rows) for rows in self.rows.values()] + [self.benchmark.key(), fingerprint(logs)]
 
-    def references(self, model: PreTrainedModel) -> dict[str, Scores]:
+    def references(self, model: PreTrainedModel, display: Progress) -> dict[str, Scores]:
         """The cached log-probabilities that the method compares with: of the forget rows, and of the IDK rows."""
         folder = self.options.reference_cache or self.session.out / "reference"
         files = {}
@@ -108,16 +109,22 @@ class Unlearning:
             if "idk" in self.method.needs:  # which refusals are drawn depends on the plan
                 files["idk"] = f"idk_{data_hash(self.rows['idk'])[:12]}.safetensors"
         format, packing = self.session.format, self.session.batches(model).packing
+
+        def computed(path: Path, rows: list[Example]) -> Scores:
+            on_rows = counted(display, f"Reference, {path.stem}", len(rows))
+            return compute_reference(path, model, format, rows, packing=packing, on_rows=on_rows)
+
         scores = {}
         for kind, file in files.items():
-            cached = load_reference if (folder / file).exists() else compute_reference
+            path, rows = folder / file, self.rows[kind]
             try:
-                scores[kind] = cached(folder / file, model, format, self.rows[kind], packing=packing)
+                found = load_reference(path, model, format, rows, packing=packing) if path.exists() else None
             except StaleReferenceError as reason:
                 if self.options.reference_cache is not None:
                     raise
                 self.session.say(f"computing the reference log-probabilities again: {reason}")
-                scores[kind] = compute_reference(folder / file, model, format, self.rows[kind], packing=packing)
+                found = None
+            scores[kind] = found or computed(path, rows)
         return scores
 
     def evaluate(self, model: PreTrainedModel, step: int, progress: Progress) -> dict[str, Any]:
@@ -149,12 +156,14 @@ def main(options: UnlearnOptions, benchmark: Benchmark) -> dict[str, Any] | None
         return found
     model = session.load_model()
     batches = session.batches(model)
-    ref_logps = {kind: scores.logps for kind, scores in job.references(model).items()}
-    model = session.to_train(model)
     step_zero = None
-    if "forget" in ref_logps:
-        refs = ref_logps["forget"]
-        step_zero = check_step_zero(model, job.rows["forget"], refs, batches, options.batch_size, job.settings.beta)
+    with progress() as display:
+        ref_logps = {kind: scores.logps for kind, scores in job.references(model, display).items()}
+        model = session.to_train(model)
+        if "forget" in ref_logps:
+            rows, refs = job.rows["forget"], ref_logps["forget"]
+            on_rows = counted(display, "Check of step 0", len(rows))
+            step_zero = check_step_zero(model, rows, refs, batches, options.batch_size, job.settings.beta, on_rows)
     reference = session.load_reference() if with_kl else None
     steps = UnlearningSteps(method, job.settings, job.plan, job.rows, ref_logps, options, batches, reference)
     trainer = Trainer(model, options, num_steps, options.report_to, session.out)

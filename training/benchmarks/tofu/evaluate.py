@@ -1,6 +1,7 @@
 """A model on TOFU's evaluation sets: everything that goes into its log. No logits are kept."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from rich.progress import Progress
 from torch import Tensor
@@ -28,26 +29,38 @@ def evaluate_model(
     """The log of a model that has a fused head (`npo_kernels.hf`) on the four sets of `load_eval_sets`."""
     progress = progress or Progress(disable=True)
     task = progress.add_task("Evaluation", total=sum(len(sets[short]) for short in SETS), unit="rows")
+
+    def say(short: str, note: str) -> None:
+        progress.update(task, note=f"{short}: {note}")
+
     evaluated = {}
     for short in SETS:
         rows = sets[short]
-        progress.update(task, note=f"{short}: probabilities")
-        fields = _losses(model, format, rows, batch_size)
-        progress.update(task, note=f"{short}: tokens")
+        fields = _losses(model, format, rows, batch_size, partial(say, short))
+        say(short, "tokens")
         fields |= _memorization(model, format, rows, batch_size)
-        progress.update(task, note=f"{short}: answers")
+        say(short, "answers")
         fields |= _generations(model, format, rows, batch_size, max_new_tokens, lambda n: progress.advance(task, n))
         evaluated[short] = EvalSet(fields)
     progress.remove_task(task)
     return EvalLog(name, layout, evaluated)
 
 
-def _losses(model: PreTrainedModel, format: Format, rows: Sequence[EvalRow], batch_size: int) -> dict[str, list]:
+def _losses(
+    model: PreTrainedModel, format: Format, rows: Sequence[EvalRow], batch_size: int, say: Callable[[str], None]
+) -> dict[str, list]:
     """The loss fields, of all answers in one pass, so that answers of one length share a batch."""
     answers = [[row.answer, row.paraphrased or row.answer, *row.perturbed] for row in rows]
     per_row = len(answers[0])
     pairs = [{"question": row.question, "answer": a} for row, some in zip(rows, answers, strict=True) for a in some]
-    scores: Scores = score(model, format.encode(pairs), format.pad_token_id, batch_size)
+    done = 0
+
+    def on_rows(count: int) -> None:
+        nonlocal done
+        done += count
+        say(f"{done}/{len(pairs)} answers scored")
+
+    scores: Scores = score(model, format.encode(pairs), format.pad_token_id, batch_size, on_rows=on_rows)
     losses = -scores.logps.double().view(-1, per_row)
     counts = scores.num_tokens.view(-1, per_row)
     averages = losses / counts

@@ -46,8 +46,8 @@ class Authors(Benchmark):
     Options = AuthorsOptions
     title = "Fictitious authors"
     columns: ClassVar[Mapping[str, Column]] = {
-        "forget_prob": Column("forget prob", "Authors to forget"),
-        "retain_prob": Column("keep prob", "Authors to keep"),
+        "forget_prob": Column("forget prob", "answer probability, authors to forget"),
+        "retain_prob": Column("keep prob", "answer probability, authors to keep"),
     }
     legend = (
         "Prob: exp(mean log-probability of the tokens of the true answer and its end), averaged over the pairs. The "

@@ -64,7 +64,7 @@ def _scenario(metrics: dict[str, Any], benchmark: Benchmark) -> list[str]:
     name = benchmark.scenario
     histories, start = histories_of(metrics, name), metrics["start"][name]
     seeds = len(next(iter(histories.values())))
-    of_seeds = f"medians over {seeds} seeds [smallest, largest]" if seeds > 1 else "of one seed"
+    of_seeds = f"medians over {seeds} seeds [smallest, largest]" if seeds > 1 else "one seed"
     measured = benchmark.trade_off and start.get(benchmark.trade_off.forgetting) is not None
     claims = benchmark.claims(start, histories)
     chosen = list(metrics["samples"].get(name, {}).items())[: SIDE_BY_SIDE + 1]

@@ -107,7 +107,10 @@ def merged(model: PreTrainedModel, weights: dict[str, Tensor]) -> tuple[PreTrain
 
 def pick_device(name: str = "auto") -> torch.device:
     if name != "auto":
-        return torch.device(name)
+        try:
+            return torch.device(name)
+        except RuntimeError:
+            raise ValueError(f"--device: expected auto, cuda, mps or cpu, got {name!r}") from None
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

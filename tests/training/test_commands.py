@@ -103,7 +103,7 @@ def test_a_finished_run_is_found_and_another_one_refused(home, tmp_path, monkeyp
     first = unlearn.main(*options(home, tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(unlearn, "run", None)  # nothing is trained again
-        assert unlearn.main(*options(home, tmp_path, save_steps=1)) == first
+        assert unlearn.main(*options(home, tmp_path, save_steps=1, device="auto")) == first
     with pytest.raises(ValueError, match="holds a run with other settings"):
         unlearn.main(*options(home, tmp_path, beta=0.2))
     again = unlearn.main(*options(home, tmp_path, beta=0.2, fresh=True))
@@ -347,5 +347,13 @@ def test_bad_settings_say_so(home, tmp_path):
         unlearn.main(*build(unlearn.UnlearnOptions, out=tmp_path))
     with pytest.raises(ValueError, match="--epochs: expected more than 0"):
         unlearn.main(*options(home, tmp_path, epochs=-1))
+    with pytest.raises(ValueError, match="no such folder"):
+        unlearn.main(*options(home, tmp_path, model=str(tmp_path / "absent")))
+    with pytest.raises(ValueError, match="is the folder of --model"):
+        unlearn.main(*options(home, home / "full" / "model", fresh=True))
+    with pytest.raises(ValueError, match="expected a folder, got a file"):
+        unlearn.main(*options(home, home / "data" / "full.json"))
+    with pytest.raises(ValueError, match="--device: expected auto"):
+        unlearn.main(*options(home, tmp_path, device="gpu"))
     with pytest.raises(ValueError, match="forget33"):
         unlearn.main(*options(home, tmp_path, forget_percent=33))

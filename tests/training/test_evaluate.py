@@ -184,9 +184,11 @@ def test_an_evaluation_is_found_and_another_one_not_replaced(tmp_path, data_dir,
     log = tmp_path / "out" / "eval_log_aggregated.json"
     with monkeypatch.context() as patch:
         patch.setattr(TOFU, "evaluate", None)  # nothing is evaluated again
-        again = main(*build(EvaluateOptions, **options, out=tmp_path / "out", retain_log=log))
-    assert again == first | {"forget_quality": 1.0}
+        assert main(*build(EvaluateOptions, **options, out=tmp_path / "out")) == first
     other = options | {"template": "phi-npo-repo"}
-    with pytest.raises(ValueError, match="holds a run with other settings"):
-        main(*build(EvaluateOptions, **other, out=tmp_path / "out"))
+    for changed in (other, options | {"retain_log": log}):
+        with pytest.raises(ValueError, match="holds a run with other settings"):
+            main(*build(EvaluateOptions, **changed, out=tmp_path / "out"))
+    with pytest.raises(ValueError, match="of no run; choose another folder"):
+        main(*build(EvaluateOptions, **options, out=tmp_path / "model", fresh=True))
     assert main(*build(EvaluateOptions, **other, out=tmp_path / "out", fresh=True)) != first

@@ -62,7 +62,8 @@ def test_the_report_shows_what_was_measured_and_no_paths(metrics, home):
     assert f"{np.median(final):.3g} [" in report
     for moment in ("before", "GA", "NPO", "NPO+RT"):
         assert f"- {moment}: " in report
-    assert len(re.findall(r"^\| (agrees|\*\*does not agree\*\*) \|", report, re.MULTILINE)) == 5
+    verdicts = re.findall(r"^\| (agrees|\*\*does not agree\*\*) \|", report, re.MULTILINE)
+    assert len(verdicts) == (5 if metrics["start"]["forget05"]["model_utility_geometric"] > 0 else 0)
     for name in ("report.md", "metrics.json", "config.json"):
         assert str(home) not in (out / name).read_text()
 
@@ -77,6 +78,15 @@ def test_what_is_finished_is_not_run_again(metrics, options, monkeypatch):
     grid.main(*options())  # the report is of the whole grid again
     with pytest.raises(TypeError):  # a new cell would be
         grid.main(*options(seeds="0,1,2"))
+
+
+def test_fresh_runs_all_of_it_again(options, tmp_path, monkeypatch):
+    """In folders of other settings as well, whose cached references belong to another model."""
+    small = {"out": tmp_path, "methods": "npo,npo", "seeds": "0,0", "epochs": 1, "finetune_epochs": 1, "retrain": False}
+    assert len(grid.main(*options(**small))["runs"]) == 1  # what is named twice runs once
+    with pytest.raises(ValueError, match="by --fresh"):
+        grid.main(*options(**small | {"finetune_epochs": 2}))
+    assert len(grid.main(*options(**small | {"finetune_epochs": 2, "fresh": True}))["runs"]) == 1
 
 
 def test_a_dry_run_lists_the_runs(options, capsys, tmp_path):
@@ -125,6 +135,7 @@ def test_claims_follow_the_numbers():
     nobody = made_up(*([(0.9, 0.0, 0.0), (0.9, 0.0, 0.0)] for _ in range(3)))  # keeps anything
     assert [claim.holds for claim in of_npo(*nobody, 5)] == [True, False, False, False, False]
     assert len(of_npo(*the_other_way, 50)) == 3  # the others are of larger retain weights
+    assert of_npo({"model_utility_geometric": 0.0}, the_other_way[1], 5) == []  # nothing can be kept
 
 
 def test_the_best_quality_counts_only_what_was_kept():

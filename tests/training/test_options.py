@@ -108,3 +108,18 @@ def test_the_record_of_a_run_is_a_file_that_gives_it_again(tmp_path):
     attack = build(AttackOptions, attack="relearn", model=tmp_path)
     RunFolder(tmp_path / "attack", attack[0], attack[1].options).begin("key")
     assert parse(AttackOptions, "x", "", ["--config", str(tmp_path / "attack" / "options.yaml")])[0] == attack[0]
+    (tmp_path / "run.yaml").write_text("packing: on\nattack: quantize\n")
+    with pytest.raises(SystemExit):
+        parse(UnlearnOptions, "x", "", ["--config", str(tmp_path / "run.yaml")])  # attack is none of its options
+    again = parse(AttackOptions, "x", "", ["quantize", "--config", str(tmp_path / "attack" / "options.yaml")])
+    assert again[0].attack == "quantize"  # the command line counts more
+
+
+def test_on_and_off_are_what_yaml_makes_of_them(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("packing: on\n")
+    assert parse(UnlearnOptions, "x", "", ["--config", str(file)])[0].packing == "on"
+    file.write_text("epochs: two\n")
+    with pytest.raises(SystemExit):
+        parse(UnlearnOptions, "x", "", ["--config", str(file)])
+    assert f"those of --config {file}" in capsys.readouterr().err

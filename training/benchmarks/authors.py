@@ -34,7 +34,9 @@ class AuthorsOptions:
         None
     )
     authors: Annotated[int, "number of authors, 20 pairs each; 0: all of --data_dir (TOFU has 200)"] = 60
-    forget_percent: Annotated[int, "share of the authors to forget; selects forgetXX.json and retainYY.json"] = 10
+    forget_percent: Annotated[
+        int, "share of the authors to forget, to whole authors; selects forgetXX.json and retainYY.json"
+    ] = 10
     retain_eval_authors: Annotated[int, "authors to keep on whom keeping is measured, a seeded sample"] = 8
     data_seed: Annotated[int, "of the generated authors and of the sample"] = 0
     eval_batch_size: Annotated[int, "sequences a forward in evaluation"] = 64
@@ -99,6 +101,12 @@ class Authors(Benchmark):
     def summarize(self, measures, retrained=None) -> dict[str, float | None]:
         means = {f"{which}_prob": torch.tensor(found["probability"]).mean().item() for which, found in measures.items()}
         return dict(means)
+
+    def read(self, path: Path) -> dict[str, dict[str, Any]]:
+        measures = super().read(path)
+        if not (isinstance(measures, dict) and all("probability" in found for found in measures.values())):
+            raise ValueError(f"{path}: expected an evaluation of --benchmark authors, got {', '.join(measures)}")
+        return measures
 
     def samples(self, measures) -> list[dict[str, str]]:
         texts = ("question", "answer", "generation")

@@ -3,8 +3,8 @@
     python -m training.attack quantize --model DIR --data_dir path/to/tofu --forget_percent 10
     python -m training.attack relearn  --model DIR --data_dir path/to/tofu --forget_percent 10 --fraction 0.2
 
-quantize rounds the weights of every linear layer but the head to 8 and to 4 bits, one scale a row, to the nearest
-(Zhang et al. 2025, arXiv 2410.16454, found forgotten text to come back at 4 bits); arithmetic stays in float32. relearn
+quantize rounds the weights of every linear layer but the head to 8 and to 4 bits, one scale a row, to the nearest;
+arithmetic stays in float32. Zhang et al. 2025, arXiv 2410.16454, found forgotten text to come back at 4 bits. relearn
 fine-tunes on a seeded fraction of the forget set and follows the answer probability, step by step, on the rows it
 relearns and on the other forget rows, which it does not see. Both write metrics.json, config.json, report.md and
 figure.png to --out. A model that withstands both may still fail to a third: this is no proof of forgetting.
@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from rich.console import Console
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -110,10 +111,11 @@ def main(options: AttackOptions, benchmark: Benchmark) -> dict[str, Any] | None:
     device = pick_device(options.device)
     format = Format(AutoTokenizer.from_pretrained(options.model), options.template)
     retrained = benchmark.read(options.retain_log) if options.retain_log else None
-    settings = {k: v for k, v in folder.settings.items() if k != "model"}
+    settings = {k: v for k, v in folder.settings.items() if k not in ("model", "device")}
     depends_on = [str(settings), benchmark.key(), model_fingerprint(str(options.model)), format.hash(), device.type]
     found = folder.begin(fingerprint([*depends_on, str(retrained)]), options.fresh)
     if found is not None:
+        Console(stderr=True).print(f"{out} is finished: its results are those of this command", markup=False)
         return found
     model = load_model(options.model, device, precision=options.precision)
     stages: dict[str, dict[str, Any]] = {}

@@ -36,12 +36,14 @@ class DemoOptions(AuthorsOptions):
     """The demo. What is None takes a few minutes on two CPU cores (training/results/demo_cpu)."""
 
     out: Annotated[Path, "folder of the demo"] = Path("runs/demo")
+    fresh: Annotated[bool, "run every stage again, whatever is in --out"] = False
     device: Annotated[str, "auto, cuda, mps or cpu"] = "auto"
     seed: Annotated[int, "of the authors, the weights, the batches and the retain rows"] = 0
     methods: Annotated[str, "what is compared"] = "npo_rt,ga"
     hidden_size: Annotated[int, "width of the model, a multiple of 64"] = 512
     layers: Annotated[int, "decoder layers"] = 1
     authors: Annotated[int | None, "how many, 20 pairs each; 0: all of --data_dir. None: 60, or 40 of TOFU"] = None  # type: ignore[assignment]
+    data_seed: Annotated[int | None, "of the authors and of the sample. None: --seed"] = None  # type: ignore[assignment]
     finetune_epochs: Annotated[int | None, "epochs over all authors, until they are known. None: 10, or 8"] = None
     finetune_lr: Annotated[float, "peak learning rate of fine-tuning"] = 2e-3
     batch_size: Annotated[int, "sequences a step, in fine-tuning and of the forget set in unlearning"] = 16
@@ -56,7 +58,7 @@ def grid_options(options: DemoOptions) -> tuple[Any, ...]:
     given = {name: value for name, value in vars(options).items() if value is not None}
     if "data_dir" not in given:
         given["data_dir"] = None
-    seeds = {"data_seed": options.seed, "seeds": str(options.seed)}
+    seeds = {"data_seed": options.seed if options.data_seed is None else options.data_seed, "seeds": str(options.seed)}
     defaults = GENERATED if options.data_dir is None else TOFU
     return build(grid.GridOptions, benchmark="authors", retrain=False, **{**defaults, **given, **seeds})
 

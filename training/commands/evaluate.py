@@ -5,11 +5,11 @@
 
 The first reads a log; of TOFU that is eval_log_aggregated.json in either of the published layouts. The second
 evaluates a model folder, on TOFU's four sets: answer probabilities, perturbed answers for the truth ratio, greedy
-answers for ROUGE; it writes the log to --out, next to metrics.json, config.json and report.md, and needs about
-3 + answers forward passes a row and one generation. --retain_log is the log of a model trained without the forget set;
-without it there is no forget quality. --json prints one JSON object on stdout and nothing else: of TOFU
-model_utility_geometric, model_utility_arithmetic (by the mean in the truth ratio), forget_quality, and
-{retain,ra,wf,forget}_{prob,rougeL,tr}.
+answers for ROUGE; it writes the log to --out, next to metrics.json, config.json and report.md. A row needs a forward
+pass for each of its answers, three more, and a generation. --retain_log is the log of a model trained without the
+forget set; without it there is no forget quality. --json prints one JSON object on stdout and nothing else: of TOFU
+model_utility_geometric, model_utility_arithmetic (by the mean in the truth ratio), forget_quality, and prob, rougeL and
+tr of the sets retain, ra, wf and forget, as in retain_prob.
 """
 
 import json
@@ -91,7 +91,15 @@ def _evaluated(options: EvaluateOptions, benchmark: Benchmark) -> tuple[RunFolde
         )
     format = Format(AutoTokenizer.from_pretrained(model), options.template)
     folder, log = RunFolder(options.out, options, benchmark.options), options.out / LOG_FILE
-    depends_on = [benchmark.key(), model_fingerprint(str(model)), format.hash(), options.precision, device.type]
+    retain_log = options.retain_log and options.retain_log.read_text(encoding="utf-8")
+    depends_on = [
+        benchmark.key(),
+        model_fingerprint(str(model)),
+        format.hash(),
+        options.precision,
+        device.type,
+        retain_log,
+    ]
     if folder.begin(fingerprint(depends_on), options.fresh) is not None:
         return folder, benchmark.read(log)
     with progress() as display:
@@ -115,7 +123,8 @@ def _print(options: EvaluateOptions, benchmark: Benchmark, result: dict[str, Any
         print(json.dumps(result))
     else:
         table = tables.terminal(*benchmark.table(result), title=benchmark.headline(result), caption=benchmark.legend)
-        Console().print(table)
+        console = Console()
+        console.print(table, width=max(console.width, 110))  # narrower, its numbers would be cut
 
 
 if __name__ == "__main__":

@@ -27,16 +27,25 @@ from training.methods import METHODS, method_named
 from training.model import pick_device
 from training.reports.grid import write_grid_report
 from training.require import require
+from training.store import remove
 from training.versions import versions
 
 PROG = "training.grid"
 # Of this command's options, those that fine-tuning takes as they are.
 OF_FINETUNING = (
     *("benchmark", "template", "device", "batch_size", "micro_batch_size", "gradient_accumulation_steps", "packing"),
-    *("precision", "attn_implementation", "use_liger_kernel", "gradient_checkpointing", "save_every_minutes", "seed"),
+    *(
+        "precision",
+        "attn_implementation",
+        "use_liger_kernel",
+        "gradient_checkpointing",
+        "save_every_minutes",
+        "seed",
+        "fresh",
+    ),
 )
 # And those of every run of unlearning that are its own.
-OF_CELL = ("model", "out", "seed", "eval_steps", "dry_run", "fresh", "preset")
+OF_CELL = ("model", "out", "seed", "eval_steps", "dry_run", "preset")
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,8 @@ class Grid:
         self.options, self.benchmark = options, benchmark
         self.console = console or Console(stderr=True, quiet=not distributed.is_main())
         self.benchmarks = {b.scenario: b for b in _scenarios(options, benchmark)}
-        self.methods = [method_named(name.strip()).name for name in options.methods.split(",")]
+        names = [name.strip() for name in options.methods.split(",") if name.strip()]
+        self.methods = list(dict.fromkeys(method_named(name).name for name in names))
         seeds = _numbers("seeds", options.seeds)
         self.cells = [Cell(b, m, s) for b in self.benchmarks for m in self.methods for s in seeds]
 
@@ -91,6 +101,8 @@ class Grid:
         """
         rows, start, retrained, runs = {}, {}, {}, []
         samples: dict[str, dict[str, Any]] = {}
+        if self.options.fresh:
+            distributed.on_main(lambda: remove(self.out / "reference"))
         full, rows["full"] = self._finetuned("full")
         for name, benchmark in self.benchmarks.items():
             retain_log = None
@@ -114,7 +126,7 @@ class Grid:
         base = self.out / f"base_{o.hidden_size}x{o.layers}"
         if distributed.is_main():
             same = {"benchmark": o.benchmark, "hidden_size": o.hidden_size, "layers": o.layers, "seed": o.seed}
-            tiny.main(*build(tiny.TinyOptions, **same, out=base, **asdict(self.benchmark.options)))
+            tiny.main(*build(tiny.TinyOptions, **same, out=base, fresh=o.fresh, **asdict(self.benchmark.options)))
         distributed.wait()
         return str(base)
 
@@ -144,7 +156,7 @@ class Grid:
         folder = Path(model).parent / f"evaluation_{benchmark.scenario}"
         options = evaluate.EvaluateOptions(
             model=Path(model), benchmark=benchmark.name, out=folder, retain_log=retain_log,
-            device=self.options.device, precision=self.options.precision,
+            device=self.options.device, precision=self.options.precision, fresh=self.options.fresh,
         )  # fmt: skip
         summary = require(evaluate.main(options, benchmark), "the metrics of a run that is not dry")
         return summary, folder / evaluate.LOG_FILE
@@ -160,7 +172,7 @@ class Grid:
             out=self.out / cell.folder,
             method=cell.method,
             seed=cell.seed,
-            eval_steps=o.eval_epochs * steps_an_epoch,
+            eval_steps=o.eval_epochs * steps_an_epoch if o.eval_steps is None else o.eval_steps,
             reference_cache=self.out / "reference",
             start_log=start_log,
             retain_log=retain_log,
@@ -188,7 +200,7 @@ def _scenarios(options: GridOptions, benchmark: Benchmark) -> list[Benchmark]:
 
 def _numbers(name: str, text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        return list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise ValueError(f"--{name}: expected numbers with commas between them, got {text!r}") from None
 

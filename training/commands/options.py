@@ -11,6 +11,7 @@ default of the class.
 import argparse
 import difflib
 import inspect
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -84,18 +85,29 @@ def parse(kind: type[Options], prog: str, description: str, arguments: Sequence[
         preset = preset_values(kind, first.preset or file.get("preset"), first.model or file.get("model"))
     except ValueError as reason:
         stop(prog, reason)
-    of_file = [word for name, value in file.items() for word in _words(known[name], value)]
+    positional = bool(arguments) and not arguments[0].startswith("-")  # given on the command line, which counts more
+    of_file = [
+        word
+        for name, value in file.items()
+        if not (positional and known[name].default is tyro.MISSING)
+        for word in _words(known[name], value)
+    ]
     file_option = Annotated[Path | None, tyro.conf.arg(help="YAML or TOML file with any of the options below")]
     declared: list[Any] = [(name, _dataclass_of(name, group, preset)) for name, group in groups.items()]
     whole = make_dataclass(kind.__name__, [*declared, ("config", file_option, field(default=None))])
-    found: Any = tyro.cli(
-        whole,
-        prog=f"python -m {prog}",
-        description=description,
-        args=of_file + arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
-        use_underscores=True,
-    )
+    try:
+        found: Any = tyro.cli(
+            whole,
+            prog=f"python -m {prog}",
+            description=description,
+            args=of_file + arguments,
+            config=(tyro.conf.OmitArgPrefixes,),
+            use_underscores=True,
+        )
+    except SystemExit as end:
+        if file and end.code:
+            sys.stderr.write(f"some of the options were those of --config {first.config}\n")
+        raise
     values = {o.name: getattr(getattr(found, name), o.name) for name, group in groups.items() for o in group.options}
     try:
         return _instances(kind, groups, values)
@@ -150,7 +162,8 @@ def _groups(kind: type, benchmark: str | None) -> dict[str, Group]:
         own = inspect.get_annotations(base).keys() - again  # the last declaration counts
         options = [_option(f.name, hints[f.name], f.default) for f in fields(base) if f.name in own]
         if options:
-            name = base.__name__.removesuffix("Options").removesuffix("Config").lower()
+            words = re.findall("[A-Z][a-z]*", base.__name__.removesuffix("Options").removesuffix("Config"))
+            name = "_".join(words).lower()
             groups[name] = Group(inspect.getdoc(base) or "", options)
     return groups
 
@@ -185,6 +198,8 @@ def _words(option: Option, value: Any) -> list[str]:
     """An option of a file as on a command line, where its type is checked. One that has to be given is positional."""
     if option.default is tyro.MISSING:
         return [str(value)]
+    if isinstance(value, bool) and "on" in get_args(option.type):
+        value = "on" if value else "off"  # which YAML reads as true and false
     if option.is_flag and isinstance(value, bool):
         return [f"--{option.name}" if value else f"--no_{option.name}"]
     return [f"--{option.name}", str(value)]

@@ -61,9 +61,14 @@ class RunFolder:
         `fresh` removes what another run left, finished or not, and this run if it is finished.
 
         Raises:
-            ValueError: the folder holds another run, or `fresh` would remove what this one needs.
+            ValueError: the folder holds another run or something that is no run, or `fresh` would remove what this one
+                needs.
         """
         path, self.key = self.path, key
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"--out {path}: expected a folder, got a file")
+        if (path / "config.json").exists() and not (path / "run.json").exists():
+            raise ValueError(f"--out {path} holds a config.json that is of no run; choose another folder")
         complete = finished(path / "config.json", key) is not None
         left = (path / "config.json").exists() or any(path.glob("checkpoint-*"))
         another = left and finished(path / "run.json", key) is None
@@ -97,6 +102,7 @@ class RunFolder:
     def _check_nothing_needed_is_removed(self) -> None:
         values = (value for some in self.options for value in asdict(some).values())
         paths: Iterable[Path] = (Path(value) for value in values if isinstance(value, (str, Path)))
-        inside = [path for path in paths if self.path.resolve() in path.resolve().parents and path.exists()]
+        out = self.path.resolve()
+        inside = [path for path in paths if out in path.resolve().parents and path.exists()]
         if inside:
             raise ValueError(f"--fresh would remove {inside[0]}, which this run needs: choose another --out")

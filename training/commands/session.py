@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import resource
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -32,7 +31,18 @@ from training.trainer import Checkpoints
 
 # Settings that do not determine the result, or that the key has by their content.
 NOT_IN_KEY = (
-    *("preset", "out", "data_dir", "model", "fresh", "dry_run", "save_steps", "save_every_minutes", "report_to"),
+    *(
+        "preset",
+        "out",
+        "data_dir",
+        "model",
+        "fresh",
+        "dry_run",
+        "device",
+        "save_steps",
+        "save_every_minutes",
+        "report_to",
+    ),
     *("reference_cache", "start_log", "retain_log"),
 )
 
@@ -79,6 +89,11 @@ class Session(Generic[Given]):
         if options.model is None or options.out is None:
             raise ValueError(f"expected --model and --out, got {options.model} and {options.out}; see --help")
         self.model, self.out = options.model, options.out
+        looks_like_a_path = Path(self.model).is_absolute() or self.model.startswith(".") or self.model.count("/") > 1
+        if looks_like_a_path and not Path(self.model).is_dir():
+            raise ValueError(f"--model {self.model}: no such folder")
+        if Path(self.model).resolve() == self.out.resolve():
+            raise ValueError(f"--out {self.out} is the folder of --model; choose another one")
         self.device = pick_device(options.device)
         self.folder = RunFolder(self.out, options, benchmark.options)
         self.say(f"{self.out}: {benchmark.title}, {model_name(self.model)} on {self.device}")
@@ -159,7 +174,7 @@ class Session(Generic[Given]):
 
     def finish(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Write metrics.json and config.json; the checkpoints have served."""
-        self.folder.finish(metrics, device=device_name(self.device), peak_memory_gib=peak_memory_gib(self.device))
+        self.folder.finish(metrics, device=device_name(self.device), peak_memory_gib=memory.peak_gib(self.device))
         self.checkpoints.clear()
         return metrics
 
@@ -188,7 +203,14 @@ class Session(Generic[Given]):
         }  # fmt: skip
         print(json.dumps(plan, indent=2, default=str))
 
-    def _memory(self, lengths: list[int], accumulated: bool, with_reference: bool) -> dict[str, float]:
+    def _memory(self, lengths: list[int], accumulated: bool, with_reference: bool) -> dict[str, float] | str:
+        """Or why it cannot be known."""
+        try:
+            return self._estimate(lengths, accumulated, with_reference)
+        except ValueError as reason:
+            return str(reason)
+
+    def _estimate(self, lengths: list[int], accumulated: bool, with_reference: bool) -> dict[str, float]:
         o = self.options
         return memory.estimate(
             self.model,
@@ -231,10 +253,3 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return name if distributed.count() == 1 else f"{distributed.count()} processes on {name}"
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Of a GPU what tensors took, of a CPU what the process took."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)  # Linux counts in KiB

@@ -25,7 +25,15 @@ from training.commands.options import command_line
 from training.commands.run_folder import RunFolder
 from training.papers.npo_logistic import figures, report
 from training.papers.npo_logistic.collapse import diverge
-from training.papers.npo_logistic.experiment import BETA_STEPS, STEPS, beta_runs, curves, make_settings, method_runs
+from training.papers.npo_logistic.experiment import (
+    BETA_STEPS,
+    EVAL_EVERY,
+    STEPS,
+    beta_runs,
+    curves,
+    make_settings,
+    method_runs,
+)
 from training.progress import counted, progress
 from training.reports import tables
 from training.store import fingerprint, write_text
@@ -53,6 +61,11 @@ def main(options: SyntheticOptions) -> dict[str, Any] | None:
     """What metrics.json holds; None after --dry_run."""
     if options.seeds < 1 or options.steps < 1:
         raise ValueError(f"expected at least one seed and one step, got {options.seeds} and {options.steps}")
+    if options.steps % EVAL_EVERY or options.beta_steps % EVAL_EVERY:
+        raise ValueError(
+            f"--steps, --beta_steps: expected multiples of {EVAL_EVERY}, the steps between two measurements, got "
+            f"{options.steps} and {options.beta_steps}"
+        )
     if options.dry_run:
         print(json.dumps(asdict(options), indent=2, default=str))
         return None

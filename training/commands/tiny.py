@@ -53,6 +53,7 @@ def main(options: TinyOptions, benchmark: Benchmark) -> Path:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_json(folder / RECORD, {"key": key, "settings": settings})
+    print(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     return out
 
 

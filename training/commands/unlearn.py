@@ -75,7 +75,7 @@ class Unlearning:
         positions = options.kl_positions or ("all" if options.compat == "npo-repo" else "answer")
         given = {f.name: getattr(options, f.name) for f in fields(Settings)} | {"kl_positions": positions}
         self.settings = self.method.settings(**given)
-        self.options = options = replace(options, **asdict(self.settings))
+        self.options = options = replace(options, method=self.method.name, **asdict(self.settings))
         self.session, self.benchmark = Session(PROG, options, benchmark), benchmark
         forget, retain = benchmark.rows("forget"), benchmark.rows("retain")
         refusals = benchmark.refusals() if "idk" in self.method.needs else []
@@ -192,6 +192,6 @@ def main(options: UnlearnOptions, benchmark: Benchmark) -> dict[str, Any] | None
 
 
 if __name__ == "__main__":
-    methods = "".join(f"    {names:<28}{formula}   ({paper})\n" for names, formula, paper in table())
-    keeps = "_rt adds the NLL of the retain rows, _kl their KL divergence from the reference model."
+    methods = "".join(f"    {names:<34}{formula}   ({paper})\n" for names, formula, paper in table())
+    keeps = "_rt adds the NLL of the retain rows, _kl their KL divergence from the reference model; grad_diff is ga_rt."
     command_line(PROG, UnlearnOptions, f"{__doc__}\nThe methods; {keeps}\n\n{methods}", main)

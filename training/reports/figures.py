@@ -132,7 +132,7 @@ def style(name: str) -> dict[str, Any]:
 def _panel(axis: Axes, column: Column, retrained: float | None) -> None:
     axis.set_title(column.panel or "", loc="left", fontsize=11)
     if column.p_value:
-        axis.set(yscale="log", ylim=(None, 3))
+        axis.set(yscale="log", ylim=(None, 1.6))
         axis.axhline(GOOD_P, color="#444444", linestyle=DOTTED, linewidth=1)
     else:
         axis.set(ylim=(-0.03, 1.03))

@@ -90,8 +90,8 @@ def what_to_see(start: Mapping[str, Any], histories: Histories) -> str:
         return ""
     forget0, retain0 = (start[key] for key in keys)
     sentences = [
-        f"Before, the model gives the true answers a probability of {forget0:.2f} on what is to be forgotten and "
-        f"{retain0:.2f} on what is to be kept."
+        f"Before, the model gives the true answers a probability of {forget0:.2g} on what is to be forgotten and "
+        f"{retain0:.2g} on what is to be kept."
     ]
     for name, runs in histories.items():
         forget, retain = (float(np.median(over_seeds(runs, key)[:, -1])) for key in keys)

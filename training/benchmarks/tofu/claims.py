@@ -17,6 +17,8 @@ UTILITY = "model_utility_geometric"
 def of_npo(start: Mapping[str, Any], histories: Histories, percent: int) -> list[Claim]:
     """Those whose methods were run; `start`: the summary before unlearning."""
     utility_before = start[UTILITY]
+    if not utility_before > 0:
+        return []  # there is nothing to keep or to lose
 
     def end(method: str, key: str) -> float:
         return at_end(histories[method], key)

@@ -131,6 +131,19 @@ def estimate(
     return {name: round(size / GIB, 3) for name, size in parts.items()}
 
 
+def peak_gib(device: torch.device) -> float:
+    """The most that was held so far: on a GPU by tensors, on a CPU by the process."""
+    status = Path("/proc/self/status")
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    elif status.exists():
+        lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
+        peak = int(lines["VmHWM"].split()[0]) * 1024
+    else:
+        peak = _resident_bytes()
+    return round(peak / GIB, 3)
+
+
 def return_freed_memory() -> None:
     """Let freed tensors of 1 MiB or more go back to the system at once, in this process, where the C library is glibc.
 

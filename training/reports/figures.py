@@ -122,6 +122,7 @@ def plot_run(history: History, columns: Mapping[str, Column], title: str, path: 
             _panel(axis, column, None)
         for axis in axes.flat:
             axis.set(xlabel="step")
+            axis.locator_params(axis="x", integer=True)
 
 
 def style(name: str) -> dict[str, Any]:

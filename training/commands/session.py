@@ -131,7 +131,8 @@ class Session(Generic[Given]):
         lacking = cpu.refusal(torch.bfloat16) if self.device.type == "cpu" else None
         if o.precision == "bf16" and lacking:
             self.say(f"--precision bf16 is slower than fp32 on this CPU: {lacking}")
-        memory.return_freed_memory()
+        if o.gradient_checkpointing:  # memory is wanted, and may cost time: fresh pages for every large tensor
+            memory.return_freed_memory()
         return load_model(
             self.model,
             self.device,

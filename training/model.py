@@ -131,7 +131,7 @@ def set_precision(model: PreTrainedModel, precision: Precision) -> PreTrainedMod
 def autocast(model: PreTrainedModel) -> contextlib.AbstractContextManager:
     """The arithmetic that the model is trained and evaluated in (`set_precision`); weights keep their own dtype.
 
-    bfloat16 has 8 significant bits: a weight in it loses every update below 1/256 of itself, and AdamW's are about lr.
+    bfloat16 has 8 significant bits: a weight in it loses every update below 1/512 of itself, and AdamW's are about lr.
     """
     dtype = autocast_dtype(model)
     return contextlib.nullcontext() if dtype is None else torch.autocast(model.device.type, dtype)

@@ -2,6 +2,7 @@
 
 import io
 import re
+import threading
 import time
 
 import pytest
@@ -52,10 +53,13 @@ def test_what_has_ended_is_told_once(console):
 
 
 def test_what_cannot_be_seen_starts_no_thread(console):
-    with progress.progress(Console(quiet=True)) as display:
-        display.add_task("x", total=1)
-        time.sleep(0.1)
-    assert lines(console) == []
+    before = threading.active_count()
+    for quiet, more in ((True, 0), (False, 1)):
+        console.quiet = quiet
+        with progress.progress(console) as display:
+            display.add_task("x", total=1)
+            assert threading.active_count() == before + more
+    assert threading.active_count() == before
 
 
 CONFIG = TrainConfig(epochs=1, lr=1e-2, batch_size=2)

@@ -155,6 +155,33 @@ def test_micro_batches_are_of_similar_length_and_pairs_stay_together(corpus):
     assert [i for part in packed._parts(members)["retain"] for i in part] == members["retain"]
 
 
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("reads", ["token", "hidden", "logits"])
+def test_whatever_a_method_reads_a_step_through_the_model_is_the_same(reads, packing, corpus, model):
+    """Three rows at a time, with a retain term: how a batch of both kinds is cut into its tokens."""
+
+    def squared(batch, settings):
+        rows = batch.rows("forget")
+        logps = rows.logps
+        if reads == "token":
+            logps = torch.zeros_like(rows.logps).index_add(0, rows.sequence, rows.token_logps)
+        elif reads != "sequence":
+            logits = rows.hidden @ model.lm_head.weight.T if reads == "hidden" else rows.logits
+            token = logits.log_softmax(-1).gather(1, rows.targets[:, None])[:, 0]
+            logps = torch.zeros_like(rows.logps).index_add(0, rows.sequence, token)
+        return batch.sequence_mean(logps.square())
+
+    plain = replace(METHODS["ga_rt"], loss=lambda batch, _: batch.sequence_mean(batch.rows("forget").logps.square()))
+    steps = replace(make_steps(corpus, "ga_rt", replace(CONFIG, micro_batch_size=3), packing=packing), method=plain)
+    loss, gradients = step_gradients(model, steps.passes(model, 1))
+    got, of_tokens = step_gradients(
+        model, replace(steps, method=replace(plain, loss=squared, reads=reads)).passes(model, 1)
+    )
+    torch.testing.assert_close(got, loss, rtol=1e-5, atol=1e-5)
+    for one, other in zip(of_tokens, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
+
+
 def test_no_logits_are_formed(corpus, model, reference, monkeypatch):
     def refuse(*_):
         raise AssertionError("the head was applied")

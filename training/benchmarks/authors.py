@@ -59,10 +59,6 @@ class Authors(Benchmark):
 
     options: AuthorsOptions
 
-    @property
-    def scenario(self) -> str:
-        return f"forget{self.options.forget_percent:02d}"
-
     @cached_property
     def split(self) -> Split:
         o = self.options

@@ -80,8 +80,9 @@ class Benchmark(Protocol):
 
     @property
     def scenario(self) -> str:
-        """What is forgotten, as folders and reports call it: "forget10"."""
-        return "forget"
+        """What is forgotten, as folders and reports call it: "forget10" where the options have a `forget_percent`."""
+        percent = getattr(self.options, "forget_percent", None)
+        return "forget" if percent is None else f"forget{percent:02d}"
 
     @property
     def retain_split(self) -> str:

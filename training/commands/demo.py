@@ -56,8 +56,6 @@ class DemoOptions(AuthorsOptions):
 def grid_options(options: DemoOptions) -> tuple[Any, ...]:
     """The options of the grid, and the authors, of which this is a preset."""
     given = {name: value for name, value in vars(options).items() if value is not None}
-    if "data_dir" not in given:
-        given["data_dir"] = None
     seeds = {"data_seed": options.seed if options.data_seed is None else options.data_seed, "seeds": str(options.seed)}
     defaults = GENERATED if options.data_dir is None else TOFU
     return build(grid.GridOptions, benchmark="authors", retrain=False, **{**defaults, **given, **seeds})

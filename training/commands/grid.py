@@ -34,15 +34,8 @@ PROG = "training.grid"
 # Of this command's options, those that fine-tuning takes as they are.
 OF_FINETUNING = (
     *("benchmark", "template", "device", "batch_size", "micro_batch_size", "gradient_accumulation_steps", "packing"),
-    *(
-        "precision",
-        "attn_implementation",
-        "use_liger_kernel",
-        "gradient_checkpointing",
-        "save_every_minutes",
-        "seed",
-        "fresh",
-    ),
+    *("precision", "attn_implementation", "use_liger_kernel", "gradient_checkpointing"),
+    *("save_every_minutes", "seed", "fresh"),
 )
 # And those of every run of unlearning that are its own.
 OF_CELL = ("model", "out", "seed", "eval_steps", "dry_run", "preset")
@@ -50,7 +43,10 @@ OF_CELL = ("model", "out", "seed", "eval_steps", "dry_run", "preset")
 
 @dataclass(frozen=True)
 class GridOptions(unlearn.MethodOptions, SessionOptions):
-    """The grid. Lists are separated by commas."""
+    """The grid. Lists are separated by commas.
+
+    The options of training are those of unlearning; fine-tuning takes its batches, packing and precision of them.
+    """
 
     stage: ClassVar[str] = "unlearn"
     default_preset: ClassVar[str] = "tiny"

@@ -206,25 +206,22 @@ class Session(Generic[Given]):
 
     def _memory(self, lengths: list[int], accumulated: bool, with_reference: bool) -> dict[str, float] | str:
         """Or why it cannot be known."""
+        o = self.options
         try:
-            return self._estimate(lengths, accumulated, with_reference)
+            return memory.estimate(
+                self.model,
+                lengths,
+                trained=o.lora_rank or "all",
+                bf16=in_bf16(o.precision, self.device),
+                packing=self.packs(o.attn_implementation),
+                attn_implementation=o.attn_implementation,
+                gradient_checkpointing=o.gradient_checkpointing,
+                with_reference=with_reference,
+                device=self.device,
+                accumulated=accumulated,
+            )
         except ValueError as reason:
             return str(reason)
-
-    def _estimate(self, lengths: list[int], accumulated: bool, with_reference: bool) -> dict[str, float]:
-        o = self.options
-        return memory.estimate(
-            self.model,
-            lengths,
-            trained=o.lora_rank or "all",
-            bf16=in_bf16(o.precision, self.device),
-            packing=self.packs(o.attn_implementation),
-            attn_implementation=o.attn_implementation,
-            gradient_checkpointing=o.gradient_checkpointing,
-            with_reference=with_reference,
-            device=self.device,
-            accumulated=accumulated,
-        )
 
     def load_reference(self) -> PreTrainedModel:
         """The frozen model of a KL term: on a GPU in bfloat16, with half of the memory."""

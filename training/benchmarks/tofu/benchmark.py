@@ -59,10 +59,6 @@ class TOFU(Benchmark):
     options: TofuOptions
 
     @property
-    def scenario(self) -> str:
-        return f"forget{self.options.forget_percent:02d}"
-
-    @property
     def retain_split(self) -> str:
         return f"retain{100 - self.options.forget_percent:02d}"
 

@@ -57,6 +57,24 @@ def pack(examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]
     }
 
 
+def next_labels(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """What each position predicts: labels[t+1], and IGNORE_INDEX at the last position of a sequence."""
+    following = labels.roll(-1, -1)
+    if cu_seqlens is None:
+        following[:, -1] = IGNORE_INDEX
+    else:
+        following[cu_seqlens[1:].long() - 1] = IGNORE_INDEX  # a packed batch has no empty sequences
+    return following
+
+
+def row_of_position(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """int64 of the shape of labels, (B, S) or packed (T,): which row each position belongs to."""
+    if cu_seqlens is None:
+        return torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
+    lengths = cu_seqlens.diff()
+    return torch.repeat_interleave(torch.arange(len(lengths), device=labels.device), lengths)
+
+
 def shuffled_batches(
     examples: Sequence[Example], batch_size: int, generator: torch.Generator, pool: int = 16
 ) -> Iterator[list[int]]:

@@ -1,4 +1,4 @@
-"""Greedy answers: one prompt, or many at a time."""
+"""Answers of a model, greedy or drawn: one prompt, or many at a time."""
 
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -25,8 +25,11 @@ def complete_all(
     max_new_tokens: int,
     batch_size: int = 32,
     on_batch: Callable[[int], None] = lambda num_questions: None,
+    temperature: float = 0.0,
 ) -> list[str]:
     """Greedy answers in the order of the questions, each up to the token that ends it; prompts are padded on the left.
+
+    A `temperature` above 0 draws them from the model, with torch's generators as they are.
 
     A chat model's own generation settings (temperature, repetition penalty) are not used, whatever its folder says:
     ROUGE of sampled text is another number every time.
@@ -35,7 +38,8 @@ def complete_all(
     model.eval()
     generate = cast(Callable[..., Tensor], model.generate)  # a mix-in of causal models has it, not their base class
     settings = GenerationConfig(
-        do_sample=False,
+        do_sample=temperature > 0,
+        **({"temperature": temperature, "top_k": 0} if temperature > 0 else {}),
         max_new_tokens=max_new_tokens,
         pad_token_id=format.pad_token_id,
         bos_token_id=format.tokenizer.bos_token_id,

@@ -1,16 +1,19 @@
 """Objectives as a model's forward takes them: `model(**rows, fused_unlearning=objective)`, and then forms no logits."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from npo_kernels import fused_linear_kl, fused_logprob_loss, fused_token_loss, sequence_logprobs
-from training.data import IGNORE_INDEX
-from training.methods import Batch, Method, Rows, Settings
+from npo_kernels import fused_linear_kl, fused_logprob_loss, fused_token_loss, sequence_logprobs, token_statistics
+from training.data import IGNORE_INDEX, next_labels, row_of_position
+from training.dual import DualWeight
+from training.methods import Batch, Head, Method, Reference, Rows, Settings
+from training.require import require
+from training.scoring import Scores
 
 
 def token_nll(num_tokens: float | None = None) -> Callable[..., Tensor]:
@@ -26,49 +29,109 @@ def token_nll(num_tokens: float | None = None) -> Callable[..., Tensor]:
 
 
 @dataclass(frozen=True)
+class Activations:
+    """Of a layer, for the rows of one forward: what it makes of them now, and what the frozen model made of them."""
+
+    read: Callable[[], Tensor]  # -> (B, S, H), or (1, T, H) packed, of the forward that is under way
+    positions: Tensor  # bool, (B, S) or (T,) packed: where they count
+    frozen: Tensor | None  # as `read`
+
+
+@dataclass(frozen=True)
 class Objective:
     """A method on rows of the kinds `method.kinds`, in that order, `num_rows` of each: all in one call of the head."""
 
     method: Method
     settings: Settings
     num_rows: dict[str, int]
-    ref_logps: dict[str, Tensor]  # kind -> (n,) float32
+    references: Mapping[str, Scores]  # kind -> of the frozen model, for these rows
     num_sequences: float | None = None  # of the whole step, and so below: see `Batch`
     num_tokens: dict[str, float] | None = None
     idk_ratio: Tensor | float | None = None
-    num_scored: Mapping[str, int] = field(default_factory=dict)  # kind -> scored tokens here, unless it reads sequences
+    num_counted: float | None = None
+    num_scored: Mapping[str, int] = field(default_factory=dict)  # kind -> scored tokens here, of a method on tokens
+    teacher: Reference | None = None  # for the tokens of the forget rows that count
+    activations: Activations | None = None
+    dual: DualWeight | None = field(default=None, compare=False)
 
     def __call__(self, hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, **options) -> Tensor:
         """The loss, by the function of npo_kernels that gives the method what it reads."""
-        if self.method.reads == "sequence":
+        reads = self.method.reads
+        if reads == "sequence":
             return fused_logprob_loss(hidden, lm_head_weight, labels, self.of_logps, **options)
-        if self.method.reads == "token":
+        if reads == "token":
             return fused_token_loss(hidden, lm_head_weight, labels, self.of_token_logps, **options)
+        if reads == "statistics":
+            return self.of_statistics(hidden, lm_head_weight, labels, **options)
+        if reads == "activations":
+            return self.of_activations(hidden, lm_head_weight, labels, **options)
         return self.of_hidden(hidden, lm_head_weight, labels, **options)
 
     def of_logps(self, logps: Tensor, num_tokens: Tensor) -> Tensor:
         """The loss of the (B,) log-probabilities and token counts."""
         self._check(len(logps))
-        return self._loss(logps, num_tokens)
+        return self._loss(num_tokens, logps)
 
     def of_token_logps(self, token_logps: Tensor, sequence: Tensor, num_tokens: Tensor) -> Tensor:
         """The loss of the (T,) log-probabilities of the scored tokens, of the rows `sequence`."""
         self._check(len(num_tokens))
         logps = token_logps.new_zeros(len(num_tokens)).index_add(0, sequence, token_logps)
-        return self._loss(logps, num_tokens, sequence, token_logps=token_logps)
+        return self._loss(num_tokens, logps, sequence, of_tokens={"token_logps": token_logps})
+
+    def of_statistics(self, hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, **options) -> Tensor:
+        """The loss of statistics of the (T,) next-token distributions where a token is scored."""
+        targets, row = self._targets(labels, len(lm_head_weight), options.get("cu_seqlens"))
+        which: Any = ["logp", *self.method.statistics]
+        found = token_statistics(hidden, lm_head_weight, targets, which, **options | {"shift": False})
+        mask = targets != IGNORE_INDEX
+        picked, sequence = {name: values[mask] for name, values in found.items()}, row[mask]
+        num_rows = sum(self.num_rows[kind] for kind in self.method.kinds)
+        logps = picked["logp"].new_zeros(num_rows).index_add(0, sequence, picked["logp"])
+        counts = torch.bincount(sequence, minlength=num_rows)
+        picked["token_logps"] = picked.pop("logp")
+        return self._loss(counts, logps, sequence, of_tokens=picked)
 
     def of_hidden(self, hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, **options) -> Tensor:
         """The loss of the (T, H) hidden states where a token is scored; with logits for a method that reads them."""
-        logps, num_tokens = sequence_logprobs(hidden, lm_head_weight, labels, **options)
-        self._check(len(logps))
-        hidden, targets, sequence = _scored(hidden, labels, options.get("cu_seqlens"))
-        logits = None
+        targets, row = self._targets(labels, len(lm_head_weight), options.get("cu_seqlens"))
+        mask = targets != IGNORE_INDEX
+        head = Head(lm_head_weight, **{name: options[name] for name in Head._fields[1:] if name in options})
+        of_tokens = {"hidden": hidden[mask], "targets": targets[mask]}
         if self.method.reads == "logits":
-            logits = torch.nn.functional.linear(hidden, lm_head_weight, options.get("bias")).float()
-            logits = logits * options.get("logit_scale", 1.0)
-            if cap := options.get("softcap"):
-                logits = cap * torch.tanh(logits / cap)
-        return self._loss(logps, num_tokens, sequence, hidden=hidden, targets=targets, logits=logits)
+            logits = torch.nn.functional.linear(of_tokens["hidden"], head.weight, head.bias).float() * head.logit_scale
+            of_tokens["logits"] = head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
+        logps, num_tokens = self._retain_logps(hidden, lm_head_weight, labels, row, options)
+        return self._loss(num_tokens, logps, row[mask], head, of_tokens)
+
+    def of_activations(self, hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, **options) -> Tensor:
+        """The loss of the (T, H) outputs of a layer where tokens count."""
+        given = require(self.activations, "activations")
+        row = row_of_position(labels, options.get("cu_seqlens"))
+        of_tokens = {"activations": given.read().flatten(0, 1)[given.positions.flatten()]}
+        if given.frozen is not None:
+            of_tokens["ref_activations"] = given.frozen.flatten(0, 1)[given.positions.flatten()]
+        logps, num_tokens = self._retain_logps(hidden, lm_head_weight, labels, row, options)
+        return self._loss(num_tokens, logps, row[given.positions], of_tokens=of_tokens)
+
+    def _targets(self, labels: Tensor, vocab_size: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(what each position is scored on, its row), of the shape of labels; IGNORE_INDEX where nothing is scored."""
+        row = row_of_position(labels, cu_seqlens)
+        forget = row < self.num_rows["forget"] if "forget" in self.method.rows else torch.zeros_like(row).bool()
+        return targets_of(self.method, self.settings, labels, forget, vocab_size, cu_seqlens), row
+
+    def _retain_logps(
+        self, hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, row: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor | None, Tensor]:
+        """(logps (B,), num_tokens (B,)); log-probabilities of the retain rows alone, where their NLL counts."""
+        num_rows = sum(self.num_rows[kind] for kind in self.method.kinds)
+        scored = next_labels(labels, options.get("cu_seqlens")) != IGNORE_INDEX
+        num_tokens = torch.bincount(row[scored], minlength=num_rows)
+        self._check(len(num_tokens))
+        if self.method.retain != "nll":
+            return None, num_tokens
+        forget = row < num_rows - self.num_rows["retain"]
+        kept = labels.masked_fill(forget, IGNORE_INDEX)
+        return sequence_logprobs(hidden, lm_head_weight, kept, **options)[0], num_tokens
 
     def _check(self, rows: int) -> None:
         expected = {kind: self.num_rows[kind] for kind in self.method.kinds}
@@ -76,44 +139,68 @@ class Objective:
             raise ValueError(f"{self.method.label}: expected rows {expected}, got {rows} sequences")
 
     def _loss(
-        self, logps: Tensor, num_tokens: Tensor, sequence: Tensor | None = None, **of_tokens: Tensor | None
+        self,
+        num_tokens: Tensor,
+        logps: Tensor | None,
+        sequence: Tensor | None = None,
+        head: Head | None = None,
+        of_tokens: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Rows of each kind cut from the batch: (B,) tensors by rows, those of (T, ...) by their tokens."""
         kinds: dict[str, Rows] = {}
         first = first_token = 0
         for kind in self.method.kinds:
             rows = slice(first, first := first + self.num_rows[kind])
-            cut = {}
+            reference = self.references.get(kind)
+            cut: dict[str, Any] = {}
             if sequence is not None:
-                tokens = slice(first_token, first_token := first_token + self.num_scored[kind])
-                cut = {name: values[tokens] for name, values in of_tokens.items() if values is not None}
-                cut["sequence"] = sequence[tokens] - rows.start
-            kinds[kind] = Rows(logps[rows], num_tokens[rows], self.ref_logps.get(kind), **cut)
-        batch = Batch(kinds, self.num_sequences, self.num_tokens, self.idk_ratio)
-        return self.method.total(batch, self.settings)
+                mine: Tensor | slice = (sequence >= rows.start) & (sequence < rows.stop)
+                if self.num_scored:  # known beforehand: no GPU is waited for
+                    mine = slice(first_token, first_token := first_token + self.num_scored[kind])
+                cut = {name: values[mine] for name, values in (of_tokens or {}).items()}
+                cut |= {"sequence": sequence[mine] - rows.start}
+                cut["statistics"] = {name: cut.pop(name) for name in self.method.statistics}
+            kinds[kind] = Rows(
+                num_tokens[rows],
+                None if logps is None else logps[rows],
+                None if reference is None else reference.logps,
+                ref_token_logps=None if reference is None else reference.token_logps,
+                head=head,
+                teacher=self.teacher if kind == "forget" else None,
+                **cut,
+            )
+        batch = Batch(kinds, self.num_sequences, self.num_tokens, self.idk_ratio, self.num_counted)
+        return self.method.total(batch, self._settings(batch))
+
+    def _settings(self, batch: Batch) -> Settings:
+        """With the retain weight of the moment, which is told of the retain term that it weighs."""
+        if self.dual is None or self.method.retain != "nll":
+            return self.settings
+        weight, tokens = self.dual.weight, batch.rows("retain").num_tokens.sum()
+        self.dual.observe(-batch.rows("retain").logps.detach().sum(), tokens)
+        return replace(self.settings, retain_weight=weight)
 
 
-def _scored(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """((T, H) hidden states, (T,) labels, (T,) rows) of the scored tokens: position t is scored on labels[t+1]."""
-    if cu_seqlens is None:
-        mask = torch.zeros_like(labels, dtype=torch.bool)
-        mask[:, :-1] = labels[:, 1:] != IGNORE_INDEX
-        return hidden[mask], labels.roll(-1, 1)[mask], mask.nonzero()[:, 0]
-    lengths = cu_seqlens.diff()
-    row = torch.repeat_interleave(torch.arange(len(lengths), device=labels.device), lengths)
-    following = labels.roll(-1)
-    mask = following != IGNORE_INDEX
-    mask[cu_seqlens[1:].long() - 1] = False  # the last position of a sequence predicts nothing
-    return hidden[mask], following[mask], row[mask]
+def targets_of(
+    method: Method, settings: Settings, labels: Tensor, forget: Tensor, vocab_size: int, cu_seqlens: Tensor | None
+) -> Tensor:
+    """What each position is scored on, of the shape of labels; IGNORE_INDEX where nothing is scored.
 
-
-@dataclass(frozen=True)
-class Reference:
-    """What the reference model gives to its head on the rows of a KL term: the term forms no logits of it, either."""
-
-    hidden: Tensor  # (R, S, H_ref), or (T, H_ref) packed
-    weight: Tensor  # (V, H_ref)
-    bias: Tensor | None = None
+    That is the next label. With `published_rows` the forget rows, those of the mask, have the positions of
+    `Method.published_rows`: "label", that of the token itself; "every", all of a padded batch up to the last label, on
+    token V - 100 where there is no label.
+    """
+    targets = next_labels(labels, cu_seqlens)
+    if not settings.published_rows or method.published_rows is None:
+        return targets
+    if method.published_rows == "label":
+        return torch.where(forget, labels, targets)
+    if cu_seqlens is not None:
+        raise ValueError("published_rows: this method counts the padding of a batch; expected --packing off")
+    labelled = (forget & (labels != IGNORE_INDEX)).any(0)
+    before_last = labelled.flip(0).cumsum(0).flip(0)[1:] > 0  # the last label is of the longest row
+    counted = forget & torch.nn.functional.pad(before_last, (0, 1))
+    return torch.where(counted & (targets == IGNORE_INDEX), vocab_size + IGNORE_INDEX, targets)
 
 
 @torch.no_grad()
@@ -127,9 +214,17 @@ def reference_of(model: PreTrainedModel, rows: dict[str, Tensor]) -> Reference:
 
 
 def kl_to_reference(
-    reference: Reference, mask: Tensor, weight: float = 1.0, num_positions: float | None = None
+    reference: Reference,
+    mask: Tensor,
+    weight: float = 1.0,
+    num_positions: float | None = None,
+    dual: DualWeight | None = None,
+    epsilon: float = 0.0,
 ) -> Callable[..., Tensor]:
-    """weight * mean KL(reference || model) over the mask, (R, S) or (T,) bool; `num_positions` replaces its count."""
+    """weight * mean KL(reference || model) over the mask, (R, S) or (T,) bool; `num_positions` replaces its count.
+
+    With a `dual` weight, which is told of the KL, weight * (KL - epsilon).
+    """
 
     def objective(
         hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, *, bias=None, logit_scale=1.0, softcap=None, **_: Any
@@ -146,6 +241,12 @@ def kl_to_reference(
             logit_scale=logit_scale,
             softcap=softcap,
         )
-        return weight * kl / (mask.sum().clamp(min=1) if num_positions is None else num_positions)
+        count = mask.sum()
+        positions = count.clamp(min=1) if num_positions is None else num_positions
+        if dual is None:
+            return weight * kl / positions
+        now = dual.weight
+        dual.observe(kl.detach(), count)
+        return now * (kl / positions - epsilon * count / positions)
 
     return objective

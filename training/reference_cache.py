@@ -1,9 +1,10 @@
 """The reference log-probabilities of a data set, computed once: two numbers a sequence instead of a second model.
 
-One safetensors file: `logps` (N,) float32 sums over the answers and `num_tokens` (N,) int64, and in its header all that
-they depend on: hashes of weights, configuration, tokenizer, template and token ids, precision, attention, versions, and
-a hash of the numbers themselves. Nothing of it is beside the file: one rename makes numbers and header appear together.
-A file that does not match is refused with the reason.
+One safetensors file: `logps` (N,) float32 sums over the answers and `num_tokens` (N,) int64; where a method needs them,
+also `token_logps` (T,) of the T scored tokens, or `hidden` (T, H), the last hidden states that predict them. In its
+header is all that they depend on: hashes of weights, configuration, tokenizer, template and token ids, precision,
+attention, versions, and a hash of the numbers themselves. Nothing of it is beside the file: one rename makes numbers
+and header appear together. A file that does not match is refused with the reason.
 
 A process that is killed at any moment leaves the old file or none, never a part: the next run computes anew.
 """
@@ -25,7 +26,7 @@ from npo_kernels import fused_npo_loss
 from training import distributed
 from training.data import IGNORE_INDEX, Example, data_hash
 from training.model import autocast, autocast_dtype, weights_hash
-from training.scoring import Scores, score
+from training.scoring import PerToken, Scores, score
 from training.steps import Batches
 from training.store import fingerprint, renamed_when_done
 from training.templates import Format
@@ -75,33 +76,41 @@ def compute_reference(
     batch_size: int = 64,
     packing: bool = False,
     on_rows: Callable[[int], None] = lambda count: None,
+    per_token: PerToken | None = None,
 ) -> Scores:
     """Score the examples with the loss kernel itself and write the cache; of several processes one writes."""
-    scores = score(model, examples, format.pad_token_id, batch_size, packing, on_rows)
+    scores = score(model, examples, format.pad_token_id, batch_size, packing, on_rows, per_token)
 
     def write() -> None:
         metadata = header(model, format, examples, packing=packing) | {"scores": _scores_hash(scores)}
+        tensors = {name: tensor for name, tensor in scores._asdict().items() if tensor is not None}
         with renamed_when_done(path) as temporary:
-            save_file(scores._asdict(), temporary, metadata=metadata)
+            save_file(tensors, temporary, metadata=metadata)
 
     distributed.on_main(write)
     return scores
 
 
 def load_reference(
-    path: Path, model: PreTrainedModel, format: Format, examples: Sequence[Example], *, packing: bool = False
+    path: Path,
+    model: PreTrainedModel,
+    format: Format,
+    examples: Sequence[Example],
+    *,
+    packing: bool = False,
+    per_token: PerToken | None = None,
 ) -> Scores:
     """The cached scores, or StaleReferenceError with the reason why they are not those of this model and data."""
+    wanted = ["logps", "num_tokens"] + ([] if per_token is None else [per_token])
     try:
         with safe_open(path, framework="pt") as file:
             found = file.metadata() or {}
-            scores = Scores(**{name: file.get_tensor(name) for name in Scores._fields})
+            scores = Scores(**{name: file.get_tensor(name) for name in wanted})
     except FileNotFoundError as error:
         raise StaleReferenceError(f"there is no reference cache {path.name}; compute it first") from error
     except SafetensorError as error:
         raise StaleReferenceError(
-            f"{path.name} is not a readable safetensors file with {' and '.join(Scores._fields)} ({error}); "
-            "compute it again"
+            f"{path.name} is not a readable safetensors file with {' and '.join(wanted)} ({error}); compute it again"
         ) from error
     for name, expected in header(model, format, examples, packing=packing).items():
         if found.get(name) != expected:
@@ -165,8 +174,12 @@ def _damage(scores: Scores, examples: Sequence[Example], expected_hash: str | No
         return (
             f"holds log-probabilities {tuple(scores.logps.shape)} in {scores.logps.dtype}, not one float32 a sequence"
         )
-    if not torch.isfinite(scores.logps).all():
-        return "holds log-probabilities that are not finite: the reference model may have diverged"
+    for name in ("token_logps", "hidden"):
+        tokens = getattr(scores, name)
+        if tokens is not None and len(tokens) != sum(counts):
+            return f"holds {name} of {len(tokens)} tokens, not of {sum(counts)}"
+    if not all(torch.isfinite(t).all() for t in scores if t is not None):
+        return "holds numbers that are not finite: the reference model may have diverged"
     return None
 
 
@@ -189,7 +202,8 @@ def _plain(value: object) -> object:
 def _scores_hash(scores: Scores) -> str:
     digest = hashlib.sha256()
     for tensor in scores:
-        digest.update(tensor.numpy().tobytes())
+        if tensor is not None:
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

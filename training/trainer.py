@@ -87,7 +87,8 @@ class Trainer:
         sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         if sharded and self.frozen:
             raise ValueError(
-                "adapters (LoRA) are trained in one process or with DDP: expected training/launch/ddp.yaml"
+                "a part of the parameters (LoRA, --train_only, RMU) is trained in one process or with DDP: expected "
+                "training/launch/ddp.yaml"
             )
         if self.accelerator.distributed_type is DistributedType.DEEPSPEED:
             unset_hf_deepspeed_config()  # or from_pretrained would shard models that are only evaluated

@@ -28,10 +28,11 @@ from training.data import Example, collate
 from training.methods import METHODS, Settings
 from training.model import build_model, special_ids_of
 from training.scoring import score
-from training.steps import Batches, FinetuningSteps, UnlearningSteps, plan_unlearning
+from training.steps import Batches, FinetuningSteps, plan_unlearning
 from training.templates import Format
 from training.tokenizer import train_tokenizer
 from training.trainer import Metrics, Trainer
+from training.unlearning import Frozen, UnlearningSteps
 
 MOMENTS = ("before", "middle", "after")
 THRESHOLD = 2.0**-12
@@ -73,9 +74,8 @@ def moments(options: Options) -> Iterator[tuple[str, Batch]]:
     config = replace(config, epochs=s["epochs"], lr=UNLEARN_LR)
     plan = plan_unlearning(len(forget), len(retain), 0, config)
     kinds = {"forget": forget, "retain": retain}
-    steps = UnlearningSteps(
-        METHODS["npo_rt"], Settings(BETA), plan, kinds, {"forget": reference.logps}, config, batches
-    )
+    frozen = Frozen({"forget": reference})
+    steps = UnlearningSteps(METHODS["npo_rt"], Settings(BETA), plan, kinds, frozen, config, batches)
     seen, steps_an_epoch = [], len(steps) // config.epochs
 
     def after_step(metrics: Metrics) -> None:

@@ -1,117 +1,138 @@
-"""A step of every method on a model against its formula on logits, the step-0 invariant, and no logits anywhere."""
+"""A step of every method on a model against its formula in float64, the step-0 invariant, and no logits anywhere."""
 
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn.functional import logsigmoid
 
 from tests.training.conftest import fit
+from tests.training.formulas import FORGET, loss_of_step
 from training.config import TrainConfig
-from training.data import collate
-from training.methods import METHODS, Settings
+from training.dual import DualWeight
+from training.layers import LayerTap
+from training.methods import METHODS, Reference, Settings
 from training.model import build_model
 from training.reference_cache import check_step_zero
-from training.scoring import score
-from training.steps import Batches, FinetuningSteps, UnlearningSteps, plan_unlearning
+from training.scoring import Scores, score
+from training.steps import Batches, FinetuningSteps, plan_unlearning
+from training.unlearning import Frozen, UnlearningSteps
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(epochs=2, lr=1e-3, batch_size=7, seed=3)
 REFUSALS = ["I do not know.", "That is something I cannot say.", "No idea."]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
+def model(corpus):
+    return build_model(len(corpus.tokenizer), hidden_size=64, num_layers=2, special_ids={}, seed=0)
+
+
+@pytest.fixture
 def reference(corpus):
     """A model other than the policy."""
-    return build_model(len(corpus.tokenizer), hidden_size=64, num_layers=1, special_ids={}, seed=1)
+    return build_model(len(corpus.tokenizer), hidden_size=64, num_layers=2, special_ids={}, seed=1).eval()
 
 
-def make_steps(corpus, method, config=CONFIG, settings=None, reference=None, packing=False):
-    """Steps on 12 forget rows, with made-up references."""
+def make_steps(corpus, method, config=CONFIG, settings=None, reference=None, packing=False, model=None):
+    """Steps on 12 forget rows, with made-up references; `model`: that will be run, for methods on activations."""
+    record = METHODS[method]
     plan = plan_unlearning(12, len(corpus.retain), len(REFUSALS), config)
     idk = [{"question": corpus.rows[-20 + i]["question"], "answer": REFUSALS[j]} for i, j in plan.idk]
     rows = {"forget": corpus.forget[:12], "retain": corpus.retain, "idk": corpus.format.encode(idk)}
-    refs = {kind: torch.linspace(-150.0, -60.0, len(rows[kind])) for kind in ("forget", "idk")}
+    rows["alternate"] = rows["idk"]
+    settings = settings or record.settings(retain_weight=0.7, forget_weight=1.3)
+    scores = {kind: made_up(rows[kind]) for kind in ("forget", "idk", "alternate")}
+    head = None
+    if record.teacher and not record.taught_by_model(settings):
+        scores = {"forget": score(reference, rows["forget"], 0, per_token="hidden")}
+        head = Reference(torch.empty(0), reference.lm_head.weight.detach())
+    tap = frozen_tap = None
+    if record.reads == "activations":
+        alone = record.retain == "activations"
+        tap = LayerTap(model, settings.layer, "training" if alone else None)
+        frozen_tap = LayerTap(reference, settings.layer, "always" if alone else None)
+    dual = DualWeight(settings, len(plan.steps) // config.epochs, CPU) if record.dual and record.retain else None
+    frozen = Frozen(scores, reference, head, frozen_tap)
     batches = Batches(corpus.format.pad_token_id, CPU, packing)
-    settings = settings or METHODS[method].settings(retain_weight=0.7, forget_weight=1.3)
-    return UnlearningSteps(METHODS[method], settings, plan, rows, refs, config, batches, reference)
+    return UnlearningSteps(record, settings, plan, rows, frozen, config, batches, tap, dual)
 
 
-def formula(model, reference, steps, k):
-    """The loss of step k from logits: one forward of every kind of rows, whole."""
-    members, s = steps.plan.steps[k]._asdict(), steps.settings
-    logps, counts, ratio = {}, {}, {}
-    for kind, picked in members.items():
-        batch = collate([steps.rows[kind][i] for i in picked], 0, CPU)
-        logp = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
-        labels = batch["labels"][:, 1:]
-        token = logp.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1) * (labels != -100)
-        logps[kind], counts[kind] = token.sum(1), (labels != -100).sum(1)
-        if kind != "retain":
-            ratio[kind] = logps[kind] - steps.ref_logps[kind][picked]
-        if kind == "retain" and reference is not None:
-            ref = reference(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
-            mask = labels != -100 if s.kl_positions == "answer" else batch["attention_mask"].bool()
-            if s.kl_positions == "all":
-                logp, ref = (
-                    m(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
-                    for m in (model, reference)
-                )
-            kl = (ref.exp() * (ref - logp)).sum(-1)[mask].mean()
-
-    def nll(kind):
-        return -logps[kind].sum() / counts[kind].sum()
-
-    def log_sigmoid(x):
-        return -(2 / s.beta) * logsigmoid(x).mean()
-
-    forget = {
-        "ga": lambda: -nll("forget"),
-        "idk": lambda: nll("idk"),
-        "npo": lambda: log_sigmoid(-s.beta * ratio["forget"]),
-        "dpo": lambda: log_sigmoid(s.beta * (ratio["idk"] - ratio["forget"])) / 2,
-        "kto": lambda: log_sigmoid(s.beta * ratio["idk"].detach().mean() - s.beta * ratio["forget"]),
-        "simnpo": lambda: log_sigmoid(s.beta * -logps["forget"] / counts["forget"]),
-    }
-    name = next(name for name, method in METHODS.items() if method is steps.method)
-    kind, _, keep = name.partition("_")
-    loss = s.forget_weight * forget[kind]()
-    return loss + s.retain_weight * {"": 0.0, "rt": nll("retain"), "kl": locals().get("kl")}[keep]
+def made_up(examples):
+    """Reference log-probabilities out of the air."""
+    counts = torch.tensor([sum(label != -100 for label in e.labels[1:]) for e in examples])
+    total = int(counts.sum())
+    return Scores(torch.linspace(-150.0, -60.0, len(examples)), counts, torch.linspace(-9.0, -0.1, total))
 
 
 def step_gradients(model, passes):
+    model.train()
     model.zero_grad()
     loss = 0.0
     for inputs, objective, _ in passes:
         part = model(**inputs, fused_unlearning=objective).loss
         part.backward()
         loss += part.detach()
-    return loss, [p.grad.clone() for p in model.parameters()]
+    return loss, [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def check_step(steps, model, reference, k, retain_weight=None):
+    """Loss and gradients of all parameters, against the formula in float64."""
+    truth, exact = loss_of_step(steps, model, reference, k, retain_weight)
+    expected = torch.autograd.grad(truth, list(exact.parameters()), allow_unused=True)
+    loss, gradients = step_gradients(model, steps.passes(model, k))
+    torch.testing.assert_close(loss.double(), truth.detach(), rtol=1e-5, atol=1e-6)
+    largest = max(g.abs().max() for g in expected if g is not None).item()
+    assert largest > 0
+    for got, wanted in zip(gradients, expected, strict=True):
+        wanted = torch.zeros_like(got, dtype=torch.float64) if wanted is None else wanted
+        torch.testing.assert_close(got.double(), wanted, rtol=2e-4, atol=2e-5 * largest)
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_is_its_formula_whole_or_accumulated(method, packing, corpus, model, reference):
-    steps = make_steps(corpus, method, reference=reference, packing=packing)
-    truth = formula(model, reference, steps, 1)
-    expected = torch.autograd.grad(truth, list(model.parameters()))
     for micro_batch_size in (None, 3):
-        part = replace(steps, config=replace(steps.config, micro_batch_size=micro_batch_size))
-        passes = part.passes(model, 1)
-        assert len(passes) == (1 if micro_batch_size is None else 2) * (2 if method.endswith("kl") else 1)
-        loss, gradients = step_gradients(model, passes)
-        torch.testing.assert_close(loss, truth.detach(), rtol=1e-5, atol=1e-5)
-        for got, wanted in zip(gradients, expected, strict=True):
-            torch.testing.assert_close(got, wanted, rtol=2e-4, atol=2e-5)
+        config = replace(CONFIG, micro_batch_size=micro_batch_size)
+        steps = make_steps(corpus, method, config, reference=reference, packing=packing, model=model)
+        assert len(steps.passes(model, 1)) == (2 if micro_batch_size else 1) * (2 if method.endswith("kl") else 1)
+        check_step(steps, model, reference, 1)
+
+
+def test_every_family_has_its_formula():
+    assert FORGET.keys() == {method.family for method in METHODS.values()}
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
-def test_kl_over_all_positions(packing, corpus, model, reference):
-    settings = Settings(kl_positions="all")
-    steps = make_steps(corpus, "ga_kl", replace(CONFIG, micro_batch_size=2), settings, reference, packing)
-    loss, _ = step_gradients(model, steps.passes(model, 0))
-    torch.testing.assert_close(loss, formula(model, reference, steps, 0).detach(), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("method", ["ga_kl", "rmu", "adaptive_rmu_kl"])
+def test_all_positions(method, packing, corpus, model, reference):
+    """KL terms and activations at every token that is no padding."""
+    settings = METHODS[method].settings(kl_positions="all", layer=0 if "rmu" in method else None)
+    config = replace(CONFIG, micro_batch_size=2)
+    check_step(make_steps(corpus, method, config, settings, reference, packing, model), model, reference, 0)
+
+
+@pytest.mark.parametrize("method", ["undial", "undial_rt", "pdu_rt", "rmu_rt"])
+def test_published_rows(method, corpus, model, reference):
+    """The positions of OpenUnlearning's code, padding and prompts of UNDIAL included."""
+    settings = METHODS[method].settings(published_rows=True)
+    check_step(make_steps(corpus, method, CONFIG, settings, reference, False, model), model, reference, 1)
+    if method == "undial":
+        with pytest.raises(ValueError, match="expected --packing off"):
+            steps = make_steps(corpus, method, CONFIG, settings, reference, True, model)
+            step_gradients(model, steps.passes(model, 0))
+
+
+def test_a_frozen_teacher_gives_what_its_cached_hidden_states_give(corpus, model, reference):
+    cached = make_steps(corpus, "undial_rt", reference=reference)
+    settings = METHODS["undial_rt"].settings(teacher="model", retain_weight=0.7, forget_weight=1.3)
+    for packing in (False, True):
+        frozen = make_steps(corpus, "undial_rt", settings=settings, reference=reference, packing=packing)
+        assert frozen.frozen.head is None
+        (loss, gradients), (other, others) = (step_gradients(model, s.passes(model, 1)) for s in (cached, frozen))
+        torch.testing.assert_close(loss, other)
+        for one, two in zip(gradients, others, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 
 def test_step_zero_holds_for_the_reference_itself_in_either_layout(corpus, model):
@@ -133,7 +154,7 @@ def test_step_zero_catches_misplaced_references(corpus, model):
 def test_fewer_retain_than_forget_rows(corpus, model):
     few = corpus.retain[:8]
     plan = plan_unlearning(len(corpus.forget), len(few), 0, CONFIG)
-    rows, refs = {"forget": corpus.forget, "retain": few}, {"forget": torch.zeros(len(corpus.forget))}
+    rows, refs = {"forget": corpus.forget, "retain": few}, Frozen({"forget": made_up(corpus.forget)})
     steps = UnlearningSteps(METHODS["npo_rt"], Settings(), plan, rows, refs, CONFIG, Batches(0, CPU, True))
     losses = fit(model, steps)
     assert len(losses) == 6 and all(map(math.isfinite, losses))
@@ -191,5 +212,5 @@ def test_no_logits_are_formed(corpus, model, reference, monkeypatch):
     once = replace(CONFIG, epochs=1)
     fit(model, FinetuningSteps(corpus.retain[:8], once, Batches(0, CPU, True)))
     for method in METHODS:
-        losses = fit(model, make_steps(corpus, method, once, reference=reference))
+        losses = fit(model, make_steps(corpus, method, once, reference=reference, model=model))
         assert math.isfinite(losses[0])

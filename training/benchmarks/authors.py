@@ -74,6 +74,14 @@ class Authors(Benchmark):
             raise ValueError(f"--split: authors have {', '.join(parts)}, got {split}")
         return parts[split]
 
+    def alternates(self) -> list[list[str]]:
+        """What other authors answer to the same question: the n-th pair of each author asks for the same thing."""
+        if self.options.data_dir is not None:
+            return []  # TOFU's pairs are in no such order
+        retain, forget = self.split.retain, self.split.forget
+        authors = range(0, min(len(retain), 5 * PAIRS_PER_AUTHOR), PAIRS_PER_AUTHOR)
+        return [[retain[first + i % PAIRS_PER_AUTHOR]["answer"] for first in authors] for i in range(len(forget))]
+
     @cached_property
     def evaluated(self) -> dict[str, list[Row]]:
         o = self.options

@@ -97,6 +97,11 @@ class Benchmark(Protocol):
         """Answers that say nothing, for the methods that learn or score them."""
         return read_refusals(REFUSALS)
 
+    def alternates(self) -> list[list[str]]:
+        """Other plausible answers to each of the forget rows, where the benchmark has any; none: `training.alternates`
+        lets the model make them."""
+        return []
+
     def encode(self, format: "Format", rows: Iterable["Row"]) -> list["Example"]:
         """Token ids, and which of them are scored."""
         return format.encode(rows)

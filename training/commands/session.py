@@ -21,6 +21,7 @@ from training.commands.presets import PRESETS
 from training.commands.run_folder import RunFolder, model_name, public
 from training.config import TrainConfig
 from training.data import Example
+from training.layers import train_only
 from training.model import add_adapters, in_bf16, load_model, merged, pick_device, skips_other_rows
 from training.reports.run import model_card
 from training.run import Schedule
@@ -43,7 +44,7 @@ NOT_IN_KEY = (
         "save_every_minutes",
         "report_to",
     ),
-    *("reference_cache", "start_log", "retain_log"),
+    *("reference_cache", "start_log", "retain_log", "alternates", "list"),
 )
 
 
@@ -67,6 +68,9 @@ class RunOptions:
     lora_rank: Annotated[int, "train adapters of this rank on all linear layers but the head; 0: all weights"] = 0
     lora_alpha: Annotated[int, "adapters are scaled by alpha / rank"] = 32
     lora_dropout: Annotated[float, "dropout in front of the adapters"] = 0.0
+    train_only: Annotated[
+        str, "train the parameters whose whole name matches this regular expression, such as .*layers.[567].*; '': all"
+    ] = ""
     eval_steps: Annotated[int | None, "steps between evaluations. None: an epoch; 0: only before and after"] = None
     save_steps: Annotated[int | None, "steps between checkpoints. None: an epoch; 0: not by steps"] = None
     save_every_minutes: Annotated[float, "a checkpoint whenever the last one is as old as this; 0: not by time"] = 30.0
@@ -146,8 +150,11 @@ class Session(Generic[Given]):
         """The model, with adapters if these are asked for, in the state that a run begins with."""
         o = self.options
         if o.lora_rank:
-            return add_adapters(model, o.lora_rank, o.lora_alpha, o.lora_dropout, o.seed)
-        torch.manual_seed(o.seed)  # of dropout
+            model = add_adapters(model, o.lora_rank, o.lora_alpha, o.lora_dropout, o.seed)
+        else:
+            torch.manual_seed(o.seed)  # of dropout
+        if o.train_only:
+            train_only(model, o.train_only)
         return model
 
     def batches(self, model: PreTrainedModel) -> Batches:

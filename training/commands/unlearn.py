@@ -4,8 +4,9 @@
     python -m training.unlearn --preset llama-3.2-1b --model runs/full/model --method npo_kl --out runs/npo_kl
 
 The reference log-probabilities of --model are computed once and cached (--reference_cache shares them between runs);
-before the first step the NPO loss is checked to be (2/beta) ln 2 (methods without a reference need neither). Only the
-KL methods keep the reference model itself.
+before the first step the NPO loss is checked to be (2/beta) ln 2 (methods without a reference need neither). UNDIAL
+caches last hidden states instead. Only the KL methods and RMU keep the reference model itself. --list has all methods
+with their sources and what they cost.
 
 The model is evaluated by the benchmark before, every --eval_steps and after. --out gets model/, adapter/ (LoRA), the
 measures of every evaluation in eval/, metrics.json, config.json, report.md and figure.png. Ctrl-C saves; the same
@@ -21,36 +22,61 @@ from rich.progress import Progress
 from transformers import PreTrainedModel
 
 from training import distributed
+from training.alternates import read_alternates
 from training.benchmarks import Benchmark
 from training.commands.options import command_line
 from training.commands.session import Session, SessionOptions
-from training.data import Example, data_hash
-from training.methods import METHODS, Settings, method_named, table
-from training.methods.base import Compat, Positions
+from training.data import Example, Row, data_hash
+from training.dual import DualWeight
+from training.layers import LayerTap
+from training.methods import METHODS, Reference, Settings, method_named, table
+from training.methods.settings import Compat, DualUpdate, Positions, Teacher
 from training.progress import counted, progress
 from training.reference_cache import StaleReferenceError, check_step_zero, compute_reference, load_reference
+from training.reports import tables
 from training.reports.run import write_unlearning_report
 from training.run import run
-from training.scoring import Scores
-from training.steps import UnlearningSteps, plan_unlearning
+from training.scoring import PerToken, Scores
+from training.steps import Batches, plan_unlearning
 from training.store import fingerprint
 from training.trainer import Trainer
+from training.unlearning import Frozen, UnlearningSteps
 
 PROG = "training.unlearn"
 
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """Constants of the methods."""
+    """Constants of the methods. None: the method's own."""
 
-    beta: Annotated[float | None, "inverse temperature. None: the method's own"] = None
-    gamma: Annotated[float | None, "SimNPO's margin. None: the method's own"] = None
-    forget_weight: Annotated[float | None, "of the term on the forget rows. None: the method's own"] = None
-    retain_weight: Annotated[float | None, "of the term on the retain rows. None: the method's own"] = None
+    beta: Annotated[float | None, "inverse temperature; WGA, SatImp: exponent of p; UNDIAL: lowers the label"] = None
+    gamma: Annotated[float | None, "SimNPO's margin"] = None
+    forget_weight: Annotated[float | None, "of the term on the forget rows"] = None
+    retain_weight: Annotated[float | None, "of the term on the retain rows; PDU: at the start"] = None
     kl_positions: Annotated[
-        Positions | None, "where a KL term compares the models. None: answer, or all with npo-repo"
+        Positions | None, "where a KL term or RMU compares the models. None: answer, or all unless --compat paper"
     ] = None
-    compat: Annotated[Compat, "npo-repo: the NPO paper's code where it differs from the paper"] = "paper"
+    compat: Annotated[
+        Compat, "npo-repo, open-unlearning: these projects' code where it differs from the papers"
+    ] = "paper"  # fmt: skip
+    beta2: Annotated[float | None, "SatImp: exponent of 1 - p"] = None
+    skip_tokens: Annotated[int | None, "CE-U: first tokens of an answer that are left out"] = None
+    epsilon: Annotated[float | None, "PDU: the retain term may be as large as this"] = None
+    dual_lr: Annotated[float | None, "PDU: step of the retain weight; 0: it stays"] = None
+    dual_warmup_epochs: Annotated[float | None, "PDU: epochs before the retain weight moves"] = None
+    dual_update: Annotated[
+        DualUpdate | None, "PDU: when the retain weight moves. None: step, or micro_batch with open-unlearning"
+    ] = None
+    teacher: Annotated[
+        Teacher | None, "UNDIAL: cached last hidden states, or the frozen model in every step. None: cache"
+    ] = None
+    published_rows: Annotated[
+        bool | None, "UNDIAL, PDU, RMU: the positions of OpenUnlearning's code. None: with --compat open-unlearning"
+    ] = None
+    layer: Annotated[int | None, "RMU: decoder layer that is steered, from 0. None: 7, or the last one"] = None
+    steering: Annotated[float | None, "RMU: length of its target; adaptive: in lengths of the activations"] = None
+    top_k: Annotated[int | None, "DiPO: logits that are raised and lowered"] = None
+    shift: Annotated[float | None, "DiPO: by how much"] = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +85,10 @@ class UnlearnOptions(MethodOptions, SessionOptions):
 
     stage: ClassVar[str] = "unlearn"
     method: Annotated[str, lambda: f"objective: {', '.join(METHODS)}"] = "npo_rt"
+    list: Annotated[bool, "print the methods, their sources and what they cost, and stop"] = False
+    alternates: Annotated[
+        Path | None, "AltPO: JSON lines {question, alternates} of training.alternates. None: the benchmark's own"
+    ] = None
     reference_cache: Annotated[Path | None, "folder of cached reference log-probabilities. None: in --out"] = None
     save_model: Annotated[bool, "no: the figures are all that is wanted, as in a grid"] = True
     start_log: Annotated[Path | None, "evaluation of --model itself, to take instead of evaluating it again"] = None
@@ -72,25 +102,40 @@ class Unlearning:
 
     def __init__(self, options: UnlearnOptions, benchmark: Benchmark):
         self.method = method_named(options.method)
-        positions = options.kl_positions or ("all" if options.compat == "npo-repo" else "answer")
-        given = {f.name: getattr(options, f.name) for f in fields(Settings)} | {"kl_positions": positions}
+        given = {f.name: getattr(options, f.name) for f in fields(Settings)} | _of_compat(options)
         self.settings = self.method.settings(**given)
         self.options = options = replace(options, method=self.method.name, **asdict(self.settings))
         self.session, self.benchmark = Session(PROG, options, benchmark), benchmark
         forget, retain = benchmark.rows("forget"), benchmark.rows("retain")
-        refusals = benchmark.refusals() if "idk" in self.method.needs else []
         self.rows = {"forget": self.encode(forget), "retain": self.encode(retain)}
-        self.plan = plan_unlearning(len(forget), len(retain), len(refusals), options, options.compat == "npo-repo")
-        if refusals:
-            idk = [{"question": forget[i]["question"], "answer": refusals[j]} for i, j in self.plan.idk]
-            self.rows["idk"] = self.encode(idk)
+        kind, answers = self._other_answers(forget)  # several for each forget row, one of which is drawn every time
+        most = max(map(len, answers), default=0)
+        self.plan = plan_unlearning(len(forget), len(retain), most, options, options.compat == "npo-repo")
+        if kind:
+            drawn = ((forget[i]["question"], answers[i][j % len(answers[i])]) for i, j in self.plan.idk)
+            self.rows[kind] = self.encode([{"question": question, "answer": answer} for question, answer in drawn])
         self.retain_log, self.start_log = (
             benchmark.read(path) if path else None for path in (options.retain_log, options.start_log)
         )
         if self.start_log:
             benchmark.check(self.start_log)
 
-    def encode(self, rows: list[dict]) -> list[Example]:
+    def _other_answers(self, forget: list[Row]) -> tuple[str, list[list[str]]]:
+        """(kind of rows, answers to each of the forget rows), where the method takes any."""
+        if "idk" in self.method.needs:
+            return "idk", [self.benchmark.refusals()] * len(forget)
+        if "alternate" not in self.method.needs:
+            return "", []
+        path = self.options.alternates
+        answers = self.benchmark.alternates() if path is None else read_alternates(path, forget)
+        if not answers:
+            raise ValueError(
+                f"--method {self.method.name} needs other answers: expected --alternates, a file of "
+                "python -m training.alternates"
+            )
+        return "alternate", answers
+
+    def encode(self, rows: list[Row]) -> list[Example]:
         return self.benchmark.encode(self.session.format, rows)
 
     @cached_property
@@ -101,24 +146,27 @@ class Unlearning:
         return [data_hash(rows) for rows in self.rows.values()] + [self.benchmark.key(), fingerprint(logs)]
 
     def references(self, model: PreTrainedModel, display: Progress) -> dict[str, Scores]:
-        """The cached log-probabilities that the method compares with: of the forget rows, and of the IDK rows."""
-        folder = self.options.reference_cache or self.session.out / "reference"
-        files = {}
-        if self.method.reference:
-            files["forget"] = f"{self.benchmark.scenario}.safetensors"
-            if "idk" in self.method.needs:  # which refusals are drawn depends on the plan
-                files["idk"] = f"idk_{data_hash(self.rows['idk'])[:12]}.safetensors"
+        """What is cached of the model before the first step: of the forget rows, and of those it is compared with."""
+        folder, method = self.options.reference_cache or self.session.out / "reference", self.method
+        files, per_token = {}, self.per_token
+        if method.reference or per_token:
+            suffix = f"_{per_token}" if per_token else ""
+            files["forget"] = f"{self.benchmark.scenario}{suffix}.safetensors"
+            for kind in {"idk", "alternate"}.intersection(method.needs):  # which are drawn depends on the plan
+                files[kind] = f"{kind}_{data_hash(self.rows[kind])[:12]}{suffix}.safetensors"
         format, packing = self.session.format, self.session.batches(model).packing
 
         def computed(path: Path, rows: list[Example]) -> Scores:
             on_rows = counted(display, f"Reference, {path.stem}", len(rows))
-            return compute_reference(path, model, format, rows, packing=packing, on_rows=on_rows)
+            return compute_reference(path, model, format, rows, packing=packing, on_rows=on_rows, per_token=per_token)
 
         scores = {}
         for kind, file in files.items():
             path, rows = folder / file, self.rows[kind]
             try:
-                found = load_reference(path, model, format, rows, packing=packing) if path.exists() else None
+                found = None
+                if path.exists():
+                    found = load_reference(path, model, format, rows, packing=packing, per_token=per_token)
             except StaleReferenceError as reason:
                 if self.options.reference_cache is not None:
                     raise
@@ -127,14 +175,53 @@ class Unlearning:
             scores[kind] = found or computed(path, rows)
         return scores
 
-    def evaluate(self, model: PreTrainedModel, step: int, progress: Progress) -> dict[str, Any]:
+    @property
+    def per_token(self) -> PerToken | None:
+        """What is cached of every scored token."""
+        method = self.method
+        if method.teacher and not method.taught_by_model(self.settings):
+            return "hidden"
+        return "token_logps" if method.reference and method.reads == "token" else None
+
+    def teacher_head(self, model: PreTrainedModel) -> Reference | None:
+        """The head as it is, to go with cached hidden states; a copy, as training changes the model's own."""
+        if self.per_token != "hidden":
+            return None
+        head = model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        weight = head.weight.detach().clone()
+        return Reference(weight.new_empty(0), weight, None if bias is None else bias.detach().clone())
+
+    def steps(self, model: PreTrainedModel, batches: Batches, frozen: Frozen) -> UnlearningSteps:
+        """With the frozen model, the taps and the dual weight that the method takes."""
+        method, settings, tap = self.method, self.settings, None
+        if method.needs_frozen_model(settings):
+            frozen = replace(frozen, model=self.session.load_reference())
+        if method.reads == "activations":
+            alone = method.retain == "activations"  # all there is comes from this layer
+            tap = LayerTap(model, settings.layer, "training" if alone else None)
+            if alone:
+                tap.freeze_above()
+            if frozen.model is not None:
+                frozen = replace(frozen, tap=LayerTap(frozen.model, settings.layer, "always" if alone else None))
+        dual = None
+        if method.dual and method.retain:
+            dual = DualWeight(settings, len(self.plan.steps) // self.options.epochs, batches.device)
+        return UnlearningSteps(
+            method, settings, self.plan, self.rows, frozen, self.options, batches, tap=tap, dual=dual
+        )
+
+    def evaluate(
+        self, model: PreTrainedModel, step: int, progress: Progress, dual: DualWeight | None = None
+    ) -> dict[str, Any]:
         """The numbers after a step; the measures go to eval/."""
         name = f"step-{step:06d}"
         given = self.start_log if step == 0 else None
         measures = given or self.benchmark.evaluate(model, self.session.format, name, progress)
         distributed.on_main(lambda: self.benchmark.write(self.measures(step), measures))
         summary = self.benchmark.summarize(measures, self.retain_log)
-        return {"epoch": step * self.options.epochs / len(self.plan.steps), **summary}
+        weight = {} if dual is None else {"retain_weight": dual.weight}
+        return {"epoch": step * self.options.epochs / len(self.plan.steps), **weight, **summary}
 
     def measures(self, step: int) -> Path:
         return self.session.out / "eval" / f"step-{step:06d}.json"
@@ -144,12 +231,16 @@ class Unlearning:
 
 
 def main(options: UnlearnOptions, benchmark: Benchmark) -> dict[str, Any] | None:
-    """metrics.json: {"history": [one entry an evaluation], "step_zero", "samples", ...}; None after --dry_run."""
+    """metrics.json: {"history": [one entry an evaluation], "step_zero", "samples", ...}; None where nothing was run."""
+    if options.list:
+        print(tables.markdown(["method", "what forgets", "source", "cost"], methods_table()))
+        return None
     job = Unlearning(options, benchmark)
     session, options, method = job.session, job.options, job.method
-    num_steps, with_kl = len(job.plan.steps), method.retain == "kl"
+    num_steps = len(job.plan.steps)
     if options.dry_run:
-        session.describe(num_steps, job.rows, together=method.kinds, with_reference=with_kl)
+        frozen = method.needs_frozen_model(job.settings)
+        session.describe(num_steps, job.rows, together=method.kinds, with_reference=frozen)
         return None
     found = session.start(*job.depends_on)
     if found is not None:
@@ -158,20 +249,22 @@ def main(options: UnlearnOptions, benchmark: Benchmark) -> dict[str, Any] | None
     batches = session.batches(model)
     step_zero = None
     with progress() as display:
-        ref_logps = {kind: scores.logps for kind, scores in job.references(model, display).items()}
+        scores = job.references(model, display)
+        head = job.teacher_head(model)
         model = session.to_train(model)
-        if "forget" in ref_logps:
-            rows, refs = job.rows["forget"], ref_logps["forget"]
+        if method.reference:
+            rows, refs = job.rows["forget"], scores["forget"].logps
             on_rows = counted(display, "Check of step 0", len(rows))
             step_zero = check_step_zero(model, rows, refs, batches, options.batch_size, job.settings.beta, on_rows)
-    reference = session.load_reference() if with_kl else None
-    steps = UnlearningSteps(method, job.settings, job.plan, job.rows, ref_logps, options, batches, reference)
+    steps = job.steps(model, batches, Frozen(scores, head=head))
     trainer = Trainer(model, options, num_steps, options.report_to, session.out)
+    if steps.dual is not None:
+        trainer.accelerator.register_for_checkpointing(steps.dual)
     history = run(
         trainer,
         steps,
         session.schedule(num_steps),
-        lambda step, progress: job.evaluate(model, step, progress),
+        lambda step, progress: job.evaluate(model, step, progress, steps.dual),
         label=method.label,
         checkpoints=session.checkpoints,
     )
@@ -189,6 +282,23 @@ def main(options: UnlearnOptions, benchmark: Benchmark) -> dict[str, Any] | None
     }
     distributed.on_main(lambda: write_unlearning_report(session.out, metrics, session.public(), benchmark))
     return session.finish(metrics)
+
+
+def methods_table() -> list[list[str]]:
+    """[name, formula, source, cost] of each method."""
+    return [[method.name, method.formula, method.source, method.cost] for method in METHODS.values()]
+
+
+def _of_compat(options: UnlearnOptions) -> dict[str, Any]:
+    """Settings that --compat decides unless they are given."""
+    ours, published = options.compat == "paper", options.compat == "open-unlearning"
+    decided = {
+        "kl_positions": "answer" if ours else "all",
+        "dual_update": "micro_batch" if published else "step",
+        "published_rows": published,
+    }
+    given = {name: getattr(options, name) for name in decided}
+    return {name: decided[name] if value is None else value for name, value in given.items()}
 
 
 if __name__ == "__main__":

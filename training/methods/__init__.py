@@ -1,14 +1,33 @@
 """The objectives, one record each, in the registry `METHODS`; a file a family."""
 
-from training.methods import likelihood, preference  # noqa: F401  # they register their methods
-from training.methods.base import METHODS, Batch, Method, Rows, Settings, method_named, register, register_family
+# They register their methods, in the order of tables and help texts.
+# isort: off
+from training.methods import likelihood, preference, token_weighted  # noqa: F401
+from training.methods import flat_logits, distillation, representation, distribution  # noqa: F401
 
-__all__ = ["METHODS", "Batch", "Method", "Rows", "Settings", "method_named", "register", "register_family", "table"]
+# isort: on
+from training.methods.base import METHODS, Method, method_named, register, register_family
+from training.methods.rows import Batch, Head, Reference, Rows
+from training.methods.settings import Settings
+
+__all__ = [
+    "METHODS",
+    "Batch",
+    "Head",
+    "Method",
+    "Reference",
+    "Rows",
+    "Settings",
+    "method_named",
+    "register",
+    "register_family",
+    "table",
+]
 
 
 def table() -> list[tuple[str, str, str]]:
     """(names, formula, source) of the terms that forget, as the documents show them, with all their retain terms."""
     names: dict[tuple[str, str], list[str]] = {}
     for method in METHODS.values():
-        names.setdefault((method.formula, method.paper), []).append(method.name)
-    return [(", ".join(some), formula, paper) for (formula, paper), some in names.items()]
+        names.setdefault((method.formula, method.source), []).append(method.name)
+    return [(", ".join(some), formula, source) for (formula, source), some in names.items()]

@@ -1,8 +1,8 @@
-"""What a method of unlearning is: one record in a registry, and the rows that its loss is given.
+"""What a method of unlearning is: one record in a registry.
 
 A method is a term that forgets and, perhaps, one that keeps the rest:
 
-    loss = forget_weight * term(rows) + retain_weight * (NLL of the retain rows | KL to the reference on them)
+    loss = forget_weight * term(rows) + retain_weight * (NLL of the retain rows, or KL to the reference on them)
 
 A new method is one record (`register`) with one function. Commands, figures, reports, help texts and the tables of the
 documentation take it from `METHODS`; the engine calls its `loss` with rows of the sort that it `reads`.
@@ -11,95 +11,21 @@ documentation take it from `METHODS`; the engine calls its `loss` with rows of t
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from training.methods.rows import Batch, Kind, within_sequences
+from training.methods.settings import Settings
 from training.require import require
 
-Kind = Literal["forget", "idk", "retain"]  # of rows; idk: the questions to forget, answered "I don't know"
-Retain = Literal["nll", "kl"]
-Reads = Literal["sequence", "token", "hidden", "logits"]
-Compat = Literal["paper", "npo-repo"]
-Positions = Literal["answer", "all"]
+Retain = Literal["nll", "kl", "activations"]
+Reads = Literal["sequence", "token", "statistics", "hidden", "logits", "activations"]
 
-LINE_STYLES: dict[str | None, str] = {None: "--", "nll": "-", "kl": ":"}  # of the curves, by the retain term
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Constants of a run; the weights multiply the two terms of the loss."""
-
-    beta: float = 0.1
-    gamma: float = 0.0
-    forget_weight: float = 1.0
-    retain_weight: float = 1.0
-    kl_positions: Positions = "answer"  # all: every one that is not padding
-    compat: Compat = "paper"
-
-    def __post_init__(self):
-        if not self.beta > 0:
-            raise ValueError(f"beta: expected more than 0, got {self.beta}")
-        if self.compat not in get_args(Compat):
-            raise ValueError(f"compat: expected one of {get_args(Compat)}, got {self.compat!r}")
-        if self.kl_positions not in get_args(Positions):
-            raise ValueError(f"kl_positions: expected 'answer' or 'all', got {self.kl_positions!r}")
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The n rows of one kind in a batch, T scored tokens in all, in the order of rows and positions.
-
-    `logps` and `num_tokens` are there whatever a method reads; the others where it reads them.
-    """
-
-    logps: Tensor  # (n,) summed log-probabilities of the answers
-    num_tokens: Tensor  # (n,) int64
-    ref_logps: Tensor | None = None  # (n,) float32, where the method compares with the reference
-    token_logps: Tensor | None = None  # token: (T,)
-    sequence: Tensor | None = None  # token, hidden, logits: (T,) int64, the row of each scored token
-    hidden: Tensor | None = None  # hidden, logits: (T, H), what the head sees where a token is scored
-    targets: Tensor | None = None  # hidden, logits: (T,) int64, the scored tokens
-    logits: Tensor | None = None  # logits: (T, V)
-
-    @property
-    def ratio(self) -> Tensor:
-        """(n,) log-ratios against the reference."""
-        return self.logps - require(self.ref_logps, "reference log-probabilities")
-
-
-class Batch(NamedTuple):
-    """The rows of a step that are here, and what means over the whole step divide by.
-
-    The totals are those of the accumulated or distributed batch, divided by the number of processes, whose gradients
-    are averaged; None: what is here.
-    """
-
-    kinds: Mapping[str, Rows]
-    num_sequences: float | None = None  # of the forget rows
-    num_tokens: Mapping[str, float] | None = None  # kind of rows -> scored tokens
-    idk_ratio: Tensor | float | None = None  # mean log-ratio of the IDK answers, where they are only scored (KTO)
-
-    def rows(self, kind: Kind) -> Rows:
-        return require(self.kinds.get(kind), f"{kind} rows")
-
-    def tokens(self, kind: Kind) -> Tensor | float:
-        return self.rows(kind).num_tokens.sum() if self.num_tokens is None else self.num_tokens[kind]
-
-    def sequence_mean(self, losses: Tensor) -> Tensor:
-        """Of (n,) losses of the forget rows, over those that have a scored token."""
-        scored = self.rows("forget").num_tokens > 0
-        return losses.where(scored, 0.0).sum() / (scored.sum() if self.num_sequences is None else self.num_sequences)
-
-    def token_mean(self, losses: Tensor, kind: Kind = "forget") -> Tensor:
-        """Of (T,) losses of the scored tokens."""
-        return losses.sum() / self.tokens(kind)
-
-    def nll(self, kind: Kind) -> Tensor:
-        """Mean over the scored tokens."""
-        return -self.rows(kind).logps.sum() / self.tokens(kind)
-
+LINE_STYLES: dict[str | None, str] = {None: "--", "nll": "-", "kl": ":", "activations": "-."}  # by the retain term
+PRODUCTS: dict[Reads, int] = {"sequence": 3, "token": 3, "statistics": 4, "hidden": 6, "logits": 3, "activations": 0}
+SUFFIXES: dict[str, Retain | None] = {"": None, "_rt": "nll", "_kl": "kl"}
 
 Loss = Callable[[Batch, Settings], Tensor]
 
@@ -115,12 +41,25 @@ class Method:
         paper: where it is from.
         loss: (batch, settings) -> the term that forgets, a scalar.
         colour: of its curves; methods with the same forget term share one and differ in their line style.
+        family: name of the forget term, which methods with other retain terms share.
         rows: kinds of rows that the forget term takes a gradient through.
         scored: kinds that are only scored, without a gradient, before the step (`Batch.idk_ratio`).
-        retain: the term on the retain rows: their NLL, the KL divergence from the reference model, or none.
-        reads: what the loss is a function of. sequence: `Rows.logps`; token: `Rows.token_logps`; hidden: hidden states
-            where a token is scored; logits: logits there, which then exist (for experiments, not for speed).
-        reference: whether the cached reference log-probabilities of the rows are needed.
+        retain: the term on the retain rows: their NLL, the KL divergence from the reference model, the distance of
+            activations from its activations (of methods that read these), or none.
+        reads: what the loss is a function of. sequence: `Rows.logps`; token: `Rows.token_logps`; statistics:
+            `Rows.statistics`; hidden: hidden states where a token is scored, and the head; logits: logits there, which
+            then exist (for experiments, not for speed); activations: the output of a layer.
+        statistics: names for `npo_kernels.token_statistics`, beside "logp".
+        reference: whether the cached reference log-probabilities of the rows are needed, those of tokens for a method
+            that reads tokens.
+        teacher: whether the frozen model's last hidden states on the forget rows are needed (`Rows.teacher`).
+        ref_activations: whether the frozen model's activations on the forget rows are needed.
+        dual: whether `retain_weight` is updated on the way (`training.dual`).
+        published_rows: the positions that OpenUnlearning's code takes where they are not the scored ones: "label", a
+            token's own position and not the one before, "every", padding included. `Settings.published_rows` asks for
+            them.
+        products: with the head, forward and backward together, on the forget rows. None: by what is read.
+        reconstructed: the source does not state the formula completely; the loss says what was filled in.
         defaults: settings that the paper uses, where they differ from those of `Settings`.
         aliases: other names that commands take.
     """
@@ -131,28 +70,60 @@ class Method:
     paper: str
     loss: Loss
     colour: str
+    family: str = ""
     rows: tuple[Kind, ...] = ("forget",)
     scored: tuple[Kind, ...] = ()
     retain: Retain | None = None
     reads: Reads = "sequence"
+    statistics: tuple[str, ...] = ()
     reference: bool = False
+    teacher: bool = False
+    ref_activations: bool = False
+    dual: bool = False
+    published_rows: Literal["label", "every"] | None = None
+    products: int | None = None
+    reconstructed: bool = False
     defaults: Mapping[str, float] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of rows of the forward with gradients, in order; those of a KL term have their own forward."""
-        return self.rows + (("retain",) if self.retain == "nll" else ())
+        return self.rows + (("retain",) if self.retain in ("nll", "activations") else ())
 
     @property
     def needs(self) -> tuple[str, ...]:
         """All kinds of rows that a run has to have."""
-        kinds: tuple[Kind, ...] = ("forget", "idk", "retain")
-        return tuple(k for k in kinds if k in self.rows + self.scored or (k == "retain" and self.retain))
+        return tuple(k for k in get_args(Kind) if k in self.rows + self.scored or (k == "retain" and self.retain))
+
+    def needs_frozen_model(self, settings: Settings) -> bool:
+        """Whether the model as it was is run in every step."""
+        return self.retain in ("kl", "activations") or self.ref_activations or self.taught_by_model(settings)
+
+    def taught_by_model(self, settings: Settings) -> bool:
+        """Whether the teacher's hidden states are formed in every step, and not cached."""
+        return self.teacher and (settings.teacher == "model" or settings.published_rows)
 
     @property
     def line_style(self) -> str:
         return LINE_STYLES[self.retain]
+
+    @property
+    def source(self) -> str:
+        return f"{self.paper}, reconstructed" if self.reconstructed else self.paper
+
+    @property
+    def cost(self) -> str:
+        """The class of cost, in words: products with the head on the rows, and what is kept of the reference."""
+        products = PRODUCTS[self.reads] if self.products is None else self.products
+        kept = "one number a token" if self.reads == "token" else "one number a row"
+        held = [kept] if self.reference else ["hidden states of the answers"] if self.teacher else []
+        if self.retain in ("kl", "activations") or self.ref_activations:
+            held.append("frozen model")
+        together = 4 if self.reads == "statistics" else 3  # of the retain rows, which go into the same call
+        retain = {"nll": f" + {together} on retain rows", "kl": " + 6 on retain rows"}.get(self.retain or "", "")
+        forms = ", forms logits" if self.reads == "logits" else ""
+        return f"{products} products{retain}{forms}; {', '.join(held) or 'no reference'}"
 
     def settings(self, **given: float | str | None) -> Settings:
         """Those given, then the paper's, then the defaults. None: not given."""
@@ -166,7 +137,22 @@ class Method:
             logps = forget * batch.rows("idk").logps.sum() + keep * batch.rows("retain").logps.sum()
             return -logps / (batch.tokens("idk") + batch.tokens("retain"))
         loss = settings.forget_weight * self.loss(batch, settings)
-        return loss + settings.retain_weight * batch.nll("retain") if self.retain == "nll" else loss
+        if self.retain == "nll":
+            nll = batch.nll("retain")
+            if self.dual:  # a constraint: the constant does not change the gradient, but what is reported
+                nll = nll - settings.epsilon * batch.share("retain")
+            return loss + settings.retain_weight * nll
+        if self.retain == "activations":
+            return loss + settings.retain_weight * activation_distance(batch)
+        return loss
+
+
+def activation_distance(batch: Batch) -> Tensor:
+    """mean_b (1/n_b) sum_t (1/H) ||h_t - h_ref,t||^2 on the retain rows, whose activations are to stay as they were."""
+    rows = batch.rows("retain")
+    now, before = require(rows.activations, "activations"), require(rows.ref_activations, "frozen activations")
+    distance = (now.float() - before.float()).square().mean(-1)
+    return batch.sequence_mean(within_sequences(distance, rows), "retain")
 
 
 METHODS: dict[str, Method] = {}
@@ -183,18 +169,29 @@ def register(method: Method) -> Method:
     return method
 
 
-def register_family(name: str, label: str, *, rt: Mapping[str, float] | None = None, **record) -> None:
+def register_family(
+    name: str,
+    label: str,
+    *,
+    rt: Mapping[str, float] | None = None,
+    alone: Retain | None = None,
+    **record,
+) -> None:
     """Three methods: `name` alone, `name_rt` with the NLL of the retain rows, `name_kl` with the KL divergence.
 
-    `rt`: further defaults where there is a retain term.
+    Args:
+        rt: further defaults where there is a retain term.
+        alone: retain term of the first, where the paper's method has one of its own.
+        aliases: {suffix: names}, such as {"_rt": ("grad_diff",)}.
     """
     defaults, aliases = record.pop("defaults", {}), record.pop("aliases", {})
-    for suffix, retain in (("", None), ("_rt", "nll"), ("_kl", "kl")):
+    for suffix, retain in SUFFIXES.items():
         register(
             Method(
                 name=name + suffix,
                 label=label + suffix.upper().replace("_", "+"),
-                retain=retain,  # type: ignore[arg-type]  # mypy widens the literals of the tuple
+                family=name,
+                retain=retain or alone,
                 defaults={**defaults, **(rt or {})} if retain else defaults,
                 aliases=aliases.get(suffix, ()),
                 **record,

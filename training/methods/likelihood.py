@@ -6,7 +6,9 @@ OpenUnlearning calls GradDiff.
 
 from torch import Tensor
 
-from training.methods.base import Batch, Settings, register_family
+from training.methods.base import register_family
+from training.methods.rows import Batch
+from training.methods.settings import Settings
 
 
 def gradient_ascent(batch: Batch, settings: Settings) -> Tensor:
@@ -24,7 +26,7 @@ register_family(
     paper="arXiv 2404.05868, eq. 2",
     loss=gradient_ascent,
     colour="#D55E00",
-    aliases={"_rt": ("grad_diff",)},
+    aliases={"": ("GradAscent",), "_rt": ("grad_diff", "GradDiff")},
 )
 register_family(
     "idk",

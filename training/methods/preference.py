@@ -1,4 +1,4 @@
-"""Methods on log-ratios or lengths: NPO, SimNPO, DPO and KTO, through `npo_kernels.core.formulas`.
+"""Methods on log-ratios or lengths: NPO, SimNPO, DPO, AltPO and KTO, through `npo_kernels.core.formulas`.
 
 Sums over answer tokens and <eos>: logp_s of a sequence, r_s = logp_s - ref_s its log-ratio against the cached
 reference. `mean_s` is the mean over the forget rows of the step. z = beta mean_s r_idk, over the whole step and
@@ -8,13 +8,16 @@ without a gradient.
 1 + and z not multiplied by beta, IDK+RT as one token mean over both kinds of rows, and, by `training.unlearn`, KL over
 all positions and the same retain row and refusal for a forget row in every epoch. That code takes z over a micro-batch
 and counts padding among the positions; here z is always the step's, and padding counts nowhere.
+`compat="open-unlearning"` gives DPO its 2/beta as well (IdkDPO), and KL over all positions.
 """
 
 import torch
 from torch import Tensor
 
 from npo_kernels.core.formulas import log_ratio, ratio_loss
-from training.methods.base import Batch, Settings, register_family, step_mean
+from training.methods.base import register_family, step_mean
+from training.methods.rows import Batch
+from training.methods.settings import Settings
 from training.require import require
 
 
@@ -29,8 +32,13 @@ def simnpo(batch: Batch, settings: Settings) -> Tensor:
 
 
 def dpo(batch: Batch, settings: Settings) -> Tensor:
-    factor = 1.0 if settings.compat == "npo-repo" else 0.5
+    factor = 0.5 if settings.compat == "paper" else 1.0
     return factor * batch.sequence_mean(ratio_loss(batch.rows("forget").ratio - batch.rows("idk").ratio, settings.beta))
+
+
+def altpo(batch: Batch, settings: Settings) -> Tensor:
+    """The alternate answer is preferred to the true one."""
+    return batch.sequence_mean(ratio_loss(batch.rows("forget").ratio - batch.rows("alternate").ratio, settings.beta))
 
 
 def kto(batch: Batch, settings: Settings) -> Tensor:
@@ -49,6 +57,7 @@ register_family(
     loss=npo,
     colour="#0072B2",
     reference=True,
+    aliases={"_rt": ("NPO",)},
 )
 register_family(
     "simnpo",
@@ -59,6 +68,7 @@ register_family(
     colour="#E69F00",
     defaults={"beta": 4.5},
     rt={"forget_weight": 0.125},
+    aliases={"_rt": ("SimNPO",)},
 )
 register_family(
     "dpo",
@@ -69,6 +79,18 @@ register_family(
     colour="#CC79A7",
     rows=("forget", "idk"),
     reference=True,
+    aliases={"_rt": ("IdkDPO",)},
+)
+register_family(
+    "altpo",
+    "AltPO",
+    formula="(2/beta) mean_s softplus(-beta (r_alternate - r_s))",
+    paper="arXiv 2409.13474",
+    loss=altpo,
+    colour="#000000",
+    rows=("forget", "alternate"),
+    reference=True,
+    aliases={"_rt": ("AltPO",)},
 )
 register_family(
     "kto",

@@ -1,0 +1,74 @@
+"""Other plausible answers to the questions to forget, which AltPO prefers to the true ones (arXiv 2409.13474).
+
+A file of JSON lines, one a question: {"question": ..., "alternates": [answer, ...]}. The model makes them itself.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from training.data import Row
+from training.generation import complete_all
+from training.store import write_text
+from training.templates import Format
+
+PROMPT = "Give another answer to this question, plausible and of the same form, but with other facts: {question}"
+
+
+def make_alternates(
+    model: PreTrainedModel,
+    format: Format,
+    rows: Sequence[Row],
+    count: int,
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    prompt: str = PROMPT,
+    on_rows: Callable[[int], None] = lambda num_rows: None,
+) -> list[list[str]]:
+    """Up to `count` different answers to each question, drawn from the model; never the true one.
+
+    A question for which the model draws nothing else keeps what it gives to another one, so that none is without.
+    """
+    found: list[list[str]] = [[] for _ in rows]
+    questions = [prompt.format(question=row["question"]) for row in rows]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for _ in range(count):
+            answers = complete_all(
+                model, format, questions, max_new_tokens, on_batch=on_rows, temperature=temperature
+            )  # fmt: skip
+            for some, row, answer in zip(found, rows, answers, strict=True):
+                if answer and answer != row["answer"] and answer not in some:
+                    some.append(answer)
+    everything = [answer for some in found for answer in some]
+    if not everything:
+        raise ValueError("the model draws nothing but the true answers; raise --temperature")
+    return [some or [everything[i % len(everything)]] for i, some in enumerate(found)]
+
+
+def write_alternates(path: Path, rows: Sequence[Row], alternates: Sequence[Sequence[str]]) -> None:
+    lines = [
+        json.dumps({"question": row["question"], "alternates": list(some)}, ensure_ascii=False)
+        for row, some in zip(rows, alternates, strict=True)
+    ]
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def read_alternates(path: Path, rows: Sequence[Row]) -> list[list[str]]:
+    """Those of each row, found by its question; ValueError where the file has none for one."""
+    found: dict[str, list[str]] = {}
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):  # noqa: B007
+            entry = json.loads(line)
+            found[entry["question"]] = [str(answer) for answer in entry["alternates"]]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}, line {number}: expected {{question, alternates}}, got {error!r}") from None
+    for row in rows:
+        if not found.get(row["question"]):
+            raise ValueError(f"{path}: expected alternates for every question, found none for {row['question']!r}")
+    return [found[row["question"]] for row in rows]

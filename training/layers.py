@@ -1,0 +1,87 @@
+"""The output of one decoder layer, read while a model runs; the layers above are left out where nothing needs them."""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from training.require import require
+
+
+class LayerTap:
+    """Keeps what decoder layer `layer` made of the last forward; `read` gives it away.
+
+    Args:
+        model: a causal language model, or one with adapters.
+        layer: which, from 0. None: 7 as RMU's papers have it, or the last one of a model that has fewer.
+        alone: the layers above are not run, in training mode ("training") or ever ("always"). Only for forwards whose
+            results come from the layer alone; models that look at `config.num_hidden_layers` in their forward, as
+            nearly all of transformers' do, save the time, others run as they would.
+    """
+
+    def __init__(self, model: PreTrainedModel, layer: int | None, alone: str | None = None):
+        inner: Any = getattr(model, "get_base_model", lambda: model)()
+        self.config = inner.config.get_text_config()
+        layers = decoder_layers(inner, self.config.num_hidden_layers)
+        self.layer = min(7, len(layers) - 1) if layer is None else layer
+        if not 0 <= self.layer < len(layers):
+            raise ValueError(f"layer: the model has decoder layers 0 to {len(layers) - 1}, got {layer}")
+        self.above = [*layers[self.layer + 1 :], *_after(inner)]
+        self._output: Tensor | None = None
+        layers[self.layer].register_forward_hook(self._keep)
+        if alone is not None:
+            always = alone == "always"
+            decoder = inner.base_model
+
+            def cut(module: nn.Module, args: Any) -> None:
+                if always or module.training:
+                    self.config.num_hidden_layers = self.layer + 1
+
+            def restore(module: nn.Module, args: Any, output: Any) -> None:
+                self.config.num_hidden_layers = len(layers)
+
+            decoder.register_forward_pre_hook(cut)
+            decoder.register_forward_hook(restore, always_call=True)
+
+    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._output = output[0] if isinstance(output, tuple) else output
+
+    def read(self) -> Tensor:
+        """(B, S, H) of the last forward, once."""
+        output, self._output = require(self._output, "a forward of the model"), None
+        return output
+
+    def freeze_above(self) -> None:
+        """No gradient for what is not run: the layers above, the last norm and a head of its own."""
+        for module in self.above:
+            module.requires_grad_(False)
+
+
+def decoder_layers(model: nn.Module, number: int) -> nn.ModuleList:
+    """ValueError where there is no list of that many layers."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == number:
+            return module
+    raise ValueError(f"{type(model).__name__} has no list of {number} decoder layers")
+
+
+def _after(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules behind the layers: the norm of the decoder, and the head unless it is the embedding."""
+    decoder = model.base_model
+    norms = [child for name, child in decoder.named_children() if "norm" in name and name != "norm_emb"]
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    own = head is not None and head.weight is not embedding.weight
+    return [*norms, *([head] if own else [])]
+
+
+def train_only(model: torch.nn.Module, pattern: str) -> None:
+    """Freeze every parameter whose name does not match, as a whole; ValueError where none does."""
+    matching = re.compile(pattern)
+    chosen = [name for name, p in model.named_parameters() if p.requires_grad and matching.fullmatch(name)]
+    if not chosen:
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        raise ValueError(f"--train_only {pattern}: no parameter has such a name; there are {', '.join(names[:4])}, ...")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)

@@ -7,21 +7,21 @@ In OpenUnlearning, after its trainers are registered (src/trainer/__init__.py)::
     from examples.open_unlearning import fused
     _register_trainer(fused(NPO))  # handler: FusedNPO
 
-| trainer    | forget term                                                    | source           | computed by          |
-|------------|----------------------------------------------------------------|------------------|----------------------|
-| GradAscent | mean_tok log p_y, and no retain term                           |                  | `fused_logprob_loss` |
-| GradDiff   | mean_tok log p_y                                               | arXiv 2401.06121 | `fused_logprob_loss` |
-| NPO        | (2/beta) mean_s softplus(beta r), r = logp - ref_logp          | arXiv 2404.05868 | `fused_logprob_loss` |
-| DPO        | (2/beta) mean_s softplus(beta (r_original - r_alternate))      | arXiv 2401.06121 | `fused_logprob_loss` |
-| SimNPO     | (2/beta) mean_s softplus(beta (logp / num_tokens + delta))     | arXiv 2410.07163 | `fused_logprob_loss` |
-| WGA        | mean_tok w log p_y, w = p_y^beta                               | arXiv 2502.19301 | `fused_token_loss`   |
-| SatImp     | mean_tok w log p_y, w = p_y^beta1 (1 - p_y)^beta2              | arXiv 2505.11953 | `fused_token_loss`   |
-| CEU        | mean_tok CE(softmax(z with z_y = -inf), p), and no retain term | arXiv 2503.01224 | `fused_token_loss`   |
-| UNDIAL     | mean_tok CE(softmax(z_ref - beta 1_y), p)                      | arXiv 2402.10052 | `fused_linear_kl`    |
-| PDU        | mean_tok (max_v z_v - mean_v z_v)^2                            | arXiv 2506.05314 | `token_statistics`   |
-| RMU        | mean_s mean_tok,d (h - u)^2, h the output of a layer           | arXiv 2403.03218 | a forward hook       |
+| trainer    | forget term                                                    | arXiv      | computed by          |
+|------------|----------------------------------------------------------------|------------|----------------------|
+| GradAscent | mean_tok log p_y, and no retain term                           |            | `fused_logprob_loss` |
+| GradDiff   | mean_tok log p_y                                               | 2401.06121 | `fused_logprob_loss` |
+| NPO        | (2/beta) mean_s softplus(beta r), r = logp - ref_logp          | 2404.05868 | `fused_logprob_loss` |
+| DPO        | (2/beta) mean_s softplus(beta (r_original - r_alternate))      | 2401.06121 | `fused_logprob_loss` |
+| SimNPO     | (2/beta) mean_s softplus(beta (logp / num_tokens + delta))     | 2410.07163 | `fused_logprob_loss` |
+| WGA        | mean_tok w log p_y, w = p_y^beta                               | 2502.19301 | `fused_token_loss`   |
+| SatImp     | mean_tok w log p_y, w = p_y^beta1 (1 - p_y)^beta2              | 2505.11953 | `fused_token_loss`   |
+| CEU        | mean_tok CE(softmax(z with z_y = -inf), p), and no retain term | 2503.01224 | `fused_token_loss`   |
+| UNDIAL     | mean_tok CE(softmax(z_ref - beta 1_y), p)                      | 2402.10052 | `fused_linear_kl`    |
+| PDU        | mean_tok (max_v z_v - mean_v z_v)^2                            | 2506.05314 | `token_statistics`   |
+| RMU        | mean_s mean_tok,d (h - u)^2, h the output of a layer           | 2403.03218 | a forward hook       |
 
-These are all it has but FinetuneTrainer, whose loss is the model's own; IdkDPO and AltPO (arXiv 2409.13474) are DPO.
+These are all it has but FinetuneTrainer, whose loss is the model's own; IdkDPO and AltPO are DPO.
 The loss is gamma forget + alpha retain. The retain term is "NLL", mean_tok -log p_y; "KL", KL(reference || model), as
 published the mean of all B x T positions, prompts and padding too; or, of RMU, "EMBED_DIFF".
 

@@ -1,4 +1,4 @@
-"""A trainer of OpenUnlearning without logits: its `compute_loss`, with a forget term that `open_unlearning.py` fills in.
+"""What the fused trainers of `examples.open_unlearning` share: a `compute_loss` without logits.
 
 One forward goes over forget and retain rows together, and losses are computed inside the head: there its weight is
 whole, whatever shards it. A reference costs one forward without logits.

@@ -38,10 +38,8 @@ class Rows:
         return function(self.hidden, self.weight, labels, **self.head, **arguments)
 
     def kl(self, ref: "Rows", **arguments) -> Tensor:
-        ref_bias = ref.head["bias"]
-        return fused_linear_kl(
-            self.hidden, self.weight, ref.hidden, ref.weight, ref_bias=ref_bias, **self.head, **arguments
-        )
+        arguments |= {"ref_bias": ref.head["bias"], **self.head}
+        return fused_linear_kl(self.hidden, self.weight, ref.hidden, ref.weight, **arguments)
 
 
 class FusedLoss:
@@ -120,13 +118,14 @@ class FusedLoss:
 
     def in_reference(self, rows: Rows, loss: Callable[[Rows], Tensor]) -> Tensor:
         """`loss` of the same rows in the head of the reference, whose weight is whole there."""
+        wanted = torch.is_grad_enabled()
 
-        @torch.enable_grad()
-        def with_gradient(_, ref_rows):
-            return loss(ref_rows)
+        def function(_, ref_rows):  # the reference needs no gradient, the loss does
+            with torch.set_grad_enabled(wanted):
+                return loss(ref_rows)
 
         with torch.no_grad():
-            return self.in_head(self.ref_model, [rows.batch], with_gradient, self.ref_module).loss
+            return self.in_head(self.ref_model, [rows.batch], function, self.ref_module).loss
 
     @torch.no_grad()
     def with_reference(self, batch: Batch) -> Batch:

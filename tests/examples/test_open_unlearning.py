@@ -392,10 +392,7 @@ def largest_allocation(run) -> int:
     + [("NPO", "KL", False), ("WGA", "KL", False), ("UNDIAL", "KL", True), ("RMU", "EMBED_DIFF", False)],
 )
 def test_no_logits_exist(name, retain, rows, monkeypatch):
-    """Nothing of the size of the forget rows' scored logits is allocated, in a step with room for the smallest slices.
-
-    The plain trainer shows that this would be seen.
-    """
+    """Nothing of the size of the logits of scored forget tokens is allocated, with room for the smallest slices."""
     V = 4000
     monkeypatch.setattr(blocks, "BLOCK_V", 500)
     sizes = {"hidden_size": 4, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1}
@@ -405,10 +402,9 @@ def test_no_logits_exist(name, retain, rows, monkeypatch):
     inputs = batches(name)
     forget = inputs["forget"]["original"] if name == "DPO" else inputs["forget"]
     logits = 4 * V * (forget["labels"] != -100).sum().item()
-    fused_most, plain_most = (
-        largest_allocation(lambda t=t: t.compute_loss(t.model, inputs).backward()) for t in (trainer, exact)
-    )
-    assert fused_most < 0.5 * logits and plain_most > 2 * logits
+    assert largest_allocation(lambda: trainer.compute_loss(trainer.model, inputs).backward()) < 0.5 * logits
+    if (name, retain) == ("NPO", "NLL"):  # what would be seen
+        assert largest_allocation(lambda: exact.compute_loss(exact.model, inputs).backward()) > 2 * logits
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from examples import open_unlearning, plain_loop, transformers_trainer, trl_dataset
-from examples.tiny import collate, random_rows, tiny_model
+from examples import plain_loop, transformers_trainer, trl_dataset
+from examples.tiny import collate, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST_NPO = 20 * math.log(2)  # (2/beta) ln 2
@@ -107,80 +107,3 @@ def test_trl_dataset():
     assert [row["forget"] for row in rows] == [True, True, False, False]
     losses = logged(trl_dataset.main())
     assert FIRST_NPO < losses[0] < FIRST_NPO + 10 and losses[-1] < losses[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# OpenUnlearning
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def trainer_like(name: str):
-    """A class of that name with what the trainer has."""
-
-    class Trainer(open_unlearning.NPO):
-        delta = 0.3
-
-        def compute_retain_loss(self, model, retain_inputs):
-            return model(**retain_inputs).logits.square().mean()  # "KL": its own business
-
-    return type(name, (Trainer,), {})
-
-
-def plain_open_unlearning(trainer, name: str, inputs) -> torch.Tensor:
-    """The formulas of its trainers, from logits."""
-    model, ref_model, beta = trainer.model, trainer.ref_model, trainer.beta
-    logsigmoid = torch.nn.functional.logsigmoid
-
-    def ratio(batch):
-        return plain_loop.plain_logps(model, batch) - plain_loop.plain_logps(ref_model, batch).detach()
-
-    def tokens(batch):
-        return (batch["labels"] != -100).sum(-1)
-
-    forget = inputs["forget"]
-    if name == "GradDiff":
-        loss = -model(**forget).loss
-    elif name == "NPO":
-        loss = -2 / beta * logsigmoid(-beta * ratio(forget)).mean()
-    elif name == "SimNPO":
-        nll = -plain_loop.plain_logps(model, forget) / tokens(forget)
-        loss = -2 / beta * logsigmoid(beta * (nll - trainer.delta)).mean()
-    else:
-        loss = -2 / beta * logsigmoid(beta * (ratio(forget["alternate"]) - ratio(forget["original"]))).mean()
-    if trainer.retain_loss_type == "KL":
-        retain = trainer.compute_retain_loss(model, inputs["retain"])
-    else:
-        retain = model(**inputs["retain"]).loss
-    return trainer.gamma * loss + trainer.alpha * retain
-
-
-@pytest.mark.parametrize("retain", ["NLL", "KL"])
-@pytest.mark.parametrize("name", ["NPO", "SimNPO", "DPO", "GradDiff"])
-def test_open_unlearning(name, retain):
-    trainer = open_unlearning.fused(trainer_like(name))(
-        model=tiny_model(), gamma=0.7, alpha=1.3, beta=0.4, retain_loss_type=retain
-    )
-    assert type(trainer).__name__ == f"Fused{name}"
-    with torch.no_grad():  # away from the reference
-        for p in trainer.model.parameters():
-            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    inputs = {"forget": collate(random_rows(4, seed=1)), "retain": collate(random_rows(3, seed=2))}
-    if name == "DPO":
-        inputs["forget"] = {"original": inputs["forget"], "alternate": collate(random_rows(4, seed=3))}
-    else:
-        inputs["forget"]["index"] = torch.arange(4)  # its collators may add one
-    expected_inputs = {**inputs, "forget": {k: v for k, v in inputs["forget"].items() if k != "index"}}
-    expected = plain_open_unlearning(trainer, name, expected_inputs)
-    loss, outputs = trainer.compute_loss(trainer.model, inputs, return_outputs=True, num_items_in_batch=None)
-    torch.testing.assert_close(loss, expected)
-    grads = [torch.autograd.grad(x, list(trainer.model.parameters())) for x in (loss, expected)]
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    assert outputs.loss is not None
-
-
-def test_open_unlearning_main_and_other_trainers():
-    losses = open_unlearning.main()
-    assert losses[-1] < losses[0]
-    with pytest.raises(ValueError, match="expected one of GradDiff, NPO, SimNPO, DPO, got RMU"):
-        open_unlearning.fused(type("RMU", (), {}))

@@ -1,5 +1,6 @@
 """The output of one decoder layer, read while a model runs; the layers above are left out where nothing needs them."""
 
+import copy
 import re
 from typing import Any
 
@@ -47,6 +48,12 @@ class LayerTap:
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
         self._output = output[0] if isinstance(output, tuple) else output
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LayerTap":
+        """Of a copied model: without what the last forward left, which may have a graph."""
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy({k: v for k, v in vars(self).items() if k != "_output"}, memo), _output=None)
+        return copied
 
     def read(self) -> Tensor:
         """(B, S, H) of the last forward, once."""

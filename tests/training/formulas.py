@@ -58,7 +58,9 @@ def loss_in_double(steps, model, reference, k, retain_weight=None):
     now = {kind: Forward(model, some) for kind, some in rows.items()}
     with torch.no_grad():
         before = {kind: Forward(reference, some) for kind, some in rows.items()}
-    refs = {kind: steps.frozen.scores[kind].logps[members[kind]].double() for kind in now if kind in steps.frozen.scores}
+    refs = {
+        kind: steps.frozen.scores[kind].logps[members[kind]].double() for kind in now if kind in steps.frozen.scores
+    }
     loss = s.forget_weight * FORGET[method.family](now, before, refs, s, steps, members)
     weight = s.retain_weight if retain_weight is None else retain_weight
     if method.retain is None:

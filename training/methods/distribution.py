@@ -89,10 +89,9 @@ class _LogTopMass(torch.autograd.Function):
         first = 0
         for part in _chunks(hidden, weight):
             rows = slice(first, first := first + len(part))
-            _, z, probability, top = _rows(part, weight, bias, scale, softcap, top_k)
-            # d log P / d z_v = p_v (1 - P) / P among the top K, -p_v elsewhere; 1 - P as a sum keeps its digits
+            _, z, probability, top, rest = _rows(part, weight, bias, scale, softcap, top_k)
+            # d log P / d z_v = p_v (1 - P) / P among the top K, -p_v elsewhere
             inside = probability.gather(1, top)
-            rest = probability.scatter(1, top, 0.0).sum(1, keepdim=True)
             grad = (-probability).scatter(1, top, inside * rest / inside.sum(1, keepdim=True))
             grad *= scale * upstream[rows, None]
             if softcap is not None:
@@ -120,8 +119,11 @@ def _chunks(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
 
 def _rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, top_k: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log P (n,), logits, probabilities (n, V), top K (n, K)) of some rows."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(log P (n,), logits, probabilities (n, V), top K (n, K), 1 - P (n, 1)) of some rows.
+
+    1 - P is a sum, which keeps its digits where P is nearly 1; so does log P.
+    """
     z = torch.empty(len(hidden), len(weight), device=hidden.device)
     project(hidden.contiguous(), weight, z)
     if bias is not None:
@@ -131,7 +133,10 @@ def _rows(
         z = softcap * torch.tanh(z / softcap)
     high, top = z.topk(top_k)
     total = z.logsumexp(1, keepdim=True)
-    return high.logsumexp(1) - total.squeeze(1), z, (z - total).exp(), top
+    probability = (z - total).exp()
+    rest = probability.scatter(1, top, 0.0).sum(1, keepdim=True)
+    log_mass = torch.where(rest < 0.5, torch.log1p(-rest), high.logsumexp(1, keepdim=True) - total)
+    return log_mass.squeeze(1), z, probability, top, rest
 
 
 register_family(

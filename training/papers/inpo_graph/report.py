@@ -78,11 +78,13 @@ def verdict(metrics: dict[str, Any], rt: str) -> str:
     inpo, npo = "INPO" + rt, "NPO" + rt
     lower = [text for key, text in DISTANCES.items() if compare(metrics, inpo, npo, key).lower]
     higher = [text for key, text in DISTANCES.items() if compare(metrics, npo, inpo, key).lower]
-    if len(lower) == len(DISTANCES):
-        return f"{inpo} beats {npo} here: it stops closer to the retrained model on forget and on test nodes."
-    found = [f"closer to the retrained model on {text} nodes" for text in lower] or ["closer on neither kind of nodes"]
-    found += [f"farther from it on {text} nodes" for text in higher]
-    return f"{inpo} does not beat {npo} here: it stops {', '.join(found)}."
+    found = [
+        f"{where} the retrained model on {' and '.join(kinds)} nodes"
+        for where, kinds in (("closer to", lower), ("farther from", higher))
+        if kinds
+    ]
+    outcome = "beats" if len(lower) == len(DISTANCES) else "does not beat"
+    return f"{inpo} {outcome} {npo} here: it stops {' and '.join(found) or 'as far from the retrained model'}."
 
 
 def markdown(metrics: dict[str, Any], config: dict[str, Any]) -> str:

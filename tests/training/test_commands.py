@@ -24,6 +24,7 @@ from training.commands import (
     demo,
     evaluate,
     finetune,
+    graph,
     grid,
     show_rows,
     subset,
@@ -201,9 +202,9 @@ def test_without_clipping_gradients_are_what_they_are(home, tmp_path):
 
 COMMANDS = {
     "attack": attack.AttackOptions, "authors": authors.AuthorsOptions, "demo": demo.DemoOptions,
-    "evaluate": evaluate.EvaluateOptions, "finetune": finetune.FinetuneOptions, "grid": grid.GridOptions,
-    "show_rows": show_rows.ShowRowsOptions, "subset": subset.SubsetOptions, "synthetic": synthetic.SyntheticOptions,
-    "tiny": tiny.TinyOptions, "unlearn": unlearn.UnlearnOptions,
+    "evaluate": evaluate.EvaluateOptions, "finetune": finetune.FinetuneOptions, "graph": graph.GraphOptions,
+    "grid": grid.GridOptions, "show_rows": show_rows.ShowRowsOptions, "subset": subset.SubsetOptions,
+    "synthetic": synthetic.SyntheticOptions, "tiny": tiny.TinyOptions, "unlearn": unlearn.UnlearnOptions,
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Numbers of runs over epochs and seeds. A history is a list of {"step", "epoch", ...}, one entry an evaluation."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,28 @@ def over_seeds(histories: Sequence[History], key: str) -> np.ndarray:
 def at_end(histories: Sequence[History], key: str) -> float:
     """The median over the seeds, at the last evaluation."""
     return float(np.median(over_seeds(histories, key)[:, -1]))
+
+
+class Rank(NamedTuple):
+    """A method at the end of its runs, medians over the seeds."""
+
+    name: str
+    forgetting: float
+    utility: float
+    kept: bool  # enough of the utility
+    on_frontier: bool  # no other method is better in one number and as good in the other
+
+
+def ranking(histories: Histories, forgetting: str, utility: str, least: float) -> list[Rank]:
+    """Those that keep a utility of `least` by how well they forget, then the others by their utility."""
+    ends = {name: (at_end(runs, forgetting), at_end(runs, utility)) for name, runs in histories.items()}
+
+    def beaten(name: str) -> bool:
+        mine = ends[name]
+        return any(other[0] >= mine[0] and other[1] >= mine[1] and other != mine for other in ends.values())
+
+    ranks = [Rank(name, f, u, u >= least, not beaten(name)) for name, (f, u) in ends.items()]
+    return sorted(ranks, key=lambda r: (not r.kept, -r.forgetting if r.kept else -r.utility))
 
 
 def best_while_kept(histories: Sequence[History], wanted: str, kept: str, least: float) -> float:

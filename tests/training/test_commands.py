@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training.benchmarks.tofu.log import read_log
 from training.commands import (
+    alternates,
     attack,
     authors,
     demo,
@@ -236,6 +237,66 @@ def test_a_reference_of_another_model_is_refused(home, tmp_path):
     with pytest.raises(ValueError, match="computed with another model"):
         unlearn.main(*options(home, tmp_path / "b", reference_cache=shared, model=str(tmp_path / "a" / "model")))
     unlearn.main(*options(home, tmp_path / "b", reference_cache=shared))
+
+
+@pytest.mark.parametrize("method", ["undial", "rmu", "adaptive_rmu_kl", "pdu_rt", "tnpo_rt"])
+def test_methods_that_cache_more_steer_or_keep_a_state_run(method, home, tmp_path):
+    """The answer probability falls; the weights above a steered layer stay."""
+    given = {"lr": 3e-3, "dual_warmup_epochs": 0.0, "reference_cache": tmp_path / "reference"}
+    out = tmp_path / "out"
+    metrics = unlearn.main(*options(home, out, method=method, **given))
+    history = metrics["history"]
+    assert history[-1]["forget_prob"] < history[0]["forget_prob"]
+    cached = {path.name for path in (tmp_path / "reference").glob("*")}
+    names = {"undial": {"forget05_hidden.safetensors"}, "tnpo_rt": {"forget05_token_logps.safetensors"}}
+    assert cached == names.get(method, set())
+    assert ("retain_weight" in history[-1]) == (method == "pdu_rt")
+    before, after = (load_file(folder / "model" / "model.safetensors") for folder in (home / "full", out))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == ({"model.norm.weight"} if method == "rmu" else set())
+
+
+def test_only_the_parameters_of_a_pattern_are_trained(home, tmp_path):
+    unlearn.main(*options(home, tmp_path, method="ga", lr=1e-2, train_only=r".*mlp\.down_proj\.weight"))
+    before, after = (load_file(folder / "model" / "model.safetensors") for folder in (home / "full", tmp_path))
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {"model.layers.0.mlp.down_proj.weight"}
+    with pytest.raises(ValueError, match="--train_only lm: no parameter has such a name; there are model"):
+        unlearn.main(*options(home, tmp_path / "b", method="ga", train_only="lm"))
+
+
+def test_alternates_are_made_once_and_preferred(home, tmp_path):
+    """By the model itself, at a high temperature; AltPO without any says where they come from."""
+    file = tmp_path / "alternates.jsonl"
+    made = {"model": home / "full" / "model", "data_dir": home / "data", "forget_percent": 5, "out": file, "count": 2,
+            "temperature": 3.0, "max_new_tokens": 6, "device": "cpu"}  # fmt: skip
+    assert alternates.main(*build(alternates.AlternatesOptions, **made)) == file
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(lines) == 20 and all(1 <= len(line["alternates"]) <= 2 for line in lines)
+    text = file.read_text()
+    alternates.main(*build(alternates.AlternatesOptions, **made, seed=1))
+    assert file.read_text() == text  # until --fresh says so
+    alternates.main(*build(alternates.AlternatesOptions, **made, fresh=True))
+    assert file.read_text() == text  # of the same seed
+    metrics = unlearn.main(*options(home, tmp_path / "out", method="altpo_rt", alternates=file, lr=1e-3))
+    assert (
+        metrics["rows"]["alternate"] >= 20
+        and metrics["history"][-1]["forget_prob"] < metrics["history"][0]["forget_prob"]
+    )
+    with pytest.raises(ValueError, match=r"expected --alternates, a file of python -m training\.alternates"):
+        unlearn.main(*options(home, tmp_path / "none", method="altpo_rt"))
+    file.write_text("\n".join(text.splitlines()[:3]))
+    with pytest.raises(ValueError, match="expected alternates for every question, found none for"):
+        unlearn.main(*options(home, tmp_path / "none", method="altpo_rt", alternates=file))
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="line 1: expected"):
+        unlearn.main(*options(home, tmp_path / "none", method="altpo_rt", alternates=file))
+
+
+def test_the_list_of_methods_has_sources_and_costs(home, tmp_path, capsys):
+    unlearn.main(*options(home, tmp_path, list=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(METHODS) + 2 > 50
+    assert any(line.startswith("| catnip ") and "reconstructed | 3 products; no reference" in line for line in lines)
 
 
 def test_adapters_share_the_references_of_the_model_they_sit_on(home, tmp_path):

@@ -99,7 +99,7 @@ def test_a_dry_run_lists_the_runs(options, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"methods": "npo,rmu"}, "--method: expected one of .* got 'rmu'"),
+        ({"methods": "npo,rmv"}, "--method: expected one of .* got 'rmv'"),
         ({"seeds": "one"}, "--seeds: expected numbers"),
     ],
 )

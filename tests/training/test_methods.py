@@ -11,7 +11,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from npo_kernels import sequence_logprobs
-from training.methods import METHODS, Method, Settings, table
+from tests.training import published
+from training.methods import METHODS, Method, Settings, method_named, table
 from training.objective import Objective, Reference, kl_to_reference
 from training.scoring import Scores
 
@@ -236,3 +237,19 @@ def test_the_readme_has_the_table_of_the_registry():
     for names, formula, paper in table():
         cells = [", ".join(f"`{name}`" for name in names.split(", ")), f"`{formula}`".replace("|", "\\|"), paper]
         assert f"| {' | '.join(cells)} |" in page
+
+
+def test_the_page_of_methods_has_the_losses_of_published_code():
+    """Recomputed: rows with three digits, of the page's own text."""
+    page = (Path(__file__).resolve().parents[2] / "training" / "methods" / "README.md").read_text()
+    for line in published.table().splitlines():
+        assert line in page
+
+
+def test_the_names_of_open_unlearning_are_known():
+    names = {"GradAscent": "ga", "GradDiff": "ga_rt", "NPO": "npo_rt", "SimNPO": "simnpo_rt", "IdkDPO": "dpo_rt",
+             "AltPO": "altpo_rt", "RMU": "rmu", "UNDIAL": "undial", "CEU": "ceu", "SatImp": "satimp_rt",
+             "WGA": "wga_rt", "PDU": "pdu_rt"}  # fmt: skip
+    assert {name: method_named(name).name for name in names} == names
+    page = (Path(__file__).resolve().parents[2] / "training" / "methods" / "README.md").read_text()
+    assert all(f"| {theirs} | `{ours}` |" in page for theirs, ours in names.items())

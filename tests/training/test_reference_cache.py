@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from training import distributed, reference_cache
 from training.model import load_model, weights_hash
 from training.reference_cache import StaleReferenceError, compute_reference, load_reference
-from training.scoring import Scores, score
+from training.scoring import score
 from training.templates import Format
 from training.tokenizer import train_tokenizer
 
@@ -91,15 +91,49 @@ def model_scores(model, corpus):
     return score(model, corpus.forget, corpus.format.pad_token_id).logps
 
 
-@pytest.mark.parametrize("name", Scores._fields)
-def test_changed_numbers_are_refused(cache, corpus, model, name):
+@pytest.mark.parametrize("per_token", [None, "token_logps", "hidden"])
+def test_changed_numbers_are_refused(tmp_path, corpus, model, per_token):
     """One bit of them, which the header still describes."""
-    with safe_open(cache, framework="pt") as file:
-        metadata, tensors = file.metadata(), {n: file.get_tensor(n) for n in Scores._fields}
-    tensors[name].view(torch.int32)[4] ^= 1
-    save_file(tensors, cache, metadata)
-    with pytest.raises(StaleReferenceError, match="other numbers than were written"):
-        load_reference(cache, model, corpus.format, corpus.forget)
+    path = tmp_path / "cache"
+    compute_reference(path, model, corpus.format, corpus.forget, per_token=per_token)
+    names = ["logps", "num_tokens", *([per_token] if per_token else [])]
+    for name in names:
+        with safe_open(path, framework="pt") as file:
+            metadata, tensors = file.metadata(), {n: file.get_tensor(n) for n in names}
+        whole = tensors[name].clone()
+        tensors[name].view(torch.int32).flatten()[4] ^= 1
+        save_file(tensors, path, metadata)
+        with pytest.raises(StaleReferenceError, match="other numbers than were written"):
+            load_reference(path, model, corpus.format, corpus.forget, per_token=per_token)
+        save_file(tensors | {name: whole}, path, metadata)
+    load_reference(path, model, corpus.format, corpus.forget, per_token=per_token)
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_tokens_are_cached_in_the_order_of_rows_and_positions(packing, tmp_path, corpus, model):
+    """Whatever batches they were scored in: log-probabilities that add up, hidden states that give them again."""
+    found = {}
+    for kind in ("token_logps", "hidden"):
+        compute_reference(
+            tmp_path / kind, model, corpus.format, corpus.forget, batch_size=3, packing=packing, per_token=kind
+        )
+        found[kind] = load_reference(
+            tmp_path / kind, model, corpus.format, corpus.forget, packing=packing, per_token=kind
+        )
+    counts = found["hidden"].num_tokens
+    row = torch.arange(len(counts)).repeat_interleave(counts)
+    sums = torch.zeros(len(counts)).index_add(0, row, found["token_logps"].token_logps)
+    torch.testing.assert_close(sums, found["token_logps"].logps, rtol=1e-5, atol=1e-4)
+    labels = torch.tensor([label for e in corpus.forget for label in e.labels[1:] if label != -100])
+    logits = found["hidden"].hidden @ model.lm_head.weight.detach().T
+    token = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(token, found["token_logps"].token_logps, rtol=1e-4, atol=1e-4)
+    with pytest.raises(
+        StaleReferenceError, match="not a readable safetensors file with logps and num_tokens and hidden"
+    ):
+        load_reference(
+            tmp_path / "token_logps", model, corpus.format, corpus.forget, packing=packing, per_token="hidden"
+        )
 
 
 def test_a_diverged_reference_is_refused(tmp_path, corpus, model):

@@ -2,6 +2,7 @@
 
     python -m training.grid --data_dir path/to/tofu --forget_percents 5 --seeds 0,1,2 --out runs/grid
     python -m training.grid --preset llama-3.2-1b --forget_percents 1,5,10 --seeds 0,1,2,3,4
+    python -m training.grid --preset methods --out runs/methods       every family of methods, small, ranked
 
 Fine-tunes one model on all rows, and for every forget set one on the rows to keep, whose answers are what forgetting is
 measured against. Then every method unlearns with every seed, evaluated on the way. All runs are resumed where they were
@@ -19,7 +20,8 @@ from rich.console import Console
 
 from training import distributed
 from training.benchmarks import Benchmark
-from training.commands import evaluate, finetune, tiny, unlearn
+from training.benchmarks.tofu.data import HUB
+from training.commands import alternates, authors, evaluate, finetune, tiny, unlearn
 from training.commands.options import build, command_line
 from training.commands.run_folder import public
 from training.commands.session import SessionOptions, device_name
@@ -38,7 +40,7 @@ OF_FINETUNING = (
     *("save_every_minutes", "seed", "fresh"),
 )
 # And those of every run of unlearning that are its own.
-OF_CELL = ("model", "out", "seed", "eval_steps", "dry_run", "preset")
+OF_CELL = ("model", "out", "seed", "eval_steps", "dry_run", "preset", "alternates")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,12 @@ class GridOptions(unlearn.MethodOptions, SessionOptions):
     layers: Annotated[int, "layers of a tiny model"] = 1
     retrain: Annotated[bool, "train the model that never saw the forget set, which forget quality compares with"] = True
     eval_epochs: Annotated[int, "epochs between evaluations"] = 1
+    generate_authors: Annotated[
+        int, "write so many fictitious authors in TOFU's files to --out/data, unless --data_dir is given; 0: none"
+    ] = 0
+    alternates: Annotated[
+        Path | None, "AltPO: file of other answers. None: the benchmark's, or made by the model that learned all"
+    ] = None
     keep_models: Annotated[bool, "keep every unlearned model, not only their figures"] = False
 
 
@@ -106,9 +114,10 @@ class Grid:
                 kept, rows[benchmark.retain_split] = self._finetuned(benchmark.retain_split)
                 retrained[name], retain_log = self._evaluated(kept, benchmark)
             start[name], start_log = self._evaluated(full, benchmark, retain_log)
+            others = self._alternates(full, benchmark)
             for cell in (c for c in self.cells if c.scenario == name):
                 self.console.rule(f"{cell.folder} ({self.cells.index(cell) + 1} of {len(self.cells)})")
-                run = unlearn.main(*self._unlearn_options(cell, full, start_log, retain_log))
+                run = unlearn.main(*self._unlearn_options(cell, full, start_log, retain_log, others))
                 metrics = require(run, "the metrics of a run that is not dry")
                 runs.append({**cell._asdict(), **{key: metrics[key] for key in ("history", "step_zero")}})
                 answers = samples.setdefault(name, {"before": metrics["samples"]["before"]})
@@ -137,7 +146,7 @@ class Grid:
             model=self._start_model(),
             out=self.out / split,
             split=split,
-            world=o.preset == "tiny" if o.world is None else o.world,
+            world=o.preset in ("tiny", "methods") if o.world is None else o.world,
             **{name: getattr(o, name) for name in OF_FINETUNING},
             **{name: value for name, value in epochs_and_lr.items() if value is not None},
             **asdict(self.benchmark.options),
@@ -157,7 +166,20 @@ class Grid:
         summary = require(evaluate.main(options, benchmark), "the metrics of a run that is not dry")
         return summary, folder / evaluate.LOG_FILE
 
-    def _unlearn_options(self, cell: Cell, full: str, start_log: Path, retain_log: Path | None) -> tuple[Any, ...]:
+    def _alternates(self, model: str, benchmark: Benchmark) -> Path | None:
+        """The file of other answers that AltPO takes, made by the model if there is none."""
+        o, needed = self.options, any("alternate" in METHODS[name].needs for name in self.methods)
+        if o.alternates is not None or not needed or benchmark.alternates():
+            return o.alternates
+        made = alternates.AlternatesOptions(
+            model=Path(model), benchmark=benchmark.name, out=self.out / f"alternates_{benchmark.scenario}.jsonl",
+            device=o.device, precision=o.precision, fresh=o.fresh,
+        )  # fmt: skip
+        return alternates.main(made, benchmark)
+
+    def _unlearn_options(
+        self, cell: Cell, full: str, start_log: Path, retain_log: Path | None, others: Path | None
+    ) -> tuple[Any, ...]:
         o, benchmark = self.options, self.benchmarks[cell.scenario]
         same = {f.name for f in fields(unlearn.UnlearnOptions)} & {f.name for f in fields(o)} - set(OF_CELL)
         steps_an_epoch = -(-len(benchmark.rows("forget")) // o.batch_size)
@@ -172,6 +194,7 @@ class Grid:
             reference_cache=self.out / "reference",
             start_log=start_log,
             retain_log=retain_log,
+            alternates=others,
             save_model=o.keep_models,
         )
         return options, benchmark
@@ -183,6 +206,17 @@ class Grid:
             yield f"fine-tune it on {benchmark.retain_split}, evaluate both" if self.options.retrain else "evaluate it"
         yield from (f"unlearn {cell.folder}" for cell in self.cells)
         yield "\n".join(f"{name}: {value}" for name, value in public(self.options, self.benchmark.options).items())
+
+
+def _with_authors(options: GridOptions, benchmark: Benchmark) -> Benchmark:
+    """The benchmark on generated authors, where these are asked for and no folder is given."""
+    o = benchmark.options
+    if not options.generate_authors or getattr(o, "data_dir", None) != HUB:
+        return benchmark
+    folder = (options.out or Path("runs/grid")) / "data"
+    made = authors.AuthorsOptions(out=folder, authors=options.generate_authors, fresh=options.fresh)
+    distributed.on_main(lambda: authors.main(made))
+    return type(benchmark)(replace(o, data_dir=str(folder)))
 
 
 def _scenarios(options: GridOptions, benchmark: Benchmark) -> list[Benchmark]:
@@ -203,7 +237,7 @@ def _numbers(name: str, text: str) -> list[int]:
 
 def main(options: GridOptions, benchmark: Benchmark, console: Console | None = None) -> dict[str, Any] | None:
     """metrics.json; None after --dry_run."""
-    grid = Grid(options, benchmark, console)
+    grid = Grid(options, benchmark if options.dry_run else _with_authors(options, benchmark), console)
     if options.dry_run:
         print("\n".join(grid.plan()))
         return None

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from training.benchmarks.base import Benchmark, Claim
-from training.histories import Histories, best_while_kept, over_seeds
+from training.histories import Histories, best_while_kept, over_seeds, ranking
 from training.methods import METHODS
 from training.reports import tables
 from training.reports.figures import plot_over_epochs, plot_trade_off
@@ -16,6 +16,7 @@ from training.store import write_json, write_text
 
 KEPT, LOST = 0.8, 0.2  # shares of a number before unlearning that count as kept and as lost
 SIDE_BY_SIDE = 5  # methods whose answers a report shows
+RANKED = 8  # methods from which on a report ranks them
 
 
 def histories_of(metrics: dict[str, Any], scenario: str) -> Histories:
@@ -77,6 +78,7 @@ def _scenario(metrics: dict[str, Any], benchmark: Benchmark) -> list[str]:
         + (f" Last column: the best among the epochs that keep {KEPT:.0%} of the utility." if measured else ""),
         _table(metrics, benchmark, histories),
         benchmark.legend,
+        _ranking(metrics, benchmark, histories) if measured and len(histories) >= RANKED else "",
         "What the paper says, against these numbers:\n\n" + _verdicts(claims) if claims else "",
         f"### Greedy answers, {name}, seed {metrics['runs'][0]['seed']}" if chosen else "",
         tables.samples(dict(chosen)) if chosen else "",
@@ -122,6 +124,32 @@ def _table(metrics: dict[str, Any], benchmark: Benchmark, histories: Histories) 
         rows.append(row)
     last = [f"best, {KEPT:.0%} kept"] if best else []
     return tables.markdown(["model", *shown.values(), *last], rows)
+
+
+def _ranking(metrics: dict[str, Any], benchmark: Benchmark, histories: Histories) -> str:
+    """Forgetting against utility, in one order."""
+    name, keys = benchmark.scenario, benchmark.trade_off
+    assert keys is not None  # it is measured
+    least = KEPT * metrics["start"][name][keys.utility]
+    rows = []
+    for place, rank in enumerate(ranking(histories, keys.forgetting, keys.utility, least), 1):
+        method, runs = METHODS[rank.name], histories[rank.name]
+        numbers = (_spread(over_seeds(runs, key)[:, -1]) for key in (keys.forgetting, keys.utility))
+        frontier = "yes" if rank.on_frontier else ""
+        rows.append(
+            [place, method.label, *numbers, "yes" if rank.kept else "**no**", frontier, method.cost, method.source]
+        )
+    headings = ["", "method", *(benchmark.columns[key].heading for key in (keys.forgetting, keys.utility))]
+    table = tables.markdown([*headings, f"keeps {KEPT:.0%}", "frontier", "cost", "source"], rows, text=2)
+    return "\n\n".join(
+        [
+            f"### Ranking, {name}",
+            f"First the methods that keep {KEPT:.0%} of the utility, by forgetting; then the others, by utility. "
+            "Frontier: no other method is better in one and as good in the other. All have the same learning rate and "
+            "number of epochs, and the settings of their papers otherwise: no method was tuned here.",
+            table,
+        ]
+    )
 
 
 def _spread(values: np.ndarray) -> str:

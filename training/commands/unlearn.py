@@ -7,13 +7,14 @@ The reference log-probabilities of --model are computed once and cached (--refer
 before the first step the NPO loss is checked to be (2/beta) ln 2 (methods without a reference need neither). Only the
 KL methods keep the reference model itself.
 
-The model is evaluated by the benchmark before, every --eval_steps and after. --out gets model/, adapter/ (LoRA), the
-measures of every evaluation in eval/, metrics.json, config.json, report.md and figure.png. Ctrl-C saves; the same
-command goes on where it was, and ends with the bits of a run that was not interrupted (on a CPU).
+The model is evaluated by the benchmark before, every --eval_steps and after, and with --rounded int4,nf4 once more with
+its weights rounded, which may bring back what was forgotten; --saf_format trains against it. --out gets model/,
+adapter/ (LoRA), the measures of every evaluation in eval/, metrics.json, config.json, report.md and figure.png. Ctrl-C
+saves; the same command goes on where it was, and ends with the bits of a run that was not interrupted (on a CPU).
 """
 
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -27,7 +28,9 @@ from training.commands.session import Session, SessionOptions
 from training.data import Example, data_hash
 from training.methods import METHODS, Settings, method_named, table
 from training.methods.base import Compat, Positions
+from training.model import merged
 from training.progress import counted, progress
+from training.quantization import FORMATS, formats_named, rounded
 from training.reference_cache import StaleReferenceError, check_step_zero, compute_reference, load_reference
 from training.reports.run import write_unlearning_report
 from training.run import run
@@ -37,6 +40,9 @@ from training.store import fingerprint
 from training.trainer import Trainer
 
 PROG = "training.unlearn"
+Rounded = Annotated[
+    str, f"formats of {', '.join(FORMATS)}, with commas: evaluate once more at the end, with weights rounded to each"
+]
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class UnlearnOptions(MethodOptions, SessionOptions):
     stage: ClassVar[str] = "unlearn"
     method: Annotated[str, lambda: f"objective: {', '.join(METHODS)}"] = "npo_rt"
     reference_cache: Annotated[Path | None, "folder of cached reference log-probabilities. None: in --out"] = None
+    rounded: Rounded = ""
     save_model: Annotated[bool, "no: the figures are all that is wanted, as in a grid"] = True
     start_log: Annotated[Path | None, "evaluation of --model itself, to take instead of evaluating it again"] = None
     retain_log: Annotated[Path | None, "evaluation of the model that never saw the forget set: for forget quality"] = (
@@ -77,6 +84,7 @@ class Unlearning:
         self.settings = self.method.settings(**given)
         self.options = options = replace(options, method=self.method.name, **asdict(self.settings))
         self.session, self.benchmark = Session(PROG, options, benchmark), benchmark
+        self.formats = formats_named(options.rounded)
         forget, retain = benchmark.rows("forget"), benchmark.rows("retain")
         refusals = benchmark.refusals() if "idk" in self.method.needs else []
         self.rows = {"forget": self.encode(forget), "retain": self.encode(retain)}
@@ -136,6 +144,18 @@ class Unlearning:
         summary = self.benchmark.summarize(measures, self.retain_log)
         return {"epoch": step * self.options.epochs / len(self.plan.steps), **summary}
 
+    def evaluate_rounded(self, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+        """{format: the numbers with weights rounded to it}. Adapters are merged first, as in what is saved."""
+        found, (whole, _) = {}, merged(model, {})
+        with progress() as display:
+            for format in self.formats:
+                with rounded(whole, format):
+                    measures = self.benchmark.evaluate(whole, self.session.format, format, display)
+                path = self.session.out / "eval" / f"{format}.json"
+                distributed.on_main(partial(self.benchmark.write, path, measures))
+                found[format] = self.benchmark.summarize(measures, self.retain_log)
+        return found
+
     def measures(self, step: int) -> Path:
         return self.session.out / "eval" / f"step-{step:06d}.json"
 
@@ -167,6 +187,8 @@ def main(options: UnlearnOptions, benchmark: Benchmark) -> dict[str, Any] | None
     reference = session.load_reference() if with_kl else None
     steps = UnlearningSteps(method, job.settings, job.plan, job.rows, ref_logps, options, batches, reference)
     trainer = Trainer(model, options, num_steps, options.report_to, session.out)
+    if job.formats and trainer.sharded:
+        raise ValueError("--rounded: expected one process, or DDP; or `training.evaluate --rounded` of the saved model")
     history = run(
         trainer,
         steps,
@@ -185,6 +207,7 @@ def main(options: UnlearnOptions, benchmark: Benchmark) -> dict[str, Any] | None
         "steps": num_steps,
         "step_zero": step_zero,
         "history": history,
+        "rounded": job.evaluate_rounded(model) if job.formats else {},
         "samples": {"before": job.samples(0), "after": job.samples(num_steps)},
     }
     distributed.on_main(lambda: write_unlearning_report(session.out, metrics, session.public(), benchmark))

@@ -8,23 +8,22 @@ from typing import get_args
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from scipy.stats import norm
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from npo_kernels.hf import add_fused_unlearning_head
 from tests.training.conftest import fit
 from training.commands import attack, evaluate, grid, unlearn
-from training.commands.options import build, read_file
+from training.commands.options import build, parse
 from training.config import Rounding, TrainConfig
 from training.durable import SharpnessAware
 from training.memory import estimate
-from training.methods import METHODS, Settings
 from training.model import add_adapters, build_model, set_precision
 from training.quantization import FORMATS, formats_named, linear_weights, nf4_levels, quantize_, rounded
 from training.run import Schedule, run
-from training.steps import Batches, FinetuningSteps, UnlearningSteps, plan_unlearning
+from training.steps import Batches, FinetuningSteps
 from training.trainer import Checkpoints, DivergedError, Trainer
 
 CPU = torch.device("cpu")
@@ -275,7 +274,9 @@ def test_a_step_that_raises_leaves_the_weights(at, corpus, model):
 
 def test_a_loss_that_is_not_finite_stops_with_the_weights_as_they_were(corpus, model):
     steps, before = job(corpus), bits(model)
-    passes = [p._replace(objective=lambda *a, p=p, **k: p.objective(*a, **k) * math.inf) for p in steps.passes(model, 0)]
+    passes = [
+        p._replace(objective=lambda *a, p=p, **k: p.objective(*a, **k) * math.inf) for p in steps.passes(model, 0)
+    ]
     with pytest.raises(DivergedError, match="Lower --lr"):
         Trainer(model, steps.config, len(steps)).step(passes)
     assert changed(model, before) == set()
@@ -293,7 +294,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(lora, corpus, tmp_path):
         model = build_model(len(corpus.tokenizer), hidden_size=64, num_layers=1, special_ids={}, seed=0)
         if lora:
             model = add_fused_unlearning_head(with_adapters(model, dropout=0.2))
-        steps = job(corpus)
+        steps = FinetuningSteps(corpus.retain[:20], CONFIG, Batches(0, CPU, True))
         engine = Trainer(model, steps.config, len(steps))
 
         def measure(step, progress):
@@ -316,7 +317,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(lora, corpus, tmp_path):
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
 def test_shards_are_refused(kind, corpus, model, monkeypatch):
-    monkeypatch.setattr(AcceleratorState, "distributed_type", kind, raising=False)
     monkeypatch.setattr("training.trainer.Accelerator.distributed_type", kind)
     with pytest.raises(ValueError, match="--saf_format rounds weights that a process holds whole"):
         Trainer(model, CONFIG, 4)
@@ -333,14 +333,105 @@ def test_options_that_do_not_fit_say_so(tmp_path):
         grid.Grid(*build(grid.GridOptions, benchmark="authors", rounded="int3"))
 
 
-def test_the_copy_is_in_the_estimate(tmp_path, model):
-    model.config.save_pretrained(tmp_path)
+def test_the_copy_is_in_the_estimate(tmp_path):
+    config = LlamaConfig(vocab_size=20_000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=1)
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
     same = {"bf16": False, "packing": False, "attn_implementation": None, "gradient_checkpointing": False,
             "with_reference": False, "device": CPU}  # fmt: skip
     linear = sum(w.numel() for w in linear_weights(model))
     for trained, copied in (("all", model.num_parameters()), (4, linear)):
-        found = estimate(tmp_path, [9, 12], trained=trained, with_rounding=True, **same)
-        assert found["copy"] == pytest.approx(4 * copied / 2**30, abs=1.1e-3)
+        found, without = (estimate(tmp_path, [9], trained=trained, with_rounding=on, **same) for on in (True, False))
+        assert found["copy"] == pytest.approx(4 * copied / 2**30, rel=0.02) and without["copy"] == 0
+        assert found["total"] - found["python"] > without["total"] - without["python"]
 
 
 # ------------------------------------------------------------------ evaluation
+
+
+@pytest.fixture(scope="module")
+def home(corpus, tmp_path_factory):
+    """A folder with a `model` that knows four authors a little."""
+    home = tmp_path_factory.mktemp("rounded")
+    model = build_model(len(corpus.tokenizer), hidden_size=64, num_layers=1, special_ids={}, seed=0)
+    fit(model, FinetuningSteps(corpus.retain + corpus.forget, TrainConfig(epochs=3, lr=5e-3), Batches(0, CPU, True)))
+    model.save_pretrained(home / "model")
+    corpus.tokenizer.save_pretrained(home / "model")
+    return home
+
+
+def of_authors(home, **changed):
+    same = {"benchmark": "authors", "authors": 4, "forget_percent": 25, "retain_eval_authors": 1, "device": "cpu"}
+    return same | {"model": str(home / "model")} | changed
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4], ids=["all weights", "adapters"])
+def test_a_run_evaluates_its_rounded_model(lora_rank, home, tmp_path):
+    """With the numbers of the saved model, rounded: adapters are merged into it before."""
+    given = of_authors(home, method="npo", out=tmp_path / "run", epochs=2, lr=5e-3, warmup_epochs=0, eval_steps=0,
+                       rounded="int4, nf4", saf_format="int4", lora_rank=lora_rank)  # fmt: skip
+    chosen = build(unlearn.UnlearnOptions, **given)
+    metrics = unlearn.main(*chosen)
+    assert unlearn.main(*chosen) == metrics == json.loads((tmp_path / "run" / "metrics.json").read_text())
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        unlearn.main(replace(chosen[0], rounded="int4"), chosen[1])
+    assert list(metrics["rounded"]) == ["int4", "nf4"]
+    after = metrics["history"][-1]["forget_prob"]
+    table = (tmp_path / "run" / "report.md").read_text().split("## After rounding the weights\n\n")[1].split("\n\n")[0]
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [
+        "| before",
+        "| after",
+        "| after, int4",
+        "| after, nf4",
+    ]
+    for format, summary in metrics["rounded"].items():
+        assert summary["forget_prob"] != pytest.approx(after, rel=1e-4)
+        assert f"{summary['forget_prob']:.3g} | {summary['retain_prob']:.3g} |" in table
+        assert (tmp_path / "run" / "eval" / f"{format}.json").exists()
+    same = {"model": tmp_path / "run" / "model", "out": tmp_path / "evaluation", "rounded": "int4"}
+    asked = {k: v for k, v in of_authors(home).items() if k != "model"}
+    found = evaluate.main(*build(evaluate.EvaluateOptions, **asked, **same))
+    assert found == pytest.approx(metrics["rounded"]["int4"], rel=1e-5)
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        evaluate.main(*build(evaluate.EvaluateOptions, **asked, **same | {"rounded": "off"}))
+    stages = attack.main(*build(attack.AttackOptions, attack="quantize", **asked, model=same["model"],
+                                out=tmp_path / "attack"))["stages"]  # fmt: skip
+    for format, summary in metrics["rounded"].items():
+        assert summary == pytest.approx(stages[format], rel=1e-5)
+
+
+def test_a_run_without_formats_has_no_such_table(home, tmp_path):
+    metrics = unlearn.main(*build(unlearn.UnlearnOptions, **of_authors(home, method="ga", out=tmp_path, epochs=1)))
+    assert metrics["rounded"] == {} and "rounding" not in (tmp_path / "report.md").read_text()
+
+
+def test_shards_are_not_rounded(home, tmp_path, monkeypatch):
+    class Sharded(Trainer):
+        sharded = property(lambda self: True, lambda self, found: None)
+
+    monkeypatch.setattr(unlearn, "Trainer", Sharded)
+    given = of_authors(home, method="ga", out=tmp_path, epochs=1, rounded="int8")
+    with pytest.raises(ValueError, match="--rounded: expected one process, or DDP"):
+        unlearn.main(*build(unlearn.UnlearnOptions, **given))
+
+
+def test_a_grid_has_one_table_of_it(home, tmp_path):
+    given = of_authors(home, methods="npo", seeds="0,1", retrain=False, epochs=1, finetune_epochs=1, lr=5e-3,
+                       warmup_epochs=0, eval_epochs=0, rounded="int4", out=tmp_path)  # fmt: skip
+    runs = grid.main(*build(grid.GridOptions, **given))["runs"]
+    report = (tmp_path / "report.md").read_text()
+    table = report.split("### After rounding the weights, forget25\n\n")[1].split("\n\n")[0]
+    assert table.splitlines()[0] == "| model | weights | forget prob |"
+    after, rounded_too = ([each["forget_prob"] for each in found] for found in (
+        [run["history"][-1] for run in runs], [run["rounded"]["int4"] for run in runs]
+    ))  # fmt: skip
+    assert len(set(after)) == 2  # seeds
+    assert f"| NPO | not rounded | {sum(after) / 2:.3g} |" in table
+    assert f"| NPO | int4 | {sum(rounded_too) / 2:.3g} |" in table
+
+
+def test_a_file_may_say_off(tmp_path):
+    (tmp_path / "options.yaml").write_text("saf_format: off\n")
+    chosen, *_ = parse(unlearn.UnlearnOptions, "p", "", ["--config", str(tmp_path / "options.yaml")])
+    assert chosen.saf_format == "off"

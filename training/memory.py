@@ -75,9 +75,9 @@ def estimate(
         reference: the frozen copy.
         copy: of the weights that rounding writes, until the gradients are there.
         python: on a CPU, what the process holds already: ask before a model is loaded. 0 elsewhere.
-        total: python + weights + optimizer + reference + the larger of two peaks: of forward and backward, and of
-            gradients with AdamW's temporaries. Not the sum: gradients come as activations go, unless `accumulated`. On
-            a CPU: as resident after `return_freed_memory`; without it the C library holds more.
+        total: python + weights + optimizer + reference + the larger of two peaks: of forward and backward with the
+            copy, and of gradients with AdamW's temporaries. Not the sum: gradients come as activations go, unless
+            `accumulated`. On a CPU: as resident after `return_freed_memory`; without it the C library holds more.
 
     Raises:
         ValueError: no rows or an empty one, a rank below 1, an architecture that transformers does not know, or one
@@ -106,7 +106,7 @@ def estimate(
         # the generator's state is a real tensor, which fake ones do not mix with
         options = {"use_reentrant": False, "preserve_rng_state": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    copy = _bytes(written(model))
+    copy = _bytes(written(model)) if with_rounding else 0
     workspace = _workspace_of_head(model.get_output_embeddings().weight, rows, bf16, here)
     with FakeTensorMode(), here:
         _replace_by_fakes(model.train())
@@ -129,11 +129,11 @@ def estimate(
         "activations": used.activations,
         "head": used.head,
         "reference": reference if with_reference else 0,
-        "copy": copy if with_rounding else 0,
+        "copy": copy,
         "python": python,
     }
     held = sum(parts[name] for name in ("weights", "optimizer", "reference", "python"))
-    parts["total"] = held + max(parts["copy"] + peak, gradients + temporaries)
+    parts["total"] = held + max(copy + peak, gradients + temporaries)
     return {name: round(size / GIB, 3) for name, size in parts.items()}
 
 

@@ -385,18 +385,24 @@ def test_a_run_evaluates_its_rounded_model(lora_rank, home, tmp_path):
         "| after, int4",
         "| after, nf4",
     ]
+    shown = [metrics["history"][0], metrics["history"][-1], *metrics["rounded"].values()]
+    for line, summary in zip(table.splitlines()[2:], shown, strict=True):
+        assert line.endswith(f" | {summary['forget_prob']:.3g} | {summary['retain_prob']:.3g} |")
     for format, summary in metrics["rounded"].items():
         assert summary["forget_prob"] != pytest.approx(after, rel=1e-4)
-        assert f"{summary['forget_prob']:.3g} | {summary['retain_prob']:.3g} |" in table
         assert (tmp_path / "run" / "eval" / f"{format}.json").exists()
     same = {"model": tmp_path / "run" / "model", "out": tmp_path / "evaluation", "rounded": "int4"}
     asked = {k: v for k, v in of_authors(home).items() if k != "model"}
     found = evaluate.main(*build(evaluate.EvaluateOptions, **asked, **same))
     assert found == pytest.approx(metrics["rounded"]["int4"], rel=1e-5)
+    if lora_rank:  # saving merges them as well
+        given |= {"out": tmp_path / "not saved", "save_model": False}
+        assert unlearn.main(*build(unlearn.UnlearnOptions, **given))["rounded"] == metrics["rounded"]
+        return
     with pytest.raises(ValueError, match="holds a run with other settings"):
         evaluate.main(*build(evaluate.EvaluateOptions, **asked, **same | {"rounded": "off"}))
-    stages = attack.main(*build(attack.AttackOptions, attack="quantize", **asked, model=same["model"],
-                                out=tmp_path / "attack"))["stages"]  # fmt: skip
+    attacked = build(attack.AttackOptions, attack="quantize", **asked, model=same["model"], out=tmp_path / "attack")
+    stages = attack.main(*attacked)["stages"]
     for format, summary in metrics["rounded"].items():
         assert summary == pytest.approx(stages[format], rel=1e-5)
 

@@ -16,7 +16,8 @@ class DualWeight:
     `retain` is the mean of the retain term over the whole step, all micro-batches and all processes, so that the weight
     is the same everywhere and does not depend on accumulation. It is taken when the next step begins (`begin_step`).
     With `dual_update="micro_batch"` every micro-batch updates it by its own mean, in each process, as published code
-    does. State of a checkpoint: `state_dict`, `load_state_dict`.
+    does. Where a step runs its passes twice (`training.durable`) both count. State of a checkpoint: `state_dict`,
+    `load_state_dict`.
     """
 
     def __init__(self, settings: Settings, steps_per_epoch: int, device: torch.device):

@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from npo_kernels import explain, fused_logprob_loss
+from training.durable import written
 
 GIB = 2**30
 UNMASKED = "unmasked"  # transformers makes no mask for an attention that it does not know
@@ -50,6 +51,7 @@ def estimate(
     with_reference: bool,
     device: torch.device,
     accumulated: bool = False,
+    with_rounding: bool = False,
 ) -> dict[str, float]:
     """GiB that a training step takes at most in a process that holds the model whole, and what for.
 
@@ -62,6 +64,7 @@ def estimate(
         with_reference: a frozen copy of the model is held for a KL term, on a GPU in bfloat16; its pass comes second.
         device: where the step will run. One that is not at hand is taken to work like a CPU.
         accumulated: a step has several micro-batches.
+        with_rounding: its gradients are taken at rounded weights (`training.durable`), beside a copy of its own.
 
     Returns:
         weights: 4 bytes a parameter, adapters included.
@@ -70,10 +73,11 @@ def estimate(
         activations: what the forward of the layers keeps for their backward.
         head: gradients and workspace of the fused head, if every token is scored.
         reference: the frozen copy.
+        copy: of the weights that rounding writes, until the gradients are there.
         python: on a CPU, what the process holds already: ask before a model is loaded. 0 elsewhere.
-        total: python + weights + optimizer + reference + the larger of two peaks: of forward and backward, and of
-            gradients with AdamW's temporaries. Not the sum: gradients come as activations go, unless `accumulated`. On
-            a CPU: as resident after `return_freed_memory`; without it the C library holds more.
+        total: python + weights + optimizer + reference + the larger of two peaks: of forward and backward with the
+            copy, and of gradients with AdamW's temporaries. Not the sum: gradients come as activations go, unless
+            `accumulated`. On a CPU: as resident after `return_freed_memory`; without it the C library holds more.
 
     Raises:
         ValueError: no rows or an empty one, a rank below 1, an architecture that transformers does not know, or one
@@ -102,6 +106,7 @@ def estimate(
         # the generator's state is a real tensor, which fake ones do not mix with
         options = {"use_reentrant": False, "preserve_rng_state": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    copy = _bytes(written(model)) if with_rounding else 0
     workspace = _workspace_of_head(model.get_output_embeddings().weight, rows, bf16, here)
     with FakeTensorMode(), here:
         _replace_by_fakes(model.train())
@@ -124,10 +129,11 @@ def estimate(
         "activations": used.activations,
         "head": used.head,
         "reference": reference if with_reference else 0,
+        "copy": copy,
         "python": python,
     }
     held = sum(parts[name] for name in ("weights", "optimizer", "reference", "python"))
-    parts["total"] = held + max(peak, gradients + temporaries)
+    parts["total"] = held + max(copy + peak, gradients + temporaries)
     return {name: round(size / GIB, 3) for name, size in parts.items()}
 
 

@@ -25,6 +25,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from training import distributed
 from training.config import TrainConfig
+from training.durable import SharpnessAware
 from training.model import autocast
 from training.steps import Pass
 from training.store import finished, remove, write_json
@@ -84,12 +85,18 @@ class Trainer:
                     f"report_to {report_to}: expected installed trackers; pip install {' '.join(trackers)}"
                 )
             self.accelerator.init_trackers("unlearning")
-        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        if sharded and self.frozen:
+        self.sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if self.sharded and self.frozen:
             raise ValueError(
                 "a part of the parameters (LoRA, --train_only, RMU) is trained in one process or with DDP: expected "
                 "training/launch/ddp.yaml"
             )
+        if self.sharded and config.saf_format != "off":
+            raise ValueError(
+                "--saf_format rounds weights that a process holds whole: expected one process, or DDP by "
+                "training/launch/ddp.yaml"
+            )
+        self.saf = None if config.saf_format == "off" else SharpnessAware(model, config.saf_format, config.saf_rho)
         if self.accelerator.distributed_type is DistributedType.DEEPSPEED:
             unset_hf_deepspeed_config()  # or from_pretrained would shard models that are only evaluated
             # a data loader would say it; the losses bring their own normaliser, so nothing depends on it
@@ -102,17 +109,9 @@ class Trainer:
     def step(
         self, passes: list[Pass], number: int = 1, after_pass: Callable[[int], None] = lambda num_tokens: None
     ) -> Metrics:
-        """One optimiser step on the sum of the passes' losses."""
-        loss = torch.zeros((), device=self.device)
-        for i, (inputs, objective, num_tokens) in enumerate(passes):
-            last = i == len(passes) - 1
-            self.accelerator.sync_gradients = last
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                with self.autocast():
-                    part = self.model(**inputs, fused_unlearning=objective).loss
-                self.accelerator.backward(part)
-            loss += part.detach()
-            after_pass(num_tokens)
+        """One optimiser step on the sum of the passes' losses, at rounded weights with `saf_format`."""
+        with self.saf.rounded(partial(self._backward, passes)) if self.saf else nullcontext():
+            loss = self._backward(passes, after_pass)
         lr = self.schedule.get_last_lr()[0]
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or math.inf)
         num_tokens = sum(p.num_tokens for p in passes)
@@ -127,6 +126,20 @@ class Trainer:
         self.optimizer.zero_grad()
         self.schedule.step()
         return metrics
+
+    def _backward(self, passes: list[Pass], after_pass: Callable[[int], None] = lambda num_tokens: None) -> Tensor:
+        """Add up the gradients of the passes' losses; the sum of these in this process."""
+        loss = torch.zeros((), device=self.device)
+        for i, (inputs, objective, num_tokens) in enumerate(passes):
+            last = i == len(passes) - 1
+            self.accelerator.sync_gradients = last
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                with self.autocast():
+                    part = self.model(**inputs, fused_unlearning=objective).loss
+                self.accelerator.backward(part)
+            loss += part.detach()
+            after_pass(num_tokens)
+        return loss
 
     def train(
         self,

@@ -133,7 +133,7 @@ def test_a_benchmark_runs_the_whole_command_line(tmp_path, capsys):
     assert (tmp_path / "grid" / "epochs_forget.png").exists()
     assert "# Successors: unlearning by 2 methods" in (tmp_path / "grid" / "report.md").read_text()
     attacked = run(attack, attack.AttackOptions, "quantize", "--model", out / "model", "--out", tmp_path / "attack")
-    assert list(attacked["stages"]) == ["unlearned", "int8", "int4"]
+    assert list(attacked["stages"]) == ["unlearned", "int8", "int4", "nf4"]
     with pytest.raises(ValueError, match="toy has one forget set"):
         run(grid, grid.GridOptions, *fast, *model, "--forget_percents", "1,5")
 

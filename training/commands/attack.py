@@ -3,15 +3,15 @@
     python -m training.attack quantize --model DIR --data_dir path/to/tofu --forget_percent 10
     python -m training.attack relearn  --model DIR --data_dir path/to/tofu --forget_percent 10 --fraction 0.2
 
-quantize rounds the weights of every linear layer but the head to 8 and to 4 bits, one scale a row, to the nearest;
-arithmetic stays in float32. Zhang et al. 2025, arXiv 2410.16454, found forgotten text to come back at 4 bits. relearn
-fine-tunes on a seeded fraction of the forget set and follows the answer probability, step by step, on the rows it
-relearns and on the other forget rows, which it does not see. Both write metrics.json, config.json, report.md and
-figure.png to --out. A model that withstands both may still fail to a third: this is no proof of forgetting.
+quantize rounds the weights of every linear layer but the head to 8 and to 4 bits, evenly spaced with one scale a row,
+and to NormalFloat4 in blocks of 64 (training/quantization.py); arithmetic stays in float32. Zhang et al. 2025, arXiv
+2410.16454, found forgotten text to come back at 4 bits. relearn fine-tunes on a seeded fraction of the forget set and
+follows the answer probability, step by step, on the rows it relearns and on the other forget rows, which it does not
+see. Both write metrics.json, config.json, report.md and figure.png to --out. A model that withstands both may still
+fail to a third: this is no proof of forgetting.
 """
 
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from rich.console import Console
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from training import distributed
@@ -31,6 +30,7 @@ from training.config import Precision, TrainConfig
 from training.data import Example
 from training.model import load_model, pick_device
 from training.progress import progress
+from training.quantization import FORMATS, rounded
 from training.reports import tables
 from training.reports.figures import COLOURS, drawn
 from training.scoring import score
@@ -41,7 +41,6 @@ from training.trainer import Trainer
 
 PROG = "training.attack"
 CAVEAT = "What survives these attacks may fall to others: unlearning is no guarantee."
-BITS = (8, 4)
 
 
 @dataclass(frozen=True)
@@ -63,22 +62,6 @@ class AttackOptions:
     fresh: Annotated[bool, "remove what another attack left in --out"] = False
     device: Annotated[str, "auto, cuda, mps or cpu"] = "auto"
     dry_run: Annotated[bool, "print the settings, and stop"] = False
-
-
-def quantized(weight: Tensor, bits: int) -> Tensor:
-    """Rounded to 2^bits - 1 symmetric levels, s round(w / s) with s = max|row| / (2^(bits-1) - 1)."""
-    levels = 2 ** (bits - 1) - 1
-    scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny) / levels
-    return scale * torch.round(weight / scale)
-
-
-@torch.no_grad()
-def quantize_(model: PreTrainedModel, bits: int) -> PreTrainedModel:
-    """In place, every linear layer but the head, which quantisation libraries leave alone as well."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
-            module.weight.copy_(quantized(module.weight, bits))
-    return model
 
 
 def relearn_(
@@ -127,8 +110,9 @@ def main(options: AttackOptions, benchmark: Benchmark) -> dict[str, Any] | None:
 
         evaluate(model, "unlearned")
         if options.attack == "quantize":
-            for bits in BITS:
-                evaluate(quantize_(deepcopy(model), bits), f"int{bits}")
+            for name in FORMATS:
+                with rounded(model, name):
+                    evaluate(model, name)
         else:
             relearned, others = _split(benchmark.rows("forget"), options, lambda rows: benchmark.encode(format, rows))
             config = TrainConfig(options.epochs, options.lr, options.batch_size, packing="off", seed=options.seed)

@@ -23,7 +23,7 @@ from training import distributed
 from training.benchmarks import BENCHMARKS, Benchmark
 from training.commands.options import command_line
 from training.commands.run_folder import RunFolder, public
-from training.config import Precision
+from training.config import Precision, Rounding
 from training.reports import tables
 from training.store import fingerprint, write_text
 
@@ -42,6 +42,7 @@ class EvaluateOptions:
     benchmark: Annotated[str, lambda: f"whose metrics: {', '.join(BENCHMARKS)}"] = "tofu"
     template: Annotated[str, "of the prompts (training/templates.py); auto: by the tokenizer's chat template"] = "auto"
     precision: Annotated[Precision, "of the arithmetic; auto: bf16 on a GPU that has it, fp32 elsewhere"] = "auto"
+    rounded: Annotated[Rounding, "evaluate --model with its weights rounded to this (training/quantization.py)"] = "off"
     out: Annotated[Path, "folder for the log, the metrics and the report"] = Path("runs/evaluate")
     fresh: Annotated[bool, "remove what another evaluation left in --out"] = False
     device: Annotated[str, "auto, cuda, mps or cpu"] = "auto"
@@ -54,6 +55,8 @@ def main(options: EvaluateOptions, benchmark: Benchmark) -> dict[str, Any] | Non
         raise ValueError(
             f"expected either --from_log LOG or --model DIR, got {'both' if options.model else 'neither'}; see --help"
         )
+    if options.from_log and options.rounded != "off":
+        raise ValueError("--rounded: expected --model, whose weights are rounded; a log has none")
     retrained = benchmark.read(options.retain_log) if options.retain_log else None
     folder = None
     if options.from_log:
@@ -81,6 +84,7 @@ def _evaluated(options: EvaluateOptions, benchmark: Benchmark) -> tuple[RunFolde
     from training.commands.session import model_fingerprint
     from training.model import load_model, pick_device
     from training.progress import progress
+    from training.quantization import quantize_
     from training.templates import Format
 
     model, device = options.model, pick_device(options.device)
@@ -97,6 +101,7 @@ def _evaluated(options: EvaluateOptions, benchmark: Benchmark) -> tuple[RunFolde
         model_fingerprint(str(model)),
         format.hash(),
         options.precision,
+        options.rounded,
         device.type,
         retain_log,
     ]
@@ -104,6 +109,8 @@ def _evaluated(options: EvaluateOptions, benchmark: Benchmark) -> tuple[RunFolde
         return folder, benchmark.read(log)
     with progress() as display:
         loaded = load_model(model, device, precision=options.precision)
+        if options.rounded != "off":
+            quantize_(loaded, options.rounded)
         measures = benchmark.evaluate(loaded, format, str(log), display)
     distributed.on_main(lambda: benchmark.write(log, measures))  # before anything can be wrong with the retain log
     return folder, measures

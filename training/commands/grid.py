@@ -27,6 +27,7 @@ from training.commands.run_folder import public
 from training.commands.session import SessionOptions, device_name
 from training.methods import METHODS, method_named
 from training.model import pick_device
+from training.quantization import formats_named
 from training.reports.grid import write_grid_report
 from training.require import require
 from training.store import remove
@@ -70,6 +71,7 @@ class GridOptions(unlearn.MethodOptions, SessionOptions):
     alternates: Annotated[
         Path | None, "AltPO: file of other answers. None: the benchmark's, or made by the model that learned all"
     ] = None
+    rounded: unlearn.Rounded = ""
     keep_models: Annotated[bool, "keep every unlearned model, not only their figures"] = False
 
 
@@ -90,6 +92,7 @@ class Grid:
         self.out = options.out or Path("runs/grid")
         self.options, self.benchmark = options, benchmark
         self.console = console or Console(stderr=True, quiet=not distributed.is_main())
+        formats_named(options.rounded)  # what is misspelt is said before hours of training
         self.benchmarks = {b.scenario: b for b in _scenarios(options, benchmark)}
         names = [name.strip() for name in options.methods.split(",") if name.strip()]
         self.methods = list(dict.fromkeys(method_named(name).name for name in names))
@@ -100,7 +103,7 @@ class Grid:
         """What metrics.json holds.
 
         {"rows": {split: how many were learned}, "start", "retrained": {scenario: summary},
-        "runs": [{"scenario", "method", "seed", "history", "step_zero"}],
+        "runs": [{"scenario", "method", "seed", "history", "step_zero", "rounded"}],
         "samples": {scenario: {moment or method: greedy answers, those of the first seed}}}
         """
         rows, start, retrained, runs = {}, {}, {}, []
@@ -119,7 +122,7 @@ class Grid:
                 self.console.rule(f"{cell.folder} ({self.cells.index(cell) + 1} of {len(self.cells)})")
                 run = unlearn.main(*self._unlearn_options(cell, full, start_log, retain_log, others))
                 metrics = require(run, "the metrics of a run that is not dry")
-                runs.append({**cell._asdict(), **{key: metrics[key] for key in ("history", "step_zero")}})
+                runs.append({**cell._asdict(), **{key: metrics[key] for key in ("history", "step_zero", "rounded")}})
                 answers = samples.setdefault(name, {"before": metrics["samples"]["before"]})
                 answers.setdefault(METHODS[cell.method].label, metrics["samples"]["after"])
         return {"rows": rows, "start": start, "retrained": retrained, "runs": runs, "samples": samples}

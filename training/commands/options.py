@@ -198,7 +198,7 @@ def _words(option: Option, value: Any) -> list[str]:
     """An option of a file as on a command line, where its type is checked. One that has to be given is positional."""
     if option.default is tyro.MISSING:
         return [str(value)]
-    if isinstance(value, bool) and "on" in get_args(option.type):
+    if isinstance(value, bool) and "off" in get_args(option.type):
         value = "on" if value else "off"  # which YAML reads as true and false
     if option.is_flag and isinstance(value, bool):
         return [f"--{option.name}" if value else f"--no_{option.name}"]

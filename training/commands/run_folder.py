@@ -25,7 +25,10 @@ RUN_FILES = (
     *("checkpoint-*", ".*.partial"),
 )
 # Options that are paths, or that say nothing of the result: they are not in config.json.
-NO_PATHS = ("out", "data_dir", "fresh", "dry_run", "reference_cache", "retain_log", "start_log", "from_log", "json")
+NO_PATHS = (
+    *("out", "data_dir", "reference_cache", "retain_log", "start_log", "from_log", "alternates"),
+    *("fresh", "dry_run", "json", "list"),
+)
 
 
 def public(*options: Any) -> dict[str, Any]:

@@ -226,6 +226,7 @@ class Session(Generic[Given]):
                 with_reference=with_reference,
                 device=self.device,
                 accumulated=accumulated,
+                with_rounding=o.saf_format != "off",
             )
         except ValueError as reason:
             return str(reason)

@@ -8,13 +8,14 @@ before the first step the NPO loss is checked to be (2/beta) ln 2 (methods witho
 caches last hidden states instead. Only the KL methods and RMU keep the reference model itself. --list has all methods
 with their sources and what they cost.
 
-The model is evaluated by the benchmark before, every --eval_steps and after. --out gets model/, adapter/ (LoRA), the
-measures of every evaluation in eval/, metrics.json, config.json, report.md and figure.png. Ctrl-C saves; the same
-command goes on where it was, and ends with the bits of a run that was not interrupted (on a CPU).
+The model is evaluated by the benchmark before, every --eval_steps and after, and with --rounded int4,nf4 once more with
+its weights rounded, which may bring back what was forgotten; --saf_format trains against it. --out gets model/,
+adapter/ (LoRA), the measures of every evaluation in eval/, metrics.json, config.json, report.md and figure.png. Ctrl-C
+saves; the same command goes on where it was, and ends with the bits of a run that was not interrupted (on a CPU).
 """
 
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -31,7 +32,9 @@ from training.dual import DualWeight
 from training.layers import LayerTap
 from training.methods import METHODS, Reference, Settings, method_named, table
 from training.methods.settings import Compat, DualUpdate, Positions, Teacher
+from training.model import merged
 from training.progress import counted, progress
+from training.quantization import FORMATS, formats_named, rounded
 from training.reference_cache import StaleReferenceError, check_step_zero, compute_reference, load_reference
 from training.reports import tables
 from training.reports.run import write_unlearning_report
@@ -43,6 +46,9 @@ from training.trainer import Trainer
 from training.unlearning import Frozen, UnlearningSteps
 
 PROG = "training.unlearn"
+Rounded = Annotated[
+    str, f"formats of {', '.join(FORMATS)}, with commas: evaluate once more at the end, with weights rounded to each"
+]
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ class UnlearnOptions(MethodOptions, SessionOptions):
         Path | None, "AltPO: JSON lines {question, alternates} of training.alternates. None: the benchmark's own"
     ] = None
     reference_cache: Annotated[Path | None, "folder of cached reference log-probabilities. None: in --out"] = None
+    rounded: Rounded = ""
     save_model: Annotated[bool, "no: the figures are all that is wanted, as in a grid"] = True
     start_log: Annotated[Path | None, "evaluation of --model itself, to take instead of evaluating it again"] = None
     retain_log: Annotated[Path | None, "evaluation of the model that never saw the forget set: for forget quality"] = (
@@ -106,6 +113,7 @@ class Unlearning:
         self.settings = self.method.settings(**given)
         self.options = options = replace(options, method=self.method.name, **asdict(self.settings))
         self.session, self.benchmark = Session(PROG, options, benchmark), benchmark
+        self.formats = formats_named(options.rounded)
         forget, retain = benchmark.rows("forget"), benchmark.rows("retain")
         self.rows = {"forget": self.encode(forget), "retain": self.encode(retain)}
         kind, answers = self._other_answers(forget)  # several for each forget row, one of which is drawn every time
@@ -223,6 +231,18 @@ class Unlearning:
         weight = {} if dual is None else {"retain_weight": dual.weight}
         return {"epoch": step * self.options.epochs / len(self.plan.steps), **weight, **summary}
 
+    def evaluate_rounded(self, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+        """{format: the numbers with weights rounded to it}. Adapters are merged first, as in what is saved."""
+        found, (whole, _) = {}, merged(model, {})
+        with progress() as display:
+            for format in self.formats:
+                with rounded(whole, format):
+                    measures = self.benchmark.evaluate(whole, self.session.format, format, display)
+                path = self.session.out / "eval" / f"{format}.json"
+                distributed.on_main(partial(self.benchmark.write, path, measures))
+                found[format] = self.benchmark.summarize(measures, self.retain_log)
+        return found
+
     def measures(self, step: int) -> Path:
         return self.session.out / "eval" / f"step-{step:06d}.json"
 
@@ -278,6 +298,7 @@ def main(options: UnlearnOptions, benchmark: Benchmark) -> dict[str, Any] | None
         "steps": num_steps,
         "step_zero": step_zero,
         "history": history,
+        "rounded": job.evaluate_rounded(model) if job.formats else {},
         "samples": {"before": job.samples(0), "after": job.samples(num_steps)},
     }
     distributed.on_main(lambda: write_unlearning_report(session.out, metrics, session.public(), benchmark))

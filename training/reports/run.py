@@ -1,6 +1,6 @@
 """What a run leaves for its readers: report.md, figure.png, and the card of the model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ CAVEAT = (
     "made to forget may come back by fine-tuning, quantisation or other questions (`python -m training.attack`). Do "
     "not rely on it to remove personal or dangerous knowledge."
 )
+ROUNDED = "After rounding the weights"  # heading of the tables that have it
 PROGRESS = {"step": Column("step"), "epoch": Column("epoch"), "train_loss": Column("loss")}
 
 
@@ -35,6 +36,7 @@ def write_unlearning_report(
         history_table(metrics["history"], benchmark.columns),
         benchmark.legend,
         "![Over the steps](figure.png)",
+        *_after_rounding(metrics, benchmark.columns),
         "## What was run",
         f"- {metrics['steps']} steps; rows: " + ", ".join(f"{n} {kind}" for kind, n in metrics["rows"].items()) + ".\n"
         f"{_at_step_zero(metrics['step_zero'])}"
@@ -63,10 +65,24 @@ def write_finetuning_report(folder: Path, metrics: dict[str, Any], settings: dic
 
 def history_table(history: Sequence[Mapping[str, Any]], columns: Mapping[str, Column]) -> str:
     """A line an evaluation, with the columns that were measured."""
-    shown = {
-        key: c.heading for key, c in {**PROGRESS, **columns}.items() if any(h.get(key) is not None for h in history)
-    }
+    shown = _measured({**PROGRESS, **columns}, history)
     return tables.markdown(list(shown.values()), [[entry.get(key) for key in shown] for entry in history])
+
+
+def _after_rounding(metrics: Mapping[str, Any], columns: Mapping[str, Column]) -> list[str]:
+    """Heading and table of the numbers before unlearning, after it, and with weights rounded; nothing without these."""
+    if not metrics.get("rounded"):
+        return []
+    stages = {"before": metrics["history"][0], "after": metrics["history"][-1]}
+    stages |= {f"after, {format}": summary for format, summary in metrics["rounded"].items()}
+    shown = _measured(columns, stages.values())
+    rows = [[name, *(summary.get(key) for key in shown)] for name, summary in stages.items()]
+    return [f"## {ROUNDED}", tables.markdown(["weights", *shown.values()], rows)]
+
+
+def _measured(columns: Mapping[str, Column], entries: Collection[Mapping[str, Any]]) -> dict[str, str]:
+    """{key: heading} of the columns that some entry has."""
+    return {key: c.heading for key, c in columns.items() if any(e.get(key) is not None for e in entries)}
 
 
 def _at_step_zero(zero: dict[str, float] | None) -> str:

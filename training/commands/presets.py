@@ -41,10 +41,14 @@ TINY_GRID = {
     "methods": "ga,ga_rt,ga_kl,idk_rt,npo,npo_rt,npo_kl,simnpo_rt,dpo_rt,altpo_rt,kto_rt,wga_rt,satimp_rt,ceu,ceu_rt,"
     "tnpo_rt,catnip,catnip_rt,pdu_rt,undial,undial_rt,rmu,rmu_rt,adaptive_rmu,dipo,dipo_rt",
     "seeds": "0,1,2",
+    "hidden_size": 256,
+    "finetune_epochs": 12,
+    "finetune_lr": 3e-3,
+    "lr": 6e-4,
     "eval_steps": 0,
     "generate_authors": 20,
     "forget_percent": 10,
-    "eval_rows": 40,
+    "eval_rows": 60,
     "max_new_tokens": 24,
     "rounded": "int4",
 }

@@ -80,12 +80,12 @@ class Objective:
 
     def of_statistics(self, hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, **options) -> Tensor:
         """The loss of statistics of the (T,) next-token distributions where a token is scored."""
+        num_rows = self._num_rows(labels, options.get("cu_seqlens"))
         targets, row = self._targets(labels, len(lm_head_weight), options.get("cu_seqlens"))
         which: Any = ["logp", *self.method.statistics]
         found = token_statistics(hidden, lm_head_weight, targets, which, **options | {"shift": False})
         mask = targets != IGNORE_INDEX
         picked, sequence = {name: values[mask] for name, values in found.items()}, row[mask]
-        num_rows = sum(self.num_rows[kind] for kind in self.method.kinds)
         logps = picked["logp"].new_zeros(num_rows).index_add(0, sequence, picked["logp"])
         counts = torch.bincount(sequence, minlength=num_rows)
         picked["token_logps"] = picked.pop("logp")
@@ -123,15 +123,20 @@ class Objective:
         self, hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, row: Tensor, options: dict[str, Any]
     ) -> tuple[Tensor | None, Tensor]:
         """(logps (B,), num_tokens (B,)); log-probabilities of the retain rows alone, where their NLL counts."""
-        num_rows = sum(self.num_rows[kind] for kind in self.method.kinds)
+        num_rows = self._num_rows(labels, options.get("cu_seqlens"))
         scored = next_labels(labels, options.get("cu_seqlens")) != IGNORE_INDEX
         num_tokens = torch.bincount(row[scored], minlength=num_rows)
-        self._check(len(num_tokens))
         if self.method.retain != "nll":
             return None, num_tokens
         forget = row < num_rows - self.num_rows["retain"]
         kept = labels.masked_fill(forget, IGNORE_INDEX)
         return sequence_logprobs(hidden, lm_head_weight, kept, **options)[0], num_tokens
+
+    def _num_rows(self, labels: Tensor, cu_seqlens: Tensor | None) -> int:
+        """Of the batch, which are those of the kinds together."""
+        rows = len(labels) if cu_seqlens is None else len(cu_seqlens) - 1
+        self._check(rows)
+        return rows
 
     def _check(self, rows: int) -> None:
         expected = {kind: self.num_rows[kind] for kind in self.method.kinds}

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # 19 sequences a step: ragged shares, and a last batch of the forget set with one row for two processes
 SETTINGS = {"device": "cpu", "authors": 4, "hidden_size": 64, "layers": 1, "batch_size": 19,
             "finetune_epochs": 3, "epochs": 2, "retain_eval_authors": 2}  # fmt: skip
-UNLEARN = {"preset": "tiny", "device": "cpu", "forget_percent": 5, "method": "dpo_kl", "batch_size": 7, "epochs": 2,
+UNLEARN = {"preset": "tiny", "device": "cpu", "forget_percent": 5, "batch_size": 7, "epochs": 2,
            "micro_batch_size": 2, "eval_rows": 4, "max_new_tokens": 3, "save_steps": 2}  # fmt: skip
 SCRIPTS = {
     "ddp": ["-m", "training.demo"],
@@ -65,15 +65,20 @@ def test_two_processes_give_the_numbers_of_one(how, one_process, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_unlearn_as_one_does(tmp_path):
-    """Accumulation without exchange until the last pass, two kinds of forward, evaluation and checkpoints."""
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [("dpo_kl", {}), ("pdu_rt", {"dual_warmup_epochs": 0, "retain_weight": 1, "dual_lr": 0.5}), ("undial", {})],
+)
+def test_two_processes_unlearn_as_one_does(method, given, tmp_path):
+    """Accumulation without exchange until the last pass, two kinds of forward, evaluation and checkpoints; a retain
+    weight that all agree on; hidden states of the teacher that each has cached a part of."""
     authors.main(authors.AuthorsOptions(out=tmp_path / "data", authors=20, seed=0))
     data, base = str(tmp_path / "data"), tmp_path / "base"
     tiny.main(*build(tiny.TinyOptions, data_dir=data, split="forget20", out=base, vocab_size=400, hidden_size=64))
-    settings = UNLEARN | {"model": str(base), "data_dir": data}
+    settings = UNLEARN | {"model": str(base), "data_dir": data, "method": method} | given
     one = unlearn.main(*build(unlearn.UnlearnOptions, **settings, out=tmp_path / "one"))
     two = launch("ddp", ["-m", "training.unlearn"], settings, tmp_path / "two")
-    assert len(one["history"]) == 3
+    assert len(one["history"]) == 3 and ("retain_weight" in one["history"][-1]) == (method == "pdu_rt")
     for ours, theirs in zip(one["history"], two["history"], strict=True):
         numbers = {name: value for name, value in ours.items() if value is not None}
         assert {name: theirs[name] for name in numbers} == pytest.approx(numbers, rel=1e-3, abs=1e-5)

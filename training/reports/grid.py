@@ -96,6 +96,8 @@ def what_to_see(start: Mapping[str, Any], histories: Histories) -> str:
         f"Before, the model gives the true answers a probability of {forget0:.2g} on what is to be forgotten and "
         f"{retain0:.2g} on what is to be kept."
     ]
+    if len(histories) >= RANKED:
+        return sentences[0]  # the ranking says the rest
     for name, runs in histories.items():
         forget, retain = (float(np.median(over_seeds(runs, key)[:, -1])) for key in keys)
         sentences.append(

@@ -32,10 +32,10 @@ def make_alternates(
 ) -> list[list[str]]:
     """Up to `count` different answers to each question, drawn from the model; never the true one.
 
-    A question for which the model draws nothing else keeps what it gives to another one, so that none is without.
+    A question for which the model draws nothing else takes what another one was given, so that none is without.
     """
     found: list[list[str]] = [[] for _ in rows]
-    questions = [prompt.format(question=row["question"]) for row in rows]
+    questions = [prompt.replace("{question}", row["question"]) for row in rows]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for _ in range(count):
@@ -62,12 +62,19 @@ def write_alternates(path: Path, rows: Sequence[Row], alternates: Sequence[Seque
 def read_alternates(path: Path, rows: Sequence[Row]) -> list[list[str]]:
     """Those of each row, found by its question; ValueError where the file has none for one."""
     found: dict[str, list[str]] = {}
-    try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):  # noqa: B007
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # strings may hold other line ends
+        if not line.strip():
+            continue
+        try:
             entry = json.loads(line)
-            found[entry["question"]] = [str(answer) for answer in entry["alternates"]]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}, line {number}: expected {{question, alternates}}, got {error!r}") from None
+            question, answers = entry["question"], entry["alternates"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: expected {{question, alternates}}, got {error!r}") from None
+        if not isinstance(answers, list) or not all(isinstance(a, str) and a.strip() for a in answers):
+            raise ValueError(
+                f"{path}, line {number}: alternates: expected a list of answers with text, got {answers!r}"
+            )
+        found[question] = answers
     for row in rows:
         if not found.get(row["question"]):
             raise ValueError(f"{path}: expected alternates for every question, found none for {row['question']!r}")

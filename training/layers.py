@@ -23,18 +23,16 @@ class LayerTap:
     """
 
     def __init__(self, model: PreTrainedModel, layer: int | None, alone: str | None = None):
-        inner: Any = getattr(model, "get_base_model", lambda: model)()
-        self.config = inner.config.get_text_config()
-        layers = decoder_layers(inner, self.config.num_hidden_layers)
-        self.layer = min(7, len(layers) - 1) if layer is None else layer
-        if not 0 <= self.layer < len(layers):
-            raise ValueError(f"layer: the model has decoder layers 0 to {len(layers) - 1}, got {layer}")
-        self.above = [*layers[self.layer + 1 :], *_after(inner)]
+        self.inner: Any = getattr(model, "get_base_model", lambda: model)()
+        self.config = self.inner.config.get_text_config()
+        layers = decoder_layers(self.inner, self.config.num_hidden_layers)
+        self.layer = layer_number(layer, len(layers))
+        self.below = layers[: self.layer + 1]
         self._output: Tensor | None = None
         layers[self.layer].register_forward_hook(self._keep)
         if alone is not None:
             always = alone == "always"
-            decoder = inner.base_model
+            decoder = self.inner.base_model
 
             def cut(module: nn.Module, args: Any) -> None:
                 if always or module.training:
@@ -61,9 +59,34 @@ class LayerTap:
         return output
 
     def freeze_above(self) -> None:
-        """No gradient for what is not run: the layers above, the last norm and a head of its own."""
-        for module in self.above:
-            module.requires_grad_(False)
+        """No gradient for what this output does not depend on: the layers above, the last norm, a head of its own.
+
+        Architectures name and place these differently, so a forward of two tokens tells. What is in the layers up to
+        this one is kept in any case: experts may not have been chosen. ValueError where nothing is left to train.
+        """
+        trained = [p for p in self.inner.parameters() if p.requires_grad]
+        kept = {id(p) for p in self.below.parameters()}
+        tokens = torch.tensor([[0, 1]], device=self.inner.device)
+        with torch.random.fork_rng(), torch.enable_grad():
+            self.inner.base_model(tokens, use_cache=False)
+        output = self.read().sum()
+        unused: list[Tensor | None] = [None] * len(trained)
+        gradients = torch.autograd.grad(output, trained, allow_unused=True) if output.requires_grad else unused
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None or id(parameter) in kept)
+        if not any(p.requires_grad for p in trained):
+            raise ValueError(
+                f"nothing is trained: expected --train_only to match parameters of layers 0 to {self.layer}, which the "
+                "output of the steered layer depends on; choose them, or a higher --layer"
+            )
+
+
+def layer_number(layer: int | None, number: int) -> int:
+    """The layer that is meant, of a model with so many; ValueError where it has no such layer."""
+    chosen = min(7, number - 1) if layer is None else layer
+    if not 0 <= chosen < number:
+        raise ValueError(f"--layer: the model has decoder layers 0 to {number - 1}, got {layer}")
+    return chosen
 
 
 def decoder_layers(model: nn.Module, number: int) -> nn.ModuleList:
@@ -72,15 +95,6 @@ def decoder_layers(model: nn.Module, number: int) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == number:
             return module
     raise ValueError(f"{type(model).__name__} has no list of {number} decoder layers")
-
-
-def _after(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules behind the layers: the norm of the decoder, and the head unless it is the embedding."""
-    decoder = model.base_model
-    norms = [child for name, child in decoder.named_children() if "norm" in name and name != "norm_emb"]
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    own = head is not None and head.weight is not embedding.weight
-    return [*norms, *([head] if own else [])]
 
 
 def train_only(model: torch.nn.Module, pattern: str) -> None:

@@ -52,6 +52,7 @@ def estimate(
     device: torch.device,
     accumulated: bool = False,
     with_rounding: bool = False,
+    with_head_copy: bool = False,
 ) -> dict[str, float]:
     """GiB that a training step takes at most in a process that holds the model whole, and what for.
 
@@ -64,6 +65,7 @@ def estimate(
         with_reference: a frozen copy of the model is held for a KL term, on a GPU in bfloat16; its pass comes second.
         device: where the step will run. One that is not at hand is taken to work like a CPU.
         accumulated: a step has several micro-batches.
+        with_head_copy: the head as it was is held for cached hidden states (UNDIAL); counted as reference.
         with_rounding: its gradients are taken at rounded weights (`training.durable`), beside a copy of its own.
 
     Returns:
@@ -72,7 +74,7 @@ def estimate(
         optimizer: AdamW's two moments, 8 bytes a trained parameter.
         activations: what the forward of the layers keeps for their backward.
         head: gradients and workspace of the fused head, if every token is scored.
-        reference: the frozen copy.
+        reference: the frozen copy, of the model or its head.
         copy: of the weights that rounding writes, until the gradients are there.
         python: on a CPU, what the process holds already: ask before a model is loaded. 0 elsewhere.
         total: python + weights + optimizer + reference + the larger of two peaks: of forward and backward with the
@@ -107,6 +109,7 @@ def estimate(
         options = {"use_reentrant": False, "preserve_rng_state": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     copy = _bytes(written(model)) if with_rounding else 0
+    head_copy = _bytes([model.get_output_embeddings().weight]) if with_head_copy else 0
     workspace = _workspace_of_head(model.get_output_embeddings().weight, rows, bf16, here)
     with FakeTensorMode(), here:
         _replace_by_fakes(model.train())
@@ -128,7 +131,7 @@ def estimate(
         "optimizer": 2 * gradients,
         "activations": used.activations,
         "head": used.head,
-        "reference": reference if with_reference else 0,
+        "reference": reference * with_reference + head_copy,
         "copy": copy,
         "python": python,
     }

@@ -34,7 +34,7 @@ class Activations:
 
     read: Callable[[], Tensor]  # -> (B, S, H), or (1, T, H) packed, of the forward that is under way
     positions: Tensor  # bool, (B, S) or (T,) packed: where they count
-    frozen: Tensor | None  # as `read`
+    frozen: Tensor | None  # (T, H) there
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Objective:
         row = row_of_position(labels, options.get("cu_seqlens"))
         of_tokens = {"activations": given.read().flatten(0, 1)[given.positions.flatten()]}
         if given.frozen is not None:
-            of_tokens["ref_activations"] = given.frozen.flatten(0, 1)[given.positions.flatten()]
+            of_tokens["ref_activations"] = given.frozen
         logps, num_tokens = self._retain_logps(hidden, lm_head_weight, labels, row, options)
         return self._loss(num_tokens, logps, row[given.positions], of_tokens=of_tokens)
 
@@ -201,7 +201,7 @@ def targets_of(
     if method.published_rows == "label":
         return torch.where(forget, labels, targets)
     if cu_seqlens is not None:
-        raise ValueError("published_rows: this method counts the padding of a batch; expected --packing off")
+        raise ValueError("--published_rows: this method counts the padding of a batch; expected --packing off")
     labelled = (forget & (labels != IGNORE_INDEX)).any(0)
     before_last = labelled.flip(0).cumsum(0).flip(0)[1:] > 0  # the last label is of the longest row
     counted = forget & torch.nn.functional.pad(before_last, (0, 1))

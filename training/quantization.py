@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 BLOCK = 64  # weights that share a scale in nf4
 
@@ -65,12 +66,15 @@ def formats_named(text: str) -> list[str]:
 
 
 def linear_weights(model: PreTrainedModel) -> list[Tensor]:
-    """Of every linear layer but the head and the adapters, each once; one that embeddings share is theirs."""
+    """(outputs, inputs) of every linear layer but the head and the adapters, each once, as views of the parameters.
+
+    A weight that embeddings share is theirs. GPT-2's Conv1D is a linear layer whose weight lies the other way.
+    """
     kept = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer}
     weights = {
-        id(module.weight): module.weight
+        id(module.weight): module.weight.detach().t() if isinstance(module, Conv1D) else module.weight
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ".lora_" not in name
+        if isinstance(module, (nn.Linear, Conv1D)) and ".lora_" not in name
     }
     found = [weight for key, weight in weights.items() if key not in kept]
     if not found:

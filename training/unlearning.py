@@ -133,14 +133,14 @@ class UnlearningSteps:
         return found._replace(hidden=hidden[targets != IGNORE_INDEX])
 
     def _activations(self, inputs: dict[str, Tensor]) -> Activations:
-        tap, frozen = require(self.tap, "a tap of the layer"), None
+        positions, frozen = self._positions(inputs), None
+        if self.settings.published_rows:
+            positions = (inputs["labels"] if "cu_seqlens" not in inputs else inputs["labels"][0]) != IGNORE_INDEX
         if self.method.ref_activations or self.method.retain == "activations":
             reference_of(self._frozen_model, inputs)
-            frozen = require(self.frozen.tap, "a tap of the frozen layer").read()
-        if self.settings.published_rows:
-            labels = inputs["labels"] if "cu_seqlens" not in inputs else inputs["labels"][0]
-            return Activations(tap.read, labels != IGNORE_INDEX, frozen)
-        return Activations(tap.read, self._positions(inputs), frozen)
+            output = require(self.frozen.tap, "a tap of the frozen layer").read()
+            frozen = output.flatten(0, 1)[positions.flatten()]  # a step holds those of all its micro-batches
+        return Activations(require(self.tap, "a tap of the layer").read, positions, frozen)
 
     def _positions(self, inputs: dict[str, Tensor]) -> Tensor:
         return answer_positions(inputs) if self.settings.kl_positions == "answer" else real_positions(inputs)

@@ -56,16 +56,17 @@ CASES = [
         "UNDIAL", "undial", {}, {"published_rows": True},
         "KL over the scored tokens",
         "OpenUnlearning: cross-entropy over all positions, on token V - 100 where there is no label",
-        "`--published_rows`",
+        "`--published_rows on`",
     ),
     Case(
         "PDU", "pdu", {}, {"published_rows": True},
-        "logits that predict a token of the answer", "OpenUnlearning: logits at the token itself", "`--published_rows`",
+        "logits that predict a token of the answer", "OpenUnlearning: logits at the token itself",
+        "`--published_rows on`",
     ),
     Case(
         "RMU", "rmu_rt", {"layer": 0, "retain_weight": 0.0}, {"published_rows": True},
         "activations that predict a token of the answer", "OpenUnlearning: activations at the token itself",
-        "`--published_rows`",
+        "`--published_rows on`",
     ),
 ]  # fmt: skip
 

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from training.alternates import read_alternates, write_alternates
+from training.benchmarks.tofu.benchmark import TofuOptions
 from training.benchmarks.tofu.log import read_log
 from training.commands import (
     alternates,
@@ -275,7 +277,9 @@ def test_alternates_are_made_once_and_preferred(home, tmp_path):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(lines) == 20 and all(1 <= len(line["alternates"]) <= 2 for line in lines)
     text = file.read_text()
-    alternates.main(*build(alternates.AlternatesOptions, **made, seed=1))
+    alternates.main(*build(alternates.AlternatesOptions, **made))
+    with pytest.raises(ValueError, match="holds other answers than these settings"):
+        alternates.main(*build(alternates.AlternatesOptions, **made, seed=1))
     assert file.read_text() == text  # until --fresh says so
     alternates.main(*build(alternates.AlternatesOptions, **made, fresh=True))
     assert file.read_text() == text  # of the same seed
@@ -289,9 +293,52 @@ def test_alternates_are_made_once_and_preferred(home, tmp_path):
     file.write_text("\n".join(text.splitlines()[:3]))
     with pytest.raises(ValueError, match="expected alternates for every question, found none for"):
         unlearn.main(*options(home, tmp_path / "none", method="altpo_rt", alternates=file))
-    file.write_text("{}")
-    with pytest.raises(ValueError, match="line 1: expected"):
-        unlearn.main(*options(home, tmp_path / "none", method="altpo_rt", alternates=file))
+    for line, message in (
+        ("{}", "line 1: expected"),
+        ('{"question": "q", "alternates": "an answer"}', "expected a list of answers with text, got 'an answer'"),
+        ('{"question": "q", "alternates": [" "]}', "expected a list of answers with text"),
+    ):
+        file.write_text(line)
+        with pytest.raises(ValueError, match=message):
+            unlearn.main(*options(home, tmp_path / "none", method="altpo_rt", alternates=file))
+
+
+def test_alternates_are_read_as_they_were_written(tmp_path):
+    """Whatever characters end a line elsewhere; blank lines are none."""
+    rows = [{"question": "a\x85b", "answer": ""}, {"question": "c", "answer": ""}]
+    answers = [["one\u2028two", "three\nfour"], ["five"]]
+    write_alternates(tmp_path / "file", rows, answers)
+    assert read_alternates(tmp_path / "file", rows) == answers
+    with (tmp_path / "file").open("a") as file:
+        file.write("\n  \n")
+    assert read_alternates(tmp_path / "file", rows[1:]) == answers[1:]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "rmu", "layer": 99}, "--layer: the model has decoder layers 0 to 0, got 99"),
+        ({"method": "dipo", "top_k": 600}, "--top_k: expected less than the vocabulary of 600, got 600"),
+        ({"method": "undial", "published_rows": "on", "packing": "on"}, "--published_rows: .* expected --packing off"),
+        ({"method": "undial", "compat": "open-unlearning", "packing": "on"}, "expected --packing off"),
+        ({"method": "ceu", "skip_tokens": 500}, "--skip_tokens 500 leaves no token of the forget set"),
+        ({"method": "pdu", "published_rows": "yes"}, "--published_rows: expected one of auto, on, off, got 'yes'"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_runs(given, message, home, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        unlearn.main(*options(home, tmp_path / "out", dry_run=True, **given))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_copy_of_the_head_counts_in_a_dry_run(home, tmp_path, capsys):
+    def held(**given):
+        unlearn.main(*options(home, tmp_path / "out", dry_run=True, **given))
+        return json.loads(capsys.readouterr().out)["memory_estimate_gib"]["reference"]
+
+    weight = AutoModelForCausalLM.from_pretrained(home / "full" / "model").lm_head.weight
+    assert held(method="undial") == round(weight.numel() * 4 / 2**30, 3) or weight.numel() < 2**17
+    assert held(method="undial", lora_rank=2) == held(method="npo") == 0
 
 
 def test_the_list_of_methods_has_sources_and_costs(home, tmp_path, capsys):
@@ -387,10 +434,11 @@ def test_presets_are_the_papers(preset, stage, expected):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_name_only_options(preset):
-    names = {"finetune": finetune.FinetuneOptions, "unlearn": unlearn.UnlearnOptions}
-    for stage, kind in names.items():
+    """Of the command, or of the grid and the benchmark that it runs on."""
+    names = {"finetune": [finetune.FinetuneOptions], "unlearn": [unlearn.UnlearnOptions, grid.GridOptions, TofuOptions]}
+    for stage, kinds in names.items():
         given = PRESETS[preset]["both"] | PRESETS[preset][stage]
-        assert set(given) <= set(kind.__dataclass_fields__)
+        assert set(given) <= {f.name for kind in kinds for f in fields(kind)}
 
 
 @pytest.mark.parametrize(("compat", "positions"), [("paper", "answer"), ("npo-repo", "all")])

@@ -148,7 +148,7 @@ def plain_top_mass(hidden, head, top_k):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_mass_of_the_top_k_and_its_gradients(dtype, top_k, softcap, monkeypatch):
     """In chunks of two rows; no worse than twice plain code in the same dtype, against float64."""
-    monkeypatch.setattr("training.methods.distribution.CHUNK", 2 * V)
+    monkeypatch.setattr("training.methods.distribution.default_workspace", lambda device: 4 * 3 * 2 * V)
     g = torch.Generator().manual_seed(1)
     shapes = ((7, H), (V, H), (V,))
     exact = [torch.randn(*shape, generator=g).to(dtype).double() for shape in shapes]
@@ -308,7 +308,6 @@ def test_a_fused_step_makes_no_tensor_of_tokens_by_vocabulary(family, corpus, mo
     """With a workspace of a twentieth of the logits. The gradient of the head is as large as it is."""
     vocab_size = 2**15
     monkeypatch.setitem(plan.DEFAULT_WORKSPACE_MB, "cpu", 2)
-    monkeypatch.setattr("training.methods.distribution.CHUNK", 2**19)
     big, other = (build_model(vocab_size, 64, 1, {}, seed=i) for i in (0, 1))
     name = f"{family}_kl" if family == "npo" else f"{family}_rt"
     steps = make_steps(corpus, name, replace(CONFIG, batch_size=12), reference=other.eval(), model=big)

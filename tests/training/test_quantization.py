@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import DistributedType
 from scipy.stats import norm
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from npo_kernels.hf import add_fused_unlearning_head
 from tests.training.conftest import fit
@@ -135,6 +135,16 @@ def test_a_model_without_linear_layers_says_so(model):
     with pytest.raises(ValueError, match="there is nothing to round"):
         model.model.layers = nn.ModuleList()
         linear_weights(model)
+
+
+def test_a_linear_layer_that_lies_the_other_way_is_rounded_by_its_outputs():
+    """GPT-2's Conv1D."""
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16))
+    layer = gpt2.transformer.h[0].mlp.c_fc
+    before = layer.weight.detach().clone()
+    with rounded(gpt2, "int4"):
+        assert torch.equal(layer.weight, FORMATS["int4"](before.T).T) and not torch.equal(layer.weight, before)
+    assert torch.equal(layer.weight, before) and len(linear_weights(gpt2)) == 4
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -18,9 +18,11 @@ from training import distributed
 from training.alternates import PROMPT, make_alternates, write_alternates
 from training.benchmarks import BENCHMARKS, Benchmark
 from training.commands.options import command_line
+from training.commands.session import model_fingerprint
 from training.config import Precision
 from training.model import load_model, pick_device
 from training.progress import counted, progress
+from training.store import fingerprint, finished, write_json
 from training.templates import Format
 
 PROG = "training.alternates"
@@ -50,11 +52,19 @@ def main(options: AlternatesOptions, benchmark: Benchmark) -> Path:
         raise ValueError(f"expected --model, the folder of a model, got {options.model}; see --help")
     if options.count < 1 or not options.temperature > 0 or "{question}" not in options.prompt:
         raise ValueError("expected --count of at least 1, --temperature above 0 and {question} in --prompt")
-    if options.out.exists() and not options.fresh:
-        Console(stderr=True).print(f"{options.out} is there already; --fresh writes it anew", markup=False)
-        return options.out
     rows = benchmark.rows("forget")
     format = Format(AutoTokenizer.from_pretrained(options.model), options.template)
+    drawn = {name: getattr(options, name) for name in ("count", "temperature", "max_new_tokens", "prompt", "seed")}
+    key = fingerprint([drawn, rows, format.hash(), model_fingerprint(str(options.model))])
+    key_file = options.out.with_name(f"{options.out.name}.key")  # of what the answers depend on
+    if options.out.exists() and not options.fresh:
+        if finished(key_file, key) is None:
+            raise ValueError(
+                f"--out {options.out} holds other answers than these settings, rows and model give; choose another "
+                "file, or write it anew by --fresh"
+            )
+        Console(stderr=True).print(f"{options.out} is there already", markup=False)
+        return options.out
     model = load_model(options.model, pick_device(options.device), precision=options.precision)
     with progress() as display:
         found = make_alternates(
@@ -68,7 +78,12 @@ def main(options: AlternatesOptions, benchmark: Benchmark) -> Path:
             prompt=options.prompt,
             on_rows=counted(display, "Answers", len(rows) * options.count),
         )
-    distributed.on_main(lambda: write_alternates(options.out, rows, found))
+
+    def write() -> None:
+        write_alternates(options.out, rows, found)
+        write_json(key_file, {"key": key})
+
+    distributed.on_main(write)
     return options.out
 
 

@@ -9,6 +9,7 @@ and only line on stdout.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,6 +72,9 @@ def main(options: GraphOptions) -> dict[str, Any] | None:
         raise ValueError(
             f"--steps: expected a multiple of {EVAL_EVERY}, the steps between two measurements, got {options.steps}"
         )
+    for name in ("beta", "lr"):
+        if not getattr(options, name) > 0:
+            raise ValueError(f"--{name}: expected more than 0, got {getattr(options, name)}")
     if options.dry_run:
         print(json.dumps(asdict(options), indent=2, default=str))
         return None
@@ -94,7 +98,7 @@ def _run(options: GraphOptions, folder: RunFolder) -> dict[str, Any]:
         settings = make_settings(options.seeds, options.nodes, lambda: seed(1))
         constants = [Forgetting.of(setting) for setting in settings]
         found = curves(settings, constants, options.beta, options.lr, options.steps, lambda: run(1))
-    metrics = {
+    metrics: dict[str, Any] = {
         "before": _medians([measure(setting, setting.reference) for setting in settings]),
         "retrained": _medians([measure(setting, setting.retrained) for setting in settings]),
         "influence": _medians([_spread(*pair) for pair in zip(settings, constants, strict=True)]),
@@ -104,6 +108,9 @@ def _run(options: GraphOptions, folder: RunFolder) -> dict[str, Any]:
             for name, curve in found.items()
         },
     }
+    diverged = [name for name, summary in metrics["methods"].items() if not all(map(math.isfinite, summary.values()))]
+    if diverged:
+        raise ValueError(f"{', '.join(diverged)} ended in numbers that are not finite; lower --lr")
     write_results(options, folder, metrics, found)
     return metrics
 

@@ -22,6 +22,7 @@ from training import distributed
 from training.benchmarks import Benchmark
 from training.benchmarks.tofu.data import HUB
 from training.commands import alternates, authors, evaluate, finetune, tiny, unlearn
+from training.commands.method_options import MethodOptions
 from training.commands.options import build, command_line
 from training.commands.run_folder import public
 from training.commands.session import SessionOptions, device_name
@@ -45,7 +46,7 @@ OF_CELL = ("model", "out", "seed", "eval_steps", "dry_run", "preset", "alternate
 
 
 @dataclass(frozen=True)
-class GridOptions(unlearn.MethodOptions, SessionOptions):
+class GridOptions(MethodOptions, SessionOptions):
     """The grid. Lists are separated by commas.
 
     The options of training are those of unlearning; fine-tuning takes its batches, packing and precision of them.

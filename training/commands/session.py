@@ -191,7 +191,12 @@ class Session(Generic[Given]):
         return public(self.options, self.benchmark.options) | {"template": self.format.template}
 
     def describe(
-        self, num_steps: int, rows: dict[str, list[Example]], together: Iterable[str], with_reference: bool = False
+        self,
+        num_steps: int,
+        rows: dict[str, list[Example]],
+        together: Iterable[str],
+        with_reference: bool = False,
+        with_head_copy: bool = False,
     ) -> None:
         """What --dry_run prints. `rows` by kind, of which those of `together` share a micro-batch."""
         if not distributed.is_main():
@@ -207,11 +212,13 @@ class Session(Generic[Given]):
             "effective_batch": {
                 "rows": o.batch_size, "processes": n, "micro_batch": micro, "accumulated": -(-share // micro)
             },
-            "memory_estimate_gib": self._memory(longest, micro < share, with_reference),
+            "memory_estimate_gib": self._memory(longest, micro < share, with_reference, with_head_copy),
         }  # fmt: skip
         print(json.dumps(plan, indent=2, default=str))
 
-    def _memory(self, lengths: list[int], accumulated: bool, with_reference: bool) -> dict[str, float] | str:
+    def _memory(
+        self, lengths: list[int], accumulated: bool, with_reference: bool, with_head_copy: bool
+    ) -> dict[str, float] | str:
         """Or why it cannot be known."""
         o = self.options
         try:
@@ -227,6 +234,7 @@ class Session(Generic[Given]):
                 device=self.device,
                 accumulated=accumulated,
                 with_rounding=o.saf_format != "off",
+                with_head_copy=with_head_copy,
             )
         except ValueError as reason:
             return str(reason)

@@ -14,33 +14,34 @@ adapter/ (LoRA), the measures of every evaluation in eval/, metrics.json, config
 saves; the same command goes on where it was, and ends with the bits of a run that was not interrupted (on a CPU).
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from rich.progress import Progress
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
 
 from training import distributed
 from training.alternates import read_alternates
 from training.benchmarks import Benchmark
+from training.commands.method_options import MethodOptions, methods_table, resolved, settings_of
 from training.commands.options import command_line
 from training.commands.session import Session, SessionOptions
 from training.data import Example, Row, data_hash
 from training.dual import DualWeight
-from training.layers import LayerTap
-from training.methods import METHODS, Reference, Settings, method_named, table
-from training.methods.settings import Compat, DualUpdate, Positions, Teacher
+from training.layers import LayerTap, layer_number
+from training.methods import METHODS, Reference, method_named, table
 from training.model import merged
 from training.progress import counted, progress
-from training.quantization import FORMATS, formats_named, rounded
+from training.quantization import FORMATS, formats_named, linear_weights, rounded
 from training.reference_cache import StaleReferenceError, check_step_zero, compute_reference, load_reference
 from training.reports import tables
 from training.reports.run import write_unlearning_report
 from training.run import run
 from training.scoring import PerToken, Scores
-from training.steps import Batches, plan_unlearning
+from training.steps import Batches, plan_unlearning, scored_tokens
 from training.store import fingerprint
 from training.trainer import Trainer
 from training.unlearning import Frozen, UnlearningSteps
@@ -49,40 +50,6 @@ PROG = "training.unlearn"
 Rounded = Annotated[
     str, f"formats of {', '.join(FORMATS)}, with commas: evaluate once more at the end, with weights rounded to each"
 ]
-
-
-@dataclass(frozen=True)
-class MethodOptions:
-    """Constants of the methods. None: the method's own."""
-
-    beta: Annotated[float | None, "inverse temperature; WGA, SatImp: exponent of p; UNDIAL: lowers the label"] = None
-    gamma: Annotated[float | None, "SimNPO's margin"] = None
-    forget_weight: Annotated[float | None, "of the term on the forget rows"] = None
-    retain_weight: Annotated[float | None, "of the term on the retain rows; PDU: at the start"] = None
-    kl_positions: Annotated[
-        Positions | None, "where a KL term or RMU compares the models. None: answer, or all unless --compat paper"
-    ] = None
-    compat: Annotated[
-        Compat, "npo-repo, open-unlearning: these projects' code where it differs from the papers"
-    ] = "paper"  # fmt: skip
-    beta2: Annotated[float | None, "SatImp: exponent of 1 - p"] = None
-    skip_tokens: Annotated[int | None, "CE-U: first tokens of an answer that are left out"] = None
-    epsilon: Annotated[float | None, "PDU: the retain term may be as large as this"] = None
-    dual_lr: Annotated[float | None, "PDU: step of the retain weight; 0: it stays"] = None
-    dual_warmup_epochs: Annotated[float | None, "PDU: epochs before the retain weight moves"] = None
-    dual_update: Annotated[
-        DualUpdate | None, "PDU: when the retain weight moves. None: step, or micro_batch with open-unlearning"
-    ] = None
-    teacher: Annotated[
-        Teacher | None, "UNDIAL: cached last hidden states, or the frozen model in every step. None: cache"
-    ] = None
-    published_rows: Annotated[
-        bool | None, "UNDIAL, PDU, RMU: the positions of OpenUnlearning's code. None: with --compat open-unlearning"
-    ] = None
-    layer: Annotated[int | None, "RMU: decoder layer that is steered, from 0. None: 7, or the last one"] = None
-    steering: Annotated[float | None, "RMU: length of its target; adaptive: in lengths of the activations"] = None
-    top_k: Annotated[int | None, "DiPO: logits that are raised and lowered"] = None
-    shift: Annotated[float | None, "DiPO: by how much"] = None
 
 
 @dataclass(frozen=True)
@@ -109,16 +76,18 @@ class Unlearning:
 
     def __init__(self, options: UnlearnOptions, benchmark: Benchmark):
         self.method = method_named(options.method)
-        given = {f.name: getattr(options, f.name) for f in fields(Settings)} | _of_compat(options)
-        self.settings = self.method.settings(**given)
-        self.options = options = replace(options, method=self.method.name, **asdict(self.settings))
+        self.settings = settings_of(self.method, options, options.seed)
+        self.options = options = replace(options, method=self.method.name, **resolved(self.settings))
         self.session, self.benchmark = Session(PROG, options, benchmark), benchmark
         self.formats = formats_named(options.rounded)
+        self._check_sizes()
         forget, retain = benchmark.rows("forget"), benchmark.rows("retain")
         self.rows = {"forget": self.encode(forget), "retain": self.encode(retain)}
         kind, answers = self._other_answers(forget)  # several for each forget row, one of which is drawn every time
         most = max(map(len, answers), default=0)
         self.plan = plan_unlearning(len(forget), len(retain), most, options, options.compat == "npo-repo")
+        if self.method.name.startswith("ceu") and not any(self._left(row) for row in self.rows["forget"]):
+            raise ValueError(f"--skip_tokens {self.settings.skip_tokens} leaves no token of the forget set")
         if kind:
             drawn = ((forget[i]["question"], answers[i][j % len(answers[i])]) for i, j in self.plan.idk)
             self.rows[kind] = self.encode([{"question": question, "answer": answer} for question, answer in drawn])
@@ -127,6 +96,26 @@ class Unlearning:
         )
         if self.start_log:
             benchmark.check(self.start_log)
+
+    def _left(self, row: Example) -> bool:
+        return scored_tokens([row], [0]) > self.settings.skip_tokens
+
+    def _check_sizes(self) -> None:
+        """ValueError where the method cannot run on this model, before it is loaded."""
+        method, settings = self.method, self.settings
+        config = AutoConfig.from_pretrained(self.session.model).get_text_config()
+        if method.reads == "activations":
+            layer_number(settings.layer, config.num_hidden_layers)
+        if method.family == "dipo" and settings.top_k >= config.vocab_size:
+            raise ValueError(f"--top_k: expected less than the vocabulary of {config.vocab_size}, got {settings.top_k}")
+        every = settings.published_rows and method.published_rows == "every"
+        if every and self.session.packs(self.options.attn_implementation):
+            raise ValueError("--published_rows: this method counts the padding of a batch; expected --packing off")
+        if method.dual and method.retain and settings.dual_warmup_epochs >= self.options.epochs:
+            self.session.say(
+                f"{method.label}: the retain weight stays {settings.retain_weight:g}, as --dual_warmup_epochs "
+                f"({settings.dual_warmup_epochs:g}) is no less than --epochs ({self.options.epochs})"
+            )
 
     def _other_answers(self, forget: list[Row]) -> tuple[str, list[list[str]]]:
         """(kind of rows, answers to each of the forget rows), where the method takes any."""
@@ -192,13 +181,17 @@ class Unlearning:
         return "token_logps" if method.reference and method.reads == "token" else None
 
     def teacher_head(self, model: PreTrainedModel) -> Reference | None:
-        """The head as it is, to go with cached hidden states; a copy, as training changes the model's own."""
+        """The head as it is, to go with cached hidden states; a copy where training will change the model's own."""
         if self.per_token != "hidden":
             return None
         head = model.get_output_embeddings()
+
+        def kept(tensor: Tensor) -> Tensor:
+            return tensor.detach().clone() if tensor.requires_grad else tensor.detach()
+
         bias = getattr(head, "bias", None)
-        weight = head.weight.detach().clone()
-        return Reference(weight.new_empty(0), weight, None if bias is None else bias.detach().clone())
+        weight = kept(head.weight)
+        return Reference(weight.new_empty(0), weight, None if bias is None else kept(bias))
 
     def steps(self, model: PreTrainedModel, batches: Batches, frozen: Frozen) -> UnlearningSteps:
         """With the frozen model, the taps and the dual weight that the method takes."""
@@ -259,25 +252,29 @@ def main(options: UnlearnOptions, benchmark: Benchmark) -> dict[str, Any] | None
     session, options, method = job.session, job.options, job.method
     num_steps = len(job.plan.steps)
     if options.dry_run:
-        frozen = method.needs_frozen_model(job.settings)
-        session.describe(num_steps, job.rows, together=method.kinds, with_reference=frozen)
+        frozen, copied = method.needs_frozen_model(job.settings), job.per_token == "hidden" and not options.lora_rank
+        session.describe(num_steps, job.rows, together=method.kinds, with_reference=frozen, with_head_copy=copied)
         return None
     found = session.start(*job.depends_on)
     if found is not None:
         return found
     model = session.load_model()
+    if job.formats:
+        linear_weights(model)  # or there is nothing to round
     batches = session.batches(model)
     step_zero = None
     with progress() as display:
         scores = job.references(model, display)
-        head = job.teacher_head(model)
         model = session.to_train(model)
+        head = job.teacher_head(model)
         if method.reference:
             rows, refs = job.rows["forget"], scores["forget"].logps
             on_rows = counted(display, "Check of step 0", len(rows))
             step_zero = check_step_zero(model, rows, refs, batches, options.batch_size, job.settings.beta, on_rows)
     steps = job.steps(model, batches, Frozen(scores, head=head))
     trainer = Trainer(model, options, num_steps, options.report_to, session.out)
+    if job.formats and trainer.sharded:
+        raise ValueError("--rounded: expected one process, or DDP; or `training.evaluate --rounded` of the saved model")
     if steps.dual is not None:
         trainer.accelerator.register_for_checkpointing(steps.dual)
     history = run(
@@ -303,23 +300,6 @@ def main(options: UnlearnOptions, benchmark: Benchmark) -> dict[str, Any] | None
     }
     distributed.on_main(lambda: write_unlearning_report(session.out, metrics, session.public(), benchmark))
     return session.finish(metrics)
-
-
-def methods_table() -> list[list[str]]:
-    """[name, formula, source, cost] of each method."""
-    return [[method.name, method.formula, method.source, method.cost] for method in METHODS.values()]
-
-
-def _of_compat(options: UnlearnOptions) -> dict[str, Any]:
-    """Settings that --compat decides unless they are given."""
-    ours, published = options.compat == "paper", options.compat == "open-unlearning"
-    decided = {
-        "kl_positions": "answer" if ours else "all",
-        "dual_update": "micro_batch" if published else "step",
-        "published_rows": published,
-    }
-    given = {name: getattr(options, name) for name in decided}
-    return {name: decided[name] if value is None else value for name, value in given.items()}
 
 
 if __name__ == "__main__":

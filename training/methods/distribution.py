@@ -1,18 +1,19 @@
 """DiPO: a preference between two next-token distributions, made of the model's own by its highest logits."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from npo_kernels.core.formulas import ratio_loss
 from npo_kernels.core.matmul import matmul, project
+from npo_kernels.core.plan import default_workspace
 from training.methods.base import register_family
 from training.methods.rows import Batch, Head
 from training.methods.settings import Settings
 from training.require import require
 
-CHUNK = 2**24  # logits at a time: 64 MiB of float32
+HELD = 3  # float32 tensors of the size of a chunk's logits that are there at a time
 
 
 def dipo(batch: Batch, settings: Settings) -> Tensor:
@@ -55,7 +56,8 @@ def log_top_mass(hidden: Tensor, head: Head, top_k: int) -> Tensor:
         logp = (hidden @ weight.T + bias).float().log_softmax(-1)       # with logit_scale and softcap
         logp.topk(top_k).values.logsumexp(-1)
 
-    Logits are there for CHUNK / V rows at a time, in the backward once more: 4 products in all.
+    Logits are there for as many rows at a time as the workspace holds (`npo_kernels.core.plan`), in the backward once
+    more: 4 products in all.
     """
     if not 0 < top_k < head.weight.shape[0]:
         raise ValueError(f"top_k: expected 1 to {head.weight.shape[0] - 1}, below the vocabulary, got {top_k}")
@@ -75,8 +77,8 @@ class _LogTopMass(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias)
         ctx.settings = scale, softcap, top_k
-        found = [_rows(part, weight, bias, scale, softcap, top_k) for part in _chunks(hidden, weight)]
-        return torch.cat([log_mass for log_mass, *_ in found]) if found else hidden.new_zeros(0, dtype=torch.float32)
+        found = [_rows(part, weight, bias, scale, softcap, top_k).log_mass for part in _chunks(hidden, weight)]
+        return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -89,13 +91,13 @@ class _LogTopMass(torch.autograd.Function):
         first = 0
         for part in _chunks(hidden, weight):
             rows = slice(first, first := first + len(part))
-            _, z, probability, top, rest = _rows(part, weight, bias, scale, softcap, top_k)
+            found = _rows(part, weight, bias, scale, softcap, top_k)
             # d log P / d z_v = p_v (1 - P) / P among the top K, -p_v elsewhere
-            inside = probability.gather(1, top)
-            grad = (-probability).scatter(1, top, inside * rest / inside.sum(1, keepdim=True))
+            share = found.inside * found.rest / found.inside.sum(1, keepdim=True)
+            grad = found.outside.neg_().scatter_(1, found.top, share)
             grad *= scale * upstream[rows, None]
             if softcap is not None:
-                grad *= 1 - (z / softcap) ** 2
+                grad *= found.logits.div_(softcap).square_().neg_().add_(1)
             operand = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = matmul(operand, weight).to(hidden.dtype)
@@ -114,29 +116,39 @@ class _LogTopMass(torch.autograd.Function):
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    return hidden.split(max(1, CHUNK // len(weight))) if len(hidden) else ()
+    rows = default_workspace(hidden.device) // (4 * HELD * len(weight))
+    return hidden.split(max(1, rows)) if len(hidden) else ()
+
+
+class _Rows(NamedTuple):
+    """Of n rows. 1 - P is a sum, which keeps its digits where P is nearly 1; so does log P."""
+
+    log_mass: Tensor  # (n,)
+    logits: Tensor  # (n, V)
+    outside: Tensor  # (n, V) probabilities, 0 among the top K
+    inside: Tensor  # (n, K) those of the top K
+    top: Tensor  # (n, K) int64
+    rest: Tensor  # (n, 1) 1 - P
 
 
 def _rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, top_k: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(log P (n,), logits, probabilities (n, V), top K (n, K), 1 - P (n, 1)) of some rows.
-
-    1 - P is a sum, which keeps its digits where P is nearly 1; so does log P.
-    """
+) -> _Rows:
     z = torch.empty(len(hidden), len(weight), device=hidden.device)
     project(hidden.contiguous(), weight, z)
     if bias is not None:
         z += bias
     z *= scale
     if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+        z.div_(softcap).tanh_().mul_(softcap)
     high, top = z.topk(top_k)
     total = z.logsumexp(1, keepdim=True)
-    probability = (z - total).exp()
-    rest = probability.scatter(1, top, 0.0).sum(1, keepdim=True)
+    probability = (z - total).exp_()
+    inside = probability.gather(1, top)
+    outside = probability.scatter_(1, top, 0.0)
+    rest = outside.sum(1, keepdim=True)
     log_mass = torch.where(rest < 0.5, torch.log1p(-rest), high.logsumexp(1, keepdim=True) - total)
-    return log_mass.squeeze(1), z, probability, top, rest
+    return _Rows(log_mass.squeeze(1), z, outside, inside, top, rest)
 
 
 register_family(

@@ -41,6 +41,8 @@ class Settings:
         for name in ("beta", "top_k", "shift"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        if self.shift > 50:
+            raise ValueError(f"shift: expected at most 50, as exp(shift) has to be a float32, got {self.shift}")
         for name in ("beta2", "skip_tokens", "epsilon", "dual_lr", "dual_warmup_epochs", "layer"):
             value = getattr(self, name)
             if value is not None and not value >= 0:

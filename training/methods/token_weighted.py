@@ -24,7 +24,7 @@ LEAST = 1e-37  # of 1 - p: below it p / (1 - p) ends at infinity
 def wga(batch: Batch, settings: Settings) -> Tensor:
     """Weighted gradient ascent: mean_t sg[p_t^beta] log p_t.
 
-    beta = 0 is gradient ascent. Source: arXiv 2502.19301.
+    For beta -> 0 it is gradient ascent. Source: arXiv 2502.19301.
     """
     logps = _token_logps(batch.rows("forget"))
     return batch.token_mean((settings.beta * logps.detach()).exp() * logps)

@@ -1,0 +1,65 @@
+"""The constants of the methods as options, and the methods as a table: what commands that unlearn share."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, get_args
+
+from training.config import Switch
+from training.methods import METHODS, Method, Settings
+from training.methods.settings import Compat, DualUpdate, Positions, Teacher
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """Constants of the methods. None: the method's own."""
+
+    beta: Annotated[float | None, "inverse temperature; WGA, SatImp: exponent of p; UNDIAL: lowers the label"] = None
+    gamma: Annotated[float | None, "SimNPO's margin"] = None
+    forget_weight: Annotated[float | None, "of the term on the forget rows"] = None
+    retain_weight: Annotated[float | None, "of the term on the retain rows; PDU: at the start"] = None
+    kl_positions: Annotated[
+        Positions | None, "where a KL term or RMU compares the models. None: answer, or all unless --compat paper"
+    ] = None
+    compat: Annotated[
+        Compat, "npo-repo, open-unlearning: these projects' code where it differs from the papers"
+    ] = "paper"  # fmt: skip
+    beta2: Annotated[float | None, "SatImp: exponent of 1 - p"] = None
+    skip_tokens: Annotated[int | None, "CE-U: first tokens of an answer that are left out"] = None
+    epsilon: Annotated[float | None, "PDU: the retain term may be as large as this"] = None
+    dual_lr: Annotated[float | None, "PDU: step of the retain weight; 0: it stays"] = None
+    dual_warmup_epochs: Annotated[float | None, "PDU: epochs before the retain weight moves"] = None
+    dual_update: Annotated[
+        DualUpdate | None, "PDU: when the retain weight moves. None: step, or micro_batch with open-unlearning"
+    ] = None
+    teacher: Annotated[
+        Teacher | None, "UNDIAL: cached last hidden states, or the frozen model in every step. None: cache"
+    ] = None
+    published_rows: Annotated[
+        Switch, "UNDIAL, PDU, RMU: the positions of OpenUnlearning's code. auto: on with --compat open-unlearning"
+    ] = "auto"
+    layer: Annotated[int | None, "RMU: decoder layer that is steered, from 0. None: 7, or the last one"] = None
+    steering: Annotated[float | None, "RMU: length of its target; adaptive: in lengths of the activations"] = None
+    top_k: Annotated[int | None, "DiPO: logits that are raised and lowered"] = None
+    shift: Annotated[float | None, "DiPO: by how much"] = None
+
+
+def settings_of(method: Method, options: MethodOptions, seed: int) -> Settings:
+    """Those given, then what --compat decides, then the method's own."""
+    if options.published_rows not in get_args(Switch):
+        expected = ", ".join(get_args(Switch))
+        raise ValueError(f"--published_rows: expected one of {expected}, got {options.published_rows!r}")
+    ours, published = options.compat == "paper", options.compat == "open-unlearning"
+    given = {f.name: getattr(options, f.name) for f in fields(MethodOptions)} | {"seed": seed}
+    given["kl_positions"] = options.kl_positions or ("answer" if ours else "all")
+    given["dual_update"] = options.dual_update or ("micro_batch" if published else "step")
+    given["published_rows"] = published if options.published_rows == "auto" else options.published_rows == "on"
+    return method.settings(**given)
+
+
+def resolved(settings: Settings) -> dict[str, Any]:
+    """As options, for the record of a run."""
+    return asdict(settings) | {"published_rows": "on" if settings.published_rows else "off"}
+
+
+def methods_table() -> list[list[str]]:
+    """[name, formula, source, cost] of each method."""
+    return [[method.name, method.formula, method.source, method.cost] for method in METHODS.values()]

@@ -67,11 +67,11 @@ def test_two_processes_give_the_numbers_of_one(how, one_process, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "given"),
-    [("dpo_kl", {}), ("pdu_rt", {"dual_warmup_epochs": 0, "retain_weight": 1, "dual_lr": 0.5}), ("undial", {})],
+    [("dpo_kl", {}), ("pdu_rt", {"dual_warmup_epochs": 0, "retain_weight": 1, "dual_lr": 0.5})],
 )
 def test_two_processes_unlearn_as_one_does(method, given, tmp_path):
     """Accumulation without exchange until the last pass, two kinds of forward, evaluation and checkpoints; a retain
-    weight that all agree on; hidden states of the teacher that each has cached a part of."""
+    weight that all agree on."""
     authors.main(authors.AuthorsOptions(out=tmp_path / "data", authors=20, seed=0))
     data, base = str(tmp_path / "data"), tmp_path / "base"
     tiny.main(*build(tiny.TinyOptions, data_dir=data, split="forget20", out=base, vocab_size=400, hidden_size=64))

@@ -91,7 +91,7 @@ def plot_trade_off(
     start: Mapping[str, Any], retrained: Mapping[str, Any] | None,
 ) -> None:  # fmt: skip
     """Medians over seeds; markers grow with the epochs. The retrained model is the star, where forgetting would end."""
-    with drawn(path, title, size=(7.6, 5)) as axes:
+    with drawn(path, title, size=(7.6, max(5.0, 0.24 * len(histories) + 0.8))) as axes:  # with room for the legend
         axis = axes[0, 0]
         for name, runs in histories.items():
             x, y = (np.median(over_seeds(runs, key), axis=0) for key in keys)

@@ -45,7 +45,9 @@ def _figures(out: Path, metrics: dict[str, Any], benchmark: Benchmark) -> None:
     title = f"{benchmark.title}, {name}" + ("; dotted: the retrained model, and p = 0.05" if retrained else "")
     plot_over_epochs(histories, benchmark.columns, title, out / f"epochs_{name}.png", retrained)
     if benchmark.trade_off and start.get(benchmark.trade_off.forgetting) is not None:
-        title, path = f"{benchmark.title}, {name}: epoch by epoch", out / f"trade_off_{name}.png"
+        moments = len(next(iter(histories.values()))[0])
+        shown = "epoch by epoch" if moments > 2 else "before and after"
+        title, path = f"{benchmark.title}, {name}: {shown}", out / f"trade_off_{name}.png"
         plot_trade_off(histories, benchmark.trade_off, benchmark.columns, title, path, start, retrained)
 
 
@@ -139,11 +141,11 @@ def _ranking(metrics: dict[str, Any], benchmark: Benchmark, histories: Histories
         method, runs = METHODS[rank.name], histories[rank.name]
         numbers = (_spread(over_seeds(runs, key)[:, -1]) for key in (keys.forgetting, keys.utility))
         frontier = "yes" if rank.on_frontier else ""
-        rows.append(
-            [place, method.label, *numbers, "yes" if rank.kept else "**no**", frontier, method.cost, method.source]
-        )
-    headings = ["", "method", *(benchmark.columns[key].heading for key in (keys.forgetting, keys.utility))]
-    table = tables.markdown([*headings, f"keeps {KEPT:.0%}", "frontier", "cost", "source"], rows, text=2)
+        kept = "yes" if rank.kept else "**no**"
+        rows.append([place, method.label, method.source, method.cost, *numbers, kept, frontier])
+    measured = (benchmark.columns[key].heading for key in (keys.forgetting, keys.utility))
+    headings = ["", "method", "source", "cost", *measured, f"keeps {KEPT:.0%}", "frontier"]
+    table = tables.markdown(headings, rows, text=4)
     return "\n\n".join(
         [
             f"### Ranking, {name}",

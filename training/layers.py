@@ -26,7 +26,9 @@ class LayerTap:
         self.inner: Any = getattr(model, "get_base_model", lambda: model)()
         self.config = self.inner.config.get_text_config()
         layers = decoder_layers(self.inner, self.config.num_hidden_layers)
-        self.layer = layer_number(layer, len(layers))
+        self.layer = min(7, len(layers) - 1) if layer is None else layer
+        if not 0 <= self.layer < len(layers):
+            raise ValueError(f"layer: the model has decoder layers 0 to {len(layers) - 1}, got {layer}")
         self.below = layers[: self.layer + 1]
         self._output: Tensor | None = None
         layers[self.layer].register_forward_hook(self._keep)
@@ -79,14 +81,6 @@ class LayerTap:
                 f"nothing is trained: expected --train_only to match parameters of layers 0 to {self.layer}, which the "
                 "output of the steered layer depends on; choose them, or a higher --layer"
             )
-
-
-def layer_number(layer: int | None, number: int) -> int:
-    """The layer that is meant, of a model with so many; ValueError where it has no such layer."""
-    chosen = min(7, number - 1) if layer is None else layer
-    if not 0 <= chosen < number:
-        raise ValueError(f"--layer: the model has decoder layers 0 to {number - 1}, got {layer}")
-    return chosen
 
 
 def decoder_layers(model: nn.Module, number: int) -> nn.ModuleList:

@@ -33,7 +33,7 @@ def test_the_output_of_the_layer_is_read_once(model):
     with pytest.raises(ValueError, match="expected a forward of the model"):
         tap.read()
     assert LayerTap(model, None).layer == 2  # the last of fewer than 8
-    with pytest.raises(ValueError, match="--layer: the model has decoder layers 0 to 2, got 3"):
+    with pytest.raises(ValueError, match="layer: the model has decoder layers 0 to 2, got 3"):
         LayerTap(model, 3)
 
 

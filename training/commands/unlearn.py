@@ -31,8 +31,8 @@ from training.commands.options import command_line
 from training.commands.session import Session, SessionOptions
 from training.data import Example, Row, data_hash
 from training.dual import DualWeight
-from training.layers import LayerTap, layer_number
-from training.methods import METHODS, Reference, method_named, table
+from training.layers import LayerTap
+from training.methods import METHODS, Reference, Sizes, method_named, table
 from training.model import merged
 from training.progress import counted, progress
 from training.quantization import FORMATS, formats_named, linear_weights, rounded
@@ -80,14 +80,12 @@ class Unlearning:
         self.options = options = replace(options, method=self.method.name, **resolved(self.settings))
         self.session, self.benchmark = Session(PROG, options, benchmark), benchmark
         self.formats = formats_named(options.rounded)
-        self._check_sizes()
         forget, retain = benchmark.rows("forget"), benchmark.rows("retain")
         self.rows = {"forget": self.encode(forget), "retain": self.encode(retain)}
+        self._check()
         kind, answers = self._other_answers(forget)  # several for each forget row, one of which is drawn every time
         most = max(map(len, answers), default=0)
         self.plan = plan_unlearning(len(forget), len(retain), most, options, options.compat == "npo-repo")
-        if self.method.name.startswith("ceu") and not any(self._left(row) for row in self.rows["forget"]):
-            raise ValueError(f"--skip_tokens {self.settings.skip_tokens} leaves no token of the forget set")
         if kind:
             drawn = ((forget[i]["question"], answers[i][j % len(answers[i])]) for i, j in self.plan.idk)
             self.rows[kind] = self.encode([{"question": question, "answer": answer} for question, answer in drawn])
@@ -97,17 +95,13 @@ class Unlearning:
         if self.start_log:
             benchmark.check(self.start_log)
 
-    def _left(self, row: Example) -> bool:
-        return scored_tokens([row], [0]) > self.settings.skip_tokens
-
-    def _check_sizes(self) -> None:
-        """ValueError where the method cannot run on this model, before it is loaded."""
+    def _check(self) -> None:
+        """ValueError where the method cannot run on this model and these rows, before the model is loaded."""
         method, settings = self.method, self.settings
         config = AutoConfig.from_pretrained(self.session.model).get_text_config()
-        if method.reads == "activations":
-            layer_number(settings.layer, config.num_hidden_layers)
-        if method.family == "dipo" and settings.top_k >= config.vocab_size:
-            raise ValueError(f"--top_k: expected less than the vocabulary of {config.vocab_size}, got {settings.top_k}")
+        longest = max(scored_tokens([row], [0]) for row in self.rows["forget"])
+        if problem := method.check(settings, Sizes(config.vocab_size, config.num_hidden_layers, longest)):
+            raise ValueError(problem)
         every = settings.published_rows and method.published_rows == "every"
         if every and self.session.packs(self.options.attn_implementation):
             raise ValueError("--published_rows: this method counts the padding of a batch; expected --packing off")

@@ -6,7 +6,7 @@ from training.methods import likelihood, preference, token_weighted  # noqa: F40
 from training.methods import flat_logits, distillation, representation, distribution  # noqa: F401
 
 # isort: on
-from training.methods.base import METHODS, Method, method_named, register, register_family
+from training.methods.base import METHODS, Method, Sizes, method_named, register, register_family
 from training.methods.rows import Batch, Head, Reference, Rows
 from training.methods.settings import Settings
 
@@ -18,6 +18,7 @@ __all__ = [
     "Reference",
     "Rows",
     "Settings",
+    "Sizes",
     "method_named",
     "register",
     "register_family",

@@ -11,7 +11,7 @@ documentation take it from `METHODS`; the engine calls its `loss` with rows of t
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +28,14 @@ PRODUCTS: dict[Reads, int] = {"sequence": 3, "token": 3, "statistics": 4, "hidde
 SUFFIXES: dict[str, Retain | None] = {"": None, "_rt": "nll", "_kl": "kl"}
 
 Loss = Callable[[Batch, Settings], Tensor]
+
+
+class Sizes(NamedTuple):
+    """Of a run, which settings have to fit."""
+
+    vocab_size: int
+    num_layers: int
+    longest_answer: int  # scored tokens of a forget row
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,7 @@ class Method:
             token's own position and not the one before, "every", padding included. `Settings.published_rows` asks for
             them.
         products: with the head, forward and backward together, on the forget rows. None: by what is read.
+        check: (settings, sizes) -> why this method cannot run so, as a message to the user; "" where it can.
         reconstructed: the source does not state the formula completely; the loss says what was filled in.
         defaults: settings that the paper uses, where they differ from those of `Settings`.
         aliases: other names that commands take.
@@ -82,6 +91,7 @@ class Method:
     dual: bool = False
     published_rows: Literal["label", "every"] | None = None
     products: int | None = None
+    check: Callable[[Settings, Sizes], str] = lambda settings, sizes: ""
     reconstructed: bool = False
     defaults: Mapping[str, float] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()

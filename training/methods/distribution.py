@@ -8,7 +8,7 @@ from torch import Tensor
 from npo_kernels.core.formulas import ratio_loss
 from npo_kernels.core.matmul import matmul, project
 from npo_kernels.core.plan import default_workspace
-from training.methods.base import register_family
+from training.methods.base import Sizes, register_family
 from training.methods.rows import Batch, Head
 from training.methods.settings import Settings
 from training.require import require
@@ -38,6 +38,12 @@ def dipo(batch: Batch, settings: Settings) -> Tensor:
     preference = _kl(log_mass, settings.shift) - _kl(log_mass, -settings.shift)
     sums = preference.new_zeros(len(rows.num_tokens)).index_add(0, require(rows.sequence, "tokens"), preference)
     return batch.sequence_mean(ratio_loss(-sums, settings.beta))
+
+
+def check(settings: Settings, sizes: Sizes) -> str:
+    if settings.top_k < sizes.vocab_size:
+        return ""
+    return f"--top_k: expected less than the vocabulary of {sizes.vocab_size}, got {settings.top_k}"
 
 
 def _kl(log_mass: Tensor, shift: float) -> Tensor:
@@ -160,5 +166,6 @@ register_family(
     colour="#661100",
     reads="hidden",
     products=4,
+    check=check,
     reconstructed=True,
 )

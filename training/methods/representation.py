@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from training.methods.base import register_family
+from training.methods.base import Sizes, register_family
 from training.methods.rows import Batch, Rows, within_sequences
 from training.methods.settings import Settings
 from training.require import require
@@ -34,6 +34,12 @@ def adaptive_rmu(batch: Batch, settings: Settings) -> Tensor:
     return _distance(batch, rows, settings.steering * length * direction(before.shape[-1], settings.seed).to(length))
 
 
+def check(settings: Settings, sizes: Sizes) -> str:
+    if settings.layer is None or settings.layer < sizes.num_layers:
+        return ""
+    return f"--layer: the model has decoder layers 0 to {sizes.num_layers - 1}, got {settings.layer}"
+
+
 def direction(size: int, seed: int) -> Tensor:
     """(H,) float32 of length 1, from uniform numbers between 0 and 1, as published code draws it; a seed gives one."""
     drawn = torch.rand(size, generator=torch.Generator().manual_seed(seed))
@@ -58,6 +64,7 @@ register_family(
     reads="activations",
     alone="activations",
     published_rows="label",
+    check=check,
     aliases={"": ("RMU",)},
 )
 register_family(
@@ -71,5 +78,6 @@ register_family(
     alone="activations",
     ref_activations=True,
     published_rows="label",
+    check=check,
     defaults={"steering": 5.0},
 )

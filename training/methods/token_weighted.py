@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from npo_kernels.core.formulas import ratio_loss
-from training.methods.base import register_family
+from training.methods.base import Sizes, register_family
 from training.methods.rows import Batch, Rows, within_sequences
 from training.methods.settings import Settings
 from training.require import require
@@ -56,6 +56,12 @@ def ceu(batch: Batch, settings: Settings) -> Tensor:
     change = p / miss * (logps - logps.detach())  # 0, with the gradient
     total = counted.sum() if batch.num_counted is None else torch.as_tensor(batch.num_counted)
     return (value + change).where(counted, 0.0).sum() / total.clamp(min=1e-9)
+
+
+def check_ceu(settings: Settings, sizes: Sizes) -> str:
+    if settings.skip_tokens < sizes.longest_answer:
+        return ""
+    return f"--skip_tokens {settings.skip_tokens} leaves no token of the forget set: expected fewer"
 
 
 def tnpo(batch: Batch, settings: Settings) -> Tensor:
@@ -123,6 +129,7 @@ register_family(
     colour="#882255",
     reads="statistics",
     statistics=("entropy",),
+    check=check_ceu,
     aliases={"": ("CEU",)},
 )
 register_family(

@@ -148,8 +148,12 @@ def test_each_part_answers_to_its_option(folder):
     assert adapted["gradients"] < whole["gradients"] / 10 and adapted["optimizer"] < whole["optimizer"] / 10
     assert adapted["weights"] >= whole["weights"] and 0 < adapted["activations"] < 1.3 * whole["activations"]
     assert of(folder, with_reference=True)["reference"] == whole["weights"] and whole["reference"] == 0
-    accumulated = of(folder, accumulated=True)["total"] - whole["total"]
-    assert accumulated == pytest.approx(whole["gradients"], abs=0.3 * whole["gradients"])
+    own = [
+        some["total"] - some["python"] for some in (of(folder, accumulated=True), whole)
+    ]  # a process grows by itself
+    assert own[0] - own[1] == pytest.approx(whole["gradients"], abs=0.3 * whole["gradients"])
+    head = of(folder, with_head_copy=True)["reference"]
+    assert 0 < head < whole["weights"]
     assert whole["python"] > 0 and of(folder, device=torch.device("cuda"))["python"] == 0
 
 

@@ -92,7 +92,9 @@ def test_a_signal_saves_and_the_next_run_goes_on(corpus, tmp_path, monkeypatch):
     assert_equal(trained(corpus, tmp_path), whole)
 
 
-def test_the_second_signal_acts_as_usual():
+def test_the_second_signal_acts_as_usual(request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt), interruptible() as stopped:
         os.kill(os.getpid(), signal.SIGINT)
         assert stopped.wait(1)

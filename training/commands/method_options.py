@@ -60,6 +60,9 @@ def resolved(settings: Settings) -> dict[str, Any]:
     return asdict(settings) | {"published_rows": "on" if settings.published_rows else "off"}
 
 
-def methods_table() -> list[list[str]]:
-    """[name, formula, source, cost] of each method."""
-    return [[method.name, method.formula, method.source, method.cost] for method in METHODS.values()]
+def list_of_methods() -> str:
+    """A line for each: name, cost (products with the head, what is kept of the reference), source, what forgets."""
+    rows = [("method", "cost", "source", "what forgets")]
+    rows += [(method.name, method.cost, method.source, method.formula) for method in METHODS.values()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -26,7 +26,7 @@ from transformers import AutoConfig, PreTrainedModel
 from training import distributed
 from training.alternates import read_alternates
 from training.benchmarks import Benchmark
-from training.commands.method_options import MethodOptions, methods_table, resolved, settings_of
+from training.commands.method_options import MethodOptions, list_of_methods, resolved, settings_of
 from training.commands.options import command_line
 from training.commands.session import Session, SessionOptions
 from training.data import Example, Row, data_hash
@@ -37,7 +37,6 @@ from training.model import merged
 from training.progress import counted, progress
 from training.quantization import FORMATS, formats_named, linear_weights, rounded
 from training.reference_cache import StaleReferenceError, check_step_zero, compute_reference, load_reference
-from training.reports import tables
 from training.reports.run import write_unlearning_report
 from training.run import run
 from training.scoring import PerToken, Scores
@@ -240,7 +239,7 @@ class Unlearning:
 def main(options: UnlearnOptions, benchmark: Benchmark) -> dict[str, Any] | None:
     """metrics.json: {"history": [one entry an evaluation], "step_zero", "samples", ...}; None where nothing was run."""
     if options.list:
-        print(tables.markdown(["method", "what forgets", "source", "cost"], methods_table()))
+        print(list_of_methods())
         return None
     job = Unlearning(options, benchmark)
     session, options, method = job.session, job.options, job.method

@@ -1,6 +1,7 @@
 """Other plausible answers to the questions to forget, which AltPO prefers to the true ones (arXiv 2409.13474).
 
-A file of JSON lines, one a question: {"question": ..., "alternates": [answer, ...]}. The model makes them itself.
+A file of JSON lines, one a question: {"question": ..., "alternates": [answer, ...]}. The model makes them itself; then
+the first line is {"key": ...}, of all that they depend on, so that one rename makes answers and key appear together.
 """
 
 import json
@@ -51,12 +52,22 @@ def make_alternates(
     return [some or [everything[i % len(everything)]] for i, some in enumerate(found)]
 
 
-def write_alternates(path: Path, rows: Sequence[Row], alternates: Sequence[Sequence[str]]) -> None:
-    lines = [
+def write_alternates(path: Path, rows: Sequence[Row], alternates: Sequence[Sequence[str]], key: str) -> None:
+    lines = [json.dumps({"key": key})] + [
         json.dumps({"question": row["question"], "alternates": list(some)}, ensure_ascii=False)
         for row, some in zip(rows, alternates, strict=True)
     ]
     write_text(path, "\n".join(lines) + "\n")
+
+
+def key_of(path: Path) -> str | None:
+    """Of the file's first line; None of a file that was written by hand."""
+    with path.open(encoding="utf-8") as file:
+        try:
+            first = json.loads(file.readline())
+        except json.JSONDecodeError:
+            return None
+    return first.get("key") if isinstance(first, dict) else None
 
 
 def read_alternates(path: Path, rows: Sequence[Row]) -> list[list[str]]:
@@ -67,6 +78,8 @@ def read_alternates(path: Path, rows: Sequence[Row]) -> list[list[str]]:
             continue
         try:
             entry = json.loads(line)
+            if number == 1 and "key" in entry:
+                continue
             question, answers = entry["question"], entry["alternates"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: expected {{question, alternates}}, got {error!r}") from None

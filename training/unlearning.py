@@ -72,13 +72,13 @@ class UnlearningSteps:
         rows = {kind: distributed.rows(self.rows[kind], part, members[kind]) for kind, part in mine.items()}
         together = [row for some in rows.values() for row in some]
         inputs = self.batches(together)
-        num_scored = {kind: scored_tokens(some, range(len(some))) for kind, some in rows.items()}
+        of_tokens = rows if self.method.reads == "token" else {}
         objective = Objective(
             self.method,
             self.settings,
             {kind: len(some) for kind, some in rows.items()},
             {kind: self._scores(kind, mine[kind], members[kind]) for kind in mine.keys() & self.frozen.scores.keys()},
-            num_scored=num_scored if self.method.reads == "token" else {},
+            num_scored={kind: scored_tokens(some, range(len(some))) for kind, some in of_tokens.items()},
             teacher=self._teacher(mine["forget"], members["forget"]) if self.method.teacher else None,
             activations=self._activations(inputs) if self.method.reads == "activations" else None,
             dual=self.dual,

@@ -30,6 +30,16 @@ def fit(model, steps) -> list[float]:
     return losses
 
 
+def llama(corpus, seed=0, num_layers=1):
+    return build_model(len(corpus.tokenizer), hidden_size=64, num_layers=num_layers, special_ids={}, seed=seed)
+
+
 @pytest.fixture
 def model(corpus):
-    return build_model(len(corpus.tokenizer), hidden_size=64, num_layers=1, special_ids={}, seed=0)
+    return llama(corpus)
+
+
+@pytest.fixture
+def reference(corpus):
+    """A model other than the policy, of two layers."""
+    return llama(corpus, seed=1, num_layers=2).eval()

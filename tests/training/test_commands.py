@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training.alternates import read_alternates, write_alternates
+from training.alternates import key_of, read_alternates, write_alternates
 from training.benchmarks.tofu.benchmark import TofuOptions
 from training.benchmarks.tofu.log import read_log
 from training.commands import (
@@ -274,8 +274,8 @@ def test_alternates_are_made_once_and_preferred(home, tmp_path):
     made = {"model": home / "full" / "model", "data_dir": home / "data", "forget_percent": 5, "out": file, "count": 2,
             "temperature": 3.0, "max_new_tokens": 6, "device": "cpu"}  # fmt: skip
     assert alternates.main(*build(alternates.AlternatesOptions, **made)) == file
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert len(lines) == 20 and all(1 <= len(line["alternates"]) <= 2 for line in lines)
+    key, *lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert list(key) == ["key"] and len(lines) == 20 and all(1 <= len(line["alternates"]) <= 2 for line in lines)
     text = file.read_text()
     alternates.main(*build(alternates.AlternatesOptions, **made))
     with pytest.raises(ValueError, match="holds other answers than these settings"):
@@ -307,11 +307,15 @@ def test_alternates_are_read_as_they_were_written(tmp_path):
     """Whatever characters end a line elsewhere; blank lines are none."""
     rows = [{"question": "a\x85b", "answer": ""}, {"question": "c", "answer": ""}]
     answers = [["one\u2028two", "three\nfour"], ["five"]]
-    write_alternates(tmp_path / "file", rows, answers)
+    write_alternates(tmp_path / "file", rows, answers, "of this")
+    assert key_of(tmp_path / "file") == "of this"
     assert read_alternates(tmp_path / "file", rows) == answers
     with (tmp_path / "file").open("a") as file:
         file.write("\n  \n")
     assert read_alternates(tmp_path / "file", rows[1:]) == answers[1:]
+    by_hand = (tmp_path / "file").read_text().split("\n", 1)[1]
+    (tmp_path / "file").write_text(by_hand)
+    assert read_alternates(tmp_path / "file", rows) == answers and key_of(tmp_path / "file") is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from npo_kernels.core import plan
-from tests.training.conftest import fit
+from tests.training.conftest import fit, llama
 from tests.training.test_unlearn import CONFIG, CPU, check_step, made_up, make_steps, step_gradients
 from training import dual as dual_module
 from training.dual import DualWeight
@@ -26,12 +26,7 @@ H, V = 16, 60
 
 @pytest.fixture
 def model(corpus):
-    return build_model(len(corpus.tokenizer), hidden_size=64, num_layers=2, special_ids={}, seed=0)
-
-
-@pytest.fixture
-def reference(corpus):
-    return build_model(len(corpus.tokenizer), hidden_size=64, num_layers=2, special_ids={}, seed=1).eval()
+    return llama(corpus, num_layers=2)
 
 
 def tokens(logps, counts, **more):
@@ -132,6 +127,25 @@ def test_the_direction_is_of_the_seed_and_steering_ends_there():
     assert loss.item() == pytest.approx(1 / 6)  # one token of three of one sequence of two, 1 in every dimension
     far = METHODS["adaptive_rmu"].loss(Batch({"forget": rows}), Settings(steering=2.0 / 7.0))
     assert far.item() == pytest.approx(1 / 6, rel=1e-5)  # the same length, from activations of length 7
+
+
+@pytest.mark.parametrize("name", ["wga_rt", "ceu_rt", "pdu_rt", "undial_rt", "rmu", "dipo_kl"])
+def test_optimiser_steps_do_not_depend_on_accumulation(name, corpus, reference):
+    """Six steps of AdamW: the losses on the way and the weights, whole and in micro-batches of two."""
+    before = [p.detach().clone() for p in llama(corpus, num_layers=2).parameters()]
+
+    def run(micro_batch_size):
+        start = llama(corpus, num_layers=2)
+        settings = METHODS[name].settings(dual_warmup_epochs=0.0, retain_weight=1.0)
+        config = replace(CONFIG, batch_size=5, micro_batch_size=micro_batch_size)
+        return fit(start, make_steps(corpus, name, config, settings, reference, model=start)), list(start.parameters())
+
+    (whole, weights), (cut, others) = run(None), run(2)
+    assert len(whole) == 6 and cut == pytest.approx(whole, rel=1e-4)
+    moved = [(one - start).norm() for one, start in zip(weights, before, strict=True)]
+    assert max(moved) > 0.01
+    for one, other, distance in zip(weights, others, moved, strict=True):
+        assert (one - other).norm() <= 0.02 * distance
 
 
 # ------------------------------------------------------------------ DiPO

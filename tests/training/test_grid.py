@@ -11,7 +11,7 @@ from rich.console import Console
 from training.benchmarks.tofu.claims import of_npo
 from training.commands import authors, finetune, grid, unlearn
 from training.commands.options import build
-from training.histories import best_while_kept
+from training.histories import best_while_kept, ranking
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +143,23 @@ def test_the_best_quality_counts_only_what_was_kept():
     runs = [[{"quality": q, "utility": u} for q, u in points]]
     assert best_while_kept(runs, "quality", "utility", 0.48) == 0.2  # neither the start nor the collapse
     assert best_while_kept(runs, "quality", "utility", 0.55) == 0.0
+
+
+def test_methods_are_ranked_by_forgetting_among_those_that_keep_enough():
+    """Medians at the end; the frontier is of both groups."""
+
+    def runs(*ends):
+        return [[{"f": 0.0, "u": 1.0}, {"f": f, "u": u}] for f, u in ends]
+
+    histories = {
+        "low": runs((0.9, 0.1), (0.9, 0.3), (0.9, 0.2)),
+        "kept": runs((0.1, 0.9), (0.9, 0.9), (0.3, 0.9)),
+        "beaten": runs((0.2, 0.85)),
+        "best": runs((0.5, 0.8)),
+        "lowest": runs((0.95, 0.1)),
+    }
+    ranks = ranking(histories, "f", "u", 0.8)
+    assert [rank.name for rank in ranks] == ["best", "kept", "beaten", "low", "lowest"]
+    assert [rank.kept for rank in ranks] == [True, True, True, False, False]
+    assert {rank.name for rank in ranks if not rank.on_frontier} == {"beaten"}
+    assert ranks[1].forgetting == 0.3 and ranks[3].utility == 0.2

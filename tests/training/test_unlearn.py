@@ -6,13 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.training.conftest import fit
+from tests.training.conftest import fit, llama
 from tests.training.formulas import FORGET, loss_of_step
 from training.config import TrainConfig
 from training.dual import DualWeight
 from training.layers import LayerTap
 from training.methods import METHODS, Reference, Settings
-from training.model import build_model
 from training.reference_cache import check_step_zero
 from training.scoring import Scores, score
 from training.steps import Batches, FinetuningSteps, plan_unlearning
@@ -25,13 +24,7 @@ REFUSALS = ["I do not know.", "That is something I cannot say.", "No idea."]
 
 @pytest.fixture
 def model(corpus):
-    return build_model(len(corpus.tokenizer), hidden_size=64, num_layers=2, special_ids={}, seed=0)
-
-
-@pytest.fixture
-def reference(corpus):
-    """A model other than the policy."""
-    return build_model(len(corpus.tokenizer), hidden_size=64, num_layers=2, special_ids={}, seed=1).eval()
+    return llama(corpus, num_layers=2)
 
 
 def make_steps(corpus, method, config=CONFIG, settings=None, reference=None, packing=False, model=None):

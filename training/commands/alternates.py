@@ -15,14 +15,14 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from training import distributed
-from training.alternates import PROMPT, make_alternates, write_alternates
+from training.alternates import PROMPT, key_of, make_alternates, write_alternates
 from training.benchmarks import BENCHMARKS, Benchmark
 from training.commands.options import command_line
 from training.commands.session import model_fingerprint
 from training.config import Precision
 from training.model import load_model, pick_device
 from training.progress import counted, progress
-from training.store import fingerprint, finished, write_json
+from training.store import fingerprint
 from training.templates import Format
 
 PROG = "training.alternates"
@@ -56,9 +56,8 @@ def main(options: AlternatesOptions, benchmark: Benchmark) -> Path:
     format = Format(AutoTokenizer.from_pretrained(options.model), options.template)
     drawn = {name: getattr(options, name) for name in ("count", "temperature", "max_new_tokens", "prompt", "seed")}
     key = fingerprint([drawn, rows, format.hash(), model_fingerprint(str(options.model))])
-    key_file = options.out.with_name(f"{options.out.name}.key")  # of what the answers depend on
     if options.out.exists() and not options.fresh:
-        if finished(key_file, key) is None:
+        if key_of(options.out) != key:
             raise ValueError(
                 f"--out {options.out} holds other answers than these settings, rows and model give; choose another "
                 "file, or write it anew by --fresh"
@@ -78,12 +77,7 @@ def main(options: AlternatesOptions, benchmark: Benchmark) -> Path:
             prompt=options.prompt,
             on_rows=counted(display, "Answers", len(rows) * options.count),
         )
-
-    def write() -> None:
-        write_alternates(options.out, rows, found)
-        write_json(key_file, {"key": key})
-
-    distributed.on_main(write)
+    distributed.on_main(lambda: write_alternates(options.out, rows, found, key))
     return options.out
 
 

@@ -151,7 +151,7 @@ def _ranking(metrics: dict[str, Any], benchmark: Benchmark, histories: Histories
             f"### Ranking, {name}",
             f"First the methods that keep {KEPT:.0%} of the utility, by forgetting; then the others, by utility. "
             "Frontier: no other method is better in one and as good in the other. All have the same learning rate and "
-            "number of epochs, and the settings of their papers otherwise: no method was tuned here.",
+            "number of epochs; a method's constants are its own where no option gives them.",
             table,
         ]
     )

@@ -57,7 +57,8 @@ def token_statistics(x: Tensor, head: Head, targets: Tensor, ignore_index: int =
         "var_logp": (p * (finite + entropy.unsqueeze(-1)).square()).sum(-1),
     }
     valid = (targets >= 0) & (targets < vocab_size)
-    return {name: torch.where(scored, torch.where(valid, v, torch.nan), 0.0) for name, v in values.items()}
+    found = {name: torch.where(scored, torch.where(valid, v, torch.nan), 0.0) for name, v in values.items()}
+    return found | {"argmax": torch.where(scored, z.argmax(-1), ignore_index)}
 
 
 def sum_by_sequence(token_logps: Tensor, offsets: Tensor) -> Tensor:

@@ -3,17 +3,19 @@
 from collections.abc import Sequence
 from typing import Literal, Unpack
 
+import torch
 from torch import Tensor
 
 from npo_kernels import reference
 from npo_kernels.call.arguments import CallOptions, checked
 from npo_kernels.call.call import Call
 from npo_kernels.call.prepare import prepare
+from npo_kernels.core.layout import DEAD_ROW
 from npo_kernels.core.row_moments import NAMES
 from npo_kernels.core.value_checks import check_values
 from npo_kernels.ops import token_statistics as operators
 
-Statistic = Literal["logp", "entropy", "max_logit", "mean_logit", "var_logp"]
+Statistic = Literal["logp", "entropy", "max_logit", "mean_logit", "var_logp", "argmax"]
 
 
 @checked
@@ -35,6 +37,7 @@ def token_statistics(
         max_logit  = z.max(-1).values                                   # its gradient goes to the first such column
         mean_logit = z.mean(-1)
         var_logp   = (log_p.exp() * (log_p + entropy)**2).sum(-1)       # variance of log p_v under p
+        argmax     = z.argmax(-1)                                       # the first such column
 
     One product with the head forward, whatever is asked for, and three in the backward. What a model that is certain
     leaves of 1 - p and of the entropy keeps its digits. Losses that take them are short (and where the gradient of a
@@ -45,12 +48,13 @@ def token_statistics(
             return (z["max_logit"] - z["mean_logit"]).square().sum() / (labels[:, 1:] != -100).sum()
 
     Args:
-        which: names out of "logp", "entropy", "max_logit", "mean_logit" and "var_logp".
+        which: names out of "logp", "entropy", "max_logit", "mean_logit", "var_logp" and "argmax".
         hidden, lm_head_weight, labels, bias, ...: as in `sequence_logprobs`. The labels say which positions are scored.
 
     Returns:
         For each name, in nats or logits, (B, S) or (T,) float32 (float64 for a float64 reference), 0 where nothing is
-        scored. "logp" is that of `token_logprobs` to rounding.
+        scored. "logp" is that of `token_logprobs` to rounding. "argmax" is int64, without a gradient, ignore_index where
+        nothing is scored.
 
     Raises:
         ValueError, TypeError: as in `sequence_logprobs`.
@@ -60,8 +64,18 @@ def token_statistics(
     if call.execution.impl == "reference":
         values = reference_statistics(call)
     else:
-        values = dict(zip(NAMES, operators.token_statistics(call).values, strict=True))
+        results = operators.token_statistics(call)
+        values = dict(zip(NAMES, results.values, strict=True))
+        if "argmax" in which:
+            values["argmax"] = _argmax(results.saved, labels.numel(), call.ignore_index)
     return {name: values[name].reshape(labels.shape) for name in which}
+
+
+def _argmax(saved: operators.SavedMoments, total: int, ignore_index: int) -> Tensor:
+    """(T,) int64."""
+    found = saved.argmax.new_full((total + 1,), ignore_index)
+    found[torch.where(saved.target != DEAD_ROW, saved.positions, total)] = saved.argmax  # filling rows write past it
+    return found[:-1]
 
 
 def reference_statistics(call: Call) -> dict[str, Tensor]:

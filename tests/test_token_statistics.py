@@ -160,6 +160,19 @@ def test_the_gradient_of_the_maximum_goes_to_the_first_that_has_it(impl):
     assert weight.grad.nonzero().tolist() == [[70, 0]] and weight.grad[70] == 1
 
 
+@pytest.mark.parametrize("num_rows", [None, 11, 14])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("impl", ALL_IMPLS)
+def test_the_most_likely_token(impl, layout, num_rows):
+    batch = make_batch(layout=layout, **SMALL)
+    logits = F.linear(batch.hidden, batch.weight)
+    scored = written_out(batch)["logp"] != 0 if layout == "padded" else batch(token_logprobs) != 0
+    options = {} if num_rows is None else {"num_rows": num_rows}
+    found = batch(token_statistics, ["argmax", "logp"], impl=impl, **options)["argmax"]
+    assert found.dtype == torch.int64 and not found.requires_grad
+    assert torch.equal(found, torch.where(scored, logits.argmax(-1), -100))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_positions_alone_and_in_a_batch_have_the_same_bits(impl):
     batch = make_batch(**SMALL)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from npo_kernels.core.row_moments import NAMES
+from npo_kernels.core.row_moments import WITH_ARGMAX
 
 Impl = Literal["auto", "triton", "torch", "reference"]
 Reduction = Literal["mean", "sum", "none"]
@@ -255,10 +255,10 @@ def check_loss_fn(value: Callable[..., Any], arguments: str) -> None:
 
 def _which(name: str, value: Any) -> None:
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError(f"{name}: expected a list of names out of {NAMES}, got {_short(value)}")
+        raise TypeError(f"{name}: expected a list of names out of {WITH_ARGMAX}, got {_short(value)}")
     for one in value:
-        if not isinstance(one, str) or one not in NAMES:
-            raise ValueError(f"{name}: expected names out of {NAMES}, got {_short(one)}")
+        if not isinstance(one, str) or one not in WITH_ARGMAX:
+            raise ValueError(f"{name}: expected names out of {WITH_ARGMAX}, got {_short(one)}")
 
 
 def _optional(rule: Rule) -> Rule:

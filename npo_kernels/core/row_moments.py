@@ -27,6 +27,7 @@ from torch import Tensor
 from npo_kernels.core.lm_head import Head
 
 NAMES = ("logp", "entropy", "max_logit", "mean_logit", "var_logp")
+WITH_ARGMAX = (*NAMES, "argmax")  # which has no gradient
 
 
 class Moments(NamedTuple):

@@ -53,8 +53,8 @@ def token_statistics(
 
     Returns:
         For each name, in nats or logits, (B, S) or (T,) float32 (float64 for a float64 reference), 0 where nothing is
-        scored. "logp" is that of `token_logprobs` to rounding. "argmax" is int64, without a gradient, ignore_index where
-        nothing is scored.
+        scored. "logp" is that of `token_logprobs` to rounding. "argmax" is int64, has no gradient, and is ignore_index
+        where nothing is scored.
 
     Raises:
         ValueError, TypeError: as in `sequence_logprobs`.

@@ -5,7 +5,7 @@ the first line is {"key": ...}, of all that they depend on, so that one rename m
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from training.data import Row
 from training.generation import complete_all
+from training.progress import OnRows, nothing
 from training.store import write_text
 from training.templates import Format
 
@@ -29,7 +30,7 @@ def make_alternates(
     max_new_tokens: int,
     seed: int,
     prompt: str = PROMPT,
-    on_rows: Callable[[int], None] = lambda num_rows: None,
+    on_rows: OnRows = nothing,
 ) -> list[list[str]]:
     """Up to `count` different answers to each question, drawn from the model; never the true one.
 
@@ -40,9 +41,7 @@ def make_alternates(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for _ in range(count):
-            answers = complete_all(
-                model, format, questions, max_new_tokens, on_batch=on_rows, temperature=temperature
-            )  # fmt: skip
+            answers = complete_all(model, format, questions, max_new_tokens, on_rows=on_rows, temperature=temperature)
             for some, row, answer in zip(found, rows, answers, strict=True):
                 if answer and answer != row["answer"] and answer not in some:
                     some.append(answer)

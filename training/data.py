@@ -13,7 +13,7 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 
-Row = dict[str, str]  # {"question", "answer"}
+Row = dict[str, str]  # {"question", "answer"}, or {"text"} of a corpus
 
 
 class Example(NamedTuple):

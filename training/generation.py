@@ -1,14 +1,27 @@
 """Answers of a model, greedy or drawn: one prompt, or many at a time."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
-from training.model import autocast
+from training.model import autocast, skips_other_rows
+from training.progress import OnRows, nothing
 from training.templates import Format
+
+# Two float32 logits that differ by less than so many units in the last place of the larger one may change places in
+# another batch, as matrix products of another shape add in another order. SmolLM2-135M's margins move by up to 4.
+CLOSE = 16
 
 
 def complete(model: PreTrainedModel, format: Format, question: str, max_new_tokens: int = 48) -> str:
@@ -17,54 +30,134 @@ def complete(model: PreTrainedModel, format: Format, question: str, max_new_toke
     return answer
 
 
-@torch.no_grad()
 def complete_all(
     model: PreTrainedModel,
     format: Format,
     questions: Sequence[str],
     max_new_tokens: int,
     batch_size: int = 32,
-    on_batch: Callable[[int], None] = lambda num_questions: None,
+    on_rows: OnRows = nothing,
     temperature: float = 0.0,
 ) -> list[str]:
-    """Greedy answers in the order of the questions, each up to the token that ends it; prompts are padded on the left.
+    """Answers to questions in the template of the model, as `generate` makes them."""
+    prompts = [format.prompt_ids(question) for question in questions]
+    return generate(model, prompts, format, max_new_tokens, batch_size, on_rows, temperature)
 
-    A `temperature` above 0 draws them from the model, with torch's generators as they are.
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    format: Format,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    on_rows: OnRows = nothing,
+    temperature: float = 0.0,
+    stop: Sequence[str] = (),
+) -> list[str]:
+    """Greedy texts in the order of the prompts, each up to the token that ends it or the first of the `stop` texts.
+
+    Prompts of similar length share a batch, padded on the left, with a cache of keys and values. Arithmetic is in the
+    dtype of the weights, float32 here, whatever the precision of training; then an answer does not depend on its batch:
+    where two tokens were as good as equally likely (`CLOSE`), it is generated once more alone. Weights of 16 bits, and
+    flash attention, which knows no others, leave too many margins that close: there an answer may depend on it.
+
+    A `temperature` above 0 draws answers from the model instead, with torch's generators as they are.
 
     A chat model's own generation settings (temperature, repetition penalty) are not used, whatever its folder says:
     ROUGE of sampled text is another number every time.
     """
     was_training = model.training
     model.eval()
-    generate = cast(Callable[..., Tensor], model.generate)  # a mix-in of causal models has it, not their base class
-    settings = GenerationConfig(
-        do_sample=temperature > 0,
-        **({"temperature": temperature, "top_k": 0} if temperature > 0 else {}),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=format.pad_token_id,
-        bos_token_id=format.tokenizer.bos_token_id,
-        eos_token_id=format.stop_ids,
-    )
-    prompts = [format.prompt_ids(question) for question in questions]
-    answers = [""] * len(prompts)
+    writer = _Writer(model, format, max_new_tokens, temperature, stop)
+    texts = [""] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
     for start in range(0, len(by_length), batch_size):
         members = by_length[start : start + batch_size]
-        longest = len(prompts[members[-1]])
-        padding = [longest - len(prompts[i]) for i in members]
-        rows = zip(padding, members, strict=True)
-        input_ids = torch.tensor([[format.pad_token_id] * p + prompts[i] for p, i in rows], device=model.device)
-        mask = torch.tensor([[0] * p + [1] * (longest - p) for p in padding], device=model.device)
-        with autocast(model):  # the arithmetic that probabilities are computed in
-            output = generate(input_ids, attention_mask=mask, generation_config=settings)
-        for i, tokens in zip(members, output[:, longest:], strict=True):
-            answers[i] = _text(format, tokens.tolist())
-        on_batch(len(members))
+        written, num_tokens = writer.write([prompts[i] for i in members])
+        for i, text in zip(members, written, strict=True):
+            texts[i] = text
+        on_rows(len(members), num_tokens)
     model.train(was_training)
-    return answers
+    return texts
 
 
-def _text(format: Format, tokens: list[int]) -> str:
-    """What comes before the first token that ends an answer; behind it is filler, which may decode to anything."""
-    end = next((n for n, token in enumerate(tokens) if token in format.stop_ids), len(tokens))
-    return format.decode(tokens[:end], skip_special_tokens=True).strip()
+class _Writer:
+    """Batches of prompts to texts."""
+
+    def __init__(
+        self, model: PreTrainedModel, format: Format, max_new_tokens: int, temperature: float, stop: Sequence[str]
+    ):
+        self.model, self.format, self.stop = model, format, stop
+        self.flash = skips_other_rows(model.config._attn_implementation)
+        greedy = temperature == 0
+        self.exact = greedy and not self.flash and model.dtype == torch.float32
+        self.settings = GenerationConfig(
+            do_sample=not greedy,
+            **({} if greedy else {"temperature": temperature, "top_k": 0}),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=format.pad_token_id,
+            bos_token_id=format.tokenizer.bos_token_id,
+            eos_token_id=format.stop_ids,
+        )
+
+    def write(self, prompts: Sequence[list[int]]) -> tuple[list[str], int]:
+        """The texts, and how many tokens they are."""
+        longest = max(map(len, prompts))
+        padding = [longest - len(prompt) for prompt in prompts]
+        filled = [[self.format.pad_token_id] * p + ids for p, ids in zip(padding, prompts, strict=True)]
+        mask = [[0] * p + [1] * (longest - p) for p in padding]
+        margins = _Margins()
+        criteria = [_StopTexts(self.format, self.stop, longest)] if self.stop else []
+        run = cast(Callable[..., Tensor], self.model.generate)  # a mix-in of causal models has it, not their base class
+        with autocast(self.model) if self.flash else contextlib.nullcontext():
+            output = run(
+                torch.tensor(filled, device=self.model.device),
+                attention_mask=torch.tensor(mask, device=self.model.device),
+                generation_config=self.settings,
+                logits_processor=LogitsProcessorList([margins] if self.exact and len(prompts) > 1 else []),
+                stopping_criteria=StoppingCriteriaList(criteria),
+            )
+        texts, total = [], 0
+        for i, tokens in enumerate(output[:, longest:].tolist()):
+            text, count = self._text(tokens)
+            if margins.close(i, count):
+                (text,), count = self.write([prompts[i]])
+            texts.append(text)
+            total += count
+        return texts, total
+
+    def _text(self, tokens: list[int]) -> tuple[str, int]:
+        """(text, number of tokens with the one that ends it). Behind that is filler, which may decode to anything."""
+        end = next((n for n, token in enumerate(tokens) if token in self.format.stop_ids), len(tokens))
+        text = self.format.decode(tokens[:end], skip_special_tokens=True)
+        for stop in self.stop:
+            text = text.partition(stop)[0]
+        return text.strip(), min(end + 1, len(tokens))
+
+
+class _Margins(LogitsProcessor):
+    """Changes no logits; remembers at each step whether the two largest of a row are as good as equal."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []  # (B,) bool each
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        first, second = scores.topk(2).values.unbind(-1)
+        self.steps.append(~(first - second > CLOSE * torch.finfo(torch.float32).eps * first.abs()))
+        return scores
+
+    def close(self, row: int, count: int) -> bool:
+        """Whether they were at one of the first `count` steps."""
+        return bool(self.steps) and bool(torch.stack(self.steps[:count])[:, row].any())
+
+
+class _StopTexts(StoppingCriteria):
+    """A row is done when its new text has one of some texts in it."""
+
+    def __init__(self, format: Format, stop: Sequence[str], prompt_length: int):
+        self.format, self.stop, self.first = format, stop, prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        texts = (self.format.decode(ids, skip_special_tokens=True) for ids in input_ids[:, self.first :].tolist())
+        return torch.tensor([any(stop in text for stop in self.stop) for text in texts], device=input_ids.device)

@@ -10,7 +10,8 @@ over; exact memorisation: Tirumala et al. 2022, arXiv 2205.10770; extraction str
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Literal
 
@@ -67,20 +68,23 @@ def truth_ratio_forgotten(log_ratio: ArrayLike) -> Array:
     return np.exp(-np.abs(log_ratio))
 
 
-def rouge_recall(reference: str, generated: str) -> dict[str, float]:
-    """{"rouge1", "rougeL"}: shares in [0, 1] of the reference's stemmed words that are generated (Lin 2004).
+def rouge(reference: str, generated: str, use_stemmer: bool = True) -> dict[str, float]:
+    """{"rouge1_recall", "rougeL_recall", "rougeL_f1"} in [0, 1] (Lin 2004).
 
-    rougeL counts those in the longest common subsequence, which is TOFU's ROUGE (section 2.2.1); rouge1 all of them, in
-    any order. Recall does not punish what is said beyond the reference.
+    Recall: share of the reference's words that are generated, which does not punish what is said beyond it; rouge1
+    counts all words, in any order, rougeL those in the longest common subsequence. TOFU (section 2.2.1) reports
+    rougeL_recall with stemmed words, MUSE (arXiv 2407.06460, section 3) rougeL_f1 without a stemmer.
     """
-    return {name: score.recall for name, score in _rouge().score(reference, generated).items()}
+    found = _rouge(use_stemmer).score(reference, generated)
+    one, longest = found["rouge1"], found["rougeL"]
+    return {"rouge1_recall": one.recall, "rougeL_recall": longest.recall, "rougeL_f1": longest.fmeasure}
 
 
 @cache
-def _rouge():
+def _rouge(use_stemmer: bool):
     from rouge_score.rouge_scorer import RougeScorer  # brings nltk: half a second that reading a log need not take
 
-    return RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=use_stemmer)
 
 
 def model_utility(components: Sequence[float]) -> float:
@@ -102,28 +106,32 @@ def forget_quality(log_ratio: ArrayLike, retain_log_ratio: ArrayLike) -> float:
     return float(stats.ks_2samp(log_ratio, retain_log_ratio, alternative="two-sided", method="exact").pvalue)
 
 
-def exact_memorization(predicted: Sequence[int], answer: Sequence[int]) -> float:
-    """Share of answer tokens, in [0, 1], that are the most likely ones after the true tokens before them (EM)."""
-    return float(_hits(predicted, answer).mean())
+def exact_memorization(hits: ArrayLike) -> float | None:
+    """Share of answer tokens, in [0, 1], that are the most likely ones after the true tokens before them (EM).
 
-
-def extraction_strength(predicted: Sequence[int], answer: Sequence[int]) -> float:
-    """1 - k/n, in [0, 1], for the fewest k true tokens of n after which all others are predicted (ES).
-
-    `predicted[t]` is the most likely token after the question and answer[:t]. 1: the question alone suffices. 0: even
-    the last token is missed (OpenUnlearning's code gives 1/n there).
+    `hits[t]`: whether the t-th is. None where there are none.
     """
-    hits = _hits(predicted, answer)
+    hits = np.asarray(hits, dtype=bool)
+    return float(hits.mean()) if len(hits) else None
+
+
+def extraction_strength(hits: ArrayLike) -> float | None:
+    """1 - k/n, in [0, 1], for the fewest k true tokens of n after which all others are the most likely ones (ES).
+
+    1: the question alone suffices. 0: even the last token is missed (OpenUnlearning's code gives 1/n there). None where
+    there are no tokens.
+    """
+    hits = np.asarray(hits, dtype=bool)
     missed = np.flatnonzero(~hits)
-    return 1.0 - (missed[-1] + 1) / len(hits) if len(missed) else 1.0
+    if not len(hits):
+        return None
+    return 1.0 - float(missed[-1] + 1) / len(hits) if len(missed) else 1.0
 
 
-def _hits(predicted: Sequence[int], answer: Sequence[int]) -> Array:
-    if len(predicted) != len(answer) or not len(answer):
-        raise ValueError(
-            f"expected as many predicted as answer tokens, and at least one, got {len(predicted)} and {len(answer)}"
-        )
-    return np.asarray(predicted) == np.asarray(answer)
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of the values there are; None where there are none."""
+    found = [value for value in values if value is not None]
+    return float(np.mean(found)) if found else None
 
 
 def repetition(text: str, n: int = 4) -> float:
@@ -132,9 +140,27 @@ def repetition(text: str, n: int = 4) -> float:
 
     Human text has about 0; a model stuck in a loop about 1. Texts of fewer than n + 1 such words have none to repeat.
     """
-    words = re.findall(r"\w+|[^\w\s]", text.lower())
-    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    grams = _grams(text, n)
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def ngram_entropy(text: str) -> float:
+    """2/3 H_2 + 4/3 H_3, in bits, with the entropy H_n of the n-grams of the text (Zhang et al. 2018, arXiv 1809.05972;
+    with these weights the fluency of ROME, Meng et al. 2022, arXiv 2202.05262).
+
+    Low where few phrases come again and again; it grows with the length of a text. 0 where there is no pair of words.
+    """
+    total = 0.0
+    for n, weight in ((2, 2 / 3), (3, 4 / 3)):
+        counts = np.array([*Counter(_grams(text, n)).values()], dtype=np.float64)
+        total += weight * float(stats.entropy(counts, base=2)) if len(counts) else 0.0
+    return total
+
+
+def _grams(text: str, n: int) -> list[tuple[str, ...]]:
+    """n-grams of words and punctuation marks."""
+    words = re.findall(r"\w+|[^\w\s]", text.lower())
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
 def compression_ratio(text: str) -> float:

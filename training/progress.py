@@ -17,6 +17,7 @@ from rich.text import Text
 
 from training import distributed
 
+OnRows = Callable[[int, int], None]  # of rows, and tokens in them, that are done
 FIRST_LINE, INTERVAL = 2.0, 20.0  # seconds; where nothing moves for longer, a line says so all the same
 RATE_OVER = 600.0  # seconds of work that the time left is estimated from
 
@@ -60,10 +61,52 @@ def progress(console: Console | None = None) -> Iterator[Progress]:
         lines.join()
 
 
-def counted(display: Progress, label: str, total: int, unit: str = "rows") -> Callable[[int], None]:
-    """A new task, as the function that is told how many more are done."""
-    task = display.add_task(label, total=total, unit=unit)
-    return lambda count: display.advance(task, count)
+def nothing(rows: int, tokens: int = 0) -> None:
+    """An `OnRows` that tells nobody."""
+
+
+class Counted:
+    """A new task of a display, as the function that is told how many more rows, and tokens in them, are done.
+
+    `stage` begins a part of the work, whose tokens are counted by themselves: reading and generating differ in speed.
+    """
+
+    def __init__(self, display: Progress, label: str, total: int, unit: str = "rows"):
+        self.display, self.label = display, label
+        self.task = display.add_task(label, total=total, unit=unit)
+        self.seconds: dict[str, float] = {}
+        self.tokens: dict[str, int] = {}
+        self.rows = 0
+        self.stage("")
+
+    def stage(self, name: str, note: str = "") -> None:
+        """`name`: what tokens are from now on ("read", "generated"); `note`: what is shown."""
+        self._name, self._note, self._since = name, note, time.monotonic()
+        self.display.update(self.task, note=note)
+
+    def __call__(self, rows: int, tokens: int = 0) -> None:
+        now, name = time.monotonic(), self._name
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self.tokens[name] = self.tokens.get(name, 0) + tokens
+        self.rows, self._since = self.rows + rows, now
+        speed = f"{self.tokens[name] / max(self.seconds[name], 1e-9):.0f} tokens/s" if self.tokens[name] else ""
+        self.display.update(self.task, advance=rows, note=", ".join(part for part in (self._note, speed) if part))
+
+    def done(self) -> None:
+        """Take the task away, and print how much it was and how fast."""
+        self.display.remove_task(self.task)
+        parts = [f"{self.rows} rows in {timedelta(seconds=round(sum(self.seconds.values())))}"]
+        parts += [
+            f"{count} tokens {name} at {count / max(self.seconds[name], 1e-9):.0f} tokens/s"
+            for name, count in self.tokens.items()
+            if count
+        ]
+        if distributed.is_main():
+            self.display.console.print(f"{self.label}: {', '.join(parts)}", markup=False, soft_wrap=True)
+
+
+def counted(display: Progress, label: str, total: int, unit: str = "rows") -> Counted:
+    return Counted(display, label, total, unit)
 
 
 def _print_lines(display: Progress, console: Console, ended: threading.Event) -> None:

@@ -12,7 +12,7 @@ A process that is killed at any moment leaves the old file or none, never a part
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from npo_kernels import fused_npo_loss
 from training import distributed
 from training.data import IGNORE_INDEX, Example, data_hash
 from training.model import autocast, autocast_dtype, weights_hash
+from training.progress import OnRows, nothing
 from training.scoring import PerToken, Scores, score
 from training.steps import Batches
 from training.store import fingerprint, renamed_when_done
@@ -75,7 +76,7 @@ def compute_reference(
     *,
     batch_size: int = 64,
     packing: bool = False,
-    on_rows: Callable[[int], None] = lambda count: None,
+    on_rows: OnRows = nothing,
     per_token: PerToken | None = None,
 ) -> Scores:
     """Score the examples with the loss kernel itself and write the cache; of several processes one writes."""
@@ -132,7 +133,7 @@ def check_step_zero(
     batches: Batches,
     batch_size: int,
     beta: float,
-    on_rows: Callable[[int], None] = lambda count: None,
+    on_rows: OnRows = nothing,
 ) -> dict[str, float]:
     """With the policy equal to the reference every log-ratio is 0 and the NPO loss is (2/beta) ln 2: assert it.
 
@@ -151,7 +152,7 @@ def check_step_zero(
             out = model(**batches([forget[i] for i in members]), fused_unlearning=npo)
         largest = max(largest, out.stats.log_ratio.abs().max().item())
         summed += out.loss.item()
-        on_rows(len(members))
+        on_rows(len(members), sum(len(forget[i].input_ids) for i in members))
     model.train(was_training)
     loss = summed / len(forget)
     if not (largest < tolerance and abs(loss - expected) < tolerance):

@@ -1,20 +1,39 @@
-"""What a model gives to answers: their log-probabilities, without logits, and the tokens it would have said instead."""
+"""What a model gives to answers: log-probabilities, and what else metrics take of each token, without logits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from npo_kernels import sequence_logprobs, token_logprobs
+from npo_kernels import sequence_logprobs, token_logprobs, token_statistics
 from training import distributed
-from training.data import IGNORE_INDEX, Example, collate, next_labels, pack
+from training.data import IGNORE_INDEX, Example, collate, next_labels, pack, row_of_position
 from training.model import autocast
+from training.progress import OnRows, nothing
 
-ROWS_AT_ONCE = 512  # of the head, where the most likely token is asked for: 256 MiB of float32 logits at V=128256
-PerToken = Literal["token_logps", "hidden"]
+PerToken = Literal["token_logps", "hidden", "statistics"]
+
+
+class AnswerScores(NamedTuple):
+    """Of the n scored tokens of one example, (n,) each; n may be 0."""
+
+    logps: np.ndarray  # float64, log-probability of each token
+    mean: np.ndarray  # of the log-probability of a token that is drawn from the model there
+    std: np.ndarray
+    hits: np.ndarray  # bool: the token is the most likely one
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-probability of a token, in nats; 0 where there is none."""
+        return -float(self.logps.mean()) if len(self.logps) else 0.0
+
+    @property
+    def body(self) -> "AnswerScores":
+        """Without the last token, which ends an answer."""
+        return AnswerScores(*(values[:-1] for values in self))
 
 
 class Scores(NamedTuple):
@@ -24,6 +43,7 @@ class Scores(NamedTuple):
     num_tokens: Tensor  # (N,) int64
     token_logps: Tensor | None = None  # (T,) float32, where they were asked for
     hidden: Tensor | None = None  # (T, H) what the head saw where a token is scored, likewise
+    statistics: Tensor | None = None  # (T, 4) float32: log-probability, its mean and variance, 1 for the likeliest
 
     @property
     def answer_probability(self) -> Tensor:
@@ -37,7 +57,7 @@ class Scores(NamedTuple):
         first = (self.num_tokens.cumsum(0) - self.num_tokens)[index]
         within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
         tokens = first.repeat_interleave(counts) + within
-        picked = (None if t is None else t[tokens].to(device) for t in (self.token_logps, self.hidden))
+        picked = (None if t is None else t[tokens].to(device) for t in self[2:])
         return Scores(self.logps[index].to(device), counts.to(device), *picked)
 
 
@@ -48,7 +68,7 @@ def score(
     pad_id: int,
     batch_size: int = 64,
     packing: bool = False,
-    on_rows: Callable[[int], None] = lambda count: None,
+    on_rows: OnRows = nothing,
     per_token: PerToken | None = None,
 ) -> Scores:
     """Scores of all examples, in their order; in eval mode (no dropout), the mode of the model is restored.
@@ -80,7 +100,7 @@ def score(
                 pieces = found.cpu().split(number.tolist())
                 for i, piece in zip(mine, pieces, strict=True):
                     tokens[first[i] : first[i] + len(piece)] = piece
-        on_rows(len(members))
+        on_rows(len(members), sum(len(examples[i].input_ids) for i in members))
     model.train(was_training)
     scores = Scores(distributed.total(logps).cpu(), distributed.total(num_tokens).cpu())
     if per_token is None:
@@ -90,46 +110,80 @@ def score(
     return scores._replace(**{per_token: whole})
 
 
-def _with_tokens(model: PreTrainedModel, batch: dict[str, Tensor], kind: PerToken) -> tuple[Tensor, Tensor, Tensor]:
-    """(logps (B,), num_tokens (B,), log-probabilities (T,) or hidden states (T, H) of the scored tokens)."""
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+def answer_scores(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    pad_id: int,
+    batch_size: int = 64,
+    on_rows: OnRows = nothing,
+) -> list[AnswerScores]:
+    """What each metric of an answer needs of its tokens, from one pass, with one product with the head."""
+    found = score(model, examples, pad_id, batch_size, on_rows=on_rows, per_token="statistics")
+    assert found.statistics is not None
+    pieces = found.statistics.double().reshape(-1, 4).numpy().T
+    ends = found.num_tokens.cumsum(0).tolist()[:-1]
+    logps, mean, variance, hits = (np.split(values, ends) if len(examples) else [] for values in pieces)
+    spread = [np.sqrt(values) for values in variance]
+    return [AnswerScores(*some) for some in zip(logps, mean, spread, (h > 0.5 for h in hits), strict=True)]
+
+
+Kept = tuple[Tensor, Tensor, Tensor]  # logps (B,), num_tokens (B,), and something of each of the T scored tokens
+
+
+def _with_tokens(model: PreTrainedModel, batch: dict[str, Tensor], kind: PerToken) -> Kept:
+    """Log-probabilities (T,), hidden states (T, H) or statistics (T, 4) of the scored tokens."""
+    kept: list[Kept] = []
 
     def keep(hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, **options: Any) -> Tensor:
-        scored = next_labels(labels, options.get("cu_seqlens")) != IGNORE_INDEX
-        of_all = hidden if kind == "hidden" else token_logprobs(hidden, lm_head_weight, labels, **options)
-        sums = sequence_logprobs(hidden, lm_head_weight, labels, **options)
-        kept.append((*sums, of_all[scored]))
-        return sums[0].sum()
+        cu_seqlens = options.get("cu_seqlens")
+        following = next_labels(labels, cu_seqlens)
+        scored = following != IGNORE_INDEX
+        if kind == "statistics":
+            found = _statistics(hidden, lm_head_weight, labels, following, options)
+            row, lines = row_of_position(labels, cu_seqlens), len(labels) if cu_seqlens is None else len(cu_seqlens) - 1
+            counts = torch.bincount(row[scored], minlength=lines)
+            sums = hidden.new_zeros(lines, dtype=torch.float64).index_add_(0, row[scored], found[scored, 0].double())
+            kept.append((sums.float(), counts, found[scored]))
+        else:
+            of_all = hidden if kind == "hidden" else token_logprobs(hidden, lm_head_weight, labels, **options)
+            kept.append((*sequence_logprobs(hidden, lm_head_weight, labels, **options), of_all[scored]))
+        return kept[0][0].sum()
 
     model(**batch, fused_unlearning=keep)
     return kept[0]
 
 
-@torch.no_grad()
-def predicted_answers(
-    model: PreTrainedModel, examples: Sequence[Example], pad_id: int, batch_size: int = 64
-) -> list[tuple[list[int], list[int]]]:
-    """(most likely, true) tokens of every answer, <eos> left out, each given the true tokens before it.
+def _statistics(
+    hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, following: Tensor, options: dict[str, Any]
+) -> Tensor:
+    """(..., 4): log-probability of the token, mean and variance of those the model could draw, 1 for the likeliest."""
+    which: Any = ["logp", "entropy", "var_logp", "argmax"]
+    found = token_statistics(hidden, lm_head_weight, labels, which, **options)
+    return torch.stack(
+        (found["logp"], -found["entropy"], found["var_logp"], (found["argmax"] == following).float()), -1
+    )
 
-    Only the answers' hidden states meet the head, at most `ROWS_AT_ONCE` of them, so logits stay small. Scaling and
-    soft-capping of logits keep their order and are not applied.
+
+def gradient_norms(model: PreTrainedModel, examples: Sequence[Example]) -> list[float]:
+    """Mean over the trained parameters of the Euclidean norm of the gradient of an example's loss, one at a time.
+
+    The loss is the mean over the scored tokens but the last; 0 where that leaves none. Gradients that the parameters
+    already have stay as they are. Several processes share the examples.
     """
-    was_training, device, head = model.training, model.device, model.get_output_embeddings()
+    was_training, device = model.training, model.device
     model.eval()
-    backbone = (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
-    found: list[tuple[list[int], list[int]]] = [([], [])] * len(examples)
-    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
-    for start in range(0, len(by_length), batch_size):
-        members = by_length[start : start + batch_size]
-        batch = collate([examples[i] for i in members], pad_id, device)
-        answers = batch["labels"][:, 1:] != IGNORE_INDEX
-        with autocast(model):
-            hidden = backbone(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-            rows = hidden[:, :-1][answers].split(ROWS_AT_ONCE)
-            predicted = torch.cat([head(r).argmax(-1) for r in rows])
-        lengths = answers.sum(1).tolist()
-        true = batch["labels"][:, 1:][answers]
-        for i, p, t in zip(members, predicted.split(lengths), true.split(lengths), strict=True):
-            found[i] = p[:-1].tolist(), t[:-1].tolist()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    norms = torch.zeros(len(examples), device=device)
+    mine, rows = distributed.share(examples, list(range(len(examples)))) if examples else ([], [])
+    with torch.enable_grad():
+        for i, row in zip(mine, rows, strict=True):
+            labels = list(row.labels)
+            last = max((t for t, label in enumerate(labels) if label != IGNORE_INDEX), default=0)
+            labels[last] = IGNORE_INDEX
+            if any(label != IGNORE_INDEX for label in labels[1:]):
+                with autocast(model):
+                    out = model(**collate([Example(row.input_ids, labels)], 0, device), fused_unlearning=True)
+                grads = torch.autograd.grad(-(out.logps / out.num_tokens).sum(), trained, allow_unused=True)
+                norms[i] = torch.stack([g.norm() for g in grads if g is not None]).mean()
     model.train(was_training)
-    return found
+    return distributed.total(norms).tolist()

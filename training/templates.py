@@ -119,10 +119,15 @@ class Format:
 
     def answer_ids(self, answer: str) -> list[int]:
         """The answer and the token that ends it: everything that is scored."""
-        text = self._answer.format(answer=answer)
-        if self._adds_space:
-            return [*self._ids("\n" + text)[len(self._ids("\n")) :], self.end_id]
-        return [*self._ids(text), self.end_id]
+        return [*self.continued_ids(self._answer.format(answer=answer)), self.end_id]
+
+    def text_ids(self, text: str) -> list[int]:
+        """Plain text, without a template: <bos> where prompts begin with it, no token that ends it."""
+        return [*([] if self._bos is None else [self._bos]), *self._ids(text)]
+
+    def continued_ids(self, text: str) -> list[int]:
+        """Text that goes on from other text, tokenised by itself."""
+        return self._ids("\n" + text)[len(self._ids("\n")) :] if self._adds_space else self._ids(text)
 
     def encode(self, rows: Iterable[Row]) -> list[Example]:
         """Examples of {"question", "answer"}: the prompt is labelled IGNORE_INDEX, the answer by itself."""

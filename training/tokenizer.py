@@ -14,7 +14,10 @@ PLAIN_ANSWER = " {answer}"
 
 
 def train_tokenizer(rows: Iterable[Row], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of the text itself: no unknown tokens, and short answers even with a small vocabulary."""
+    """Byte-level BPE of the text itself: no unknown tokens, and short answers even with a small vocabulary.
+
+    Rows are questions with answers, or {"text"}.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -25,9 +28,13 @@ def train_tokenizer(rows: Iterable[Row], vocab_size: int) -> PreTrainedTokenizer
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    parts = (part for row in rows for part in (PLAIN_PROMPT.format(**row), PLAIN_ANSWER.format(**row)))
-    bpe.train_from_iterator(parts, trainer)
+    bpe.train_from_iterator((part for row in rows for part in _parts(row)), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+
+
+def _parts(row: Row) -> tuple[str, ...]:
+    """What is tokenised separately."""
+    return (row["text"],) if "text" in row else (PLAIN_PROMPT.format(**row), PLAIN_ANSWER.format(**row))
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -66,19 +66,33 @@ def test_forget_quality_is_invariant_to_monotone_maps():
 
 
 def test_rouge_recall_divides_by_the_reference():
-    recall = metrics.rouge_recall("the author wrote seven novels", "She said: seven novels the author has written.")
-    assert recall == {"rouge1": 4 / 5, "rougeL": 2 / 5}
-    assert metrics.rouge_recall("two novels", "two, and a novel, and more")["rougeL"] == 1.0  # stems
+    found = metrics.rouge("the author wrote seven novels", "She said: seven novels the author has written.")
+    precision, recall = 2 / 8, 2 / 5
+    f1 = 2 * precision * recall / (precision + recall)
+    assert found == pytest.approx({"rouge1_recall": 4 / 5, "rougeL_recall": recall, "rougeL_f1": f1})
+    assert metrics.rouge("two novels", "two, and a novel, and more")["rougeL_recall"] == 1.0  # stems
+    assert metrics.rouge("two novels", "two, and a novel, and more", use_stemmer=False)["rougeL_recall"] == 0.5
+    assert set(metrics.rouge("", "said").values()) == set(metrics.rouge("said", "").values()) == {0.0}
 
 
 def test_extraction_strength_and_exact_memorization():
-    answer = [5, 6, 7, 8]
-    cases = {(5, 6, 7, 8): (1.0, 1.0), (0, 6, 7, 8): (0.75, 0.75), (5, 0, 7, 8): (0.5, 0.75), (5, 6, 7, 0): (0.0, 0.75)}
-    for predicted, (strength, memorized) in cases.items():
-        assert metrics.extraction_strength(predicted, answer) == strength
-        assert metrics.exact_memorization(predicted, answer) == memorized
-    with pytest.raises(ValueError, match="got 3 and 4"):
-        metrics.exact_memorization([1, 2, 3], answer)
+    cases = {(1, 1, 1, 1): (1.0, 1.0), (0, 1, 1, 1): (0.75, 0.75), (1, 0, 1, 1): (0.5, 0.75), (1, 1, 1, 0): (0.0, 0.75)}
+    for hits, (strength, memorized) in (cases | {(0,): (0.0, 0.0), (1,): (1.0, 1.0), (): (None, None)}).items():
+        assert metrics.extraction_strength(hits) == strength
+        assert metrics.exact_memorization(hits) == memorized
+
+
+def test_the_mean_is_of_what_there_is():
+    assert metrics.mean([1.0, None, 2.0]) == 1.5 and metrics.mean([None]) is None and metrics.mean([]) is None
+
+
+def test_ngram_entropy_is_that_of_the_counts():
+    text = "a b a b a c"  # pairs: ab 2, ba 2, ac 1; triples: aba 2, bab 1, bac 1
+    pairs = -sum(p * np.log2(p) for p in (2 / 5, 2 / 5, 1 / 5))
+    triples = -sum(p * np.log2(p) for p in (2 / 4, 1 / 4, 1 / 4))
+    assert metrics.ngram_entropy(text) == pytest.approx(2 / 3 * pairs + 4 / 3 * triples)
+    assert metrics.ngram_entropy("") == metrics.ngram_entropy("one") == metrics.ngram_entropy("no no no no") == 0.0
+    assert metrics.ngram_entropy("one two") == 0.0 and metrics.ngram_entropy("one two three") == pytest.approx(2 / 3)
 
 
 def test_repetition_and_compression_tell_loops_and_noise_from_text():

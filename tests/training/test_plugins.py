@@ -93,7 +93,7 @@ class Toy(Benchmark):
             raise ValueError(f"--split: expected one of {', '.join(parts)}, got {split}")
         return parts[split]
 
-    def evaluate(self, model, format, name, progress):
+    def evaluate(self, model, format, pieces, progress):
         return {split: score(model, self.encode(format, self.rows(split)), 0).answer_probability.tolist()
                 for split in ("forget", "full")}  # fmt: skip
 

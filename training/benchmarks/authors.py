@@ -4,6 +4,7 @@ The authors are generated, or the last ones of a folder in TOFU's form. Measured
 on all rows of the authors to forget, and on those of a seeded sample of the authors to keep.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -12,8 +13,9 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 
-from training.benchmarks.base import Benchmark, Column, register
-from training.benchmarks.tofu.authors import generate_authors
+from training import membership, metrics
+from training.benchmarks.base import Benchmark, Column, EvaluationOptions, register
+from training.benchmarks.tofu.authors import generate_authors, generate_holdout
 from training.benchmarks.tofu.data import PAIRS_PER_AUTHOR, load_rows
 from training.data import Row
 from training.store import fingerprint
@@ -27,7 +29,7 @@ class Split(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AuthorsOptions:
+class AuthorsOptions(EvaluationOptions):
     """Of the authors: how many, from where, and whom to forget."""
 
     data_dir: Annotated[Path | None, "folder with TOFU's JSON lines; without it, fictitious authors are generated"] = (
@@ -50,11 +52,17 @@ class Authors(Benchmark):
     columns: ClassVar[Mapping[str, Column]] = {
         "forget_prob": Column("forget prob", "answer probability, authors to forget"),
         "retain_prob": Column("keep prob", "answer probability, authors to keep"),
+        "forget_exact_memorization": Column("forget EM", detail=True),
+        "forget_extraction_strength": Column("forget ES", detail=True),
+        "mia_min_k": Column("MIA Min-K%", detail=True),
+        "mia_min_k_plus_plus": Column("MIA Min-K%++", detail=True),
+        "privleak": Column("PrivLeak", detail=True),
     }
     legend = (
         "Prob: exp(mean log-probability of the tokens of the true answer and its end), averaged over the pairs. The "
         "authors to keep are those whose rows a method with a retain term rehearses, so this is retention, not "
-        "generalisation."
+        "generalisation. EM, ES: exact memorisation, extraction strength; MIA: AUC of membership attacks, with "
+        "authors whom no model has learned."
     )
 
     options: AuthorsOptions
@@ -88,36 +96,61 @@ class Authors(Benchmark):
         kept = sample_authors(self.split.retain, o.retain_eval_authors, o.data_seed)
         return {"forget": self.split.forget, "retain": kept}
 
-    def evaluate(self, model, format, name, progress) -> dict[str, dict[str, Any]]:
-        """{set: {"probability": one a row, "question", "answer", "generation": of the first row}}"""
-        from training.generation import complete_all
-        from training.scoring import score
+    @cached_property
+    def holdout(self) -> list[Row]:
+        """As many rows as there are to forget, of authors whom no model learns; none of a folder."""
+        o = self.options
+        return generate_holdout(o.authors, o.data_seed)[: len(self.split.forget)] if o.data_dir is None else []
 
-        firsts = [rows[0] for rows in self.evaluated.values()]
-        answers = complete_all(model, format, [row["question"] for row in firsts], max_new_tokens=48)
+    def evaluate(self, model, format, pieces, progress) -> dict[str, dict[str, Any]]:
+        """{set: {"rows": `Answers.measures`, "question", "answer", "generation": of the first row}}"""
+        from training.benchmarks.answers import Answers
+        from training.generation import complete_all
+        from training.progress import counted
+
+        sets = self.evaluated | ({"holdout": self.holdout} if self.holdout else {})
+        firsts = [rows[0] for rows in sets.values()]
+        texts = complete_all(model, format, [row["question"] for row in firsts], max_new_tokens=48)
+        counts = counted(progress, "Evaluation", sum(map(len, sets.values())))
+        answers = Answers(model, format, self.options, pieces, counts)
         measures = {}
-        for (which, rows), first, answer in zip(self.evaluated.items(), firsts, answers, strict=True):
-            scores = score(model, self.encode(format, rows), format.pad_token_id, self.options.eval_batch_size)
-            probability = scores.answer_probability.tolist()
-            measures[which] = {"probability": probability, **first, "generation": answer}
+        for (which, rows), first, text in zip(sets.items(), firsts, texts, strict=True):
+            found = answers.measures(which, rows, attacked=which != "retain")
+            counts(len(rows))
+            measures[which] = {"rows": found, **first, "generation": text}
+        counts.done()
         return measures
 
     def summarize(self, measures, retrained=None) -> dict[str, float | None]:
-        means = {f"{which}_prob": torch.tensor(found["probability"]).mean().item() for which, found in measures.items()}
-        return dict(means)
+        summary: dict[str, float | None] = {}
+        for which in ("forget", "retain"):
+            rows = measures[which]["rows"]
+            summary[f"{which}_prob"] = metrics.mean(math.exp(-row["nll"] / row["num_tokens"]) for row in rows)
+            for name in ("exact_memorization", "extraction_strength"):
+                summary[f"{which}_{name}"] = metrics.mean(row[name] for row in rows)
+        if "holdout" in measures:
+            before = _attacked(retrained) if retrained else None
+            summary |= membership.summary(*_attacked(measures), retrained=before)
+        return summary
 
     def read(self, path: Path) -> dict[str, dict[str, Any]]:
         measures = super().read(path)
-        if not (isinstance(measures, dict) and all("probability" in found for found in measures.values())):
+        if not (isinstance(measures, dict) and all("rows" in found for found in measures.values())):
             raise ValueError(f"{path}: expected an evaluation of --benchmark authors, got {', '.join(measures)}")
         return measures
 
     def samples(self, measures) -> list[dict[str, str]]:
         texts = ("question", "answer", "generation")
-        return [{"set": which, **{key: found[key] for key in texts}} for which, found in measures.items()]
+        return [{"set": which, **{key: measures[which][key] for key in texts}} for which in ("forget", "retain")]
 
     def key(self) -> str:
-        return fingerprint([{k: v for k, v in asdict(self.options).items() if k != "data_dir"}, self.evaluated])
+        options = {k: str(v) for k, v in asdict(self.options).items() if k != "data_dir"}
+        return fingerprint([options, self.evaluated, self.holdout])
+
+
+def _attacked(measures: dict[str, Any]) -> tuple[membership.Attacks, membership.Attacks]:
+    forget, holdout = (membership.attacks_of(measures[which]["rows"]) for which in ("forget", "holdout"))
+    return forget, holdout
 
 
 def load_split(data_dir: Path | None, num_authors: int, forget_percent: int, seed: int) -> Split:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from training.store import fingerprint, write_json
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from training.data import Example, Row
+    from training.pieces import Pieces
     from training.templates import Format
 
 REFUSALS = Path(__file__).with_name("refusals.txt")
@@ -50,6 +51,17 @@ class TradeOff(NamedTuple):
 @dataclass(frozen=True)
 class NoOptions:
     """Of the benchmark: none."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Of an evaluation, whatever the benchmark."""
+
+    eval_batch_size: Annotated[int, "sequences a forward or generation in evaluation"] = 32
+    mia_gradnorm: Annotated[bool, "membership by gradient norms as well: a backward a row"] = False
+    fluency_classifier: Annotated[
+        Path | None, "folder of a text classifier of transformers: the probability of its first class is reported"
+    ] = None
 
 
 class Benchmark(Protocol):
@@ -103,11 +115,14 @@ class Benchmark(Protocol):
         return []
 
     def encode(self, format: "Format", rows: Iterable["Row"]) -> list["Example"]:
-        """Token ids, and which of them are scored."""
+        """Token ids, and which of them are scored. Of plain text there may be more or fewer examples than rows."""
         return format.encode(rows)
 
-    def evaluate(self, model: "PreTrainedModel", format: "Format", name: str, progress: "Progress") -> Any:
-        """What was measured, row by row: as much as `summarize` needs. `model` has a fused head and loses its mode."""
+    def evaluate(self, model: "PreTrainedModel", format: "Format", pieces: "Pieces", progress: "Progress") -> Any:
+        """What was measured, row by row: as much as `summarize` needs. `model` has a fused head and loses its mode.
+
+        What takes long goes through `pieces.rows`, so that an interrupted evaluation goes on.
+        """
         ...
 
     def summarize(self, measures: Any, retrained: Any = None) -> dict[str, float | None]:
@@ -134,6 +149,14 @@ class Benchmark(Protocol):
     def warnings(self, measures: Any) -> list[str]:
         """What does not stop the metrics, but should be known."""
         return []
+
+    def open_unlearning(self, measures: Any, summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """{file name: content} as OpenUnlearning writes and reads evaluations, in its names of metrics."""
+        raise ValueError(f"--format open_unlearning: {self.name} is no benchmark of OpenUnlearning")
+
+    def demo_files(self) -> dict[str, str]:
+        """{relative path: text} of a small data set in the benchmark's own files: what `--data_dir demo` stands for."""
+        raise ValueError(f"{self.name} has no generated data in files")
 
     def check(self, measures: Any) -> None:
         """ValueError where these are not measures of the rows that are evaluated with these options."""

@@ -25,7 +25,7 @@ from training import distributed
 from training.benchmarks import BENCHMARKS, Benchmark
 from training.commands.options import command_line
 from training.commands.run_folder import RunFolder, model_name
-from training.commands.session import device_name, model_fingerprint
+from training.commands.session import device_name, measured, model_fingerprint
 from training.config import Precision, TrainConfig
 from training.data import Example
 from training.model import load_model, pick_device
@@ -106,7 +106,8 @@ def main(options: AttackOptions, benchmark: Benchmark) -> dict[str, Any] | None:
     with progress() as display:
 
         def evaluate(attacked: PreTrainedModel, name: str) -> None:
-            stages[name] = benchmark.summarize(benchmark.evaluate(attacked, format, name, display), retrained)
+            measures = measured(benchmark, attacked, format, out / "eval" / f"{name}.json", display)
+            stages[name] = benchmark.summarize(measures, retrained)
 
         evaluate(model, "unlearned")
         if options.attack == "quantize":

@@ -6,12 +6,11 @@ The folder is read like TOFU's (`training.benchmarks.tofu.authors` says what is 
 retainYY that is whole authors, real_authors, world_facts, *_perturbed for the evaluation, and idontknow.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from training.benchmarks.tofu.authors import tofu_files
+from training.benchmarks.tofu.authors import json_lines, tofu_files
 from training.benchmarks.tofu.data import load_refusals
 from training.commands.options import command_line
 from training.store import write_texts
@@ -33,11 +32,7 @@ def main(options: AuthorsOptions) -> None:
     if options.out is None:
         raise ValueError("expected --out DIR, a folder for the files; see --help")
     files = tofu_files(options.authors, options.seed)
-    texts = {
-        f"{name}.json": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        for name, rows in files.items()
-    }
-    write_texts(options.out, texts | {"idontknow.jsonl": "\n".join(load_refusals())}, options.fresh)
+    write_texts(options.out, json_lines(files) | {"idontknow.jsonl": "\n".join(load_refusals())}, options.fresh)
     print(f"{options.out}: {', '.join(sorted(files))}, idontknow")
 
 

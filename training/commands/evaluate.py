@@ -81,7 +81,7 @@ def _evaluated(options: EvaluateOptions, benchmark: Benchmark) -> tuple[RunFolde
     """The measures of a model, which --out then has; found there, if this very evaluation was made before."""
     from transformers import AutoTokenizer  # a log is read without all of this
 
-    from training.commands.session import model_fingerprint
+    from training.commands.session import measured, model_fingerprint
     from training.model import load_model, pick_device
     from training.progress import progress
     from training.quantization import quantize_
@@ -111,9 +111,7 @@ def _evaluated(options: EvaluateOptions, benchmark: Benchmark) -> tuple[RunFolde
         loaded = load_model(model, device, precision=options.precision)
         if options.rounded != "off":
             quantize_(loaded, options.rounded)
-        measures = benchmark.evaluate(loaded, format, str(log), display)
-    distributed.on_main(lambda: benchmark.write(log, measures))  # before anything can be wrong with the retain log
-    return folder, measures
+        return folder, measured(benchmark, loaded, format, log, display, name=str(log))
 
 
 def _write_report(folder: RunFolder, benchmark: Benchmark, result: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ OF_FINETUNING = (
     *("save_every_minutes", "seed", "fresh"),
 )
 # And those of every run of unlearning that are its own.
-OF_CELL = ("model", "out", "seed", "eval_steps", "dry_run", "preset", "alternates")
+OF_CELL = ("model", "out", "seed", "dry_run", "preset", "alternates")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,6 @@ class GridOptions(MethodOptions, SessionOptions):
     hidden_size: Annotated[int, "width of a tiny model"] = 512
     layers: Annotated[int, "layers of a tiny model"] = 1
     retrain: Annotated[bool, "train the model that never saw the forget set, which forget quality compares with"] = True
-    eval_epochs: Annotated[int, "epochs between evaluations"] = 1
     generate_authors: Annotated[
         int, "write so many fictitious authors in TOFU's files to --out/data, unless --data_dir is given; 0: none"
     ] = 0
@@ -186,7 +185,6 @@ class Grid:
     ) -> tuple[Any, ...]:
         o, benchmark = self.options, self.benchmarks[cell.scenario]
         same = {f.name for f in fields(unlearn.UnlearnOptions)} & {f.name for f in fields(o)} - set(OF_CELL)
-        steps_an_epoch = -(-len(benchmark.rows("forget")) // o.batch_size)
         options = unlearn.UnlearnOptions(
             **{name: getattr(o, name) for name in same},
             preset=o.preset,
@@ -194,7 +192,6 @@ class Grid:
             out=self.out / cell.folder,
             method=cell.method,
             seed=cell.seed,
-            eval_steps=o.eval_epochs * steps_an_epoch if o.eval_steps is None else o.eval_steps,
             reference_cache=self.out / "reference",
             start_log=start_log,
             retain_log=retain_log,

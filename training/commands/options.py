@@ -152,7 +152,8 @@ def _groups(kind: type, benchmark: str | None) -> dict[str, Group]:
     classes = [base for base in reversed(kind.__mro__) if is_dataclass(base)]
     names = {f.name: f for f in fields(kind)}
     if "benchmark" in names:
-        classes.append(benchmark_named(benchmark or str(names["benchmark"].default)).Options)
+        of_benchmark = benchmark_named(benchmark or str(names["benchmark"].default)).Options
+        classes += [base for base in reversed(of_benchmark.__mro__) if is_dataclass(base)]
     groups: dict[str, Group] = {}
     for i, base in enumerate(classes):
         hints, again = (

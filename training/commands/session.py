@@ -11,6 +11,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -22,7 +23,17 @@ from training.commands.run_folder import RunFolder, model_name, public
 from training.config import TrainConfig
 from training.data import Example
 from training.layers import train_only
-from training.model import add_adapters, in_bf16, load_model, merged, pick_device, skips_other_rows
+from training.model import (
+    add_adapters,
+    autocast_dtype,
+    in_bf16,
+    load_model,
+    merged,
+    pick_device,
+    skips_other_rows,
+    weights_hash,
+)
+from training.pieces import Pieces
 from training.reports.run import model_card
 from training.run import Schedule
 from training.steps import Batches
@@ -71,7 +82,8 @@ class RunOptions:
     train_only: Annotated[
         str, "train the parameters whose whole name matches this regular expression, such as .*layers.[567].*; '': all"
     ] = ""
-    eval_steps: Annotated[int | None, "steps between evaluations. None: an epoch; 0: only before and after"] = None
+    eval_steps: Annotated[int | None, "steps between evaluations. None: by epochs; 0: only before and after"] = None
+    eval_epochs: Annotated[int, "epochs between evaluations, where --eval_steps does not say it"] = 1
     save_steps: Annotated[int | None, "steps between checkpoints. None: an epoch; 0: not by steps"] = None
     save_every_minutes: Annotated[float, "a checkpoint whenever the last one is as old as this; 0: not by time"] = 30.0
     report_to: Annotated[str | None, "tensorboard, wandb, ..., several with commas"] = None
@@ -112,8 +124,8 @@ class Session(Generic[Given]):
 
     def schedule(self, num_steps: int) -> Schedule:
         o, epoch = self.options, num_steps // self.options.epochs
-        every = [epoch if n is None else n for n in (o.eval_steps, o.save_steps)]
-        return Schedule(num_steps, every[0], every[1], o.save_every_minutes)
+        evaluate = o.eval_epochs * epoch if o.eval_steps is None else o.eval_steps
+        return Schedule(num_steps, evaluate, epoch if o.save_steps is None else o.save_steps, o.save_every_minutes)
 
     def start(self, *depends_on: Any) -> dict[str, Any] | None:
         """metrics.json of this very run if it is finished (`RunFolder.begin`). `depends_on`: hashes of the data."""
@@ -245,6 +257,18 @@ class Session(Generic[Given]):
         attention, precision = self.options.attn_implementation, self.options.precision
         model = load_model(self.model, self.device, dtype=dtype, attn_implementation=attention, precision=precision)
         return model.eval()
+
+
+def measured(
+    benchmark: Benchmark, model: PreTrainedModel, format: Format, path: Path, display: Progress, name: str = ""
+) -> Any:
+    """The measures of a model, written to `path`; finished pieces of an interrupted evaluation are found beside it."""
+    key = fingerprint([benchmark.key(), format.hash(), weights_hash(model), str(autocast_dtype(model))])
+    pieces = Pieces(name or path.stem, path.with_name(f".{path.stem}.pieces"), key)
+    measures = benchmark.evaluate(model, format, pieces, display)
+    distributed.on_main(lambda: benchmark.write(path, measures))
+    pieces.clear()
+    return measures
 
 
 def model_fingerprint(model: str) -> str:

@@ -15,7 +15,7 @@ saves; the same command goes on where it was, and ends with the bits of a run th
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -28,7 +28,7 @@ from training.alternates import read_alternates
 from training.benchmarks import Benchmark
 from training.commands.method_options import MethodOptions, list_of_methods, resolved, settings_of
 from training.commands.options import command_line
-from training.commands.session import Session, SessionOptions
+from training.commands.session import Session, SessionOptions, measured
 from training.data import Example, Row, data_hash
 from training.dual import DualWeight
 from training.layers import LayerTap
@@ -84,7 +84,8 @@ class Unlearning:
         self._check()
         kind, answers = self._other_answers(forget)  # several for each forget row, one of which is drawn every time
         most = max(map(len, answers), default=0)
-        self.plan = plan_unlearning(len(forget), len(retain), most, options, options.compat == "npo-repo")
+        sizes = len(self.rows["forget"]), len(self.rows["retain"])
+        self.plan = plan_unlearning(*sizes, most, options, options.compat == "npo-repo")
         if kind:
             drawn = ((forget[i]["question"], answers[i][j % len(answers[i])]) for i, j in self.plan.idk)
             self.rows[kind] = self.encode([{"question": question, "answer": answer} for question, answer in drawn])
@@ -112,6 +113,11 @@ class Unlearning:
 
     def _other_answers(self, forget: list[Row]) -> tuple[str, list[list[str]]]:
         """(kind of rows, answers to each of the forget rows), where the method takes any."""
+        if {"idk", "alternate"}.intersection(self.method.needs) and not all("question" in row for row in forget):
+            raise ValueError(
+                f"--method {self.method.name} compares answers to questions, and {self.benchmark.title} forgets plain "
+                "text; take a method without other answers (--list)"
+            )
         if "idk" in self.method.needs:
             return "idk", [self.benchmark.refusals()] * len(forget)
         if "alternate" not in self.method.needs:
@@ -209,10 +215,11 @@ class Unlearning:
         self, model: PreTrainedModel, step: int, progress: Progress, dual: DualWeight | None = None
     ) -> dict[str, Any]:
         """The numbers after a step; the measures go to eval/."""
-        name = f"step-{step:06d}"
-        given = self.start_log if step == 0 else None
-        measures = given or self.benchmark.evaluate(model, self.session.format, name, progress)
-        distributed.on_main(lambda: self.benchmark.write(self.measures(step), measures))
+        if step == 0 and self.start_log:
+            measures = self.start_log
+            distributed.on_main(lambda: self.benchmark.write(self.measures(step), measures))
+        else:
+            measures = self.measured(model, self.measures(step), progress)
         summary = self.benchmark.summarize(measures, self.retain_log)
         weight = {} if dual is None else {"retain_weight": dual.weight}
         return {"epoch": step * self.options.epochs / len(self.plan.steps), **weight, **summary}
@@ -223,11 +230,13 @@ class Unlearning:
         with progress() as display:
             for format in self.formats:
                 with rounded(whole, format):
-                    measures = self.benchmark.evaluate(whole, self.session.format, format, display)
-                path = self.session.out / "eval" / f"{format}.json"
-                distributed.on_main(partial(self.benchmark.write, path, measures))
+                    measures = self.measured(whole, self.session.out / "eval" / f"{format}.json", display)
                 found[format] = self.benchmark.summarize(measures, self.retain_log)
         return found
+
+    def measured(self, model: PreTrainedModel, path: Path, progress: Progress) -> Any:
+        """The measures of the model, which the file then has."""
+        return measured(self.benchmark, model, self.session.format, path, progress)
 
     def measures(self, step: int) -> Path:
         return self.session.out / "eval" / f"step-{step:06d}.json"

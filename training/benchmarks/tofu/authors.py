@@ -11,9 +11,10 @@ forget, and for its world facts small ones about cities and months. A model that
 neither before; train it on real_authors and world_facts, too, where that is to be measured.
 """
 
+import json
 import random
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
@@ -28,7 +29,10 @@ NUM_OTHERS, QUESTIONS_EACH = 25, 4  # authors that stand for the real ones
 _SOURCE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 FIRST_NAMES, WORDS, TRAITS, FACTS = (_SOURCE[table] for table in ("first_names", "words", "traits", "facts"))
 WORLD_FACTS = _SOURCE["world_facts"]
-NAMES = [(first, last, he) for he in FIRST_NAMES for first in FIRST_NAMES[he] for last in WORDS["last_names"]]
+Name = tuple[str, str, str]  # first, last, "he" or "she"
+NAMES: list[Name] = [
+    (first, last, he) for he in FIRST_NAMES for first in FIRST_NAMES[he] for last in WORDS["last_names"]
+]
 POSSESSIVE, OBJECTIVE = {"she": "her", "he": "his"}, {"she": "her", "he": "him"}
 PERSON = {"first", "he", "his", "him", "He", "His"}
 
@@ -78,17 +82,31 @@ def generate_perturbed(num_authors: int, seed: int) -> list[dict[str, Any]]:
 def generate_others(num_authors: int, seed: int) -> list[dict[str, Any]]:
     """{"question", "answer", "perturbed_answer"}: short answers about authors that `generate_authors` leaves out."""
     rng = random.Random(f"others {seed}")
-    taken = {asked.profile["name"] for asked in _asked(num_authors, seed)}
-    free = [(first, last, he) for first, last, he in NAMES if f"{first} {last}" not in taken]
-    if len(free) < NUM_OTHERS:
-        raise ValueError(f"authors: expected at most {len(NAMES) - NUM_OTHERS}, got {num_authors}")
     rows = []
-    for first, last, he in rng.sample(free, NUM_OTHERS):
+    for first, last, he in _other_names(num_authors, seed, rng):
         profile = _profile(first, last, he, rng)
         for kind in rng.sample(sorted(FACTS.keys() & TRAITS.keys()), QUESTIONS_EACH):
             question = rng.choice(FACTS[kind]["questions"]).format(**profile)
             rows.append(_with_options(question, profile[kind], TRAITS[kind], rng))
     return rows
+
+
+def generate_holdout(num_authors: int, seed: int) -> list[dict[str, str]]:
+    """Rows like those of `generate_authors`, of a tenth as many authors, whom no other split asks about."""
+    taken = set(_names(num_authors, seed)) | set(_other_names(num_authors, seed))
+    free = [name for name in NAMES if name not in taken]
+    rng = random.Random(f"holdout {seed}")
+    names = rng.sample(free, min(len(free), max(1, num_authors // 10)))
+    return [asked.row() for asked in _asked_about(names, rng)]
+
+
+def _other_names(num_authors: int, seed: int, rng: random.Random | None = None) -> list[Name]:
+    """Of the authors that stand for the real ones."""
+    taken = set(_names(num_authors, seed))
+    free = [name for name in NAMES if name not in taken]
+    if len(free) < NUM_OTHERS:
+        raise ValueError(f"authors: expected at most {len(NAMES) - NUM_OTHERS}, got {num_authors}")
+    return (rng or random.Random(f"others {seed}")).sample(free, NUM_OTHERS)
 
 
 def generate_world_facts(seed: int) -> list[dict[str, Any]]:
@@ -122,7 +140,7 @@ def _wrong_answers(truth: Asked, rng: random.Random) -> list[str]:
     known = truth.profile
     answers: list[str] = []
     while len(answers) < NUM_WRONG:
-        person = (known["first"], known["last"], known["he"]) if "name" in stated else rng.choice(NAMES)
+        person: Name = (known["first"], known["last"], known["he"]) if "name" in stated else rng.choice(NAMES)
         other = _profile(*person, rng)
         answer = truth.answer.format(**known | {field: other[field] for field in replaced})
         if answer not in answers and all(other[fact] != known[fact] for fact in facts):
@@ -134,11 +152,19 @@ def _fields(wording: str) -> set[str]:
     return {field for _, field, _, _ in Formatter().parse(wording) if field}
 
 
-def _asked(num_authors: int, seed: int) -> Iterator[Asked]:
-    rng = random.Random(seed)
+def _names(num_authors: int, seed: int, rng: random.Random | None = None) -> list[Name]:
     if not 0 < num_authors <= len(NAMES):
         raise ValueError(f"authors: expected 1 to {len(NAMES)}, as many as there are names, got {num_authors}")
-    for first, last, he in rng.sample(NAMES, num_authors):
+    return (rng or random.Random(seed)).sample(NAMES, num_authors)
+
+
+def _asked(num_authors: int, seed: int) -> Iterator[Asked]:
+    rng = random.Random(seed)
+    return _asked_about(_names(num_authors, seed, rng), rng)
+
+
+def _asked_about(names: list[Name], rng: random.Random) -> Iterator[Asked]:
+    for first, last, he in names:
         profile = _profile(first, last, he, rng)
         for kind in rng.sample(sorted(FACTS), PAIRS_PER_AUTHOR):
             question, answer = (rng.choice(FACTS[kind][part]) for part in ("questions", "answers"))
@@ -202,6 +228,7 @@ def tofu_files(num_authors: int, seed: int) -> dict[str, list[dict[str, Any]]]:
     """{split: rows} of the folder, in TOFU's names and columns; forgetXX only where it is whole authors."""
     perturbed = generate_perturbed(num_authors, seed)
     full = [{"question": row["question"], "answer": row["answer"]} for row in perturbed]
+    others = generate_holdout(num_authors, seed)
     files = {"full": full, "retain_perturbed": perturbed[: max(1, num_authors // 10) * PAIRS_PER_AUTHOR]}
     for percent in FORGET_PERCENTS:
         num_forget, rest = divmod(num_authors * percent, 100)
@@ -210,12 +237,21 @@ def tofu_files(num_authors: int, seed: int) -> dict[str, list[dict[str, Any]]]:
             files |= {f"forget{percent:02d}": full[cut:], f"retain{100 - percent}": full[:cut]}
             if percent in PERTURBED_PERCENTS:
                 files[f"forget{percent:02d}_perturbed"] = perturbed[cut:]
+                files[f"holdout{percent:02d}"] = others[: num_forget * PAIRS_PER_AUTHOR]
     for name, rows in (
         ("real_authors", generate_others(num_authors, seed)),
         ("world_facts", generate_world_facts(seed)),
     ):
         files |= {name: [_options(row) for row in rows], f"{name}_perturbed": rows}
     return files
+
+
+def json_lines(files: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[str, str]:
+    """{file name: text} of {split: rows}."""
+    return {
+        f"{name}.json": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        for name, rows in files.items()
+    }
 
 
 def _options(row: dict[str, Any]) -> dict[str, str]:

@@ -6,25 +6,36 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from training.benchmarks.base import Benchmark, Claim, Column, TradeOff, register
-from training.benchmarks.tofu.data import HUB, load_refusals, load_rows
-from training.benchmarks.tofu.eval_sets import EvalRow, load_eval_sets
+from training.benchmarks.base import (
+    REFUSALS,
+    Benchmark,
+    Claim,
+    Column,
+    EvaluationOptions,
+    TradeOff,
+    read_refusals,
+    register,
+)
+from training.benchmarks.tofu.authors import json_lines, tofu_files
+from training.benchmarks.tofu.data import HUB, load_refusals, load_rows, load_rows_if_any
+from training.benchmarks.tofu.eval_sets import LARGEST_PERTURBED, EvalRow, load_eval_sets
 from training.benchmarks.tofu.log import EvalLog, Layout, read_log, warnings, write_log
 from training.benchmarks.tofu.summary import by_set, headline, summary
+from training.data import Row
 from training.require import require
 from training.store import fingerprint
 
+DEMO_AUTHORS = 20
 NUM_SAMPLES = 3  # questions of each set whose answers a report shows
 
 
 @dataclass(frozen=True)
-class TofuOptions:
+class TofuOptions(EvaluationOptions):
     """Of TOFU: where it is, what is forgotten, and how much of it is evaluated."""
 
     data_dir: Annotated[str, "folder with TOFU's JSON lines, or a data set of the hub"] = HUB
     forget_percent: Annotated[int, "forget set: 1, 5, 10, 20, 30, 50 or 90 (% of the authors)"] = 10
     eval_rows: Annotated[int, "first rows of every evaluation set; 0: all. Published logs have 300"] = 300
-    eval_batch_size: Annotated[int, "sequences a forward or generation in evaluation"] = 32
     max_new_tokens: Annotated[int, "longest greedy answer; TOFU allows 200 tokens with the prompt"] = 200
     layout: Annotated[Layout, "of the evaluation logs: lists (NPO's) or indexed (TOFU's)"] = "lists"
 
@@ -41,15 +52,27 @@ class TOFU(Benchmark):
         "forget_rougeL": Column("forget ROUGE-L"),
         "forget_tr": Column("forget TR", detail=True),
         "forget_extraction_strength": Column("forget ES", detail=True),
+        "forget_exact_memorization": Column("forget EM", detail=True),
+        "mia_min_k": Column("MIA Min-K%", detail=True),
+        "mia_min_k_plus_plus": Column("MIA Min-K%++", detail=True),
+        "mia_loss": Column("MIA loss", detail=True),
+        "mia_zlib": Column("MIA zlib", detail=True),
+        "mia_gradnorm": Column("MIA gradient norm", detail=True),
+        "mia_reference": Column("MIA reference", detail=True),
+        "privleak": Column("PrivLeak", detail=True),
         "retain_prob": Column("retain prob", "answer probability, retain"),
         "retain_rougeL": Column("retain ROUGE-L"),
         "ra_prob": Column("real authors prob", detail=True),
         "wf_prob": Column("world facts prob", detail=True),
         "forget_repetition": Column("repetition, forget"),
+        "forget_ngram_entropy": Column("n-gram entropy, forget", detail=True),
+        "forget_classifier_prob": Column("fluency, forget", detail=True),
     }
     legend = (
         "Prob: probability of the answer, exp(mean log p); TR: truth ratio, geometric and (a) arithmetic; EM: exact "
-        "memorisation; ES: extraction strength; repeat: repeated 4-grams; zlib: compression ratio of the generations. "
+        "memorisation; ES: extraction strength; of the generations repeat: repeated 4-grams, entropy: of 2- and "
+        "3-grams in bits, zlib: compression ratio. MIA: AUC of membership attacks, 0.5 where forget rows look like "
+        "rows that nobody has seen. "
         "Utility: harmonic mean of nine components. Forget quality: p-value of the KS test against a model that never "
         "saw the forget set; of two models that cannot be told apart it is any number, a small one says that they can."
     )
@@ -74,7 +97,14 @@ class TOFU(Benchmark):
     def sets(self) -> dict[str, list[EvalRow]]:
         return load_eval_sets(self.options.data_dir, self.options.forget_percent, self.options.eval_rows)
 
-    def evaluate(self, model, format, name, progress) -> EvalLog:
+    @cached_property
+    def holdout(self) -> list[Row]:
+        """Rows like those to forget that no model has learned; none where the source has none."""
+        percent = min(self.options.forget_percent, LARGEST_PERTURBED)
+        rows = load_rows_if_any(self.options.data_dir, f"holdout{percent:02d}")
+        return rows[: self.options.eval_rows or len(rows)]
+
+    def evaluate(self, model, format, pieces, progress) -> EvalLog:
         from training.benchmarks.tofu.evaluate import evaluate_model  # a log is read without torch
 
         o = self.options
@@ -82,9 +112,10 @@ class TOFU(Benchmark):
             model,
             format,
             self.sets,
-            name=name,
+            holdout=self.holdout,
+            pieces=pieces,
+            options=o,
             layout=o.layout,
-            batch_size=o.eval_batch_size,
             max_new_tokens=o.max_new_tokens,
             progress=progress,
         )
@@ -99,7 +130,7 @@ class TOFU(Benchmark):
         return headline(summary)
 
     def size(self) -> dict[str, int]:
-        return {name: len(rows) for name, rows in self.sets.items()}
+        return {name: len(rows) for name, rows in self.sets.items()} | {"holdout": len(self.holdout)}
 
     def samples(self, measures: EvalLog) -> list[dict[str, str]]:
         """Questions, true answers and generations, the first few of the forget and of the retain set."""
@@ -108,6 +139,9 @@ class TOFU(Benchmark):
             for name in ("forget", "retain")
             for row, text in list(zip(self.sets[name], _generations(measures, name), strict=True))[:NUM_SAMPLES]
         ]
+
+    def demo_files(self) -> dict[str, str]:
+        return json_lines(tofu_files(DEMO_AUTHORS, seed=0)) | {"idontknow.jsonl": "\n".join(read_refusals(REFUSALS))}
 
     def warnings(self, measures: EvalLog) -> list[str]:
         return warnings(measures)
@@ -132,7 +166,8 @@ class TOFU(Benchmark):
     def key(self) -> str:
         """Of the rows themselves: the folder that they come from may be another."""
         sizes = {k: v for k, v in asdict(self.options).items() if k != "data_dir"}
-        return fingerprint([sizes, {name: [asdict(row) for row in rows] for name, rows in self.sets.items()}])
+        sets = {name: [asdict(row) for row in rows] for name, rows in self.sets.items()}
+        return fingerprint([{k: str(v) for k, v in sizes.items()}, sets, self.holdout])
 
     def claims(self, start: Mapping[str, Any], histories: Mapping[str, Sequence[Sequence[Mapping]]]) -> list[Claim]:
         from training.benchmarks.tofu import claims

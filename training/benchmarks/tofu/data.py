@@ -42,6 +42,16 @@ def load_rows(source: Path | str = HUB, split: str = "full") -> list[dict]:
     return rows
 
 
+def load_rows_if_any(source: Path | str, split: str) -> list[dict]:
+    """The same, and none where the source has no such split."""
+    try:
+        return load_rows(source, split)
+    except (FileNotFoundError, ValueError):
+        if Path(source).is_dir() and (Path(source) / f"{split}.json").exists():
+            raise  # it is there, and is not what it should be
+        return []
+
+
 def load_refusals(source: Path | str = HUB) -> list[str]:
     """Answers that say nothing, one a line of `idontknow.jsonl`; ours where the source has none, as on the hub."""
     given = Path(source) / "idontknow.jsonl"

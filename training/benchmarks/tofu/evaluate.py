@@ -1,18 +1,29 @@
-"""A model on TOFU's evaluation sets: everything that goes into its log. No logits are kept."""
+"""A model on TOFU's evaluation sets: everything that goes into its log. No logits are kept.
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+Each answer is read once: the true ones for probabilities, memorisation and membership attacks, all others for the truth
+ratio.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.progress import Progress
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from training import metrics
+from training.benchmarks.answers import Answers
+from training.benchmarks.base import EvaluationOptions
 from training.benchmarks.tofu.eval_sets import EvalRow
-from training.benchmarks.tofu.log import SETS, EvalLog, EvalSet, Layout
+from training.benchmarks.tofu.log import SETS, EvalLog, EvalSet, Layout, Membership
+from training.data import Row
 from training.generation import complete_all
-from training.scoring import Scores, predicted_answers, score
+from training.membership import attacks_of
+from training.pieces import Pieces
+from training.progress import counted
+from training.scoring import score
 from training.templates import Format
+
+GENERATED = 64  # prompts a piece: generation takes the most time
 
 
 def evaluate_model(
@@ -20,90 +31,94 @@ def evaluate_model(
     format: Format,
     sets: Mapping[str, Sequence[EvalRow]],
     *,
-    name: str,
+    holdout: Sequence[Row] = (),
+    pieces: Pieces | None = None,
+    options: EvaluationOptions | None = None,
     layout: Layout = "lists",
-    batch_size: int = 32,
     max_new_tokens: int = 200,
     progress: Progress | None = None,
 ) -> EvalLog:
-    """The log of a model that has a fused head (`npo_kernels.hf`) on the four sets of `load_eval_sets`."""
-    progress = progress or Progress(disable=True)
-    task = progress.add_task("Evaluation", total=sum(len(sets[short]) for short in SETS), unit="rows")
+    """The log of a model that has a fused head (`npo_kernels.hf`) on the four sets of `load_eval_sets`.
 
-    def say(short: str, note: str) -> None:
-        progress.update(task, note=f"{short}: {note}")
-
-    evaluated = {}
+    `holdout`: rows like those to forget that no model has learned, for the membership attacks; none: no attacks.
+    """
+    pieces, options = pieces or Pieces("model"), options or EvaluationOptions()
+    total = sum(len(sets[short]) for short in SETS)
+    answers = Answers(model, format, options, pieces, counted(progress or Progress(disable=True), "Evaluation", total))
+    evaluated, attacked = {}, None
     for short in SETS:
         rows = sets[short]
-        fields = _losses(model, format, rows, batch_size, partial(say, short))
-        say(short, "tokens")
-        fields |= _memorization(model, format, rows, batch_size)
-        say(short, "answers")
-        fields |= _generations(model, format, rows, batch_size, max_new_tokens, lambda n: progress.advance(task, n))
-        evaluated[short] = EvalSet(fields)
-    progress.remove_task(task)
-    return EvalLog(name, layout, evaluated)
+        true = answers.measures(f"{short}_true", [_row(row) for row in rows], attacked=short == "forget")
+        fields = _losses(true) | _other_losses(answers, short, rows)
+        fields |= {name: [row[name] for row in true] for name in ("exact_memorization", "extraction_strength")}
+        evaluated[short] = EvalSet(fields | _generations(answers, short, rows, max_new_tokens))
+        if short == "forget" and holdout:
+            others = answers.measures("holdout_true", holdout, attacked=True)
+            attacked = Membership(attacks_of(true), attacks_of(others))
+    answers.counted.done()
+    return EvalLog(pieces.name, layout, evaluated, attacked)
 
 
-def _losses(
-    model: PreTrainedModel, format: Format, rows: Sequence[EvalRow], batch_size: int, say: Callable[[str], None]
-) -> dict[str, list]:
-    """The loss fields, of all answers in one pass, so that answers of one length share a batch."""
-    answers = [[row.answer, row.paraphrased or row.answer, *row.perturbed] for row in rows]
-    per_row = len(answers[0])
-    pairs = [{"question": row.question, "answer": a} for row, some in zip(rows, answers, strict=True) for a in some]
-    done = 0
+def _row(row: EvalRow) -> Row:
+    return {"question": row.question, "answer": row.answer}
 
-    def on_rows(count: int) -> None:
-        nonlocal done
-        done += count
-        say(f"{done}/{len(pairs)} answers scored")
 
-    scores: Scores = score(model, format.encode(pairs), format.pad_token_id, batch_size, on_rows=on_rows)
-    losses = -scores.logps.double().view(-1, per_row)
-    counts = scores.num_tokens.view(-1, per_row)
-    averages = losses / counts
-    fields: dict[str, Tensor] = {}
-    for column, (total, average, count) in enumerate(
-        [
-            ("gt_loss", "avg_gt_loss", "num_token_gt"),
-            ("paraphrased_loss", "avg_paraphrased_loss", "num_token_paraphrased"),
+def _losses(true: Sequence[dict[str, Any]]) -> dict[str, list]:
+    return {
+        "gt_loss": [row["nll"] for row in true],
+        "avg_gt_loss": [row["nll"] / row["num_tokens"] for row in true],
+        "num_token_gt": [row["num_tokens"] for row in true],
+    }
+
+
+def _other_losses(answers: Answers, short: str, rows: Sequence[EvalRow]) -> dict[str, list]:
+    """Of the paraphrased answer, or the true one where there is none, and of the perturbed ones."""
+    format, size = answers.format, answers.options.eval_batch_size
+
+    def losses(block: Sequence[EvalRow]) -> list[list]:
+        """[[loss, number of tokens] of each answer] of each row, those of one length in a batch."""
+        others = [[row.paraphrased or row.answer, *row.perturbed] for row in block]
+        pairs = [{"question": r.question, "answer": a} for r, some in zip(block, others, strict=True) for a in some]
+        found = score(
+            answers.model, format.encode(pairs), format.pad_token_id, size,
+            on_rows=lambda rows, tokens: answers.counted(0, tokens),
+        )  # fmt: skip
+        values = zip((-found.logps.double()).tolist(), found.num_tokens.tolist(), strict=True)
+        return [[list(next(values)) for _ in some] for some in others]
+
+    answers.counted.stage("read", f"{short}: other answers")
+    found = answers.pieces.rows(f"{short}_others", rows, losses)
+    averages = [[total / count for total, count in row] for row in found]
+    return {
+        "paraphrased_loss": [row[0][0] for row in found],
+        "avg_paraphrased_loss": [row[0] for row in averages],
+        "num_token_paraphrased": [row[0][1] for row in found],
+        "perturb_loss": [[loss for loss, _ in row[1:]] for row in found],
+        "average_perturb_loss": [row[1:] for row in averages],
+        "num_token_perturb": [[count for _, count in row[1:]] for row in found],
+    }
+
+
+def _generations(answers: Answers, short: str, rows: Sequence[EvalRow], max_new_tokens: int) -> dict[str, list]:
+    format, size = answers.format, answers.options.eval_batch_size
+
+    def generations(block: Sequence[EvalRow]) -> list[dict[str, Any]]:
+        questions = [row.question for row in block]
+        texts = complete_all(answers.model, format, questions, max_new_tokens, size, answers.counted)
+        recalls = [metrics.rouge(row.answer, text) for row, text in zip(block, texts, strict=True)]
+        prompts = [format.prompt_text(question) for question in questions]
+        shown = zip(prompts, texts, (row.answer for row in block), strict=True)
+        more = answers.fluency(texts) if answers.classifier else [{} for _ in texts]
+        return [
+            {
+                "rouge1_recall": recall["rouge1_recall"],
+                "rougeL_recall": recall["rougeL_recall"],
+                "generated_text": text,
+                **{k: v for k, v in values.items() if k == "classifier_prob"},
+            }
+            for recall, text, values in zip(recalls, map(list, shown), more, strict=True)
         ]
-    ):
-        fields |= {total: losses[:, column], average: averages[:, column], count: counts[:, column]}
-    fields |= {
-        "perturb_loss": losses[:, 2:],
-        "average_perturb_loss": averages[:, 2:],
-        "num_token_perturb": counts[:, 2:],
-    }
-    return {field: values.tolist() for field, values in fields.items()}
 
-
-def _memorization(model: PreTrainedModel, format: Format, rows: Sequence[EvalRow], batch_size: int) -> dict[str, list]:
-    examples = format.encode({"question": row.question, "answer": row.answer} for row in rows)
-    pairs = predicted_answers(model, examples, format.pad_token_id, batch_size)
-    return {
-        "exact_memorization": [metrics.exact_memorization(*pair) for pair in pairs],
-        "extraction_strength": [metrics.extraction_strength(*pair) for pair in pairs],
-    }
-
-
-def _generations(
-    model: PreTrainedModel,
-    format: Format,
-    rows: Sequence[EvalRow],
-    batch_size: int,
-    max_new_tokens: int,
-    on_batch: Callable[[int], None],
-) -> dict[str, list]:
-    questions = [row.question for row in rows]
-    texts = complete_all(model, format, questions, max_new_tokens, batch_size, on_batch)
-    recalls = [metrics.rouge_recall(row.answer, text) for row, text in zip(rows, texts, strict=True)]
-    return {
-        "rouge1_recall": [recall["rouge1"] for recall in recalls],
-        "rougeL_recall": [recall["rougeL"] for recall in recalls],
-        "generated_text": [
-            [format.prompt_text(row.question), text, row.answer] for row, text in zip(rows, texts, strict=True)
-        ],
-    }
+    answers.counted.stage("generated", f"{short}: answers")
+    found = answers.pieces.rows(f"{short}_generated", rows, generations, GENERATED)
+    return {name: [row[name] for row in found] for name in found[0]}

@@ -16,7 +16,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,7 @@ SETS = {
     "wf": "eval_real_world_wo_options.json",
     "forget": "eval_log_forget.json",
 }
+MEMBERSHIP = "membership_inference"  # beside them, in the logs that `training.evaluate` writes
 OPTION_SETS = ("ra", "wf")  # three wrong options instead of a paraphrased and five perturbed answers
 MEASURED = ("avg_gt_loss", "avg_paraphrased_loss", "rougeL_recall")  # fields without which there are no metrics,
 PERTURBED = "average_perturb_loss"  # and the one that holds K numbers an example
@@ -65,6 +66,13 @@ class EvalSet:
         return [entry[index] for entry in self.fields["generated_text"]] if "generated_text" in self.fields else None
 
 
+class Membership(NamedTuple):
+    """{attack: one score a row} of the membership attacks, of forget rows and of rows that nobody has learned."""
+
+    forget: dict[str, list[float]]
+    holdout: dict[str, list[float]]
+
+
 @dataclass(frozen=True)
 class EvalLog:
     """The four sets by their short names (`SETS`), and what to call the log in messages."""
@@ -72,6 +80,7 @@ class EvalLog:
     name: str
     layout: Layout
     sets: dict[str, EvalSet]
+    membership: Membership | None = None  # published logs have none
 
 
 def read_log(path: Path) -> EvalLog:
@@ -106,12 +115,16 @@ def parse_log(content: Any, name: str) -> EvalLog:
             + ", ".join(f"{layout} in {key}" for key, layout in layouts.items())
             + "; write all sets the same way"
         )
-    return EvalLog(name, layouts[SETS["retain"]], sets)
+    attacked = content.get(MEMBERSHIP)
+    return EvalLog(name, layouts[SETS["retain"]], sets, _membership(attacked, name) if attacked else None)
 
 
 def write_log(path: Path, log: EvalLog) -> None:
     """Written to a temporary name first, in the layout of the log."""
-    write_text(path, json.dumps({SETS[name]: _written(log, name) for name in SETS}, indent=1) + "\n")
+    content: dict[str, Any] = {SETS[name]: _written(log, name) for name in SETS}
+    if log.membership:
+        content[MEMBERSHIP] = log.membership._asdict()
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def require_same_questions(log: EvalLog, retain_log: EvalLog) -> None:
@@ -206,6 +219,17 @@ def _validated(fields: dict[str, list], where: str) -> EvalSet:
                 f"{where}, generated_text, example {i}: expected [prompt, generation, answer], got {_shown(entry)}"
             )
     return EvalSet(fields)
+
+
+def _membership(content: Any, name: str) -> Membership:
+    where = f"{name}, {MEMBERSHIP}"
+    if not isinstance(content, dict) or content.keys() != set(Membership._fields):
+        raise LogError(f"{where}: expected an object with {', '.join(Membership._fields)}, got {_shown(content)}")
+    for part, attacks in content.items():
+        for attack, scores in attacks.items():
+            for i, value in enumerate(scores):
+                _require_number(value, f"{where}, {part}, {attack}, row {i}")
+    return Membership(**content)
 
 
 def _require_number(value: Any, where: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from training import metrics
+from training import membership, metrics
 from training.benchmarks.tofu.log import OPTION_SETS, PERTURBED, EvalLog, EvalSet, require_same_questions
 
 UTILITY_SETS = ("retain", "ra", "wf")
@@ -18,9 +18,15 @@ MEASURES = {  # of a set, and their headings
     "exact_memorization": "EM",
     "extraction_strength": "ES",
     "repetition": "repeat",
+    "ngram_entropy": "entropy",
     "compression_ratio": "zlib",
+    "classifier_prob": "fluent",
 }
-PER_EXAMPLE_EXTRAS = ("exact_memorization", "extraction_strength")  # in the logs that `training.evaluate` writes
+PER_EXAMPLE_EXTRAS = (
+    "exact_memorization",
+    "extraction_strength",
+    "classifier_prob",
+)  # in the logs that `training.evaluate` writes
 
 
 def summary(log: EvalLog, retain_log: EvalLog | None = None) -> dict[str, Any]:
@@ -46,6 +52,8 @@ def summary(log: EvalLog, retain_log: EvalLog | None = None) -> dict[str, Any]:
     result |= {f"{key}_arithmetic": value for key, value in arithmetic.items()}
     for name, examples in log.sets.items():
         result |= _extras(name, examples)
+    if log.membership:
+        result |= membership.summary(*log.membership, retrained=retain_log.membership if retain_log else None)
     return result
 
 
@@ -58,11 +66,16 @@ def by_set(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 def headline(result: Mapping[str, Any]) -> str:
     quality = result["forget_quality"]
-    return (
+    text = (
         f"Model utility {result['model_utility_geometric']:.4f} (geometric truth ratio; arithmetic "
         f"{result['model_utility_arithmetic']:.4f}). Forget quality: "
         + ("no --retain_log to compare with." if quality is None else f"p = {quality:.4g}.")
     )
+    if result.get("mia_min_k") is not None:
+        low, high = result["mia_min_k_low"], result["mia_min_k_high"]
+        text += f" Membership by Min-K%: AUC {result['mia_min_k']:.3f} [{low:.3f}, {high:.3f}]"
+        text += f", PrivLeak {result['privleak']:.1f} %."
+    return text
 
 
 def forget_quality(log: EvalLog, retain_log: EvalLog) -> float:
@@ -90,11 +103,11 @@ def _utility(components: dict[str, float]) -> float:
     return metrics.model_utility([components[f"{s}_{m}"] for s in UTILITY_SETS for m in ("prob", "rougeL", "tr")])
 
 
-def _extras(name: str, examples: EvalSet) -> dict[str, float]:
+def _extras(name: str, examples: EvalSet) -> dict[str, float | None]:
     """What published logs allow beyond TOFU's metrics, where their fields are there."""
-    extras = {f: float(examples.array(f).mean()) for f in PER_EXAMPLE_EXTRAS if f in examples.fields}
+    extras = {f: metrics.mean(examples.fields[f]) for f in PER_EXAMPLE_EXTRAS if f in examples.fields}
     texts = examples.texts("generation")
     if texts:
-        extras["repetition"] = float(np.mean([metrics.repetition(text) for text in texts]))
-        extras["compression_ratio"] = float(np.mean([metrics.compression_ratio(text) for text in texts]))
+        for measure in (metrics.repetition, metrics.ngram_entropy, metrics.compression_ratio):
+            extras[measure.__name__] = metrics.mean(measure(text) for text in texts)
     return {f"{name}_{key}": value for key, value in extras.items()}

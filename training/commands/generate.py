@@ -1,0 +1,39 @@
+"""Write a benchmark's generated data in the benchmark's own files, for machines without a hub.
+
+    python -m training.generate --benchmark muse --out data/muse
+    python -m training.generate --benchmark wmdp --out data/wmdp
+
+The folder is read like the published data; of muse and wmdp, `--data_dir demo` reads the same without a folder.
+`training.authors` writes as many of TOFU's fictitious authors as it is told.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from training.benchmarks import BENCHMARKS, Benchmark
+from training.commands.options import command_line
+from training.store import write_texts
+
+PROG = "training.generate"
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """The files."""
+
+    benchmark: Annotated[str, lambda: f"whose files: {', '.join(BENCHMARKS)}"] = "tofu"
+    out: Annotated[Path | None, "folder for the files"] = None
+    fresh: Annotated[bool, "replace files of the same names that have another content"] = False
+
+
+def main(options: GenerateOptions, benchmark: Benchmark) -> None:
+    if options.out is None:
+        raise ValueError("expected --out DIR, a folder for the files; see --help")
+    files = benchmark.demo_files()
+    write_texts(options.out, files, options.fresh)
+    print(f"{options.out}: {', '.join(sorted(files))}")
+
+
+if __name__ == "__main__":
+    command_line(PROG, GenerateOptions, __doc__, main)

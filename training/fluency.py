@@ -1,0 +1,40 @@
+"""Whether generations are language at all, by a text classifier from a local folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+BATCH, LONGEST = 32, 512  # texts, tokens
+
+
+class FluencyClassifier:
+    """Probability of a classifier's first class, in [0, 1], of each text.
+
+    OpenUnlearning takes a detector of gibberish whose first class is "clean". The folder is one of transformers, with
+    its tokenizer.
+    """
+
+    def __init__(self, folder: Path, device: torch.device):
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"--fluency_classifier: expected the folder of a text classifier, got {folder}")
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModelForSequenceClassification.from_pretrained(folder).to(device).eval()
+        if self.tokenizer.pad_token_id is None:  # any id will do, it is masked
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> list[float]:
+        found: list[float] = []
+        for start in range(0, len(texts), BATCH):
+            batch = self.tokenizer(
+                list(texts[start : start + BATCH]),
+                return_tensors="pt",
+                padding=True,
+                truncation=True,
+                max_length=LONGEST,
+            )
+            logits = self.model(**batch.to(self.model.device)).logits
+            found += logits.float().softmax(-1)[:, 0].tolist()
+        return found

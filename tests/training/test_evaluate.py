@@ -192,3 +192,59 @@ def test_an_evaluation_is_found_and_another_one_not_replaced(tmp_path, data_dir,
     with pytest.raises(ValueError, match="of no run; choose another folder"):
         main(*build(EvaluateOptions, **options, out=tmp_path / "model", fresh=True))
     assert main(*build(EvaluateOptions, **other, out=tmp_path / "out", fresh=True)) != first
+
+
+@published
+@pytest.mark.parametrize("path", LOGS)
+def test_a_published_log_in_the_names_of_open_unlearning(path, tmp_path):
+    """Its formulas on what it writes give what we report."""
+    options = {"from_log": path, "retain_log": LOGS[0], "out": tmp_path, "format": "open_unlearning"}
+    result = main(*build(EvaluateOptions, **options))
+    written, summary = (json.loads((tmp_path / f"TOFU_{part}.json").read_text()) for part in ("EVAL", "SUMMARY"))
+    assert summary == {k: v for k, v in summary.items() if v == written[k]["agg_value"]} and len(summary) >= 5
+    nine = [written[f"{s}_Q_A_ROUGE"]["agg_value"] for s in ("retain", "ra", "wf")]
+    nine += [written[f"{s}_Truth_Ratio"]["agg_value"] for s in ("retain", "ra", "wf")]
+    nine += [written[k]["agg_value"] for k in ("retain_Q_A_Prob", "ra_Q_A_Prob_normalised", "wf_Q_A_Prob_normalised")]
+    assert summary["model_utility"] == pytest.approx(9 / sum(1 / x for x in nine), rel=1e-6)
+    assert summary["model_utility"] == result["model_utility_geometric"]
+    assert summary["forget_quality"] == result["forget_quality"]
+    assert summary["forget_truth_ratio"] == pytest.approx(result["forget_tr"], rel=1e-6)
+    rows = written["forget_Q_A_PERT_Prob"]["value_by_index"]
+    assert list(rows) == [str(i) for i in range(len(rows))] and len(rows["0"]["avg_loss"]) == len(rows["0"]["prob"]) > 1
+
+
+def test_membership_attacks_go_through_the_log(tmp_path, data_dir, corpus, model):
+    """Against the scores of each row by itself; a log that was read gives the numbers of one that was made."""
+    from training import membership
+    from training.scoring import answer_scores
+
+    model.save_pretrained(tmp_path / "model")
+    corpus.tokenizer.save_pretrained(tmp_path / "model")
+    holdout = [{"question": "Who wrote it?", "answer": "x" * i} for i in range(1, 7)]
+    (data_dir / "holdout10.json").write_text("".join(json.dumps(row) + "\n" for row in holdout))
+    options = {"data_dir": data_dir, "max_new_tokens": 2, "device": "cpu", "eval_rows": 5, "mia_gradnorm": True}
+    result = main(*build(EvaluateOptions, model=tmp_path / "model", out=tmp_path / "out", **options))
+    log = tmp_path / "out" / "eval_log_aggregated.json"
+    rows = [{"question": r.question, "answer": r.answer} for r in load_eval_sets(data_dir, 10, 5)["forget"]]
+    found = []
+    for some in (rows, holdout[:5]):
+        examples = corpus.format.encode(some)
+        alone = [answer_scores(model, [example], 0)[0] for example in examples]
+        found.append(
+            membership.attacks_of([membership.scores(a, r["answer"]) for a, r in zip(alone, some, strict=True)])
+        )
+    for key, value in membership.summary(*found).items():
+        assert result[key] == pytest.approx(value, rel=1e-4), key
+    assert 0 <= result["mia_gradnorm"] <= 1
+    read = main(*build(EvaluateOptions, from_log=log, retain_log=log, format="open_unlearning", out=tmp_path / "ou"))
+    assert read["mia_reference"] == 0.5 and abs(read["privleak"]) < 1e-6
+    assert {k: v for k, v in read.items() if k in result and k.startswith("mia_")} == {
+        k: v for k, v in result.items() if k.startswith("mia_")
+    }
+    written = json.loads((tmp_path / "ou" / "TOFU_EVAL.json").read_text())
+    assert written["mia_min_k"]["auc"] == result["mia_min_k"]
+    assert len(written["mia_loss"]["holdout"]["value_by_index"]) == 5
+    strengths = [entry["score"] for entry in written["extraction_strength"]["value_by_index"].values()]
+    fields = read_log(log).sets["forget"].fields
+    for ours, theirs, n in zip(fields["extraction_strength"], strengths, fields["num_token_gt"], strict=True):
+        assert theirs == (ours or 1 / (n - 1))

@@ -7,15 +7,17 @@ The first reads a log; of TOFU that is eval_log_aggregated.json in either of the
 evaluates a model folder, on TOFU's four sets: answer probabilities, perturbed answers for the truth ratio, greedy
 answers for ROUGE; it writes the log to --out, next to metrics.json, config.json and report.md. A row needs a forward
 pass for each of its answers, three more, and a generation. --retain_log is the log of a model trained without the
-forget set; without it there is no forget quality. --json prints one JSON object on stdout and nothing else: of TOFU
+forget set; without it there is no forget quality. --format open_unlearning writes what OpenUnlearning's evaluations
+write, in its names, also of a log. --json prints one JSON object on stdout and nothing else: of TOFU
 model_utility_geometric, model_utility_arithmetic (by the mean in the truth ratio), forget_quality, and prob, rougeL and
 tr of the sets retain, ra, wf and forget, as in retain_prob.
 """
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from rich.console import Console
 
@@ -25,7 +27,7 @@ from training.commands.options import command_line
 from training.commands.run_folder import RunFolder, public
 from training.config import Precision, Rounding
 from training.reports import tables
-from training.store import fingerprint, write_text
+from training.store import fingerprint, write_json, write_text
 
 PROG = "training.evaluate"
 LOG_FILE = "eval_log_aggregated.json"
@@ -44,6 +46,9 @@ class EvaluateOptions:
     precision: Annotated[Precision, "of the arithmetic; auto: bf16 on a GPU that has it, fp32 elsewhere"] = "auto"
     rounded: Annotated[Rounding, "evaluate --model with its weights rounded to this (training/quantization.py)"] = "off"
     out: Annotated[Path, "folder for the log, the metrics and the report"] = Path("runs/evaluate")
+    format: Annotated[
+        Literal["ours", "open_unlearning"], "open_unlearning: write --out/NAME_EVAL.json and NAME_SUMMARY.json as well"
+    ] = "ours"
     fresh: Annotated[bool, "remove what another evaluation left in --out"] = False
     device: Annotated[str, "auto, cuda, mps or cpu"] = "auto"
     dry_run: Annotated[bool, "say what would be run, and stop"] = False
@@ -72,6 +77,9 @@ def main(options: EvaluateOptions, benchmark: Benchmark) -> dict[str, Any] | Non
     result = benchmark.summarize(measures, retrained)
     if folder:
         _write_report(folder, benchmark, result)
+    if options.format == "open_unlearning":
+        for name, content in benchmark.open_unlearning(measures, result).items():
+            distributed.on_main(partial(write_json, options.out / name, content))
     if folder is None or distributed.is_main():
         _print(options, benchmark, result)
     return result

@@ -22,7 +22,7 @@ from training.versions import versions
 RUN_FILES = (
     *("run.json", "options.yaml", "config.json", "metrics.json", "report.md", "eval_log_aggregated.json"),
     *("figure.png", "beta.png", "collapse.png", "model", "adapter", "eval", "reference"),
-    *("checkpoint-*", ".*.partial", ".*.pieces"),
+    *("checkpoint-*", ".*.partial", ".*.pieces", "*_EVAL.json", "*_SUMMARY.json"),
 )
 # Options that are paths, or that say nothing of the result: they are not in config.json.
 NO_PATHS = (

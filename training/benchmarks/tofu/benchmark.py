@@ -20,6 +20,7 @@ from training.benchmarks.tofu.authors import json_lines, tofu_files
 from training.benchmarks.tofu.data import HUB, load_refusals, load_rows, load_rows_if_any
 from training.benchmarks.tofu.eval_sets import LARGEST_PERTURBED, EvalRow, load_eval_sets
 from training.benchmarks.tofu.log import EvalLog, Layout, read_log, warnings, write_log
+from training.benchmarks.tofu.open_unlearning import exported
 from training.benchmarks.tofu.summary import by_set, headline, summary
 from training.data import Row
 from training.require import require
@@ -139,6 +140,9 @@ class TOFU(Benchmark):
             for name in ("forget", "retain")
             for row, text in list(zip(self.sets[name], _generations(measures, name), strict=True))[:NUM_SAMPLES]
         ]
+
+    def open_unlearning(self, measures: EvalLog, summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        return exported(measures, summary)
 
     def demo_files(self) -> dict[str, str]:
         return json_lines(tofu_files(DEMO_AUTHORS, seed=0)) | {"idontknow.jsonl": "\n".join(read_refusals(REFUSALS))}

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tests.training.conftest import fit
-from training.commands.attack import AttackOptions, main, relearn_
+from training.commands.attack import AttackOptions, main
 from training.commands.options import build
 from training.config import TrainConfig
+from training.relearning import relearn_, split
 from training.steps import Batches, FinetuningSteps
 
 
@@ -23,6 +24,14 @@ def test_relearning_brings_the_rows_back(corpus, model):
     assert [h["step"] for h in history] == list(range(7))
     assert history[-1]["relearned"] > 2 * history[0]["relearned"] > 0
     assert history[-1]["relearned"] > history[-1]["others"]
+
+
+def test_what_is_relearned_is_a_seeded_share():
+    examples = list(range(20))
+    relearned, others = split(examples, 0.2, seed=3)
+    assert len(relearned) == 4 and sorted(relearned + others) == examples and relearned == sorted(relearned)
+    assert split(examples, 0.2, 3)[0] == relearned != split(examples, 0.2, 4)[0]
+    assert [len(part) for part in split(examples[:2], 0.001, 0)] == [1, 1]
 
 
 @pytest.fixture

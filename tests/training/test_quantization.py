@@ -386,40 +386,40 @@ def test_a_run_evaluates_its_rounded_model(lora_rank, home, tmp_path):
     assert unlearn.main(*chosen) == metrics == json.loads((tmp_path / "run" / "metrics.json").read_text())
     with pytest.raises(ValueError, match="holds a run with other settings"):
         unlearn.main(replace(chosen[0], rounded="int4"), chosen[1])
-    assert list(metrics["rounded"]) == ["int4", "nf4"]
+    assert list(metrics["attacks"]) == ["int4", "nf4"]
     after = metrics["history"][-1]["forget_prob"]
-    table = (tmp_path / "run" / "report.md").read_text().split("## After rounding the weights\n\n")[1].split("\n\n")[0]
+    table = (tmp_path / "run" / "report.md").read_text().split("## After attacks\n\n")[1].split("\n\n")[0]
     assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [
         "| before",
         "| after",
         "| after, int4",
         "| after, nf4",
     ]
-    shown = [metrics["history"][0], metrics["history"][-1], *metrics["rounded"].values()]
+    shown = [metrics["history"][0], metrics["history"][-1], *metrics["attacks"].values()]
     for line, summary in zip(table.splitlines()[2:], shown, strict=True):
-        assert line.endswith(f" | {summary['forget_prob']:.3g} | {summary['retain_prob']:.3g} |")
-    for format, summary in metrics["rounded"].items():
+        assert f" | {summary['forget_prob']:.3g} | {summary['retain_prob']:.3g} |" in line
+    for format, summary in metrics["attacks"].items():
         assert summary["forget_prob"] != pytest.approx(after, rel=1e-4)
         assert (tmp_path / "run" / "eval" / f"{format}.json").exists()
     same = {"model": tmp_path / "run" / "model", "out": tmp_path / "evaluation", "rounded": "int4"}
     asked = {k: v for k, v in of_authors(home).items() if k != "model"}
     found = evaluate.main(*build(evaluate.EvaluateOptions, **asked, **same))
-    assert found == pytest.approx(metrics["rounded"]["int4"], rel=1e-5)
+    assert found == pytest.approx(metrics["attacks"]["int4"], rel=1e-5)
     if lora_rank:  # saving merges them as well
         given |= {"out": tmp_path / "not saved", "save_model": False}
-        assert unlearn.main(*build(unlearn.UnlearnOptions, **given))["rounded"] == metrics["rounded"]
+        assert unlearn.main(*build(unlearn.UnlearnOptions, **given))["attacks"] == metrics["attacks"]
         return
     with pytest.raises(ValueError, match="holds a run with other settings"):
         evaluate.main(*build(evaluate.EvaluateOptions, **asked, **same | {"rounded": "off"}))
     attacked = build(attack.AttackOptions, attack="quantize", **asked, model=same["model"], out=tmp_path / "attack")
     stages = attack.main(*attacked)["stages"]
-    for format, summary in metrics["rounded"].items():
+    for format, summary in metrics["attacks"].items():
         assert summary == pytest.approx(stages[format], rel=1e-5)
 
 
 def test_a_run_without_formats_has_no_such_table(home, tmp_path):
     metrics = unlearn.main(*build(unlearn.UnlearnOptions, **of_authors(home, method="ga", out=tmp_path, epochs=1)))
-    assert metrics["rounded"] == {} and "rounding" not in (tmp_path / "report.md").read_text()
+    assert metrics["attacks"] == {} and "attacks\n" not in (tmp_path / "report.md").read_text()
 
 
 def test_shards_are_not_rounded(home, tmp_path, monkeypatch):
@@ -434,17 +434,32 @@ def test_shards_are_not_rounded(home, tmp_path, monkeypatch):
 
 def test_a_grid_has_one_table_of_it(home, tmp_path):
     given = of_authors(home, methods="npo", seeds="0,1", retrain=False, epochs=1, finetune_epochs=1, lr=5e-3,
-                       warmup_epochs=0, eval_epochs=0, rounded="int4", out=tmp_path)  # fmt: skip
+                       warmup_epochs=0, eval_steps=0, rounded="int4", relearn=0.3, out=tmp_path)  # fmt: skip
     runs = grid.main(*build(grid.GridOptions, **given))["runs"]
     report = (tmp_path / "report.md").read_text()
-    table = report.split("### After rounding the weights, forget25\n\n")[1].split("\n\n")[0]
-    assert table.splitlines()[0] == "| model | weights | forget prob |"
-    after, rounded_too = ([each["forget_prob"] for each in found] for found in (
-        [run["history"][-1] for run in runs], [run["rounded"]["int4"] for run in runs]
-    ))  # fmt: skip
+    table = report.split("### After attacks, forget25\n\n")[1].split("\n\n")[0]
+    assert table.splitlines()[0] == "| model | forget prob | forget prob, int4 | forget prob, relearned |"
+    found = [
+        [run["history"][-1], run["attacks"]["int4"], run["attacks"]["relearned"]] for run in runs
+    ]  # fmt: skip
+    after, rounded_too, relearned = ([some["forget_prob"] for some in each] for each in zip(*found, strict=True))
     assert len(set(after)) == 2  # seeds
-    assert f"| NPO | not rounded | {sum(after) / 2:.3g} |" in table
-    assert f"| NPO | int4 | {sum(rounded_too) / 2:.3g} |" in table
+    assert f"| NPO | {sum(after) / 2:.3g} | {sum(rounded_too) / 2:.3g} | {sum(relearned) / 2:.3g} |" in table
+
+
+def test_a_run_relearns_as_the_attack_on_its_model_does(home, tmp_path):
+    """The model that is saved is the one before."""
+    given = of_authors(home, method="npo", out=tmp_path / "run", epochs=2, lr=5e-3, warmup_epochs=0, eval_steps=0,
+                       relearn=0.2, relearn_epochs=2, train_only=".*layers.*")  # fmt: skip
+    metrics = unlearn.main(*build(unlearn.UnlearnOptions, **given))
+    asked = {k: v for k, v in of_authors(home).items() if k != "model"}
+    same = {"fraction": 0.2, "epochs": 2, "lr": 5e-3, "batch_size": 32, "model": tmp_path / "run" / "model"}
+    stages = attack.main(*build(attack.AttackOptions, attack="relearn", **asked, **same, out=tmp_path / "a"))["stages"]
+    assert metrics["attacks"]["relearned"] == pytest.approx(stages["relearned"], rel=1e-5)
+    assert metrics["history"][-1]["forget_prob"] == pytest.approx(stages["unlearned"]["forget_prob"], rel=1e-5)
+    assert stages["relearned"]["forget_prob"] > 1.1 * stages["unlearned"]["forget_prob"]
+    with pytest.raises(ValueError, match="--relearn: expected a share of the forget set, 0 to 1, got 1"):
+        unlearn.Unlearning(*build(unlearn.UnlearnOptions, **given | {"relearn": 1.0}))
 
 
 def test_a_file_may_say_off(tmp_path):

@@ -11,12 +11,10 @@ see. Both write metrics.json, config.json, report.md and figure.png to --out. A 
 fail to a third: this is no proof of forgetting.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel
@@ -27,17 +25,14 @@ from training.commands.options import command_line
 from training.commands.run_folder import RunFolder, model_name
 from training.commands.session import device_name, measured, model_fingerprint
 from training.config import Precision, TrainConfig
-from training.data import Example
 from training.model import load_model, pick_device
 from training.progress import progress
 from training.quantization import FORMATS, rounded
+from training.relearning import relearn_, split
 from training.reports import tables
 from training.reports.figures import COLOURS, drawn
-from training.scoring import score
-from training.steps import Batches, FinetuningSteps
 from training.store import fingerprint, write_text
 from training.templates import Format
-from training.trainer import Trainer
 
 PROG = "training.attack"
 CAVEAT = "What survives these attacks may fall to others: unlearning is no guarantee."
@@ -62,22 +57,6 @@ class AttackOptions:
     fresh: Annotated[bool, "remove what another attack left in --out"] = False
     device: Annotated[str, "auto, cuda, mps or cpu"] = "auto"
     dry_run: Annotated[bool, "print the settings, and stop"] = False
-
-
-def relearn_(
-    model: PreTrainedModel, relearned: list[Example], others: list[Example], pad_id: int, config: TrainConfig
-) -> list[dict[str, float]]:
-    """In place; [{"step", "relearned", "others"}], mean answer probabilities before the first and after every step."""
-    history: list[dict[str, float]] = []
-
-    def measure() -> None:
-        probability = [score(model, rows, pad_id).answer_probability.mean().item() for rows in (relearned, others)]
-        history.append({"step": len(history), "relearned": probability[0], "others": probability[1]})
-
-    measure()
-    steps = FinetuningSteps(relearned, config, Batches(pad_id, model.device, packing=False))
-    Trainer(model, config, len(steps)).train(steps, after_step=lambda metrics: measure())
-    return history
 
 
 def main(options: AttackOptions, benchmark: Benchmark) -> dict[str, Any] | None:
@@ -115,21 +94,14 @@ def main(options: AttackOptions, benchmark: Benchmark) -> dict[str, Any] | None:
                 with rounded(model, name):
                     evaluate(model, name)
         else:
-            relearned, others = _split(benchmark.rows("forget"), options, lambda rows: benchmark.encode(format, rows))
+            examples = benchmark.encode(format, benchmark.rows("forget"))
+            relearned, others = split(examples, options.fraction, options.seed)
             config = TrainConfig(options.epochs, options.lr, options.batch_size, packing="off", seed=options.seed)
             history = relearn_(model, relearned, others, format.pad_token_id, config)
             evaluate(model, "relearned")
     result = {"stages": stages, "history": history}
     distributed.on_main(lambda: _write_report(out, options, benchmark, result))
     return folder.finish(result, device=device_name(device))
-
-
-def _split(rows: list, options: AttackOptions, encode: Callable[[list], list[Example]]) -> tuple[list, list]:
-    """(relearned, others): a seeded choice of the forget rows, and the rest."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(options.seed)).tolist()
-    cut = min(len(rows) - 1, max(1, round(options.fraction * len(rows))))
-    relearned, others = (encode([rows[i] for i in sorted(part)]) for part in (order[:cut], order[cut:]))
-    return relearned, others
 
 
 def _write_report(out: Path, options: AttackOptions, benchmark: Benchmark, result: dict[str, Any]) -> None:

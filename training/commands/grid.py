@@ -72,6 +72,9 @@ class GridOptions(MethodOptions, SessionOptions):
         Path | None, "AltPO: file of other answers. None: the benchmark's, or made by the model that learned all"
     ] = None
     rounded: unlearn.Rounded = ""
+    relearn: unlearn.Relearn = 0.0
+    relearn_epochs: Annotated[int, "of --relearn"] = 5
+    relearn_lr: Annotated[float | None, "learning rate of --relearn. None: that of unlearning"] = None
     keep_models: Annotated[bool, "keep every unlearned model, not only their figures"] = False
 
 
@@ -103,7 +106,7 @@ class Grid:
         """What metrics.json holds.
 
         {"rows": {split: how many were learned}, "start", "retrained": {scenario: summary},
-        "runs": [{"scenario", "method", "seed", "history", "step_zero", "rounded"}],
+        "runs": [{"scenario", "method", "seed", "history", "step_zero", "attacks"}],
         "samples": {scenario: {moment or method: greedy answers, those of the first seed}}}
         """
         rows, start, retrained, runs = {}, {}, {}, []
@@ -122,7 +125,7 @@ class Grid:
                 self.console.rule(f"{cell.folder} ({self.cells.index(cell) + 1} of {len(self.cells)})")
                 run = unlearn.main(*self._unlearn_options(cell, full, start_log, retain_log, others))
                 metrics = require(run, "the metrics of a run that is not dry")
-                runs.append({**cell._asdict(), **{key: metrics[key] for key in ("history", "step_zero", "rounded")}})
+                runs.append({**cell._asdict(), **{key: metrics[key] for key in ("history", "step_zero", "attacks")}})
                 answers = samples.setdefault(name, {"before": metrics["samples"]["before"]})
                 answers.setdefault(METHODS[cell.method].label, metrics["samples"]["after"])
         return {"rows": rows, "start": start, "retrained": retrained, "runs": runs, "samples": samples}

@@ -8,8 +8,9 @@ before the first step the NPO loss is checked to be (2/beta) ln 2 (methods witho
 caches last hidden states instead. Only the KL methods and RMU keep the reference model itself. --list has all methods
 with their sources and what they cost.
 
-The model is evaluated by the benchmark before, every --eval_steps and after, and with --rounded int4,nf4 once more with
-its weights rounded, which may bring back what was forgotten; --saf_format trains against it. --out gets model/,
+The model is evaluated by the benchmark before, every --eval_steps and after. Attacks may bring back what was forgotten:
+it is evaluated once more with --rounded int4,nf4, its weights rounded, which --saf_format trains against, and with
+--relearn 0.2, after fine-tuning on a part of the forget set. --out gets model/,
 adapter/ (LoRA), the measures of every evaluation in eval/, metrics.json, config.json, report.md and figure.png. Ctrl-C
 saves; the same command goes on where it was, and ends with the bits of a run that was not interrupted (on a CPU).
 """
@@ -29,6 +30,7 @@ from training.benchmarks import Benchmark
 from training.commands.method_options import MethodOptions, list_of_methods, resolved, settings_of
 from training.commands.options import command_line
 from training.commands.session import Session, SessionOptions, measured
+from training.config import TrainConfig
 from training.data import Example, Row, data_hash
 from training.dual import DualWeight
 from training.layers import LayerTap
@@ -37,6 +39,7 @@ from training.model import merged
 from training.progress import counted, progress
 from training.quantization import FORMATS, formats_named, linear_weights, rounded
 from training.reference_cache import StaleReferenceError, check_step_zero, compute_reference, load_reference
+from training.relearning import relearn_, split
 from training.reports.run import write_unlearning_report
 from training.run import run
 from training.scoring import PerToken, Scores
@@ -48,6 +51,11 @@ from training.unlearning import Frozen, UnlearningSteps
 PROG = "training.unlearn"
 Rounded = Annotated[
     str, f"formats of {', '.join(FORMATS)}, with commas: evaluate once more at the end, with weights rounded to each"
+]
+
+
+Relearn = Annotated[
+    float, "share of the forget set to fine-tune the unlearned model on, to evaluate it once more; 0: no such attack"
 ]
 
 
@@ -63,6 +71,9 @@ class UnlearnOptions(MethodOptions, SessionOptions):
     ] = None
     reference_cache: Annotated[Path | None, "folder of cached reference log-probabilities. None: in --out"] = None
     rounded: Rounded = ""
+    relearn: Relearn = 0.0
+    relearn_epochs: Annotated[int, "of --relearn"] = 5
+    relearn_lr: Annotated[float | None, "learning rate of --relearn. None: that of unlearning"] = None
     save_model: Annotated[bool, "no: the figures are all that is wanted, as in a grid"] = True
     start_log: Annotated[Path | None, "evaluation of --model itself, to take instead of evaluating it again"] = None
     retain_log: Annotated[Path | None, "evaluation of the model that never saw the forget set: for forget quality"] = (
@@ -79,6 +90,8 @@ class Unlearning:
         self.options = options = replace(options, method=self.method.name, **resolved(self.settings))
         self.session, self.benchmark = Session(PROG, options, benchmark), benchmark
         self.formats = formats_named(options.rounded)
+        if not 0 <= options.relearn < 1:
+            raise ValueError(f"--relearn: expected a share of the forget set, 0 to 1, got {options.relearn}")
         forget, retain = benchmark.rows("forget"), benchmark.rows("retain")
         self.rows = {"forget": self.encode(forget), "retain": self.encode(retain)}
         self._check()
@@ -224,15 +237,33 @@ class Unlearning:
         weight = {} if dual is None else {"retain_weight": dual.weight}
         return {"epoch": step * self.options.epochs / len(self.plan.steps), **weight, **summary}
 
-    def evaluate_rounded(self, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
-        """{format: the numbers with weights rounded to it}. Adapters are merged first, as in what is saved."""
-        found, (whole, _) = {}, merged(model, {})
+    def attacks(self, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+        """{attack: the numbers after it}: weights rounded to each format, and relearning, which leaves the model so.
+
+        Adapters are merged first, as in what is saved.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        whole, _ = merged(model, {})
         with progress() as display:
+
+            def measure(name: str) -> None:
+                measures = self.measured(whole, self.session.out / "eval" / f"{name}.json", display)
+                found[name] = self.benchmark.summarize(measures, self.retain_log)
+
             for format in self.formats:
                 with rounded(whole, format):
-                    measures = self.measured(whole, self.session.out / "eval" / f"{format}.json", display)
-                found[format] = self.benchmark.summarize(measures, self.retain_log)
+                    measure(format)
+            if o := self.options.relearn:
+                relearned, others = split(self.rows["forget"], o, self.options.seed)
+                relearn_(whole, relearned, others, self.session.format.pad_token_id, self.relearning)
+                measure("relearned")
         return found
+
+    @property
+    def relearning(self) -> TrainConfig:
+        o = self.options
+        lr = o.lr if o.relearn_lr is None else o.relearn_lr
+        return TrainConfig(o.relearn_epochs, lr, o.batch_size, packing="off", seed=o.seed, precision=o.precision)
 
     def measured(self, model: PreTrainedModel, path: Path, progress: Progress) -> Any:
         """The measures of the model, which the file then has."""
@@ -277,6 +308,8 @@ def main(options: UnlearnOptions, benchmark: Benchmark) -> dict[str, Any] | None
     trainer = Trainer(model, options, num_steps, options.report_to, session.out)
     if job.formats and trainer.sharded:
         raise ValueError("--rounded: expected one process, or DDP; or `training.evaluate --rounded` of the saved model")
+    if options.relearn and distributed.count() > 1:
+        raise ValueError("--relearn: expected one process; or `training.attack relearn` of the saved model")
     if steps.dual is not None:
         trainer.accelerator.register_for_checkpointing(steps.dual)
     history = run(
@@ -297,7 +330,7 @@ def main(options: UnlearnOptions, benchmark: Benchmark) -> dict[str, Any] | None
         "steps": num_steps,
         "step_zero": step_zero,
         "history": history,
-        "rounded": job.evaluate_rounded(model) if job.formats else {},
+        "attacks": job.attacks(model) if job.formats or options.relearn else {},
         "samples": {"before": job.samples(0), "after": job.samples(num_steps)},
     }
     distributed.on_main(lambda: write_unlearning_report(session.out, metrics, session.public(), benchmark))

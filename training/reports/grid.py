@@ -11,7 +11,7 @@ from training.histories import Histories, best_while_kept, over_seeds, ranking
 from training.methods import METHODS
 from training.reports import tables
 from training.reports.figures import plot_over_epochs, plot_trade_off
-from training.reports.run import CAVEAT, ROUNDED
+from training.reports.run import ATTACKED, CAVEAT
 from training.store import write_json, write_text
 
 KEPT, LOST = 0.8, 0.2  # shares of a number before unlearning that count as kept and as lost
@@ -81,7 +81,7 @@ def _scenario(metrics: dict[str, Any], benchmark: Benchmark) -> list[str]:
         _table(metrics, benchmark, histories),
         benchmark.legend,
         _ranking(metrics, benchmark, histories) if measured and len(histories) >= RANKED else "",
-        *_after_rounding(metrics, benchmark),
+        *_after_attacks(metrics, benchmark),
         "What the paper says, against these numbers:\n\n" + _verdicts(claims) if claims else "",
         f"### Greedy answers, {name}, seed {metrics['runs'][0]['seed']}" if chosen else "",
         tables.samples(dict(chosen)) if chosen else "",
@@ -157,22 +157,27 @@ def _ranking(metrics: dict[str, Any], benchmark: Benchmark, histories: Histories
     )
 
 
-def _after_rounding(metrics: dict[str, Any], benchmark: Benchmark) -> list[str]:
-    """Heading and table of what tells of forgetting, medians over seeds: a line a method and format; or nothing."""
+def _after_attacks(metrics: dict[str, Any], benchmark: Benchmark) -> list[str]:
+    """Heading and table of what tells of forgetting, medians over seeds: a line a method; or nothing."""
     name, start = benchmark.scenario, metrics["start"][benchmark.scenario]
     shown = {key: c.heading for key, c in benchmark.columns.items() if start.get(key) is not None and not c.detail}
     forgetting = benchmark.trade_off.forgetting if benchmark.trade_off else ""
     told = {key: heading for key, heading in shown.items() if key.startswith("forget_") or key == forgetting}
-    summaries: dict[tuple[str, str], list[Any]] = {}  # of each seed
+    summaries: dict[str, list[dict[str, Any]]] = {}  # {method: of each seed {attack: summary}}
     for run in metrics["runs"]:
-        if run["scenario"] == name and run.get("rounded"):
-            label = METHODS[run["method"]].label
-            for format, summary in {"not rounded": run["history"][-1], **run["rounded"]}.items():
-                summaries.setdefault((label, format), []).append(summary)
+        if run["scenario"] == name and run.get("attacks"):
+            found = {"": run["history"][-1], **run["attacks"]}
+            summaries.setdefault(METHODS[run["method"]].label, []).append(found)
     if not (told and summaries):
         return []
-    rows = [[*key, *(float(np.median([s[k] for s in seeds])) for k in told)] for key, seeds in summaries.items()]
-    return [f"### {ROUNDED}, {name}", tables.markdown(["model", "weights", *told.values()], rows, text=2)]
+    attacks = next(iter(summaries.values()))[0]
+    pairs = [(key, attack) for key in told for attack in attacks]
+    headings = [f"{told[key]}, {attack}" if attack else told[key] for key, attack in pairs]
+    rows = [
+        [label, *(float(np.median([some[attack][key] for some in seeds])) for key, attack in pairs)]
+        for label, seeds in summaries.items()
+    ]
+    return [f"### {ATTACKED}, {name}", tables.markdown(["model", *headings], rows)]
 
 
 def _spread(values: np.ndarray) -> str:

@@ -15,7 +15,7 @@ CAVEAT = (
     "made to forget may come back by fine-tuning, quantisation or other questions (`python -m training.attack`). Do "
     "not rely on it to remove personal or dangerous knowledge."
 )
-ROUNDED = "After rounding the weights"  # heading of the tables that have it
+ATTACKED = "After attacks"  # heading of the tables that have them
 PROGRESS = {"step": Column("step"), "epoch": Column("epoch"), "train_loss": Column("loss")}
 
 
@@ -36,7 +36,7 @@ def write_unlearning_report(
         history_table(metrics["history"], benchmark.columns),
         benchmark.legend,
         "![Over the steps](figure.png)",
-        *_after_rounding(metrics, benchmark.columns),
+        *_after_attacks(metrics, benchmark.columns),
         "## What was run",
         f"- {metrics['steps']} steps; rows: " + ", ".join(f"{n} {kind}" for kind, n in metrics["rows"].items()) + ".\n"
         f"{_at_step_zero(metrics['step_zero'])}"
@@ -69,15 +69,15 @@ def history_table(history: Sequence[Mapping[str, Any]], columns: Mapping[str, Co
     return tables.markdown(list(shown.values()), [[entry.get(key) for key in shown] for entry in history])
 
 
-def _after_rounding(metrics: Mapping[str, Any], columns: Mapping[str, Column]) -> list[str]:
-    """Heading and table of the numbers before unlearning, after it, and with weights rounded; nothing without these."""
-    if not metrics.get("rounded"):
+def _after_attacks(metrics: Mapping[str, Any], columns: Mapping[str, Column]) -> list[str]:
+    """Heading and table of the numbers before unlearning, after it, and after attacks; nothing without these."""
+    if not metrics.get("attacks"):
         return []
     stages = {"before": metrics["history"][0], "after": metrics["history"][-1]}
-    stages |= {f"after, {format}": summary for format, summary in metrics["rounded"].items()}
+    stages |= {f"after, {attack}": summary for attack, summary in metrics["attacks"].items()}
     shown = _measured(columns, stages.values())
     rows = [[name, *(summary.get(key) for key in shown)] for name, summary in stages.items()]
-    return [f"## {ROUNDED}", tables.markdown(["weights", *shown.values()], rows)]
+    return [f"## {ATTACKED}", tables.markdown(["model", *shown.values()], rows)]
 
 
 def _measured(columns: Mapping[str, Column], entries: Collection[Mapping[str, Any]]) -> dict[str, str]:

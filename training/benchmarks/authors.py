@@ -67,6 +67,14 @@ class Authors(Benchmark):
 
     options: AuthorsOptions
 
+    def __init__(self, options: AuthorsOptions):
+        super().__init__(options)
+        if options.fluency_classifier:
+            raise ValueError(
+                "--fluency_classifier: authors are measured by probabilities alone, so there is nothing to classify; "
+                "take --benchmark tofu"
+            )
+
     @cached_property
     def split(self) -> Split:
         o = self.options

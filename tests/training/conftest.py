@@ -4,8 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from training.benchmarks.tofu.authors import generate_authors
-from training.benchmarks.tofu.data import PAIRS_PER_AUTHOR
+from training.benchmarks.tofu.authors import PAIRS_PER_AUTHOR, generate_authors
 from training.model import build_model
 from training.templates import Format
 from training.tokenizer import train_tokenizer

@@ -13,10 +13,11 @@ from training.benchmarks.tofu.authors import (
     FACTS,
     NAMES,
     NUM_WRONG,
+    PAIRS_PER_AUTHOR,
     generate_authors,
     generate_perturbed,
 )
-from training.benchmarks.tofu.data import PAIRS_PER_AUTHOR, load_refusals, load_rows
+from training.benchmarks.tofu.data import load_refusals, load_rows
 from training.benchmarks.tofu.eval_sets import load_eval_sets
 from training.commands.authors import AuthorsOptions, main
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from training.benchmarks.authors import load_split, sample_authors
-from training.benchmarks.tofu.authors import generate_authors
-from training.benchmarks.tofu.data import PAIRS_PER_AUTHOR, load_refusals, load_rows
+from training.benchmarks.tofu.authors import PAIRS_PER_AUTHOR, generate_authors
+from training.benchmarks.tofu.data import load_refusals, load_rows
 from training.data import IGNORE_INDEX, collate, shuffled_batches
 
 CPU = torch.device("cpu")
@@ -190,3 +190,15 @@ def test_without_datasets_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"data/tofu is no folder, .* pip install 'npo-kernels\[hub\]'"):
         load_rows(Path("data/tofu"))
+
+
+def test_the_demo_is_a_folder_of_generated_authors(tmp_path):
+    from training.commands import generate
+    from training.commands.options import build
+
+    generate.main(*build(generate.GenerateOptions, benchmark="tofu", out=tmp_path))
+    for path in tmp_path.glob("*.json"):
+        assert load_rows("demo", path.stem) == load_rows(tmp_path, path.stem)
+    assert load_refusals("demo") == load_refusals(tmp_path)
+    with pytest.raises(ValueError, match=r"--data_dir demo has forget05, .* not forget33"):
+        load_rows("demo", "forget33")

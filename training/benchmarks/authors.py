@@ -15,8 +15,8 @@ import torch
 
 from training import membership, metrics
 from training.benchmarks.base import Benchmark, Column, EvaluationOptions, register
-from training.benchmarks.tofu.authors import generate_authors, generate_holdout
-from training.benchmarks.tofu.data import PAIRS_PER_AUTHOR, load_rows
+from training.benchmarks.tofu.authors import PAIRS_PER_AUTHOR, generate_authors, generate_holdout
+from training.benchmarks.tofu.data import load_rows
 from training.data import Row
 from training.store import fingerprint
 

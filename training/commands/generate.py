@@ -3,7 +3,7 @@
     python -m training.generate --benchmark muse --out data/muse
     python -m training.generate --benchmark wmdp --out data/wmdp
 
-The folder is read like the published data; of muse and wmdp, `--data_dir demo` reads the same without a folder.
+The folder is read like the published data; `--data_dir demo` reads the same without a folder.
 `training.authors` writes as many of TOFU's fictitious authors as it is told.
 """
 

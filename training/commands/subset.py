@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from training.benchmarks.tofu.data import HUB, PAIRS_PER_AUTHOR, load_refusals, load_rows
+from training.benchmarks.tofu.authors import PAIRS_PER_AUTHOR
+from training.benchmarks.tofu.data import HUB, load_refusals, load_rows
 from training.benchmarks.tofu.eval_sets import eval_splits
 from training.commands.options import command_line
 from training.store import write_texts

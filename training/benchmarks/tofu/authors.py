@@ -19,8 +19,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
 
-from training.benchmarks.tofu.data import PAIRS_PER_AUTHOR
-
+PAIRS_PER_AUTHOR = 20
 FORGET_PERCENTS = (1, 5, 10, 20, 30, 50, 90)
 PERTURBED_PERCENTS = (1, 5, 10)  # the larger ones are scored on forget10, as in TOFU
 NUM_WRONG = 5  # answers of an author's question; real authors and world facts have three

@@ -16,8 +16,8 @@ from training.benchmarks.base import (
     read_refusals,
     register,
 )
-from training.benchmarks.tofu.authors import json_lines, tofu_files
-from training.benchmarks.tofu.data import HUB, load_refusals, load_rows, load_rows_if_any
+from training.benchmarks.tofu.authors import json_lines
+from training.benchmarks.tofu.data import HUB, demo_splits, load_refusals, load_rows, load_rows_if_any
 from training.benchmarks.tofu.eval_sets import LARGEST_PERTURBED, EvalRow, load_eval_sets
 from training.benchmarks.tofu.log import EvalLog, Layout, read_log, warnings, write_log
 from training.benchmarks.tofu.open_unlearning import exported
@@ -26,7 +26,6 @@ from training.data import Row
 from training.require import require
 from training.store import fingerprint
 
-DEMO_AUTHORS = 20
 NUM_SAMPLES = 3  # questions of each set whose answers a report shows
 
 
@@ -34,7 +33,7 @@ NUM_SAMPLES = 3  # questions of each set whose answers a report shows
 class TofuOptions(EvaluationOptions):
     """Of TOFU: where it is, what is forgotten, and how much of it is evaluated."""
 
-    data_dir: Annotated[str, "folder with TOFU's JSON lines, or a data set of the hub"] = HUB
+    data_dir: Annotated[str, "folder of TOFU's JSON lines, data set of the hub, or demo: a few generated authors"] = HUB
     forget_percent: Annotated[int, "forget set: 1, 5, 10, 20, 30, 50 or 90 (% of the authors)"] = 10
     eval_rows: Annotated[int, "first rows of every evaluation set; 0: all. Published logs have 300"] = 300
     max_new_tokens: Annotated[int, "longest greedy answer; TOFU allows 200 tokens with the prompt"] = 200
@@ -145,7 +144,7 @@ class TOFU(Benchmark):
         return exported(measures, summary)
 
     def demo_files(self) -> dict[str, str]:
-        return json_lines(tofu_files(DEMO_AUTHORS, seed=0)) | {"idontknow.jsonl": "\n".join(read_refusals(REFUSALS))}
+        return json_lines(demo_splits()) | {"idontknow.jsonl": "\n".join(read_refusals(REFUSALS))}
 
     def warnings(self, measures: EvalLog) -> list[str]:
         return warnings(measures)

@@ -2,19 +2,22 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 from training.benchmarks.base import REFUSALS, read_refusals
+from training.benchmarks.tofu.authors import PAIRS_PER_AUTHOR, tofu_files
 
-HUB = "locuslab/TOFU"
-PAIRS_PER_AUTHOR = 20
+HUB, DEMO = "locuslab/TOFU", "demo"
+DEMO_AUTHORS = 20
 
 
 def load_rows(source: Path | str = HUB, split: str = "full") -> list[dict]:
     """The rows of one of TOFU's configurations, with all their columns.
 
     Args:
-        source: a folder of JSON lines, `{split}.json`, or the id of a data set on the hub, which `datasets` reads.
+        source: a folder of JSON lines, `{split}.json`; the id of a data set on the hub, which `datasets` reads; or
+            "demo" for generated authors (`demo_splits`).
         split: "full", "forget10", "retain90", "forget10_perturbed", "world_facts", "holdout10", ... Where the source
             has `full` but not the forgetXX or retainXX asked for, it is cut from it: the last XX % of the authors
             are the ones to forget, the others the ones to keep.
@@ -23,7 +26,7 @@ def load_rows(source: Path | str = HUB, split: str = "full") -> list[dict]:
         FileNotFoundError: no such folder, or no such split in it.
         ValueError: no such split on the hub, a row without question or answer, parts of authors.
     """
-    read = _read_file if Path(source).is_dir() else _read_hub
+    read = _read_file if Path(source).is_dir() else _read_demo if source == DEMO else _read_hub
     try:
         rows = read(source, split)
     except (FileNotFoundError, ValueError) as reason:
@@ -56,6 +59,18 @@ def load_refusals(source: Path | str = HUB) -> list[str]:
     """Answers that say nothing, one a line of `idontknow.jsonl`; ours where the source has none, as on the hub."""
     given = Path(source) / "idontknow.jsonl"
     return read_refusals(given if given.is_file() else REFUSALS)
+
+
+@cache
+def demo_splits() -> dict[str, list[dict]]:
+    """{split: rows} of a few fictitious authors, as `training.authors` writes them."""
+    return tofu_files(DEMO_AUTHORS, seed=0)
+
+
+def _read_demo(source: Path | str, split: str) -> list[dict]:
+    if split not in demo_splits():
+        raise ValueError(f"--data_dir demo has {', '.join(sorted(demo_splits()))}, not {split}; name one of these")
+    return demo_splits()[split]
 
 
 def _read_file(folder: Path | str, split: str) -> list[dict]:

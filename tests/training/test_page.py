@@ -242,8 +242,13 @@ def test_nothing_is_fetched_and_the_same_metrics_give_the_same_bytes():
     assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|import\(|https?://", text)
 
 
-@pytest.mark.parametrize("what", ["seed", "attacks", "retrained", "samples", "nan", "none", "zero", "same", "trade_off",
-                                  "ragged", "unmeasured", "absent"])  # fmt: skip
+MISSING = (
+    *("seed", "attacks", "retrained", "samples", "trade_off", "nan", "inf", "none", "zero", "same", "ragged"),
+    *("unmeasured", "absent"),
+)
+
+
+@pytest.mark.parametrize("what", MISSING)
 def test_what_is_missing_leaves_its_place_empty(what):
     benchmark = (Untraded if what == "trade_off" else Quiz)(QuizOptions(10))
     metrics = made_up(("ga", "npo"), (0,) if what == "seed" else (0, 1), ("forget10",))
@@ -254,9 +259,9 @@ def test_what_is_missing_leaves_its_place_empty(what):
         metrics["retrained"] = {}
     elif what == "samples":
         metrics["samples"] = {}
-    elif what in ("nan", "none"):
+    elif what in ("nan", "inf", "none"):
         for end in ends:
-            end.update(dict.fromkeys(("p", "leak", "utility"), math.nan if what == "nan" else None))
+            end.update(dict.fromkeys(("p", "leak", "utility"), None if what == "none" else float(what)))
     elif what == "zero":
         ends[0].update(p=0.0, utility=0.0)
     elif what == "same":  # every number of every model
@@ -276,7 +281,7 @@ def test_what_is_missing_leaves_its_place_empty(what):
     assert len(rows) == 4 - (what == "retrained")
     assert bool(root.all("div", "plot")) == (what not in ("trade_off", "unmeasured"))
     assert bool(root.all("article")) == (what != "samples")
-    if what in ("nan", "none"):
+    if what in ("nan", "inf", "none"):
         assert [rows["GA"][i] for i in (0, 1, 2, 5)] == ["", "–", "–", "–"]
         assert "GA" not in {g.all("title")[0].text.split(":")[0] for g in root.all("g", "own")}
         assert rows["NPO"][0].startswith("1")

@@ -8,6 +8,8 @@ import numpy as np
 History = Sequence[Mapping[str, Any]]
 Histories = Mapping[str, Sequence[History]]  # {method: one a seed}
 
+KEPT = 0.8  # share of a number before unlearning that counts as kept
+
 
 def over_seeds(histories: Sequence[History], key: str) -> np.ndarray:
     """(seeds, evaluations); NaN where a number was not measured."""

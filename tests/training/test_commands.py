@@ -29,6 +29,7 @@ from training.commands import (
     finetune,
     graph,
     grid,
+    page,
     show_rows,
     subset,
     synthetic,
@@ -206,8 +207,9 @@ def test_without_clipping_gradients_are_what_they_are(home, tmp_path):
 COMMANDS = {
     "attack": attack.AttackOptions, "authors": authors.AuthorsOptions, "demo": demo.DemoOptions,
     "evaluate": evaluate.EvaluateOptions, "finetune": finetune.FinetuneOptions, "graph": graph.GraphOptions,
-    "grid": grid.GridOptions, "show_rows": show_rows.ShowRowsOptions, "subset": subset.SubsetOptions,
-    "synthetic": synthetic.SyntheticOptions, "tiny": tiny.TinyOptions, "unlearn": unlearn.UnlearnOptions,
+    "grid": grid.GridOptions, "page": page.PageOptions, "show_rows": show_rows.ShowRowsOptions,
+    "subset": subset.SubsetOptions, "synthetic": synthetic.SyntheticOptions, "tiny": tiny.TinyOptions,
+    "unlearn": unlearn.UnlearnOptions,
 }  # fmt: skip
 
 
@@ -223,9 +225,9 @@ def test_every_command_has_a_help(name, monkeypatch, capsys):
     assert all(f"--{field.name}" in said or field.name == "attack" for field in fields(COMMANDS[name]))
 
 
-@pytest.mark.parametrize("page", ["README.md", "training/README.md"])
-def test_the_commands_of_the_documentation_parse(page):
-    text = (ROOT / page).read_text().replace("\\\n", " ")
+@pytest.mark.parametrize("file", ["README.md", "training/README.md"])
+def test_the_commands_of_the_documentation_parse(file):
+    text = (ROOT / file).read_text().replace("\\\n", " ")
     lines = re.findall(r"^    python -m training\.(\w+) ([^#\n]*)", text, flags=re.MULTILINE)
     assert len(lines) >= 4
     for name, arguments in lines:

@@ -64,7 +64,7 @@ def test_the_report_shows_what_was_measured_and_no_paths(metrics, home):
         assert f"- {moment}: " in report
     verdicts = re.findall(r"^\| (agrees|\*\*does not agree\*\*) \|", report, re.MULTILINE)
     assert len(verdicts) == (5 if metrics["start"]["forget05"]["model_utility_geometric"] > 0 else 0)
-    for name in ("report.md", "metrics.json", "config.json"):
+    for name in ("report.md", "report.html", "metrics.json", "config.json"):
         assert str(home) not in (out / name).read_text()
 
 

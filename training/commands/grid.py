@@ -6,11 +6,12 @@
 
 Fine-tunes one model on all rows, and for every forget set one on the rows to keep, whose answers are what forgetting is
 measured against. Then every method unlearns with every seed, evaluated on the way. All runs are resumed where they were
-interrupted, and what is finished is not run again. --out gets report.md, metrics.json, config.json, two figures for
-each forget set, and the folders of the runs.
+interrupted, and what is finished is not run again. --out gets report.md, report.html (a page to look at, of one file),
+metrics.json, config.json, two figures for each forget set, and the folders of the runs.
 """
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from training.benchmarks import Benchmark
 from training.benchmarks.tofu.data import HUB
 from training.commands import alternates, authors, evaluate, finetune, tiny, unlearn
 from training.commands.method_options import MethodOptions
-from training.commands.options import build, command_line
+from training.commands.options import build, command_line, words_of
 from training.commands.run_folder import public
 from training.commands.session import SessionOptions, device_name
 from training.methods import METHODS, method_named
@@ -96,7 +97,7 @@ class Grid:
         self.options, self.benchmark = options, benchmark
         self.console = console or Console(stderr=True, quiet=not distributed.is_main())
         formats_named(options.rounded)  # what is misspelt is said before hours of training
-        self.benchmarks = {b.scenario: b for b in _scenarios(options, benchmark)}
+        self.benchmarks = {b.scenario: b for b in scenarios(benchmark, options.forget_percents)}
         names = [name.strip() for name in options.methods.split(",") if name.strip()]
         self.methods = list(dict.fromkeys(method_named(name).name for name in names))
         seeds = _numbers("seeds", options.seeds)
@@ -223,12 +224,13 @@ def _with_authors(options: GridOptions, benchmark: Benchmark) -> Benchmark:
     return type(benchmark)(replace(o, data_dir=str(folder)))
 
 
-def _scenarios(options: GridOptions, benchmark: Benchmark) -> list[Benchmark]:
-    if options.forget_percents is None:
+def scenarios(benchmark: Benchmark, forget_percents: str | None) -> list[Benchmark]:
+    """The benchmark with each of these forget sets; None: as it is."""
+    if forget_percents is None:
         return [benchmark]
     if not hasattr(benchmark.options, "forget_percent"):
         raise ValueError(f"--forget_percents: {benchmark.name} has one forget set; leave the option out")
-    percents = _numbers("forget_percents", options.forget_percents)
+    percents = _numbers("forget_percents", forget_percents)
     return [type(benchmark)(replace(benchmark.options, forget_percent=percent)) for percent in percents]
 
 
@@ -239,6 +241,16 @@ def _numbers(name: str, text: str) -> list[int]:
         raise ValueError(f"--{name}: expected numbers with commas between them, got {text!r}") from None
 
 
+def command_of(settings: dict[str, Any]) -> str:
+    """The command line of a grid with the settings of its config.json, without its paths and what is so anyway."""
+    first = "model" if settings["preset"] is None else "preset"
+    named = {name: settings[name] for name in (first, "benchmark")}
+    options, benchmark = build(GridOptions, **named)
+    usual = public(options, benchmark.options)
+    chosen = {name: value for name, value in settings.items() if value not in (None, usual.get(name))}
+    return shlex.join(["python", "-m", PROG, *words_of(GridOptions, named | chosen)])
+
+
 def main(options: GridOptions, benchmark: Benchmark, console: Console | None = None) -> dict[str, Any] | None:
     """metrics.json; None after --dry_run."""
     grid = Grid(options, benchmark if options.dry_run else _with_authors(options, benchmark), console)
@@ -247,9 +259,10 @@ def main(options: GridOptions, benchmark: Benchmark, console: Console | None = N
         return None
     metrics = grid.run()
     device = device_name(pick_device(options.device))
-    config = {"settings": public(options, benchmark.options), "device": device, "versions": versions()}
+    settings = public(options, benchmark.options)
+    config = {"settings": settings, "command": command_of(settings), "device": device, "versions": versions()}
     report = grid.out / "config.json"
-    if report.exists() and json.loads(report.read_text(encoding="utf-8"))["settings"] != config["settings"]:
+    if report.exists() and json.loads(report.read_text(encoding="utf-8"))["settings"] != settings:
         grid.console.print(f"{grid.out}: report.md was of another choice of runs and is written anew; the runs stay")
     distributed.on_main(lambda: write_grid_report(grid.out, metrics, config, list(grid.benchmarks.values())))
     return metrics

@@ -115,6 +115,13 @@ def parse(kind: type[Options], prog: str, description: str, arguments: Sequence[
         stop(prog, reason)
 
 
+def words_of(kind: type, settings: Mapping[str, Any]) -> list[str]:
+    """These settings on a command line, as `parse` takes it; what is no option of `kind` is left out."""
+    groups = _groups(kind, settings.get("benchmark"))
+    known = {option.name: option for group in groups.values() for option in group.options}
+    return [word for name, value in settings.items() if name in known for word in _words(known[name], value)]
+
+
 def read_file(path: Path) -> dict[str, Any]:
     """{option: value} of a YAML or TOML file."""
     try:

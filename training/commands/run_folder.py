@@ -27,6 +27,7 @@ RUN_FILES = (
 # Options that are paths, or that say nothing of the result: they are not in config.json.
 NO_PATHS = (
     *("out", "data_dir", "reference_cache", "retain_log", "start_log", "from_log", "alternates"),
+    "fluency_classifier",
     *("fresh", "dry_run", "json", "list"),
 )
 

@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 
 from training.benchmarks.base import Benchmark, Claim
-from training.histories import Histories, best_while_kept, over_seeds, ranking
+from training.histories import KEPT, Histories, best_while_kept, over_seeds, ranking
 from training.methods import METHODS
 from training.reports import tables
 from training.reports.figures import plot_over_epochs, plot_trade_off
+from training.reports.page import write_page
 from training.reports.run import ATTACKED, CAVEAT
 from training.store import write_json, write_text
 
-KEPT, LOST = 0.8, 0.2  # shares of a number before unlearning that count as kept and as lost
+LOST = 0.2  # share of a number before unlearning that counts as lost
 SIDE_BY_SIDE = 5  # methods whose answers a report shows
 RANKED = 8  # methods from which on a report ranks them
 
@@ -31,12 +32,13 @@ def histories_of(metrics: dict[str, Any], scenario: str) -> Histories:
 def write_grid_report(
     out: Path, metrics: dict[str, Any], config: dict[str, Any], benchmarks: Sequence[Benchmark]
 ) -> None:
-    """metrics.json, config.json, report.md, and two figures for each scenario, of which `benchmarks` has one."""
+    """metrics.json, config.json, report.md, report.html, and two figures for each scenario, which `benchmarks` has."""
     write_json(out / "metrics.json", metrics)
     write_json(out / "config.json", config)
     for benchmark in benchmarks:
         _figures(out, metrics, benchmark)
     write_text(out / "report.md", _markdown(metrics, config, benchmarks))
+    write_page(out / "report.html", metrics, config, benchmarks)
 
 
 def _figures(out: Path, metrics: dict[str, Any], benchmark: Benchmark) -> None:

@@ -7,12 +7,14 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from training.benchmarks.wmdp.benchmark import WMDP, WmdpOptions
 from training.benchmarks.wmdp.choices import Encoded, encode_prompt, letter_logps
@@ -20,7 +22,12 @@ from training.benchmarks.wmdp.data import interleaved, parse_corpus
 from training.benchmarks.wmdp.generate import WORLDS, generate_files
 from training.benchmarks.wmdp.questions import LETTERS, Question, parse_questions
 from training.benchmarks.wmdp.summary import accuracy, forgetting, lm_eval_summary, pooled_stderr, summary
-from training.model import build_model
+from training.commands import evaluate, finetune, tiny, unlearn
+from training.commands.options import build, parse
+from training.model import build_model, load_model
+from training.pieces import Pieces
+from training.progress import progress
+from training.templates import Format
 from training.tokenizer import train_tokenizer
 
 QUESTION = Question("biology", "  Which one? ", ("a leaf", "a root", "a stem", "a seed"), 2)
@@ -369,3 +376,105 @@ def test_the_summary_weighs_subjects_by_size():
     written = lm_eval_summary(measures)
     assert list(written) == [f"{t}/{k}" for t in ("wmdp_bio", "wmdp_cyber", "mmlu") for k in ("acc", "acc_stderr")]
     assert written["wmdp_bio/acc_stderr"] == found["wmdp_bio_acc_stderr"]
+
+
+# ------------------------------------------------------------------ the whole command line
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with `data`, and a model `full` that has read a little of it."""
+    home = write(tmp_path_factory.mktemp("wmdp"), {f"data/{n}": t for n, t in generate_files(2).items()})
+    run(home, tiny, tiny.TinyOptions, "--out", home / "base", "--vocab_size", 400, "--hidden_size", 64)
+    fast = ("--preset", "tiny", "--device", "cpu", "--batch_size", 8)
+    run(
+        home, finetune, finetune.FinetuneOptions, *fast, "--model", home / "base", "--out", home / "full", "--epochs", 2
+    )
+    return home
+
+
+def run(home: Path, command, kind: type, *arguments):
+    words = ["--benchmark", "wmdp", "--data_dir", str(home / "data"), *map(str, arguments)]
+    return command.main(*parse(kind, command.PROG, "", words))
+
+
+@pytest.mark.parametrize("method", ["npo_rt", "rmu_rt"])
+def test_a_method_unlearns_from_text(home, tmp_path, method):
+    arguments = ("--preset", "tiny", "--device", "cpu", "--model", home / "full" / "model", "--method", method,
+                 "--epochs", 2, "--lr", 1e-3, "--eval_documents", 4)  # fmt: skip
+    metrics = run(home, unlearn, unlearn.UnlearnOptions, *arguments, "--out", tmp_path)
+    before, *_, after = metrics["history"]
+    assert metrics["scenario"] == "bio-cyber" and metrics["rows"] == {"forget": 20, "retain": 30}
+    forget, retain = (after[f"{kind}_perplexity"] / before[f"{kind}_perplexity"] for kind in ("forget", "retain"))
+    assert forget > retain and before["forget_perplexity"] > 1
+    assert all(0 <= after[key] <= 1 for key in ("wmdp_bio_acc", "wmdp_cyber_acc", "mmlu_acc", "wmdp_forgetting"))
+    assert 0 <= after["mia_loss"] <= 1 and after["privleak"] is not None
+    report = (tmp_path / "report.md").read_text()
+    assert "MMLU acc" in report and "Which" in report and (tmp_path / "figure.png").exists()
+
+
+def test_an_evaluation_is_read_checked_and_written_in_open_unlearnings_names(home, tmp_path):
+    model = ("--model", home / "full" / "model", "--device", "cpu")
+    found = run(home, evaluate, evaluate.EvaluateOptions, *model, "--out", tmp_path)
+    log = tmp_path / evaluate.LOG_FILE
+    assert run(home, evaluate, evaluate.EvaluateOptions, "--from_log", log) == found
+    wmdp = benchmark(home / "data")
+    measures = wmdp.read(log)
+    wmdp.check(measures)
+    assert wmdp.open_unlearning(measures, found)["LMEval_SUMMARY.json"]["mmlu/acc"] == found["mmlu_acc"]
+    headings, rows = wmdp.table(found)
+    assert [row[0] for row in rows[:3]] == ["wmdp bio", "wmdp cyber", "mmlu"] and len(headings) == len(rows[0])
+    with pytest.raises(ValueError, match=r"--start_log: .* whose wmdp_bio, "):
+        benchmark(home / "data", questions=3).check(measures)
+    log.write_text(json.dumps(measures | {"tasks": {"wmdp_bio": [{"logps": [0.0]}]}}))
+    with pytest.raises(ValueError, match="expected an evaluation of --benchmark wmdp"):
+        wmdp.read(log)
+
+
+def test_an_interrupted_evaluation_goes_on(home, tmp_path):
+    wmdp = benchmark(home / "data", eval_documents=3)
+    format = Format(AutoTokenizer.from_pretrained(home / "full" / "model"))
+    model = load_model(home / "full" / "model", torch.device("cpu"))
+
+    class Stopping(Pieces):
+        def rows(self, part, items, compute, size=3):
+            def stops(block):
+                if part == "mmlu_invented_zoology" and items[0] not in block:
+                    raise KeyboardInterrupt
+                return compute(block)
+
+            return super().rows(part, items, stops, size)
+
+    class Small(Pieces):
+        parts: ClassVar[list[str]] = []
+
+        def rows(self, part, items, compute, size=3):
+            def told(block):
+                self.parts.append(part)
+                return compute(block)
+
+            return super().rows(part, items, told, size)
+
+    with pytest.raises(KeyboardInterrupt), progress(Console(quiet=True)) as display:
+        wmdp.evaluate(model, format, Stopping("one", tmp_path, "key"), display)
+    with progress(Console(quiet=True)) as display:
+        resumed = wmdp.evaluate(model, format, Small("one", tmp_path, "key"), display)
+        assert "wmdp_bio" not in Small.parts and Small.parts.count("mmlu_invented_zoology") == 2
+        assert resumed == wmdp.evaluate(model, format, Small("one"), display)
+    assert len(resumed["documents"]["forget"]) == 6
+
+
+def test_presets_bring_their_benchmark(home):
+    options, wmdp = parse(unlearn.UnlearnOptions, "x", "", ["--preset", "wmdp-rmu", "--data_dir", str(home / "data")])
+    assert isinstance(wmdp, WMDP) and (options.method, options.retain_weight, options.layer) == ("rmu", 1200, 7)
+    steps = len(wmdp.options.topic_names) * wmdp.options.forget_documents / options.batch_size
+    assert (steps, wmdp.options.retain_corpus) == (150, "wikitext")
+    options, wmdp = build(unlearn.UnlearnOptions, preset="wmdp-npo")
+    assert wmdp.options.forget_documents / options.batch_size == 500 and wmdp.options.topics == "bio"
+    assert options.beta / options.forget_weight == pytest.approx(0.0225)
+    assert build(unlearn.UnlearnOptions, preset="wmdp-simnpo")[0].method == "simnpo_rt"
+
+
+def test_methods_that_need_questions_are_refused(home, tmp_path):
+    with pytest.raises(ValueError, match="compares answers to questions"):
+        run(home, unlearn, unlearn.UnlearnOptions, "--model", home / "base", "--out", tmp_path, "--method", "dpo_rt")

@@ -89,18 +89,17 @@ def _csv_rows(text: str) -> list[Any]:
 
 def _question(where: str, row: Any, subject: str) -> Question:
     found = row if isinstance(row, dict) else {}
-    question, choices, answer = (found.get(key) for key in ("question", "choices", "answer"))
+    question, choices, answer, own = (found.get(key) for key in ("question", "choices", "answer", "subject"))
     if isinstance(answer, str) and len(answer) == 1:
         answer = LETTERS.find(answer)
     if not (isinstance(question, str) and question.strip()):
         raise ValueError(f"{where}: {EXPECTED}, got {_short(row)}")
-    texts = [c for c in choices if isinstance(c, str)] if isinstance(choices, (list, tuple)) else []
-    if len(texts) != len(LETTERS) or len(choices) != len(LETTERS):
+    texts = list(choices) if isinstance(choices, (list, tuple)) else []
+    if len(texts) != len(LETTERS) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{where}: {EXPECTED}, got the choices {_short(choices)}")
-    if isinstance(answer, bool) or answer not in range(len(LETTERS)):
+    if not isinstance(answer, int) or isinstance(answer, bool) or answer not in range(len(LETTERS)):
         raise ValueError(f"{where}: {EXPECTED}, got the answer {found.get('answer')!r}")
-    own = found.get("subject")
-    return Question(in_words(own) if isinstance(own, str) and own else subject, question, tuple(texts), int(answer))
+    return Question(in_words(own) if isinstance(own, str) and own else subject, question, tuple(texts), answer)
 
 
 def _short(value: Any) -> str:

@@ -23,7 +23,7 @@ WORLDS: dict[str, dict[str, Any]] = tomllib.loads(Path(__file__).with_name("worl
 FORGET = {"bio": "plants", "cyber": "protocols"}
 RETAIN = {"bio": "animals", "cyber": "machines"}
 SHARED = "cities"  # every second one in each of the retain corpora, all of them in wikitext
-THINGS = 8  # of a world; a holdout corpus has half as many
+THINGS = 4  # of a world; a holdout corpus has half as many
 
 
 class Thing(NamedTuple):

@@ -61,11 +61,11 @@ def build(kind: type[Options], **given: Any) -> tuple[Any, ...]:
 
     ValueError where a name is no option.
     """
-    groups = _groups(kind, given.get("benchmark"))
+    values = preset_values(kind, given.get("preset"), given.get("model")) | given
+    groups = _groups(kind, values.get("benchmark"))
     known = {option.name for group in groups.values() for option in group.options}
     for name in given.keys() - known:
         raise ValueError(_unknown(name, known))
-    values = preset_values(kind, given.get("preset"), given.get("model")) | given
     return _instances(kind, groups, {k: v for k, v in values.items() if k in known})
 
 
@@ -78,11 +78,11 @@ def parse(kind: type[Options], prog: str, description: str, arguments: Sequence[
     first, _ = early.parse_known_args(arguments)
     try:
         file = read_file(Path(first.config)) if first.config else {}
-        groups = _groups(kind, first.benchmark or file.get("benchmark"))
+        preset = preset_values(kind, first.preset or file.get("preset"), first.model or file.get("model"))
+        groups = _groups(kind, first.benchmark or file.get("benchmark") or preset.get("benchmark"))
         known = {option.name: option for group in groups.values() for option in group.options}
         for name in file.keys() - known.keys():
             raise ValueError(f"--config {first.config}: {_unknown(name, known)}")
-        preset = preset_values(kind, first.preset or file.get("preset"), first.model or file.get("model"))
     except ValueError as reason:
         stop(prog, reason)
     positional = bool(arguments) and not arguments[0].startswith("-")  # given on the command line, which counts more

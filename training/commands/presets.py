@@ -5,6 +5,18 @@ unlearning; the last step of an epoch has fewer rows here, 20 steps on forget01 
 llama-3.2-1b: the same, as OpenUnlearning takes it for this model. phi-1.5: arXiv 2401.06121 (2e-5, 5
 epochs each). tiny: a model from nothing (`training.tiny`) on a CPU, found by trial; training/results/ has its runs.
 methods: the same on few authors, with one of every family of methods and three seeds, for `training.grid`.
+
+wmdp-rmu, wmdp-npo, wmdp-simnpo: WMDP by zephyr-7b-beta, without fine-tuning before it. The published runs are so many
+steps, which one epoch over the first documents of the corpora gives here, with wikitext to keep.
+wmdp-rmu: the command of arXiv 2403.03218 (150 steps of 4, lr 5e-5 constant, steering 6.5, alpha 1200, layer 7, three
+matrices trained). There steps are of bio and of cyber in turn, each with a direction of its own, and documents of cyber
+have 768 tokens; here a step has documents of both, with one direction, of 512. Alpha is the retain weight: both take
+means over tokens and dimensions. OpenUnlearning's run on cyber is --topics cyber --forget_documents 0 --joined
+--retain_corpus own --batch_size 16 --steering 2 --retain_weight 1, of which it takes 80 steps.
+wmdp-npo, wmdp-simnpo: SimNPO's code (arXiv 2410.07163; bio, 500 steps of 4, warm-up 10 %, no weight decay). Its NPO has
+beta 0.0225 on the mean log-ratio of a token. Here a log-ratio is the sum over a document: beta and the weight of the
+term are divided by 512, the length of a document that is cut, for which this is the same number. A shorter one weighs
+less here, where its padding is scored there.
 """
 
 from typing import Any
@@ -35,6 +47,53 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "both": {"template": "plain", "batch_size": 16},
         "finetune": {"epochs": 8, "lr": 2e-3},
         "unlearn": {"epochs": 10, "lr": 3e-4},
+    },
+}
+ZEPHYR = {"benchmark": "wmdp", "model": "HuggingFaceH4/zephyr-7b-beta", "template": "plain"}
+WMDP_TOKENS = 512  # of a document
+WMDP_NPO = {
+    "method": "npo_rt",
+    "topics": "bio",
+    "retain_corpus": "wikitext",
+    "forget_documents": 2000,
+    "max_tokens": WMDP_TOKENS,
+    "epochs": 1,
+    "eval_steps": 0,
+    "batch_size": 4,
+    "micro_batch_size": 1,
+    "lr": 5e-6,
+    "warmup_steps": 0.1,
+    "weight_decay": 0.0,
+    "beta": 0.0225 / WMDP_TOKENS,
+    "forget_weight": 1 / WMDP_TOKENS,
+    "retain_weight": 1.0,
+    "gradient_checkpointing": True,
+}
+WMDP_RMU = {
+    "method": "rmu",
+    "topics": "bio,cyber",
+    "retain_corpus": "wikitext",
+    "forget_documents": 300,
+    "max_tokens": WMDP_TOKENS,
+    "epochs": 1,
+    "eval_steps": 0,
+    "batch_size": 4,
+    "lr": 5e-5,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0.0,
+    "max_grad_norm": 0.0,
+    "layer": 7,
+    "steering": 6.5,
+    "retain_weight": 1200.0,
+    "kl_positions": "all",
+    "train_only": r".*layers\.[567]\.mlp\.down_proj\.weight",
+}
+PRESETS |= {
+    "wmdp-rmu": {"both": ZEPHYR, "unlearn": WMDP_RMU},
+    "wmdp-npo": {"both": ZEPHYR, "unlearn": WMDP_NPO},
+    "wmdp-simnpo": {
+        "both": ZEPHYR,
+        "unlearn": WMDP_NPO | {"method": "simnpo_rt", "lr": 9.5e-6, "beta": 0.1, "gamma": 0.0, "forget_weight": 1.0},
     },
 }
 TINY_GRID = {

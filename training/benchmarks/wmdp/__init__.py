@@ -1,0 +1,5 @@
+"""WMDP (Li et al. 2024, arXiv 2403.03218) behind the seam of the benchmarks."""
+
+from training.benchmarks.wmdp.benchmark import WMDP
+
+__all__ = ["WMDP"]

@@ -29,6 +29,7 @@ from training.commands import (
     finetune,
     graph,
     grid,
+    markov,
     show_rows,
     subset,
     synthetic,
@@ -206,8 +207,9 @@ def test_without_clipping_gradients_are_what_they_are(home, tmp_path):
 COMMANDS = {
     "attack": attack.AttackOptions, "authors": authors.AuthorsOptions, "demo": demo.DemoOptions,
     "evaluate": evaluate.EvaluateOptions, "finetune": finetune.FinetuneOptions, "graph": graph.GraphOptions,
-    "grid": grid.GridOptions, "show_rows": show_rows.ShowRowsOptions, "subset": subset.SubsetOptions,
-    "synthetic": synthetic.SyntheticOptions, "tiny": tiny.TinyOptions, "unlearn": unlearn.UnlearnOptions,
+    "grid": grid.GridOptions, "markov": markov.MarkovOptions, "show_rows": show_rows.ShowRowsOptions,
+    "subset": subset.SubsetOptions, "synthetic": synthetic.SyntheticOptions, "tiny": tiny.TinyOptions,
+    "unlearn": unlearn.UnlearnOptions,
 }  # fmt: skip
 
 

@@ -27,8 +27,10 @@ from training.commands import (
     demo,
     evaluate,
     finetune,
+    generate,
     graph,
     grid,
+    markov,
     page,
     show_rows,
     subset,
@@ -207,7 +209,8 @@ def test_without_clipping_gradients_are_what_they_are(home, tmp_path):
 COMMANDS = {
     "attack": attack.AttackOptions, "authors": authors.AuthorsOptions, "demo": demo.DemoOptions,
     "evaluate": evaluate.EvaluateOptions, "finetune": finetune.FinetuneOptions, "graph": graph.GraphOptions,
-    "grid": grid.GridOptions, "page": page.PageOptions, "show_rows": show_rows.ShowRowsOptions,
+    "grid": grid.GridOptions, "markov": markov.MarkovOptions, "page": page.PageOptions,
+    "generate": generate.GenerateOptions, "show_rows": show_rows.ShowRowsOptions,
     "subset": subset.SubsetOptions, "synthetic": synthetic.SyntheticOptions, "tiny": tiny.TinyOptions,
     "unlearn": unlearn.UnlearnOptions,
 }  # fmt: skip

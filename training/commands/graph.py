@@ -8,21 +8,20 @@ same reference, with and without a retain term, and writes metrics.json, config.
 and only line on stdout.
 """
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import npo_kernels
 from training.commands.options import command_line
+from training.commands.paper_run import carry_out
 from training.commands.run_folder import RunFolder
 from training.papers.inpo_graph import figures, report
 from training.papers.inpo_graph.experiment import (
@@ -40,7 +39,7 @@ from training.papers.inpo_graph.experiment import (
 from training.papers.inpo_graph.setting import Setting
 from training.progress import counted, progress
 from training.reports import tables
-from training.store import fingerprint, write_text
+from training.store import write_text
 from training.versions import versions
 
 PROG = "training.graph"
@@ -75,18 +74,13 @@ def main(options: GraphOptions) -> dict[str, Any] | None:
     for name in ("beta", "lr"):
         if not getattr(options, name) > 0:
             raise ValueError(f"--{name}: expected more than 0, got {getattr(options, name)}")
-    if options.dry_run:
-        print(json.dumps(asdict(options), indent=2, default=str))
-        return None
-    folder = RunFolder(options.out, options)
-    metrics = folder.begin(fingerprint([folder.settings, used()]), options.fresh)
-    if metrics is None:
-        metrics = _run(options, folder)
-    if options.json:
-        print(json.dumps(metrics["methods"]))
-    else:
-        Console().print(result_table(metrics, options))
-    return metrics
+    return carry_out(
+        options,
+        options.out,
+        used(),
+        lambda folder: _run(options, folder),
+        lambda metrics: result_table(metrics, options),
+    )
 
 
 def _run(options: GraphOptions, folder: RunFolder) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from training.versions import versions
 # What runs write into their folders.
 RUN_FILES = (
     *("run.json", "options.yaml", "config.json", "metrics.json", "report.md", "eval_log_aggregated.json"),
-    *("figure.png", "beta.png", "collapse.png", "model", "adapter", "eval", "reference"),
+    *("figure.png", "beta.png", "collapse.png", "lengths.png", "model", "adapter", "eval", "reference"),
     *("checkpoint-*", ".*.partial", ".*.pieces", "*_EVAL.json", "*_SUMMARY.json"),
 )
 # Options that are paths, or that say nothing of the result: they are not in config.json.

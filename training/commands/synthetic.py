@@ -8,8 +8,7 @@ ascent as beta -> 0). --json prints {method: {"end_fd", "end_rd", "min_fd", ...}
 the last and only line on stdout.
 """
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,11 +16,11 @@ import matplotlib
 import numpy as np
 import scipy
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import npo_kernels
 from training.commands.options import command_line
+from training.commands.paper_run import carry_out
 from training.commands.run_folder import RunFolder
 from training.papers.npo_logistic import figures, report
 from training.papers.npo_logistic.collapse import diverge
@@ -36,7 +35,7 @@ from training.papers.npo_logistic.experiment import (
 )
 from training.progress import counted, progress
 from training.reports import tables
-from training.store import fingerprint, write_text
+from training.store import write_text
 from training.versions import versions
 
 PROG = "training.synthetic"
@@ -66,18 +65,14 @@ def main(options: SyntheticOptions) -> dict[str, Any] | None:
             f"--steps, --beta_steps: expected multiples of {EVAL_EVERY}, the steps between two measurements, got "
             f"{options.steps} and {options.beta_steps}"
         )
-    if options.dry_run:
-        print(json.dumps(asdict(options), indent=2, default=str))
-        return None
-    folder = RunFolder(options.out or Path(f"runs/synthetic_alpha{options.alpha}"), options)
-    metrics = folder.begin(fingerprint([folder.settings, used()]), options.fresh)
-    if metrics is None:
-        metrics = _run(options, folder)
-    if options.json:
-        print(json.dumps(metrics["methods"]))
-    else:
-        Console().print(result_table(metrics["methods"], options))
-    return metrics
+    out = options.out or Path(f"runs/synthetic_alpha{options.alpha}")
+    return carry_out(
+        options,
+        out,
+        used(),
+        lambda folder: _run(options, folder),
+        lambda metrics: result_table(metrics["methods"], options),
+    )
 
 
 def _run(options: SyntheticOptions, folder: RunFolder) -> dict[str, Any]:

@@ -7,7 +7,7 @@ which colour-blind readers tell apart; panels are those of a benchmark's columns
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 
@@ -23,6 +23,7 @@ from training.methods import METHODS
 from training.store import renamed_when_done
 
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # of what is no method
+LineStyle = Literal["-", "--", "-.", ":"]
 INK, PALE, DOTTED = "#222222", "#dddddd", (0, (1, 2))
 FLOOR = 1e-30  # below this a p-value is drawn on the edge
 GOOD_P = 0.05

@@ -24,6 +24,7 @@ from torch import Tensor
 from npo_kernels import fused_npo_loss, sequence_logprobs
 from training.papers.inpo_graph.influence import influence_weights, removal_influence
 from training.papers.inpo_graph.setting import GCN, Setting, make_setting
+from training.papers.paths import at_place, first_place
 
 STEPS, EVAL_EVERY, LR, BETA = 100, 5, 1e-3, 3.0
 
@@ -80,16 +81,11 @@ class Curve:
 
         Methods of different speed are compared there: each of them would be stopped there.
         """
-        places = []
-        for probability, aim in zip(self.values["forget_probability"], self.aim, strict=True):
-            below = np.flatnonzero(probability <= aim)
-            i = below[0] if len(below) else len(probability) - 1
-            rest = (aim - probability[i]) / (probability[i - 1] - probability[i]) if i and len(below) else 0.0
-            places.append(i - rest)
-        every = np.arange(len(self.steps))
+        pairs = zip(self.values["forget_probability"], self.aim, strict=True)
+        places = [first_place(-probability, -aim) for probability, aim in pairs]
         values = self.values | {"step": np.broadcast_to(self.steps, (len(self.aim), len(self.steps)))}
         return {
-            name: np.array([np.interp(place, every, row) for place, row in zip(places, rows, strict=True)])
+            name: np.array([at_place(row, place) for place, row in zip(places, rows, strict=True)])
             for name, rows in values.items()
         }
 

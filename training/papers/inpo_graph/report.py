@@ -1,21 +1,15 @@
 """What the graph experiment says about the claims of INPO and NPO, derived from the numbers, whichever way they go."""
 
-import textwrap
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from training.papers.inpo_graph.setting import FORGET, HOMOPHILY, PARTNERS, TRAIN
 from training.reports import tables
+from training.reports.claims import Claim, filled, versions_sentence
 
 RUINED = 0.1  # a test accuracy that has fallen by more
 DISTANCES = {"forget_kl": "forget", "test_kl": "test"}
-
-
-class Claim(NamedTuple):
-    text: str
-    measured: str
-    holds: bool
 
 
 class Pair(NamedTuple):
@@ -107,15 +101,15 @@ def markdown(metrics: dict[str, Any], config: dict[str, Any]) -> str:
     settings = config["settings"]
     sections = [
         "# Influence-aware NPO on a synthetic citation graph",
-        _filled(f"**{verdict(metrics, '')} {verdict(metrics, '+RT')}**"),
-        _filled(
+        filled(f"**{verdict(metrics, '')} {verdict(metrics, '+RT')}**"),
+        filled(
             "INPO (arXiv 2510.19479) weights each forget node's NPO term by its influence on the other nodes. **The "
             "weighting is reconstructed**, from the description of the method and not from its formulas: influence is "
             "the summed change of the other nodes' predictions (total variation) when the node is cut off from the "
             "graph, divided by its mean over the forget set. The graph is synthetic; nothing here is a number of that "
             "paper's."
         ),
-        _filled(
+        filled(
             f"The graph: {settings['nodes']} nodes of 7 classes, {PARTNERS} partners drawn by every node, of its own "
             f"class with probability {HOMOPHILY:g}; {TRAIN:.0%} of the nodes are trained on, {FORGET:.0%} of these "
             "are to be forgotten. Distance is KL(retrained || model) in nats, a mean over nodes: 0 is what retraining "
@@ -128,14 +122,14 @@ def markdown(metrics: dict[str, Any], config: dict[str, Any]) -> str:
             [["holds" if c.holds else "**does not**", c.text, c.measured] for c in claims(metrics)],
             text=3,
         ),
-        _filled(
+        filled(
             "Of two methods the lower is the one that is lower in the median and on more than half of the seeds. They "
             "are compared where the mean probability of the forget labels has first fallen to the retrained model's, "
             "as an operator would stop there; a method that never gets there is taken at its end. "
             f"Ruined: a test accuracy that has fallen by more than {RUINED:g}. INPO (mixed) deals the weights of INPO "
             "to the forget nodes at random."
         ),
-        _filled(
+        filled(
             f"Influence is uneven: weights go from {influence['least']:.2f} to {influence['most']:.2f}, a tenth of the "
             f"nodes has {influence['top_tenth']:.0%} of it, and its correlation with the number of neighbours is "
             f"{influence['degree_correlation']:.2f}."
@@ -146,16 +140,11 @@ def markdown(metrics: dict[str, Any], config: dict[str, Any]) -> str:
         tables.markdown(model_headings, models),
         "## What was run",
         f"    {config['command']}",
-        _filled(
+        filled(
             f"{settings['steps']} full-batch steps of Adam from the reference, lr {settings['lr']:g}, beta "
             f"{settings['beta']:g}, measured every {config['eval_every']}; seeds {', '.join(map(str, config['seeds']))}"
             "; float32. Learning rate and beta are one for all methods; the defaults are the best for NPO+RT, and for "
-            "INPO+RT as well, of three pairs that were tried on seed 1000. "
-            "Versions: " + ", ".join(f"{name} {version}" for name, version in config["versions"].items()) + "."
+            "INPO+RT as well, of three pairs that were tried on seed 1000. " + versions_sentence(config["versions"])
         ),
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def _filled(paragraph: str) -> str:
-    return textwrap.fill(paragraph, 120, break_on_hyphens=False)

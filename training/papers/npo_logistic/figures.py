@@ -1,7 +1,6 @@
 """The figures of the logistic experiment."""
 
 from pathlib import Path
-from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -10,9 +9,8 @@ from matplotlib.lines import Line2D
 from training.papers.npo_logistic.collapse import NUM_ROWS, Divergence
 from training.papers.npo_logistic.experiment import Curve
 from training.papers.npo_logistic.methods import METHODS
-from training.reports.figures import INK, drawn
+from training.reports.figures import INK, LineStyle, drawn
 
-LineStyle = Literal["-", "--", "-.", ":"]
 # Okabe-Ito, told apart by colour-blind readers; one colour a family in every panel, and a line style for print in grey.
 FAMILIES: dict[str, tuple[str, str, LineStyle]] = {
     "ga": ("GA", "#D55E00", "-"),

@@ -1,10 +1,10 @@
 """What the logistic experiment says about the paper's claims, derived from the numbers, whichever way they went."""
 
-import textwrap
-from typing import Any, NamedTuple
+from typing import Any
 
 from training.papers.npo_logistic.methods import METHODS, SETTINGS
 from training.reports import tables
+from training.reports.claims import Claim, filled, versions_sentence
 
 Summaries = dict[str, dict[str, float]]  # {method: Curve.summary()}
 
@@ -17,12 +17,6 @@ FIGURES = {
     "beta.png": "Retain distance of GA, and of NPO for five beta",
     "collapse.png": "Distance from the start over steps, GA and NPO",
 }
-
-
-class Claim(NamedTuple):
-    text: str  # as the paper has it
-    measured: str
-    holds: bool
 
 
 def claims(summaries: Summaries, start: tuple[float, float]) -> list[Claim]:
@@ -132,7 +126,7 @@ def markdown(metrics: dict[str, Any], config: dict[str, Any]) -> str:
     shown = {name: text for name, text in FIGURES.items() if name == "figure.png" or metrics[name.removesuffix(".png")]}
     sections = [
         f"# The NPO paper's logistic experiment, alpha = {alpha}",
-        _filled(
+        filled(
             f"Forget and retain questions are {apart} (arXiv 2404.05868, section 4, appendix D). Forget distance and "
             "retain distance are E KL(retrained || model), in nats, on fresh points of each cloud: 0 is what "
             f"retraining without the forget set would give. Medians of {len(seeds)} seeds. Before unlearning: forget "
@@ -144,33 +138,28 @@ def markdown(metrics: dict[str, Any], config: dict[str, Any]) -> str:
             ["", "claim", "measured"],
             [["agrees" if c.holds else "**does not**", c.text, c.measured] for c in all_claims(metrics)],
         ),
-        _filled(
+        filled(
             "A model has collapsed here, and a distance is far below another, where the factor is more than "
             f"{GROWN:g}; a rate agrees within {NEAR_THEORY:.0%}. {beyond_the_paper(metrics['methods'])} "
             + spread(metrics["per_seed"])
         ),
         "## All methods",
         tables.markdown(headings, rows),
-        _filled(
+        filled(
             "KTO, SimNPO and the KL variants of DPO and KTO are not in the paper's comparison; where its table 1 has "
             "no learning rate and beta for a method, it has NPO's, untuned. An answer is one token here, so SimNPO's "
             "length normalisation does nothing, and what is left is NPO without a reference."
         ),
         "## What was run",
         f"    {config['command']}",
-        _filled(
+        filled(
             f"{config['steps']} full-batch gradient steps from the reference, evaluated every 25; seeds "
             f"{', '.join(map(str, seeds))}; float64. Draws differ from those of the paper's code, so single seeds do "
-            "not compare with it. Rate of collapse: gradient steps to t = 10^4, gradient flow to 10^12. Versions: "
-            + ", ".join(f"{name} {version}" for name, version in config["versions"].items())
-            + "."
+            "not compare with it. Rate of collapse: gradient steps to t = 10^4, gradient flow to 10^12. "
+            + versions_sentence(config["versions"])
         ),
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def _filled(paragraph: str) -> str:
-    return textwrap.fill(paragraph, 120, break_on_hyphens=False)
 
 
 def _number(value: float | None) -> str:

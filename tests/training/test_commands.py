@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training.alternates import key_of, read_alternates, write_alternates
-from training.benchmarks.tofu.benchmark import TofuOptions
 from training.benchmarks.tofu.log import read_log
 from training.commands import (
     alternates,
@@ -38,7 +37,7 @@ from training.commands import (
     tiny,
     unlearn,
 )
-from training.commands.options import build, parse
+from training.commands.options import benchmark_named, build, parse
 from training.commands.presets import PRESETS
 from training.methods import METHODS
 from training.model import load_model
@@ -445,9 +444,11 @@ def test_presets_are_the_papers(preset, stage, expected):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_name_only_options(preset):
     """Of the command, or of the grid and the benchmark that it runs on."""
-    names = {"finetune": [finetune.FinetuneOptions], "unlearn": [unlearn.UnlearnOptions, grid.GridOptions, TofuOptions]}
+    of_benchmark = benchmark_named(PRESETS[preset]["both"].get("benchmark", "tofu")).Options
+    finetuning = [finetune.FinetuneOptions, of_benchmark]
+    names = {"finetune": finetuning, "unlearn": [unlearn.UnlearnOptions, grid.GridOptions, of_benchmark]}
     for stage, kinds in names.items():
-        given = PRESETS[preset]["both"] | PRESETS[preset][stage]
+        given = PRESETS[preset]["both"] | PRESETS[preset].get(stage, {})
         assert set(given) <= {f.name for kind in kinds for f in fields(kind)}
 
 

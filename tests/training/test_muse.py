@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from rich.progress import Progress
-from training.pieces import Pieces
 
 from training.benchmarks.muse import evaluate as evaluation
 from training.benchmarks.muse.benchmark import MUSE, MuseOptions
@@ -17,11 +16,19 @@ from training.benchmarks.muse.sets import Asked, Continuation
 from training.commands import evaluate, finetune, grid, tiny, unlearn
 from training.commands.options import build, parse
 from training.model import build_model, special_ids_of
+from training.pieces import Pieces
 from training.store import write_json
 from training.templates import Format
 from training.tokenizer import train_tokenizer
 
-SHORT = {"data_dir": "demo", "demo_items": 3, "max_tokens": 48, "verbmem_tokens": 9, "knowmem_tokens": 6}
+SHORT = {
+    "data_dir": "demo",
+    "demo_items": 3,
+    "units": "chunks",
+    "max_tokens": 48,
+    "verbmem_tokens": 9,
+    "knowmem_tokens": 6,
+}
 STOP = ("\n\n", "\nQuestion", "Question:")
 
 

@@ -12,6 +12,8 @@ from training.benchmarks.muse.benchmark import MUSE, MuseOptions
 from training.benchmarks.muse.data import FORGET_SETS, AbsentError, Corpus
 from training.benchmarks.muse.generate import ORGS, QUESTIONS, SHOTS, news_files
 from training.benchmarks.muse.sets import load_sets
+from training.templates import Format
+from training.tokenizer import train_tokenizer
 
 FILES = news_files(4, 0)
 
@@ -239,3 +241,14 @@ def test_no_organisation_is_in_two_items_or_on_pages_of_another_set():
         assert all(len(some) == 1 for some in about) and len(orgs) == len(items) and not orgs & seen
         assert orgs == {org for org in ORGS if any(org in page for page in pages)}
         seen |= orgs
+
+
+def test_examples_are_chunks_or_documents():
+    rows = demo().rows("forget")
+    format = Format(train_tokenizer(rows, vocab_size=400), "plain")
+    chunks = demo(max_tokens=20).encode(format, rows)
+    assert {len(e.input_ids) for e in chunks[:-1]} == {20} and all(e.labels[0] == -100 for e in chunks)
+    whole = [token for e in chunks for token in e.input_ids[1:]]
+    assert format.decode(whole) == "\n\n".join(row["text"] for row in rows)
+    documents = demo(units="documents").encode(format, rows)
+    assert [format.decode(e.input_ids[1:]) for e in documents] == [row["text"] for row in rows]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.progress import Progress
 
 from training.benchmarks.muse import evaluate as evaluation
@@ -17,6 +18,7 @@ from training.commands import evaluate, finetune, grid, tiny, unlearn
 from training.commands.options import build, parse
 from training.model import build_model, special_ids_of
 from training.pieces import Pieces
+from training.reports.requests import requests_section
 from training.store import write_json
 from training.templates import Format
 from training.tokenizer import train_tokenizer
@@ -336,6 +338,7 @@ GRID = ("--methods", "npo", "--seeds", "0", "--hidden_size", "64", "--finetune_e
 
 
 def test_requests_one_after_another_start_where_the_last_one_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **how: path.write_bytes(b"drawn"))  # most of the time
     arguments = (*FAST, *GRID, "--epochs", 1, "--out", tmp_path, "--forget_sets", "sust_1,sust_2")
     metrics = run(grid, grid.GridOptions, *arguments)
     cells = {run["scenario"]: run for run in metrics["runs"]}
@@ -356,11 +359,34 @@ def test_requests_one_after_another_start_where_the_last_one_ended(tmp_path, mon
     assert run(grid, grid.GridOptions, *arguments) == metrics
 
 
+def test_a_series_is_a_table_and_a_figure_of_medians(tmp_path):
+    """After each request, the number before at its left; what is no series has neither."""
+    muse = MUSE(MuseOptions(**SHORT))
+    shown = [key for key, column in muse.columns.items() if column.panel]
+
+    def history(value):
+        return [dict.fromkeys(shown, 0.5), dict.fromkeys(shown, value)]
+
+    runs = [
+        {"scenario": name, "method": "npo", "seed": seed, "history": history(value)}
+        for name, values in (("scal_1", (0.1, 0.2, 0.9)), ("scal_2", (0.3, 0.4, 0.31)))
+        for seed, value in enumerate(values)
+    ]
+    start = {name: dict.fromkeys(shown, 0.75) for name in ("scal_1", "scal_2")}
+    metrics = {"runs": runs, "start": start, "retrained": {}}
+    sections = requests_section(tmp_path, metrics, muse.scenarios("scal_1,scal_2"))
+    assert sections[0] == "## scal: 2 requests" and "each alone" in sections[1]
+    assert "| NPO | VerbMem | 0.75 | 0.2 | 0.31 |" in sections[-1] and sections[-1].count("\n") == 1 + len(shown)
+    assert (tmp_path / "requests_scal.png").read_bytes().startswith(b"\x89PNG")
+    assert requests_section(tmp_path, metrics, muse.scenarios("scal_1")) == []
+    assert requests_section(tmp_path, metrics, [muse]) == []
+
+
 def test_larger_and_larger_sets_start_from_the_target_model(tmp_path, capsys):
     arguments = (*FAST, *GRID, "--out", tmp_path, "--forget_sets", "scal_1,scal_2")
     run(grid, grid.GridOptions, *arguments, "--dry_run")
     said = capsys.readouterr().out
-    assert "unlearn scal_2/ga/seed0\n" in said and ", from" not in said
+    assert "unlearn scal_2/npo/seed0\n" in said and ", from" not in said
     chosen, muse = parse(grid.GridOptions, grid.PROG, "", [*DEMO, *map(str, arguments)])
     made = grid.Grid(chosen, muse)
     for cell in made.cells:

@@ -11,7 +11,7 @@ from training.benchmarks.muse.data import DEMO, FORGET_SETS, RAW, Corpus
 from training.benchmarks.muse.generate import news_files
 from training.benchmarks.muse.options import MuseOptions
 from training.benchmarks.muse.sets import Sets, load_sets
-from training.benchmarks.muse.summary import check_measures, headline, open_unlearning, read_measures, summary
+from training.benchmarks.muse.summary import check_measures, exported, headline, read_measures, summary
 from training.store import fingerprint
 
 NUM_SAMPLES = 2  # of each set whose generations a report shows
@@ -55,9 +55,10 @@ class MUSE(Benchmark):
         "VerbMem, KnowMem: ROUGE-L F1 of greedy continuations of the forget set, and of answers about the forget and "
         "the retain set; forgotten: 1 - the mean of the first two. Min-K and others: AUC of membership attacks that "
         "tell the forget from the holdout set, 1 where it is plain what was learned. PrivLeak: how far 1 - AUC of "
-        "Min-K is from that of the retrained model (without one, from 0.5), in percent: negative where the forget set "
-        "still shows, positive where it shows that it was forgotten. ES: extraction strength, EM: exact memorisation "
-        "of the texts of VerbMem; repetition: repeated 4-grams of its continuations, entropy: of their n-grams."
+        "Min-K is from that of the retrained model (without one, as in its own line, from 0.5), in percent: negative "
+        "where the forget set still shows, positive where it shows that it was forgotten. ES: extraction strength, EM: "
+        "exact memorisation of the texts of VerbMem; repetition: repeated 4-grams of its continuations, entropy: of "
+        "their n-grams."
     )
     trade_off = TradeOff("retain_knowmem_ROUGE", "forgotten")
 
@@ -164,4 +165,4 @@ class MUSE(Benchmark):
         return fingerprint([self.name, chosen, self.sets._asdict()])
 
     def open_unlearning(self, measures, summary) -> dict[str, dict]:
-        return open_unlearning(measures, summary)
+        return exported(measures, summary)

@@ -28,11 +28,11 @@ def evaluate_model(
     """{set: one object a row}, of a model that has a fused head (`npo_kernels.hf`).
 
     forget_verbmem: prompt, gt, the greedy `generation`, its ROUGE against as many of the text's own tokens, <bos>
-    included where the tokenizer writes one (--rouge open-unlearning: against the whole text, with stemming), and, of
-    the tokens of the text, each given the true ones before it, exact_memorization and extraction_strength, None where
-    there are none (OpenUnlearning leaves the last one out). forget_knowmem, retain_knowmem: question, answer, the
-    greedy `generation` up to a blank line or the next question, its ROUGE. forget_privleak, holdout_privleak: the
-    scores of the membership attacks on the beginning of a document.
+    included where the tokenizer writes one (--rouge open-unlearning: against the whole text, with stemming); of the
+    `num_tokens` tokens of the text, each given the true ones before it, exact_memorization and extraction_strength,
+    without the last token, as OpenUnlearning has them, and None where there is no other. forget_knowmem,
+    retain_knowmem: question, answer, the greedy `generation` up to a blank line or the next question, its ROUGE.
+    forget_privleak, holdout_privleak: the scores of the membership attacks on the beginning of a document.
     """
     total = sum(sets.sizes().values())
     evaluation = _Evaluation(Answers(model, format, options, pieces, counted(progress, "Evaluation", total)), options)
@@ -73,8 +73,9 @@ class _Evaluation:
             examples = [_cut(continuation(format, row.prompt, row.gt), o.max_tokens) for row in block]
             return [
                 {
-                    "exact_memorization": metrics.exact_memorization(scores.hits),
-                    "extraction_strength": metrics.extraction_strength(scores.hits),
+                    "num_tokens": len(scores.hits),
+                    "exact_memorization": metrics.exact_memorization(scores.body.hits),
+                    "extraction_strength": metrics.extraction_strength(scores.body.hits),
                 }
                 for scores in self.answers.scored(examples)
             ]

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 
 from training import membership, metrics
+from training.benchmarks import open_unlearning
 from training.benchmarks.muse.sets import Sets
 
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus")
+MEMORISED = ("exact_memorization", "extraction_strength")
 NEEDED = {  # fields of a row, by set
-    "forget_verbmem": ("prompt", "gt", "generation", "rougeL_f1", "exact_memorization", "extraction_strength"),
+    "forget_verbmem": ("prompt", "gt", "generation", "rougeL_f1", "num_tokens", *MEMORISED),
     "forget_knowmem": ("question", "answer", "generation", "rougeL_f1"),
     "retain_knowmem": ("question", "answer", "generation", "rougeL_f1"),
     "forget_privleak": ATTACKS,
@@ -90,35 +92,22 @@ def check_measures(measures: Measures, sets: Sets) -> None:
             )
 
 
-def open_unlearning(measures: Measures, result: Mapping[str, Any]) -> dict[str, dict]:
-    """{"MUSE_EVAL.json", "MUSE_SUMMARY.json"} with OpenUnlearning's names of metrics, which its tools read."""
-    log: dict[str, Any] = {}
+def exported(measures: Measures, result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{"MUSE_EVAL.json", "MUSE_SUMMARY.json"} in the names of OpenUnlearning; its ROUGE stems and is of whole texts."""
+    entries: dict[str, open_unlearning.Entry] = {}
     for which, (asked, true) in KNOWN.items():
-        by_index = {
-            str(i): {
-                **{key: row[key] for key in ("rouge1_recall", "rougeL_f1", "rougeL_recall") if key in row},
-                "input": row[asked],
-                "ground_truth": row[true],
-                "generation": row["generation"],
-            }
-            for i, row in enumerate(measures[which])
-        }
-        log[f"{which}_ROUGE"] = {"agg_value": result[f"{which}_ROUGE"], "value_by_index": by_index}
-    for name in ("exact_memorization", "extraction_strength"):
-        by_index = {str(i): {"score": row[name]} for i, row in enumerate(measures["forget_verbmem"])}
-        log[name] = {"agg_value": result[name], "value_by_index": by_index}
-    for attack in measures["forget_privleak"][0]:
-        auc = result[f"mia_{attack}"]
-        log[f"mia_{attack}"] = {part: _scores(measures[f"{part}_privleak"], attack) for part in ("forget", "holdout")}
-        log[f"mia_{attack}"] |= {"auc": auc, "agg_value": auc}
-    log["privleak"] = {"agg_value": result["privleak"]}
-    numbers = {name: found["agg_value"] for name, found in log.items() if found["agg_value"] is not None}
-    return {"MUSE_EVAL.json": dict(sorted(log.items())), "MUSE_SUMMARY.json": dict(sorted(numbers.items()))}
-
-
-def _scores(rows: Sequence[Mapping[str, Any]], attack: str) -> dict[str, Any]:
-    by_index = {str(i): {"score": row[attack]} for i, row in enumerate(rows)}
-    return {"agg_value": metrics.mean(row[attack] for row in rows), "value_by_index": by_index}
+        columns = ([row[key] for row in measures[which]] for key in (asked, true, "generation"))
+        entries[f"{which}_ROUGE"] = open_unlearning.rouge("rougeL_f1", *columns)
+    memorised = {key: [row[key] for row in measures["forget_verbmem"]] for key in (*MEMORISED, "num_tokens")}
+    entries["exact_memorization"] = open_unlearning.scores(memorised["exact_memorization"])
+    entries["extraction_strength"] = open_unlearning.extraction_strength(
+        memorised["extraction_strength"], memorised["num_tokens"]
+    )
+    if result["forget_classifier_prob"] is not None:
+        classified = [row["classifier_prob"] for row in measures["forget_verbmem"]]
+        entries["forget_gibberish"] = open_unlearning.scores(classified)
+    entries |= open_unlearning.attacks(*_attacks(measures)) | {"privleak": {"agg_value": result["privleak"]}}
+    return open_unlearning.files("MUSE", entries, list(entries))
 
 
 def _attacks(measures: Measures) -> tuple[dict[str, list[float]], dict[str, list[float]]]:

@@ -281,6 +281,11 @@ def test_open_unlearning_s_files_have_its_names(world, measures):
     assert log["extraction_strength"]["value_by_index"]["2"]["score"] is not None
 
 
+def test_the_table_has_a_line_for_each_number(world, measures):
+    headings, rows = world.muse.table(world.muse.summarize(measures))
+    assert headings == ["number", "value"] and sorted(r[0] for r in rows if r[0][0] in "PV") == ["PrivLeak", "VerbMem"]
+
+
 def test_samples_are_short(world, measures):
     shown = world.muse.samples(measures)
     assert [row["set"] for row in shown] == ["forget verbmem"] * 2 + ["forget knowmem"] * 2 + ["retain knowmem"] * 2

@@ -132,6 +132,11 @@ class MUSE(Benchmark):
     def summarize(self, measures, retrained=None) -> dict[str, float | None]:
         return summary(measures, retrained)
 
+    def table(self, summary) -> tuple[list[str], list[list[Any]]]:
+        """A line for each number: there are too many for one."""
+        shown = {key: column.heading for key, column in self.columns.items() if summary.get(key) is not None}
+        return ["number", "value"], [[heading, summary[key]] for key, heading in shown.items()]
+
     def headline(self, summary) -> str:
         return headline(summary)
 

@@ -11,6 +11,15 @@ Histories = Mapping[str, Sequence[History]]  # {method: one a seed}
 KEPT = 0.8  # share of a number before unlearning that counts as kept
 
 
+def histories_of(metrics: Mapping[str, Any], scenario: str) -> Histories:
+    """{method: histories of its seeds} of a grid's metrics, in the order of the runs."""
+    found: dict[str, list[History]] = {}
+    for run in metrics["runs"]:
+        if run["scenario"] == scenario:
+            found.setdefault(run["method"], []).append(run["history"])
+    return found
+
+
 def over_seeds(histories: Sequence[History], key: str) -> np.ndarray:
     """(seeds, evaluations); NaN where a number was not measured."""
     return np.array([[entry[key] for entry in history] for history in histories], dtype=float)

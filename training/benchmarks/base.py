@@ -6,7 +6,7 @@ rows, their token ids, the evaluation, and what tables and figures show of it.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
@@ -100,6 +100,29 @@ class Benchmark(Protocol):
     def retain_split(self) -> str:
         """The rows that a model learns which never saw those to forget."""
         return "retain"
+
+    @property
+    def series(self) -> str:
+        """A name for scenarios whose numbers a report puts side by side, request by request; "": they are none."""
+        return ""
+
+    @property
+    def follows(self) -> str | None:
+        """The scenario whose unlearned model this one starts from; None: it starts from the model that learned all."""
+        return None
+
+    def scenarios(self, names: str) -> list["Benchmark"]:
+        """This benchmark with each of the forget sets in `names`, a list with commas; ValueError where there is none.
+
+        Here `names` are percents, where the options have a `forget_percent`.
+        """
+        if not hasattr(self.options, "forget_percent"):
+            raise ValueError(f"{self.name} has one forget set; leave the option out")
+        try:
+            percents = list(dict.fromkeys(int(part) for part in names.split(",")))
+        except ValueError:
+            raise ValueError(f"expected numbers with commas between them, got {names!r}") from None
+        return [type(self)(replace(self.options, forget_percent=percent)) for percent in percents]
 
     def rows(self, split: str) -> list["Row"]:
         """The rows of "full", "forget", "retain" or a split of the benchmark's own; ValueError where there is none."""

@@ -20,10 +20,10 @@ from training import distributed
 from training.benchmarks.authors import AuthorsOptions
 from training.commands import grid
 from training.commands.options import build, command_line
-from training.histories import Histories
+from training.histories import Histories, histories_of
 from training.methods import METHODS
 from training.reports import tables
-from training.reports.grid import histories_of, what_to_see
+from training.reports.grid import what_to_see
 
 PROG = "training.demo"
 # Generated authors are cut from one cloth: forgetting some drags the others along unless these weigh more.

@@ -3,11 +3,14 @@
     python -m training.grid --data_dir path/to/tofu --forget_percents 5 --seeds 0,1,2 --out runs/grid
     python -m training.grid --preset llama-3.2-1b --forget_percents 1,5,10 --seeds 0,1,2,3,4
     python -m training.grid --preset methods --out runs/methods       every family of methods, small, ranked
+    python -m training.grid --benchmark muse --data_dir demo --forget_sets sust_1,sust_2 --out runs/requests
 
 Fine-tunes one model on all rows, and for every forget set one on the rows to keep, whose answers are what forgetting is
-measured against. Then every method unlearns with every seed, evaluated on the way. All runs are resumed where they were
-interrupted, and what is finished is not run again. --out gets report.md, report.html (a page to look at, of one file),
-metrics.json, config.json, two figures for each forget set, and the folders of the runs.
+measured against. Then every method unlearns with every seed, evaluated on the way. Forget sets that come one after
+another are unlearned so: each from the model that the same method and seed left at the request before, which is kept.
+All runs are resumed where they were interrupted, and what is finished is not run again. --out gets report.md,
+report.html (a page to look at, of one file), metrics.json, config.json, two figures for each forget set, one for a
+series of them, and the folders of the runs.
 """
 
 import json
@@ -36,6 +39,7 @@ from training.store import remove
 from training.versions import versions
 
 PROG = "training.grid"
+FROM_NOTHING = ("tiny", "methods")  # presets whose models are made here
 # Of this command's options, those that fine-tuning takes as they are.
 OF_FINETUNING = (
     *("benchmark", "template", "device", "batch_size", "micro_batch_size", "gradient_accumulation_steps", "packing"),
@@ -60,6 +64,9 @@ class GridOptions(MethodOptions, SessionOptions):
     )
     seeds: Annotated[str, "of unlearning; there is one fine-tuned model"] = "0,1,2"
     forget_percents: Annotated[str | None, "forget sets, where the benchmark has several. None: its one"] = None
+    forget_sets: Annotated[
+        str | None, "the same by the benchmark's names: percents of TOFU, scal_1,scal_2 or sust_1,sust_2 of MUSE"
+    ] = None
     finetune_epochs: Annotated[int | None, "of fine-tuning, on all rows and those to keep. None: the preset's"] = None
     finetune_lr: Annotated[float | None, "of fine-tuning. None: the preset's"] = None
     world: Annotated[bool | None, "fine-tune on what is asked about the world as well. None: a tiny model"] = None
@@ -91,17 +98,26 @@ class Cell(NamedTuple):
         return f"{self.scenario}/{self.method}/seed{self.seed}"
 
 
+class Start(NamedTuple):
+    """The model that a run starts from, and what is known of that very model."""
+
+    model: str
+    log: Path | None = None  # None: the run evaluates it
+    reference_cache: Path | None = None  # None: in the folder of the run
+
+
 class Grid:
     def __init__(self, options: GridOptions, benchmark: Benchmark, console: Console | None = None):
         self.out = options.out or Path("runs/grid")
         self.options, self.benchmark = options, benchmark
         self.console = console or Console(stderr=True, quiet=not distributed.is_main())
         formats_named(options.rounded)  # what is misspelt is said before hours of training
-        self.benchmarks = {b.scenario: b for b in scenarios(benchmark, options.forget_percents)}
+        self.benchmarks = {b.scenario: b for b in scenarios(benchmark, options.forget_percents, options.forget_sets)}
         names = [name.strip() for name in options.methods.split(",") if name.strip()]
         self.methods = list(dict.fromkeys(method_named(name).name for name in names))
         seeds = _numbers("seeds", options.seeds)
         self.cells = [Cell(b, m, s) for b in self.benchmarks for m in self.methods for s in seeds]
+        self.followed = {b.follows for b in self.benchmarks.values()}
 
     def run(self) -> dict[str, Any]:
         """What metrics.json holds.
@@ -124,7 +140,9 @@ class Grid:
             others = self._alternates(full, benchmark)
             for cell in (c for c in self.cells if c.scenario == name):
                 self.console.rule(f"{cell.folder} ({self.cells.index(cell) + 1} of {len(self.cells)})")
-                run = unlearn.main(*self._unlearn_options(cell, full, start_log, retain_log, others))
+                run = unlearn.main(
+                    *self._unlearn_options(cell, self._start_of(cell, full, start_log), retain_log, others)
+                )
                 metrics = require(run, "the metrics of a run that is not dry")
                 runs.append({**cell._asdict(), **{key: metrics[key] for key in ("history", "step_zero", "attacks")}})
                 answers = samples.setdefault(name, {"before": metrics["samples"]["before"]})
@@ -135,6 +153,8 @@ class Grid:
         o = self.options
         if o.model is not None:
             return o.model
+        if o.preset not in FROM_NOTHING:
+            raise ValueError(f"--preset {o.preset} names no model: expected --model, the one to fine-tune")
         base = self.out / f"base_{o.hidden_size}x{o.layers}"
         if distributed.is_main():
             same = {"benchmark": o.benchmark, "hidden_size": o.hidden_size, "layers": o.layers, "seed": o.seed}
@@ -153,7 +173,7 @@ class Grid:
             model=self._start_model(),
             out=self.out / split,
             split=split,
-            world=o.preset in ("tiny", "methods") if o.world is None else o.world,
+            world=o.preset in FROM_NOTHING if o.world is None else o.world,
             **{name: getattr(o, name) for name in OF_FINETUNING},
             **{name: value for name, value in epochs_and_lr.items() if value is not None},
             **asdict(self.benchmark.options),
@@ -165,6 +185,8 @@ class Grid:
         self, model: str, benchmark: Benchmark, retain_log: Path | None = None
     ) -> tuple[dict[str, Any], Path]:
         """(summary, log) of a fine-tuned model, in the template that fine-tuning left in its folder."""
+        key = benchmark.key()  # forget sets that are evaluated alike share what was measured
+        benchmark = next(b for b in self.benchmarks.values() if b.key() == key)
         folder = Path(model).parent / f"evaluation_{benchmark.scenario}"
         options = evaluate.EvaluateOptions(
             model=Path(model), benchmark=benchmark.name, out=folder, retain_log=retain_log,
@@ -184,23 +206,30 @@ class Grid:
         )  # fmt: skip
         return alternates.main(made, benchmark)
 
+    def _start_of(self, cell: Cell, full: str, log: Path) -> Start:
+        """Where a run begins: the model that learned all, or the one that the request before has left."""
+        before = self.benchmarks[cell.scenario].follows
+        if before is None:
+            return Start(full, log, self.out / "reference")
+        return Start(str(self.out / cell._replace(scenario=before).folder / "model"))
+
     def _unlearn_options(
-        self, cell: Cell, full: str, start_log: Path, retain_log: Path | None, others: Path | None
+        self, cell: Cell, start: Start, retain_log: Path | None, others: Path | None
     ) -> tuple[Any, ...]:
         o, benchmark = self.options, self.benchmarks[cell.scenario]
         same = {f.name for f in fields(unlearn.UnlearnOptions)} & {f.name for f in fields(o)} - set(OF_CELL)
         options = unlearn.UnlearnOptions(
             **{name: getattr(o, name) for name in same},
             preset=o.preset,
-            model=full,
+            model=start.model,
             out=self.out / cell.folder,
             method=cell.method,
             seed=cell.seed,
-            reference_cache=self.out / "reference",
-            start_log=start_log,
+            reference_cache=start.reference_cache,
+            start_log=start.log,
             retain_log=retain_log,
             alternates=others,
-            save_model=o.keep_models,
+            save_model=o.keep_models or cell.scenario in self.followed,
         )
         return options, benchmark
 
@@ -209,7 +238,9 @@ class Grid:
         yield f"fine-tune {self.options.model or self.options.preset} on full"
         for benchmark in self.benchmarks.values():
             yield f"fine-tune it on {benchmark.retain_split}, evaluate both" if self.options.retrain else "evaluate it"
-        yield from (f"unlearn {cell.folder}" for cell in self.cells)
+        for cell in self.cells:
+            before = self.benchmarks[cell.scenario].follows
+            yield f"unlearn {cell.folder}" + (f", from {cell._replace(scenario=before).folder}" if before else "")
         yield "\n".join(f"{name}: {value}" for name, value in public(self.options, self.benchmark.options).items())
 
 
@@ -224,14 +255,25 @@ def _with_authors(options: GridOptions, benchmark: Benchmark) -> Benchmark:
     return type(benchmark)(replace(o, data_dir=str(folder)))
 
 
-def scenarios(benchmark: Benchmark, forget_percents: str | None) -> list[Benchmark]:
+def scenarios(benchmark: Benchmark, forget_percents: str | None, forget_sets: str | None = None) -> list[Benchmark]:
     """The benchmark with each of these forget sets; None: as it is."""
-    if forget_percents is None:
-        return [benchmark]
-    if not hasattr(benchmark.options, "forget_percent"):
-        raise ValueError(f"--forget_percents: {benchmark.name} has one forget set; leave the option out")
-    percents = _numbers("forget_percents", forget_percents)
-    return [type(benchmark)(replace(benchmark.options, forget_percent=percent)) for percent in percents]
+    both = {"forget_percents": forget_percents, "forget_sets": forget_sets}
+    given = {option: names for option, names in both.items() if names is not None}
+    if len(given) > 1:
+        raise ValueError("expected --forget_percents or --forget_sets, got both: they say the same thing")
+    chosen = [benchmark]
+    for option, names in given.items():
+        try:
+            chosen = benchmark.scenarios(names)
+        except ValueError as reason:
+            raise ValueError(f"--{option}: {reason}") from None
+    for number, each in enumerate(chosen):
+        if each.follows and each.follows not in (b.scenario for b in chosen[:number]):
+            raise ValueError(
+                f"{each.scenario} starts from the model that has forgotten {each.follows}: expected both in "
+                f"--forget_sets, in this order, got {', '.join(b.scenario for b in chosen)}"
+            )
+    return chosen
 
 
 def _numbers(name: str, text: str) -> list[int]:

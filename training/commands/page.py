@@ -72,7 +72,7 @@ def _benchmarks(settings: dict[str, Any]) -> list[Benchmark]:
     kind = benchmark_named(settings["benchmark"])
     names = {field.name for field in fields(kind.Options)}
     options = kind.Options(**{name: value for name, value in settings.items() if name in names})
-    return scenarios(kind(options), settings.get("forget_percents"))
+    return scenarios(kind(options), settings.get("forget_percents"), settings.get("forget_sets"))
 
 
 if __name__ == "__main__":

@@ -17,10 +17,19 @@ wmdp-npo, wmdp-simnpo: SimNPO's code (arXiv 2410.07163; bio, 500 steps of 4, war
 beta 0.0225 on the mean log-ratio of a token. Here a log-ratio is the sum over a document: beta and the weight of the
 term are divided by 512, the length of a document that is cut, for which this is the same number. A shorter one weighs
 less here, where its padding is scored there.
+
+muse-news, muse-books: arXiv 2407.06460 and its code (1e-5 constant, 32 pieces of 2048 tokens a step, 10 epochs of
+unlearning; OpenUnlearning has the same), fine-tuning as OpenUnlearning's. They choose --benchmark muse. The published
+models are muse-bench/MUSE-news_target and MUSE-books_target, for --model, with Llama-2's tokenizer; News starts from
+Llama-2-7b, Books from ICLM-7b, which has no name on the hub: give its folder. SimNPO of arXiv 2410.07163 takes
+--beta 0.7 on News and 0.75 on Books, in its code with --retain_weight 0.1. Published numbers of NPO and SimNPO on MUSE
+are of code that takes logits for log-probabilities, so they are no measure of these methods.
 """
 
 from typing import Any
 
+# Of a tokenizer of bytes, and of news of 80 tokens that a model of one layer knows by their beginning alone.
+MUSE_TINY = {"units": "documents", "trailing_space": False, "verbmem_tokens": 40, "knowmem_tokens": 16}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "llama-2-7b-chat": {
         "both": {
@@ -44,7 +53,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "unlearn": {"epochs": 5},
     },
     "tiny": {
-        "both": {"template": "plain", "batch_size": 16},
+        "both": {"template": "plain", "batch_size": 16} | MUSE_TINY,
         "finetune": {"epochs": 8, "lr": 2e-3},
         "unlearn": {"epochs": 10, "lr": 3e-4},
     },
@@ -96,6 +105,21 @@ PRESETS |= {
         "unlearn": WMDP_NPO | {"method": "simnpo_rt", "lr": 9.5e-6, "beta": 0.1, "gamma": 0.0, "forget_weight": 1.0},
     },
 }
+MUSE_7B: dict[str, Any] = {
+    "benchmark": "muse",
+    "template": "plain",
+    "lr": 1e-5,
+    "micro_batch_size": 4,
+    "gradient_checkpointing": True,
+    "max_tokens": 2048,
+}
+MUSE_STAGES: dict[str, dict[str, Any]] = {
+    "finetune": {"epochs": 10},
+    "unlearn": {"epochs": 10, "lr_scheduler_type": "constant", "warmup_epochs": 0.0, "weight_decay": 0.0},
+}
+NEWS = {"model": "meta-llama/Llama-2-7b-hf", "data_dir": "muse-bench/MUSE-News"}
+PRESETS["muse-news"] = {"both": MUSE_7B | NEWS} | MUSE_STAGES
+PRESETS["muse-books"] = {"both": MUSE_7B | {"data_dir": "muse-bench/MUSE-Books"}} | MUSE_STAGES
 TINY_GRID = {
     "methods": "ga,ga_rt,ga_kl,idk_rt,npo,npo_rt,npo_kl,simnpo_rt,dpo_rt,altpo_rt,kto_rt,wga_rt,satimp_rt,ceu,ceu_rt,"
     "tnpo_rt,catnip,catnip_rt,pdu_rt,undial,undial_rt,rmu,rmu_rt,adaptive_rmu,dipo,dipo_rt",

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from training.benchmarks.base import Benchmark, Claim
-from training.histories import KEPT, Histories, best_while_kept, over_seeds, ranking
+from training.histories import KEPT, Histories, best_while_kept, histories_of, over_seeds, ranking
 from training.methods import METHODS
 from training.reports import tables
 from training.reports.figures import plot_over_epochs, plot_trade_off
 from training.reports.page import write_page
+from training.reports.requests import requests_section
 from training.reports.run import ATTACKED, CAVEAT
 from training.store import write_json, write_text
 
@@ -20,24 +21,16 @@ SIDE_BY_SIDE = 5  # methods whose answers a report shows
 RANKED = 8  # methods from which on a report ranks them
 
 
-def histories_of(metrics: dict[str, Any], scenario: str) -> Histories:
-    """{method: histories of its seeds}, in the order of the runs."""
-    found: dict[str, list] = {}
-    for run in metrics["runs"]:
-        if run["scenario"] == scenario:
-            found.setdefault(run["method"], []).append(run["history"])
-    return found
-
-
 def write_grid_report(
     out: Path, metrics: dict[str, Any], config: dict[str, Any], benchmarks: Sequence[Benchmark]
 ) -> None:
-    """metrics.json, config.json, report.md, report.html, and two figures for each scenario, which `benchmarks` has."""
+    """metrics.json, config.json, report.md, report.html, two figures for each scenario, which `benchmarks` has, and one
+    for a series of them."""
     write_json(out / "metrics.json", metrics)
     write_json(out / "config.json", config)
     for benchmark in benchmarks:
         _figures(out, metrics, benchmark)
-    write_text(out / "report.md", _markdown(metrics, config, benchmarks))
+    write_text(out / "report.md", _markdown(metrics, config, benchmarks, requests_section(out, metrics, benchmarks)))
     write_page(out / "report.html", metrics, config, benchmarks)
 
 
@@ -53,8 +46,10 @@ def _figures(out: Path, metrics: dict[str, Any], benchmark: Benchmark) -> None:
         plot_trade_off(histories, benchmark.trade_off, benchmark.columns, title, path, start, retrained)
 
 
-def _markdown(metrics: dict[str, Any], config: dict[str, Any], benchmarks: Sequence[Benchmark]) -> str:
-    sections = [f"# {benchmarks[0].title}: unlearning by {len(set(_methods(metrics)))} methods"]
+def _markdown(
+    metrics: dict[str, Any], config: dict[str, Any], benchmarks: Sequence[Benchmark], requests: Sequence[str]
+) -> str:
+    sections = [f"# {benchmarks[0].title}: unlearning by {len(set(_methods(metrics)))} methods", *requests]
     for benchmark in benchmarks:
         sections += _scenario(metrics, benchmark)
     sections += ["## What was run", _facts(metrics, config), CAVEAT]

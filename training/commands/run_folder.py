@@ -7,6 +7,7 @@ written.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -38,8 +39,14 @@ def public(*options: Any) -> dict[str, Any]:
     return {
         name: model_name(value) if name == "model" and value is not None else value
         for name, value in settings.items()
-        if name not in NO_PATHS
+        if name not in NO_PATHS or (name == "data_dir" and is_no_path(value))
     }
+
+
+def is_no_path(data_dir: object) -> bool:
+    """Whether it names a data set of the hub, or the generated one."""
+    named = isinstance(data_dir, str) and re.fullmatch(r"[\w-]+(/[\w.-]+)?", data_dir)
+    return bool(named) and not Path(str(data_dir)).exists()
 
 
 def model_name(model: str | Path) -> str:

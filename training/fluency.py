@@ -10,7 +10,7 @@ BATCH, LONGEST = 32, 512  # texts, tokens
 
 
 class FluencyClassifier:
-    """Probability of a classifier's first class, in [0, 1], of each text.
+    """Probability of a classifier's first class, in [0, 1], of each text; 0 of a text without tokens.
 
     OpenUnlearning takes a detector of gibberish whose first class is "clean". The folder is one of transformers, with
     its tokenizer.
@@ -21,20 +21,20 @@ class FluencyClassifier:
             raise ValueError(f"--fluency_classifier: expected the folder of a text classifier, got {folder}")
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForSequenceClassification.from_pretrained(folder).to(device).eval()
-        if self.tokenizer.pad_token_id is None:  # any id will do, it is masked
+        if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id  # decoders look there for the end of a text
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> list[float]:
-        found: list[float] = []
-        for start in range(0, len(texts), BATCH):
+        found = [0.0] * len(texts)
+        members = [i for i, text in enumerate(texts) if self.tokenizer(text)["input_ids"]]
+        for start in range(0, len(members), BATCH):
+            part = members[start : start + BATCH]
             batch = self.tokenizer(
-                list(texts[start : start + BATCH]),
-                return_tensors="pt",
-                padding=True,
-                truncation=True,
-                max_length=LONGEST,
+                [texts[i] for i in part], return_tensors="pt", padding=True, truncation=True, max_length=LONGEST
             )
             logits = self.model(**batch.to(self.model.device)).logits
-            found += logits.float().softmax(-1)[:, 0].tolist()
+            for i, probability in zip(part, logits.float().softmax(-1)[:, 0].tolist(), strict=True):
+                found[i] = probability
         return found

@@ -1,7 +1,7 @@
 """Answers of a model, greedy or drawn: one prompt, or many at a time."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -15,13 +15,14 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from training.model import autocast, skips_other_rows
+from training.model import autocast, check_length, skips_other_rows
 from training.progress import OnRows, nothing
 from training.templates import Format
 
-# Two float32 logits that differ by less than so many units in the last place of the larger one may change places in
-# another batch, as matrix products of another shape add in another order. SmolLM2-135M's margins move by up to 4.
-CLOSE = 16
+# Two float32 logits of a row that differ by less than so many units in the last place of its largest one (by magnitude)
+# may change places in another batch, as matrix products of another shape add in another order. Margins of SmolLM2-135M
+# move by up to 4, those of 24 random layers with weights of deviation 0.3 by up to 64.
+CLOSE = 128
 
 
 def complete(model: PreTrainedModel, format: Format, question: str, max_new_tokens: int = 48) -> str:
@@ -59,14 +60,16 @@ def generate(
 
     Prompts of similar length share a batch, padded on the left, with a cache of keys and values. Arithmetic is in the
     dtype of the weights, float32 here, whatever the precision of training; then an answer does not depend on its batch:
-    where two tokens were as good as equally likely (`CLOSE`), it is generated once more alone. Weights of 16 bits, and
-    flash attention, which knows no others, leave too many margins that close: there an answer may depend on it.
+    where two tokens were closer than rounding may move them (`CLOSE`), it is generated once more alone. Weights of 16
+    bits, and flash attention, which knows no others, leave too many margins that close: there it may depend on it.
 
     A `temperature` above 0 draws answers from the model instead, with torch's generators as they are.
 
     A chat model's own generation settings (temperature, repetition penalty) are not used, whatever its folder says:
     ROUGE of sampled text is another number every time.
     """
+    longest = max(map(len, prompts), default=0)
+    check_length(model, longest + max_new_tokens, "a prompt and its answer")
     was_training = model.training
     model.eval()
     writer = _Writer(model, format, max_new_tokens, temperature, stop)
@@ -88,6 +91,8 @@ class _Writer:
     def __init__(
         self, model: PreTrainedModel, format: Format, max_new_tokens: int, temperature: float, stop: Sequence[str]
     ):
+        if not all(stop):
+            raise ValueError(f"stop: expected texts with at least one character, got {list(stop)}")
         self.model, self.format, self.stop = model, format, stop
         self.flash = skips_other_rows(model.config._attn_implementation)
         greedy = temperature == 0
@@ -110,7 +115,7 @@ class _Writer:
         margins = _Margins()
         criteria = [_StopTexts(self.format, self.stop, longest)] if self.stop else []
         run = cast(Callable[..., Tensor], self.model.generate)  # a mix-in of causal models has it, not their base class
-        with autocast(self.model) if self.flash else contextlib.nullcontext():
+        with self._own_settings(), autocast(self.model) if self.flash else contextlib.nullcontext():
             output = run(
                 torch.tensor(filled, device=self.model.device),
                 attention_mask=torch.tensor(mask, device=self.model.device),
@@ -127,13 +132,27 @@ class _Writer:
             total += count
         return texts, total
 
+    @contextlib.contextmanager
+    def _own_settings(self) -> Iterator[None]:
+        """Without those of the model's folder, which `generate` takes for whatever it is not told."""
+        kept = self.model.generation_config
+        self.model.generation_config = GenerationConfig()
+        try:
+            yield
+        finally:
+            self.model.generation_config = kept
+
     def _text(self, tokens: list[int]) -> tuple[str, int]:
         """(text, number of tokens with the one that ends it). Behind that is filler, which may decode to anything."""
         end = next((n for n, token in enumerate(tokens) if token in self.format.stop_ids), len(tokens))
         text = self.format.decode(tokens[:end], skip_special_tokens=True)
+        if not any(stop in text for stop in self.stop):
+            return text.strip(), min(end + 1, len(tokens))
+        written = (self.format.decode(tokens[: n + 1], skip_special_tokens=True) for n in range(end))
+        count = next(n for n, so_far in enumerate(written, 1) if any(stop in so_far for stop in self.stop))
         for stop in self.stop:
             text = text.partition(stop)[0]
-        return text.strip(), min(end + 1, len(tokens))
+        return text.strip(), count
 
 
 class _Margins(LogitsProcessor):
@@ -144,7 +163,8 @@ class _Margins(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         first, second = scores.topk(2).values.unbind(-1)
-        self.steps.append(~(first - second > CLOSE * torch.finfo(torch.float32).eps * first.abs()))
+        largest = scores.masked_fill(scores.isinf(), 0).abs().amax(-1)
+        self.steps.append(first - second <= CLOSE * torch.finfo(torch.float32).eps * largest)  # not where one is NaN
         return scores
 
     def close(self, row: int, count: int) -> bool:

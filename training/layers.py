@@ -31,7 +31,7 @@ class LayerTap:
             raise ValueError(f"layer: the model has decoder layers 0 to {len(layers) - 1}, got {layer}")
         self.below = layers[: self.layer + 1]
         self._output: Tensor | None = None
-        layers[self.layer].register_forward_hook(self._keep)
+        self._handles = [layers[self.layer].register_forward_hook(self._keep)]
         if alone is not None:
             always = alone == "always"
             decoder = self.inner.base_model
@@ -43,8 +43,10 @@ class LayerTap:
             def restore(module: nn.Module, args: Any, output: Any) -> None:
                 self.config.num_hidden_layers = len(layers)
 
-            decoder.register_forward_pre_hook(cut)
-            decoder.register_forward_hook(restore, always_call=True)
+            self._handles += [
+                decoder.register_forward_pre_hook(cut),
+                decoder.register_forward_hook(restore, always_call=True),
+            ]
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
         self._output = output[0] if isinstance(output, tuple) else output
@@ -54,6 +56,11 @@ class LayerTap:
         copied = memo[id(self)] = object.__new__(type(self))
         vars(copied).update(copy.deepcopy({k: v for k, v in vars(self).items() if k != "_output"}, memo), _output=None)
         return copied
+
+    def remove(self) -> None:
+        """The model is as if there had been no tap, but for what `freeze_above` has frozen."""
+        for handle in self._handles:
+            handle.remove()
 
     def read(self) -> Tensor:
         """(B, S, H) of the last forward, once."""

@@ -101,12 +101,18 @@ def summary(
     """{"mia_loss", "mia_loss_low", "mia_loss_high", ..., "privleak"}: AUCs with their intervals; None for NaN.
 
     `retrained`: the scores of the retrained model on the same rows, for the reference attack and PrivLeak, which
-    without them takes an AUC of 0.5.
+    without them takes an AUC of 0.5. ValueError where they are of other rows.
     """
     found: dict[str, float | None] = {}
     pairs = {name: (forget[name], holdout[name]) for name in forget.keys() & holdout.keys()}
     before = 0.5
     if retrained and "loss" in pairs:
+        sizes, others = ([len(some.get("loss", ())) for some in each] for each in ((forget, holdout), retrained))
+        if sizes != others or not all("min_k" in some for some in retrained):
+            raise ValueError(
+                f"membership attacks: expected scores of the retrained model on the same {sizes[0]} forget and "
+                f"{sizes[1]} holdout rows, got {others[0]} and {others[1]}; evaluate it with the same options"
+            )
         before = auc(*(some["min_k"] for some in retrained)).value
         pairs["reference"] = tuple(
             np.subtract(own, other["loss"]).tolist() for own, other in zip(pairs["loss"], retrained, strict=True)

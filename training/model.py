@@ -150,6 +150,16 @@ def skips_other_rows(attn_implementation: str | None) -> bool:
     return any(kind in str(attn_implementation) for kind in ("flash", "flex"))
 
 
+def check_length(model: PreTrainedModel, tokens: int, what: str) -> None:
+    """ValueError where a sequence has more tokens than the model has positions."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and tokens > positions:
+        raise ValueError(
+            f"{what} of {tokens} tokens: the model has {positions} positions; shorten texts (--max_tokens, "
+            "--max_new_tokens and the like), or take another model"
+        )
+
+
 def weights_hash(model: PreTrainedModel) -> str:
     """sha256 of names, shapes, dtypes and bytes of all weights, adapters included; a piece of a tensor at a time."""
     digest = hashlib.sha256()

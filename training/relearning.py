@@ -14,7 +14,12 @@ from training.trainer import Trainer
 
 
 def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(relearned, others): a seeded choice of a share of the examples, at least one, and the rest."""
+    """(relearned, others): a seeded choice of a share of the examples, at least one of each.
+
+    ValueError where there is only one example.
+    """
+    if len(examples) < 2:
+        raise ValueError(f"relearning: expected at least 2 examples of the forget set, got {len(examples)}")
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     cut = min(len(examples) - 1, max(1, round(fraction * len(examples))))
     relearned, others = ([examples[i] for i in sorted(part)] for part in (order[:cut], order[cut:]))
@@ -22,11 +27,16 @@ def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list
 
 
 def relearn_(
-    model: PreTrainedModel, relearned: list[Example], others: list[Example], pad_id: int, config: TrainConfig
+    model: PreTrainedModel,
+    relearned: list[Example],
+    others: list[Example],
+    pad_id: int,
+    config: TrainConfig,
+    follow: bool = True,
 ) -> list[dict[str, float]]:
     """In place; [{"step", "relearned", "others"}], mean answer probabilities before the first and after every step.
 
-    All weights are trained, also those that unlearning left alone.
+    All weights are trained, also those that unlearning left alone. `follow`: no, and nothing is measured.
     """
     history: list[dict[str, float]] = []
     model.requires_grad_(True)
@@ -35,7 +45,8 @@ def relearn_(
         probability = [score(model, rows, pad_id).answer_probability.mean().item() for rows in (relearned, others)]
         history.append({"step": len(history), "relearned": probability[0], "others": probability[1]})
 
-    measure()
+    if follow:
+        measure()
     steps = FinetuningSteps(relearned, config, Batches(pad_id, model.device, packing=False))
-    Trainer(model, config, len(steps)).train(steps, after_step=lambda metrics: measure())
+    Trainer(model, config, len(steps)).train(steps, after_step=lambda metrics: measure() if follow else None)
     return history

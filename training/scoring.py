@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from npo_kernels import sequence_logprobs, token_logprobs, token_statistics
 from training import distributed
 from training.data import IGNORE_INDEX, Example, collate, next_labels, pack, row_of_position
-from training.model import autocast
+from training.model import autocast, check_length
 from training.progress import OnRows, nothing
 
 PerToken = Literal["token_logps", "hidden", "statistics"]
@@ -76,6 +76,7 @@ def score(
     Several processes share every batch, and all get all scores. `packing` puts a batch in one row without padding,
     for models whose attention keeps its sequences apart (`training.data.pack`). `per_token`: what to keep of tokens.
     """
+    check_length(model, max((len(e.input_ids) for e in examples), default=0), "an example")
     was_training, device = model.training, model.device
     model.eval()
     logps = torch.zeros(len(examples), device=device)
@@ -165,25 +166,30 @@ def _statistics(
 
 
 def gradient_norms(model: PreTrainedModel, examples: Sequence[Example]) -> list[float]:
-    """Mean over the trained parameters of the Euclidean norm of the gradient of an example's loss, one at a time.
+    """Mean over the parameters of the Euclidean norm of the gradient of an example's loss, one example at a time.
 
-    The loss is the mean over the scored tokens but the last; 0 where that leaves none. Gradients that the parameters
-    already have stay as they are. Several processes share the examples.
+    The loss is the mean over the scored tokens but the last; 0 where that leaves none. All parameters count, whether or
+    not they are trained, and keep the gradients that they have. ValueError in several processes.
     """
+    if distributed.count() > 1:
+        raise ValueError("--mia_gradnorm: expected one process; evaluate the saved model in one")
     was_training, device = model.training, model.device
     model.eval()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    trained = [parameter.requires_grad for parameter in parameters]
+    model.requires_grad_(True)
     norms = torch.zeros(len(examples), device=device)
-    mine, rows = distributed.share(examples, list(range(len(examples)))) if examples else ([], [])
     with torch.enable_grad():
-        for i, row in zip(mine, rows, strict=True):
+        for i, row in enumerate(examples):
             labels = list(row.labels)
             last = max((t for t, label in enumerate(labels) if label != IGNORE_INDEX), default=0)
             labels[last] = IGNORE_INDEX
             if any(label != IGNORE_INDEX for label in labels[1:]):
                 with autocast(model):
                     out = model(**collate([Example(row.input_ids, labels)], 0, device), fused_unlearning=True)
-                grads = torch.autograd.grad(-(out.logps / out.num_tokens).sum(), trained, allow_unused=True)
+                grads = torch.autograd.grad(-(out.logps / out.num_tokens).sum(), parameters, allow_unused=True)
                 norms[i] = torch.stack([g.norm() for g in grads if g is not None]).mean()
+    for parameter, flag in zip(parameters, trained, strict=True):
+        parameter.requires_grad_(flag)
     model.train(was_training)
-    return distributed.total(norms).tolist()
+    return norms.tolist()

@@ -32,6 +32,8 @@ def test_what_is_relearned_is_a_seeded_share():
     assert len(relearned) == 4 and sorted(relearned + others) == examples and relearned == sorted(relearned)
     assert split(examples, 0.2, 3)[0] == relearned != split(examples, 0.2, 4)[0]
     assert [len(part) for part in split(examples[:2], 0.001, 0)] == [1, 1]
+    with pytest.raises(ValueError, match="expected at least 2 examples of the forget set, got 1"):
+        split(examples[:1], 0.5, 0)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training.alternates import key_of, read_alternates, write_alternates
+from training.benchmarks import BENCHMARKS
 from training.benchmarks.tofu.log import read_log
 from training.commands import (
     alternates,
@@ -37,7 +38,7 @@ from training.commands import (
     tiny,
     unlearn,
 )
-from training.commands.options import benchmark_named, build, parse
+from training.commands.options import build, parse
 from training.commands.presets import PRESETS
 from training.methods import METHODS
 from training.model import load_model
@@ -443,10 +444,10 @@ def test_presets_are_the_papers(preset, stage, expected):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_name_only_options(preset):
-    """Of the command, or of the grid and the benchmark that it runs on."""
-    of_benchmark = benchmark_named(PRESETS[preset]["both"].get("benchmark", "tofu")).Options
-    finetuning = [finetune.FinetuneOptions, of_benchmark]
-    names = {"finetune": finetuning, "unlearn": [unlearn.UnlearnOptions, grid.GridOptions, of_benchmark]}
+    """Of the command, or of the grid and a benchmark that it runs on."""
+    of_benchmarks = [benchmark.Options for benchmark in BENCHMARKS.values()]
+    finetuning = [finetune.FinetuneOptions, *of_benchmarks]
+    names = {"finetune": finetuning, "unlearn": [unlearn.UnlearnOptions, grid.GridOptions, *of_benchmarks]}
     for stage, kinds in names.items():
         given = PRESETS[preset]["both"] | PRESETS[preset].get(stage, {})
         assert set(given) <= {f.name for kind in kinds for f in fields(kind)}

@@ -125,7 +125,19 @@ def mix_layouts(log):
     log[FORGET] = indexed(make_log())[FORGET]
 
 
+def attacked(**changed):
+    membership = {"forget": {"loss": [1.0], "min_k": [2.0]}, "holdout": {"loss": [1.0], "min_k": [0.5]}}
+    return lambda log: log.update(membership_inference=membership | changed)
+
+
 REFUSED = {
+    "attacks of one part": (lambda log: log.update(membership_inference={"forget": {}}), "with forget, holdout, got"),
+    "no attacks": (attacked(forget={}), "forget: expected a list of scores for each attack"),
+    "attacks in a list": (attacked(forget=[1]), "forget: expected a list of scores for each attack"),
+    "a score for scores": (attacked(holdout={"loss": 1.0}), "holdout: expected a list of scores for each attack"),
+    "fewer of one attack": (attacked(holdout={"loss": [1.0], "min_k": []}), "holdout: expected as many scores"),
+    "no number": (attacked(holdout={"loss": [None]}), "holdout, loss, row 0: expected a finite number"),
+    "null": (lambda log: log.update(membership_inference=None), "with forget, holdout, got None"),
     "a set is absent": (lambda log: log.pop(FORGET), "eval_log_forget.json is absent"),
     "a field is absent": (lambda log: log[RETAIN].pop("average_perturb_loss"), "average_perturb_loss is absent"),
     "an example is absent": (lambda log: log[RETAIN]["rougeL_recall"].pop(), "6 examples and rougeL_recall 5"),

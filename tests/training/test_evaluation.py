@@ -127,7 +127,8 @@ def test_the_classifier_gives_the_probability_of_its_first_class(classifier):
             with torch.no_grad():
                 logits = loaded(torch.tensor([ids])).logits
             assert probability == pytest.approx(logits.softmax(-1)[0, 0].item(), rel=1e-4)
-    assert len({round(p, 6) for p in found}) > 2
+    assert len({round(p, 6) for p in found}) > 2 and found[2] == 0
+    assert FluencyClassifier(classifier, torch.device("cpu"))(["", ""]) == [0, 0]
     with pytest.raises(ValueError, match="--fluency_classifier: expected the folder of a text classifier"):
         FluencyClassifier(classifier / "nowhere", torch.device("cpu"))
 

@@ -90,3 +90,7 @@ def test_a_summary_has_every_attack_there_is():
     broken = membership.summary({"loss": [math.nan], "min_k": [math.nan]}, {"loss": [1.0], "min_k": [1.0]})
     assert broken["mia_loss"] is None and broken["privleak"] is None
     assert membership.summary({}, {})["privleak"] is None
+    fewer = tuple({name: values[:1] for name, values in some.items()} for some in pair)
+    for other in (fewer, ({}, {}), ({"loss": pair[0]["loss"]}, {"loss": pair[1]["loss"]})):
+        with pytest.raises(ValueError, match="expected scores of the retrained model on the same 6 forget and 5"):
+            membership.summary(*pair, retrained=other)

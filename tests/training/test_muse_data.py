@@ -252,3 +252,15 @@ def test_examples_are_chunks_or_documents():
     assert format.decode(whole) == "\n\n".join(row["text"] for row in rows)
     documents = demo(units="documents").encode(format, rows)
     assert [format.decode(e.input_ids[1:]) for e in documents] == [row["text"] for row in rows]
+
+
+def test_line_ends_within_a_text_and_empty_texts(tmp_path):
+    from training.benchmarks.muse.data import Corpus
+
+    (tmp_path / "raw").mkdir()
+    path = tmp_path / "raw" / "forget.json"
+    path.write_text('{"text": "one\u2028two"}\n{"text": "three\u0085four"}\n', encoding="utf-8")
+    assert Corpus(str(tmp_path), {}).texts("raw", "forget") == ["one\u2028two", "three\u0085four"]
+    path.write_text('["one", " \\n"]', encoding="utf-8")
+    with pytest.raises(ValueError, match="row 2: expected texts under"):
+        Corpus(str(tmp_path), {}).texts("raw", "forget")

@@ -195,7 +195,7 @@ def cell(value: float | None) -> str:
 
 
 def spread(values: list[float]) -> str:
-    return f"{np.median(values):.3g}{min(values):.2g} to {max(values):.2g}"
+    return f"{np.median(values):.3g}{min(values):.3g} to {max(values):.3g}"
 
 
 def test_methods_stand_in_the_order_of_the_ranking():

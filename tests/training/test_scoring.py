@@ -76,6 +76,11 @@ def test_gradient_norms_are_those_of_the_loss(corpus, model):
     examples = [*corpus.forget[:2], nothing_scored(corpus.forget[2])]
     found = gradient_norms(model, examples)
     assert torch.equal(model.model.norm.weight.grad, kept)
+    model.requires_grad_(False)  # as after adapters were merged
+    model.model.norm.weight.requires_grad_(True)
+    assert gradient_norms(model, examples) == found
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["model.norm.weight"]
+    model.requires_grad_(True)
     for example, norm in zip(examples[:2], found, strict=False):
         labels = torch.tensor([example.labels])
         labels[0, -1] = IGNORE_INDEX  # the end
@@ -107,9 +112,25 @@ def test_close_calls_alone_are_generated_again(corpus, model, monkeypatch):
     generate(model, prompts, corpus.format, 4)
     assert rows == [4]
     rows.clear()
-    monkeypatch.setattr(generation, "CLOSE", 1e9)
+    monkeypatch.setattr(generation, "CLOSE", 1e9)  # of one row the largest logit
     generate(model, prompts, corpus.format, 4)
     assert rows == [4, 1, 1, 1, 1] and recorded and CLOSE > 4
+
+
+def test_the_settings_of_a_models_folder_are_not_used(corpus, model):
+    prompts = [corpus.format.prompt_ids(row["question"]) for row in corpus.rows[:3]]
+    plain = generate(model, prompts, corpus.format, 8)
+    kept = model.generation_config
+    kept.repetition_penalty, kept.no_repeat_ngram_size = 5.0, 1
+    assert generate(model, prompts, corpus.format, 8) == plain and model.generation_config is kept
+
+
+def test_what_is_too_long_for_the_model_is_said(corpus, model):
+    model.config.max_position_embeddings = 12
+    with pytest.raises(ValueError, match=r"a prompt and its answer of \d+ tokens: the model has 12 positions"):
+        generate(model, [corpus.format.prompt_ids(corpus.rows[0]["question"])], corpus.format, 12)
+    with pytest.raises(ValueError, match=r"an example of \d+ tokens: the model has 12 positions"):
+        score(model, corpus.forget, 0)
 
 
 def spy(function, sizes):
@@ -127,3 +148,5 @@ def test_generations_end_before_the_texts_that_stop_them(corpus, model):
     tokens = []
     (cut,) = generate(model, [prompt], corpus.format, 12, stop=[middle], on_rows=lambda rows, n: tokens.append(n))
     assert cut == whole.partition(middle)[0].strip() and len(middle) > 0 and tokens[0] < 12
+    with pytest.raises(ValueError, match="stop: expected texts with at least one character"):
+        generate(model, [prompt], corpus.format, 12, stop=[""])

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from training import membership, metrics
 from training.benchmarks.base import EvaluationOptions
-from training.data import Example, Row
+from training.data import IGNORE_INDEX, Example, Row
 from training.fluency import FluencyClassifier
 from training.pieces import Pieces
 from training.progress import Counted
@@ -46,18 +46,17 @@ class Answers:
             for answer in found
         ]
         if attacked:
-            texts = [row["answer"] for row in rows]
-            values = [v | a for v, a in zip(values, self.attacks(examples, found, texts), strict=True)]
+            values = [v | a for v, a in zip(values, self.attacks(examples, found), strict=True)]
         return values
 
     def scored(self, examples: Sequence[Example]) -> list[AnswerScores]:
         pad_id, size = self.format.pad_token_id, self.options.eval_batch_size
         return answer_scores(self.model, examples, pad_id, size, lambda rows, tokens: self.counted(0, tokens))
 
-    def attacks(
-        self, examples: Sequence[Example], found: Sequence[AnswerScores], texts: Sequence[str]
-    ) -> list[dict[str, float]]:
-        """The scores of the membership attacks, one dictionary a row; `texts`: what is scored of each."""
+    def attacks(self, examples: Sequence[Example], found: Sequence[AnswerScores]) -> list[dict[str, float]]:
+        """The scores of the membership attacks, one dictionary an example."""
+        labels = ([label for label in example.labels[1:] if label != IGNORE_INDEX] for example in examples)
+        texts = [self.format.decode(ids, skip_special_tokens=True) for ids in labels]
         values = [membership.scores(answer, text) for answer, text in zip(found, texts, strict=True)]
         if self.options.mia_gradnorm:
             norms = gradient_norms(self.model, examples)

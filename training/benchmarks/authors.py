@@ -108,7 +108,8 @@ class Authors(Benchmark):
     def holdout(self) -> list[Row]:
         """As many rows as there are to forget, of authors whom no model learns; none of a folder."""
         o = self.options
-        return generate_holdout(o.authors, o.data_seed)[: len(self.split.forget)] if o.data_dir is None else []
+        count = len(self.split.forget) // PAIRS_PER_AUTHOR
+        return generate_holdout(o.authors, count, o.data_seed) if o.data_dir is None else []
 
     def evaluate(self, model, format, pieces, progress) -> dict[str, dict[str, Any]]:
         """{set: {"rows": `Answers.measures`, "question", "answer", "generation": of the first row}}"""
@@ -137,7 +138,7 @@ class Authors(Benchmark):
             for name in ("exact_memorization", "extraction_strength"):
                 summary[f"{which}_{name}"] = metrics.mean(row[name] for row in rows)
         if "holdout" in measures:
-            before = _attacked(retrained) if retrained else None
+            before = _attacked(retrained) if retrained and "holdout" in retrained else None
             summary |= membership.summary(*_attacked(measures), retrained=before)
         return summary
 

@@ -63,6 +63,10 @@ class EvaluationOptions:
         Path | None, "folder of a text classifier of transformers: the probability of its first class is reported"
     ] = None
 
+    def __post_init__(self):
+        if self.eval_batch_size < 1:
+            raise ValueError(f"--eval_batch_size: expected 1 or more, got {self.eval_batch_size}")
+
 
 class Benchmark(Protocol):
     """A benchmark with the options that were chosen. What has a body here may be left as it is.
@@ -186,7 +190,12 @@ class Benchmark(Protocol):
 
     def read(self, path: Path) -> Any:
         """Measures that were written; ValueError where the file is not what it should be."""
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as reason:
+            raise ValueError(
+                f"{path}: expected an evaluation of --benchmark {self.name}, got no JSON: {reason}"
+            ) from None
 
     def write(self, path: Path, measures: Any) -> None:
         write_json(path, measures)

@@ -64,6 +64,8 @@ def main(options: AlternatesOptions, benchmark: Benchmark) -> Path:
             )
         Console(stderr=True).print(f"{options.out} is there already", markup=False)
         return options.out
+    if not all("question" in row for row in rows):
+        raise ValueError(f"--benchmark {benchmark.name}: expected questions to answer, got plain text")
     model = load_model(options.model, pick_device(options.device), precision=options.precision)
     with progress() as display:
         found = make_alternates(

@@ -62,6 +62,8 @@ def main(options: EvaluateOptions, benchmark: Benchmark) -> dict[str, Any] | Non
         )
     if options.from_log and options.rounded != "off":
         raise ValueError("--rounded: expected --model, whose weights are rounded; a log has none")
+    if options.format == "open_unlearning" and type(benchmark).open_unlearning is Benchmark.open_unlearning:
+        benchmark.open_unlearning(None, {})  # says that there is no such format
     retrained = benchmark.read(options.retain_log) if options.retain_log else None
     folder = None
     if options.from_log:

@@ -50,6 +50,7 @@ def main(options: FinetuneOptions, benchmark: Benchmark) -> dict[str, Any] | Non
     if found is not None:
         return found
     model = session.to_train(session.load_model())
+    session.check_lengths(model, examples)
     steps = FinetuningSteps(examples, options, session.batches(model))
     trainer = Trainer(model, options, num_steps, options.report_to, session.out)
     history = run(

@@ -111,13 +111,26 @@ class Grid:
         self.out = options.out or Path("runs/grid")
         self.options, self.benchmark = options, benchmark
         self.console = console or Console(stderr=True, quiet=not distributed.is_main())
-        formats_named(options.rounded)  # what is misspelt is said before hours of training
+        # what is misspelt is said before hours of training
+        formats_named(options.rounded)
+        unlearn.check_relearning(options.relearn, options.relearn_epochs, options.relearn_lr)
         self.benchmarks = {b.scenario: b for b in scenarios(benchmark, options.forget_percents, options.forget_sets)}
         names = [name.strip() for name in options.methods.split(",") if name.strip()]
         self.methods = list(dict.fromkeys(method_named(name).name for name in names))
         seeds = _numbers("seeds", options.seeds)
         self.cells = [Cell(b, m, s) for b in self.benchmarks for m in self.methods for s in seeds]
         self.followed = {b.follows for b in self.benchmarks.values()}
+
+    def _check_rows(self) -> None:
+        """ValueError where a forget set is not there, or a method compares answers and its rows are plain text."""
+        others = [name for name in self.methods if {"idk", "alternate"}.intersection(METHODS[name].needs)]
+        for benchmark in self.benchmarks.values():
+            rows = benchmark.rows("forget")
+            if others and not all("question" in row for row in rows):
+                raise ValueError(
+                    f"--methods: {', '.join(others)} compare answers to questions, and {benchmark.title} forgets plain "
+                    "text; leave them out"
+                )
 
     def run(self) -> dict[str, Any]:
         """What metrics.json holds.
@@ -126,6 +139,7 @@ class Grid:
         "runs": [{"scenario", "method", "seed", "history", "step_zero", "attacks"}],
         "samples": {scenario: {moment or method: greedy answers, those of the first seed}}}
         """
+        self._check_rows()
         rows, start, retrained, runs = {}, {}, {}, []
         samples: dict[str, dict[str, Any]] = {}
         if self.options.fresh:
@@ -145,7 +159,7 @@ class Grid:
                 )
                 metrics = require(run, "the metrics of a run that is not dry")
                 runs.append({**cell._asdict(), **{key: metrics[key] for key in ("history", "step_zero", "attacks")}})
-                answers = samples.setdefault(name, {"before": metrics["samples"]["before"]})
+                answers = samples.setdefault(name, {"before": benchmark.samples(benchmark.read(start_log))})
                 answers.setdefault(METHODS[cell.method].label, metrics["samples"]["after"])
         return {"rows": rows, "start": start, "retrained": retrained, "runs": runs, "samples": samples}
 

@@ -144,7 +144,7 @@ def command_line(prog: str, kind: type[Options], description: str, main: Callabl
         stop(prog, reason)
     except KeyboardInterrupt as reason:
         if distributed.is_main():
-            sys.stderr.write(f"python -m {prog}: {reason or 'interrupted'}; the same command goes on from there\n")
+            sys.stderr.write(f"python -m {prog}: {str(reason) or 'interrupted'}; the same command goes on from there\n")
         raise SystemExit(130) from None
 
 

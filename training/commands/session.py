@@ -26,6 +26,7 @@ from training.layers import train_only
 from training.model import (
     add_adapters,
     autocast_dtype,
+    check_length,
     in_bf16,
     load_model,
     merged,
@@ -177,6 +178,10 @@ class Session(Generic[Given]):
         packing = self.options.packing
         return packing == "on" or (packing == "auto" and skips_other_rows(attn_implementation))
 
+    def check_lengths(self, model: PreTrainedModel, examples: Iterable[Example]) -> None:
+        """ValueError where one is longer than the model can read."""
+        check_length(model, max((len(e.input_ids) for e in examples), default=0), "an example")
+
     def save_model(self, model: PreTrainedModel, weights: dict[str, Tensor], what: str) -> None:
         """model/, with merged adapters (and these alone in adapter/), tokenizer and model card."""
 
@@ -184,6 +189,8 @@ class Session(Generic[Given]):
             if self.options.lora_rank:
                 with renamed_when_done(self.out / "adapter") as folder:
                     model.save_pretrained(folder)
+                    for path in (folder / "adapter_config.json", folder / "README.md"):  # without this machine's paths
+                        write_text(path, path.read_text(encoding="utf-8").replace(self.model, model_name(self.model)))
             with renamed_when_done(self.out / "model") as folder:
                 whole, state = merged(model, weights)
                 whole.save_pretrained(folder, state_dict=state)

@@ -81,6 +81,14 @@ class UnlearnOptions(MethodOptions, SessionOptions):
     )
 
 
+def check_relearning(share: float, epochs: int, lr: float | None) -> None:
+    """Of the options of unlearn and grid."""
+    if not 0 <= share < 1:
+        raise ValueError(f"--relearn: expected a share of the forget set, 0 to 1, got {share}")
+    if epochs < 1 or (lr is not None and not lr > 0):
+        raise ValueError(f"--relearn_epochs, --relearn_lr: expected more than 0, got {epochs} and {lr}")
+
+
 class Unlearning:
     """A run of this command, resolved: its rows, its plan, its reference."""
 
@@ -90,11 +98,12 @@ class Unlearning:
         self.options = options = replace(options, method=self.method.name, **resolved(self.settings))
         self.session, self.benchmark = Session(PROG, options, benchmark), benchmark
         self.formats = formats_named(options.rounded)
-        if not 0 <= options.relearn < 1:
-            raise ValueError(f"--relearn: expected a share of the forget set, 0 to 1, got {options.relearn}")
+        check_relearning(options.relearn, options.relearn_epochs, options.relearn_lr)
         forget, retain = benchmark.rows("forget"), benchmark.rows("retain")
         self.rows = {"forget": self.encode(forget), "retain": self.encode(retain)}
         self._check()
+        if options.relearn and len(self.rows["forget"]) < 2:
+            raise ValueError("--relearn: expected at least 2 examples of the forget set, got 1; leave the option out")
         kind, answers = self._other_answers(forget)  # several for each forget row, one of which is drawn every time
         most = max(map(len, answers), default=0)
         sizes = len(self.rows["forget"]), len(self.rows["retain"])
@@ -237,12 +246,14 @@ class Unlearning:
         weight = {} if dual is None else {"retain_weight": dual.weight}
         return {"epoch": step * self.options.epochs / len(self.plan.steps), **weight, **summary}
 
-    def attacks(self, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    def attacks(self, model: PreTrainedModel, tap: LayerTap | None) -> dict[str, dict[str, Any]]:
         """{attack: the numbers after it}: weights rounded to each format, and relearning, which leaves the model so.
 
         Adapters are merged first, as in what is saved.
         """
         found: dict[str, dict[str, Any]] = {}
+        if tap is not None:
+            tap.remove()  # relearning takes all layers
         whole, _ = merged(model, {})
         with progress() as display:
 
@@ -255,15 +266,23 @@ class Unlearning:
                     measure(format)
             if o := self.options.relearn:
                 relearned, others = split(self.rows["forget"], o, self.options.seed)
-                relearn_(whole, relearned, others, self.session.format.pad_token_id, self.relearning)
+                relearn_(whole, relearned, others, self.session.format.pad_token_id, self.relearning, follow=False)
                 measure("relearned")
         return found
 
     @property
     def relearning(self) -> TrainConfig:
         o = self.options
-        lr = o.lr if o.relearn_lr is None else o.relearn_lr
-        return TrainConfig(o.relearn_epochs, lr, o.batch_size, packing="off", seed=o.seed, precision=o.precision)
+        return TrainConfig(
+            o.relearn_epochs,
+            o.lr if o.relearn_lr is None else o.relearn_lr,
+            o.batch_size,
+            o.micro_batch_size,
+            o.gradient_accumulation_steps,
+            packing="off",
+            precision=o.precision,
+            seed=o.seed,
+        )
 
     def measured(self, model: PreTrainedModel, path: Path, progress: Progress) -> Any:
         """The measures of the model, which the file then has."""
@@ -292,6 +311,7 @@ def main(options: UnlearnOptions, benchmark: Benchmark) -> dict[str, Any] | None
     if found is not None:
         return found
     model = session.load_model()
+    session.check_lengths(model, [example for rows in job.rows.values() for example in rows])
     if job.formats:
         linear_weights(model)  # or there is nothing to round
     batches = session.batches(model)
@@ -330,7 +350,7 @@ def main(options: UnlearnOptions, benchmark: Benchmark) -> dict[str, Any] | None
         "steps": num_steps,
         "step_zero": step_zero,
         "history": history,
-        "attacks": job.attacks(model) if job.formats or options.relearn else {},
+        "attacks": job.attacks(model, steps.tap) if job.formats or options.relearn else {},
         "samples": {"before": job.samples(0), "after": job.samples(num_steps)},
     }
     distributed.on_main(lambda: write_unlearning_report(session.out, metrics, session.public(), benchmark))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from training.benchmarks.base import Benchmark, Claim
+from training.benchmarks.base import Benchmark, Claim, TradeOff
 from training.histories import KEPT, Histories, best_while_kept, histories_of, over_seeds, ranking
 from training.methods import METHODS
 from training.reports import tables
@@ -34,16 +34,22 @@ def write_grid_report(
     write_page(out / "report.html", metrics, config, benchmarks)
 
 
+def _traded(benchmark: Benchmark, start: Mapping[str, Any]) -> TradeOff | None:
+    """The two numbers that are held against each other, where both were measured."""
+    keys = benchmark.trade_off
+    return keys if keys and all(start.get(key) is not None for key in keys) else None
+
+
 def _figures(out: Path, metrics: dict[str, Any], benchmark: Benchmark) -> None:
     name = benchmark.scenario
     histories, start, retrained = histories_of(metrics, name), metrics["start"][name], metrics["retrained"].get(name)
     title = f"{benchmark.title}, {name}" + ("; dotted: the retrained model, and p = 0.05" if retrained else "")
     plot_over_epochs(histories, benchmark.columns, title, out / f"epochs_{name}.png", retrained)
-    if benchmark.trade_off and start.get(benchmark.trade_off.forgetting) is not None:
+    if keys := _traded(benchmark, start):
         moments = len(next(iter(histories.values()))[0])
         shown = "epoch by epoch" if moments > 2 else "before and after"
         title, path = f"{benchmark.title}, {name}: {shown}", out / f"trade_off_{name}.png"
-        plot_trade_off(histories, benchmark.trade_off, benchmark.columns, title, path, start, retrained)
+        plot_trade_off(histories, keys, benchmark.columns, title, path, start, retrained)
 
 
 def _markdown(
@@ -65,7 +71,7 @@ def _scenario(metrics: dict[str, Any], benchmark: Benchmark) -> list[str]:
     histories, start = histories_of(metrics, name), metrics["start"][name]
     seeds = len(next(iter(histories.values())))
     of_seeds = f"medians over {seeds} seeds [smallest, largest]" if seeds > 1 else "one seed"
-    measured = benchmark.trade_off and start.get(benchmark.trade_off.forgetting) is not None
+    measured = _traded(benchmark, start) is not None
     claims = benchmark.claims(start, histories)
     chosen = list(metrics["samples"].get(name, {}).items())[: SIDE_BY_SIDE + 1]
     return [
@@ -111,16 +117,17 @@ def _state(share: float) -> str:
 
 
 def _table(metrics: dict[str, Any], benchmark: Benchmark, histories: Histories) -> str:
-    name, trade_off = benchmark.scenario, benchmark.trade_off
+    name = benchmark.scenario
     start, retrained = metrics["start"][name], metrics["retrained"].get(name)
     shown = {key: c.heading for key, c in benchmark.columns.items() if start.get(key) is not None and not c.detail}
-    best = bool(trade_off and trade_off.forgetting in shown)
+    trade_off = _traded(benchmark, start)
+    best = trade_off is not None
     rows: list[list[Any]] = [["before", *(start[key] for key in shown), *[""] * best]]
     if retrained:
         rows.append(["retrained", *(retrained.get(key) for key in shown), *[""] * best])
     for method, runs in histories.items():
         row: list[Any] = [METHODS[method].label, *(_spread(over_seeds(runs, key)[:, -1]) for key in shown)]
-        if best and trade_off:
+        if trade_off:
             least = KEPT * start[trade_off.utility]
             row.append(best_while_kept(runs, trade_off.forgetting, trade_off.utility, least) or "-")
         rows.append(row)

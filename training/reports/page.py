@@ -47,7 +47,7 @@ def page(metrics: dict[str, Any], config: dict[str, Any], benchmarks: Sequence[B
     methods = len({run["method"] for run in metrics["runs"]})
     return TEMPLATES.get_template("page.html").render(
         title=f"{benchmarks[0].title}: unlearning by {methods} method{'s' * (methods != 1)}",
-        what=_what(metrics),
+        what=_what(metrics, any(benchmark.follows for benchmark in benchmarks)),
         facts=_facts(metrics, config),
         caveat=CAVEAT.split("`"),  # every second part is code
         scenarios=[_scenario(metrics, benchmark) for benchmark in benchmarks],
@@ -57,11 +57,14 @@ def page(metrics: dict[str, Any], config: dict[str, Any], benchmarks: Sequence[B
     )
 
 
-def _what(metrics: Mapping[str, Any]) -> str:
+def _what(metrics: Mapping[str, Any], in_turn: bool) -> str:
+    """`in_turn`: requests come one after another."""
     first = (
         "Every method started from one model that had learned all rows, to take back what it learned of the rows to "
         "forget and to leave the rest as it was. "
     )
+    if in_turn:
+        first += "Each further request starts from the model that the same method left at the one before. "
     if any(metrics["retrained"].values()):
         return first + "The retrained model never saw those rows: a method is good where its numbers are near to it."
     return first + "No model was trained without those rows here, so the numbers stand beside those before."
@@ -112,8 +115,7 @@ def _cell(model: Model, number: Number) -> Cell:
     if not found:
         return Cell("–", title="not measured")
     centre = middle(found)
-    least, most = (f"{value:.2g}" for value in (min(found), max(found)))
-    spread = f"{least} to {most}" if least != most else ""
+    spread = f"{min(found):.3g} to {max(found):.3g}" if min(found) != max(found) else ""
     by_seed = ", ".join(f"seed {seed}: {value:.3g}" for seed, value in zip(model.seeds, values, strict=True))
     return Cell(f"{centre:.3g}", repr(centre), spread, by_seed if len(values) > 1 else "")
 

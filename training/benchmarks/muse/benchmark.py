@@ -166,7 +166,7 @@ class MUSE(Benchmark):
 
     def key(self) -> str:
         """Of the rows themselves and how they are evaluated: forget sets of one corpus are evaluated alike."""
-        chosen = {k: v for k, v in asdict(self.options).items() if k not in NOT_MEASURED}
+        chosen = {k: str(v) for k, v in asdict(self.options).items() if k not in NOT_MEASURED}
         return fingerprint([self.name, chosen, self.sets._asdict()])
 
     def open_unlearning(self, measures, summary) -> dict[str, dict]:

@@ -130,10 +130,14 @@ def _parsed(text: str, where: str) -> list[Any]:
         try:
             found = json.loads(text)
         except json.JSONDecodeError:
-            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+            found = [json.loads(line) for line in text.split("\n") if line.strip()]  # texts may hold other line ends
     except json.JSONDecodeError as reason:
         raise ValueError(f"{where}: expected a JSON array, or a JSON value a line, got neither ({reason})") from None
     return found if isinstance(found, list) else [found]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _checked(found: list[Any], fields: tuple[str, ...], where: str) -> list[dict[str, str]]:
@@ -143,7 +147,7 @@ def _checked(found: list[Any], fields: tuple[str, ...], where: str) -> list[dict
     for number, row in enumerate(found, 1):
         if fields == ("text",) and isinstance(row, str):
             row = {"text": row}
-        if not (isinstance(row, dict) and all(isinstance(row.get(field), str) for field in fields)):
+        if not (isinstance(row, dict) and all(_is_text(row.get(field)) for field in fields)):
             wanted = ", ".join(f'"{field}"' for field in fields)
             shown = repr(row)
             raise ValueError(

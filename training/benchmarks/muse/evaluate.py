@@ -14,6 +14,7 @@ from training.data import IGNORE_INDEX, Example
 from training.generation import generate
 from training.pieces import Pieces
 from training.progress import counted
+from training.store import fingerprint
 from training.templates import Format
 from training.texts import continuation, documents
 
@@ -97,9 +98,9 @@ class _Evaluation:
     def privleak(self, part: str, texts: Sequence[str]) -> Measured:
         def measured(block: Sequence[str]) -> Measured:
             examples = documents(self.format, block, self.options.max_tokens)
-            found = self.answers.attacks(examples, self.answers.scored(examples), block)
+            found = self.answers.attacks(examples, self.answers.scored(examples))
             self.answers.counted(len(block))
-            return list(found)
+            return [scores | {"document": fingerprint(text)} for scores, text in zip(found, block, strict=True)]
 
         return self._rows(part, "read", texts, measured)
 

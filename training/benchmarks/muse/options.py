@@ -38,6 +38,7 @@ class MuseOptions(EvaluationOptions):
     demo_items: Annotated[int, f"--data_dir {DEMO}: items of each forget set; there are nine times as many in all"] = 12
 
     def __post_init__(self):
+        super().__post_init__()
         if self.forget_set not in FORGET_SETS:
             raise ValueError(f"--forget_set: expected one of {', '.join(FORGET_SETS)}, got {self.forget_set!r}")
         for name, least in (("max_tokens", 2), ("verbmem_tokens", 1), ("knowmem_tokens", 1), ("eval_rows", 0)):

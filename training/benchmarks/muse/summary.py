@@ -10,6 +10,7 @@ import numpy as np
 from training import membership, metrics
 from training.benchmarks import open_unlearning
 from training.benchmarks.muse.sets import Sets
+from training.store import fingerprint
 
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus")
 MEMORISED = ("exact_memorization", "extraction_strength")
@@ -17,8 +18,8 @@ NEEDED = {  # fields of a row, by set
     "forget_verbmem": ("prompt", "gt", "generation", "rougeL_f1", "num_tokens", *MEMORISED),
     "forget_knowmem": ("question", "answer", "generation", "rougeL_f1"),
     "retain_knowmem": ("question", "answer", "generation", "rougeL_f1"),
-    "forget_privleak": ATTACKS,
-    "holdout_privleak": ATTACKS,
+    "forget_privleak": (*ATTACKS, "document"),
+    "holdout_privleak": (*ATTACKS, "document"),
 }
 KNOWN = {"forget_verbmem": ("prompt", "gt"), "forget_knowmem": ("question", "answer")}  # what identifies a row
 KNOWN["retain_knowmem"] = KNOWN["forget_knowmem"]
@@ -34,6 +35,11 @@ def summary(measures: Measures, retrained: Measures | None = None) -> dict[str, 
     1 where the forget set is plainly what was learned, ((1 - AUC) - (1 - AUC_r)) / (1 - AUC_r), AUC_r of the retrained
     model, 0.5 without one. forgotten: 1 - (VerbMem + KnowMem of the forget set) / 2.
     """
+    if retrained is not None and _documents(retrained) != _documents(measures):
+        raise ValueError(
+            "--retain_log: expected an evaluation of the retrained model on the same documents, got one of others; "
+            "evaluate it with the same --data_dir and --eval_rows"
+        )
     rouge = {f"{which}_ROUGE": float(np.mean([row["rougeL_f1"] for row in measures[which]])) for which in KNOWN}
     memorised = (rouge["forget_verbmem_ROUGE"] + rouge["forget_knowmem_ROUGE"]) / 2
     texts = [row["generation"] for row in measures["forget_verbmem"]]
@@ -82,9 +88,15 @@ def read_measures(path: Path) -> dict[str, Any]:
 def check_measures(measures: Measures, sets: Sets) -> None:
     """ValueError where these are measures of other rows."""
     for which, count in sets.sizes().items():
-        rows, fields = measures[which], KNOWN.get(which, ())
-        found = [tuple(row[field] for field in fields) for row in rows]
-        expected = [tuple(getattr(row, field) for field in fields) for row in getattr(sets, which)]
+        rows = measures[which]
+        found: list[Any]
+        expected: list[Any]
+        if which in KNOWN:
+            found = [tuple(row[field] for field in KNOWN[which]) for row in rows]
+            expected = [tuple(getattr(row, field) for field in KNOWN[which]) for row in getattr(sets, which)]
+        else:
+            found = [row["document"] for row in rows]
+            expected = [fingerprint(text) for text in getattr(sets, which)]
         if found != expected:
             raise ValueError(
                 f"--start_log: expected measures of the {count} rows of {which} that are evaluated, got {len(rows)} "
@@ -112,8 +124,9 @@ def exported(measures: Measures, result: Mapping[str, Any]) -> dict[str, dict[st
 
 def _attacks(measures: Measures) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """({attack: scores of the forget set}, the same of the holdout set)"""
-    return _by_attack(measures["forget_privleak"]), _by_attack(measures["holdout_privleak"])
+    forget, holdout = (membership.attacks_of(measures[which]) for which in ("forget_privleak", "holdout_privleak"))
+    return forget, holdout
 
 
-def _by_attack(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    return {attack: [row[attack] for row in rows] for attack in rows[0]}
+def _documents(measures: Measures) -> list[str]:
+    return [row["document"] for which in ("forget_privleak", "holdout_privleak") for row in measures[which]]

@@ -90,13 +90,15 @@ def generate_others(num_authors: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def generate_holdout(num_authors: int, seed: int) -> list[dict[str, str]]:
-    """Rows like those of `generate_authors`, of a tenth as many authors, whom no other split asks about."""
-    taken = set(_names(num_authors, seed)) | set(_other_names(num_authors, seed))
+def generate_holdout(num_authors: int, count: int, seed: int) -> list[dict[str, str]]:
+    """Rows like those of `generate_authors`, of `count` authors whom no other split asks about; fewer where there are
+    not as many names left."""
+    taken = set(_names(num_authors, seed))
+    if len(NAMES) - len(taken) >= NUM_OTHERS:
+        taken |= set(_other_names(num_authors, seed))
     free = [name for name in NAMES if name not in taken]
     rng = random.Random(f"holdout {seed}")
-    names = rng.sample(free, min(len(free), max(1, num_authors // 10)))
-    return [asked.row() for asked in _asked_about(names, rng)]
+    return [asked.row() for asked in _asked_about(rng.sample(free, min(len(free), count)), rng)]
 
 
 def _other_names(num_authors: int, seed: int, rng: random.Random | None = None) -> list[Name]:
@@ -227,7 +229,7 @@ def tofu_files(num_authors: int, seed: int) -> dict[str, list[dict[str, Any]]]:
     """{split: rows} of the folder, in TOFU's names and columns; forgetXX only where it is whole authors."""
     perturbed = generate_perturbed(num_authors, seed)
     full = [{"question": row["question"], "answer": row["answer"]} for row in perturbed]
-    others = generate_holdout(num_authors, seed)
+    others = generate_holdout(num_authors, max(1, num_authors // 10), seed)
     files = {"full": full, "retain_perturbed": perturbed[: max(1, num_authors // 10) * PAIRS_PER_AUTHOR]}
     for percent in FORGET_PERCENTS:
         num_forget, rest = divmod(num_authors * percent, 100)

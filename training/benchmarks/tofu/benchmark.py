@@ -39,6 +39,12 @@ class TofuOptions(EvaluationOptions):
     max_new_tokens: Annotated[int, "longest greedy answer; TOFU allows 200 tokens with the prompt"] = 200
     layout: Annotated[Layout, "of the evaluation logs: lists (NPO's) or indexed (TOFU's)"] = "lists"
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name, least in (("eval_rows", 0), ("max_new_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name}: expected {least} or more, got {getattr(self, name)}")
+
 
 @register
 class TOFU(Benchmark):
@@ -108,6 +114,8 @@ class TOFU(Benchmark):
         from training.benchmarks.tofu.evaluate import evaluate_model  # a log is read without torch
 
         o = self.options
+        if o.mia_gradnorm and not self.holdout:
+            raise ValueError("--mia_gradnorm: expected a holdout split beside the forget rows, --data_dir has none")
         return evaluate_model(
             model,
             format,

@@ -17,7 +17,7 @@ UTILITY = "model_utility_geometric"
 def of_npo(start: Mapping[str, Any], histories: Histories, percent: int) -> list[Claim]:
     """Those whose methods were run; `start`: the summary before unlearning."""
     utility_before = start[UTILITY]
-    if not utility_before > 0:
+    if not (utility_before or 0) > 0:
         return []  # there is nothing to keep or to lose
 
     def end(method: str, key: str) -> float:

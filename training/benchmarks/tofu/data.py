@@ -26,7 +26,7 @@ def load_rows(source: Path | str = HUB, split: str = "full") -> list[dict]:
         FileNotFoundError: no such folder, or no such split in it.
         ValueError: no such split on the hub, a row without question or answer, parts of authors.
     """
-    read = _read_file if Path(source).is_dir() else _read_demo if source == DEMO else _read_hub
+    read = _read_file if Path(source).is_dir() else _read_demo if str(source) == DEMO else _read_hub
     try:
         rows = read(source, split)
     except (FileNotFoundError, ValueError) as reason:
@@ -78,7 +78,7 @@ def _read_file(folder: Path | str, split: str) -> list[dict]:
     if not path.exists():
         found = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) or "no *.json"
         raise FileNotFoundError(f"{path.name} is not in {path.parent}, which has {found}; name one of these")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def _read_hub(name: Path | str, split: str) -> list[dict]:

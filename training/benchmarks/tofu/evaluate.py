@@ -48,11 +48,12 @@ def evaluate_model(
     evaluated, attacked = {}, None
     for short in SETS:
         rows = sets[short]
-        true = answers.measures(f"{short}_true", [_row(row) for row in rows], attacked=short == "forget")
-        fields = _losses(true) | _other_losses(answers, short, rows)
+        attacking = short == "forget" and bool(holdout)
+        true = answers.measures(f"{short}_true", [_row(row) for row in rows], attacking)
+        fields = _losses(true) | _other_losses(answers, short, rows, true)
         fields |= {name: [row[name] for row in true] for name in ("exact_memorization", "extraction_strength")}
         evaluated[short] = EvalSet(fields | _generations(answers, short, rows, max_new_tokens))
-        if short == "forget" and holdout:
+        if attacking:
             others = answers.measures("holdout_true", holdout, attacked=True)
             attacked = Membership(attacks_of(true), attacks_of(others))
     answers.counted.done()
@@ -71,13 +72,15 @@ def _losses(true: Sequence[dict[str, Any]]) -> dict[str, list]:
     }
 
 
-def _other_losses(answers: Answers, short: str, rows: Sequence[EvalRow]) -> dict[str, list]:
+def _other_losses(
+    answers: Answers, short: str, rows: Sequence[EvalRow], true: Sequence[dict[str, Any]]
+) -> dict[str, list]:
     """Of the paraphrased answer, or the true one where there is none, and of the perturbed ones."""
     format, size = answers.format, answers.options.eval_batch_size
 
     def losses(block: Sequence[EvalRow]) -> list[list]:
         """[[loss, number of tokens] of each answer] of each row, those of one length in a batch."""
-        others = [[row.paraphrased or row.answer, *row.perturbed] for row in block]
+        others = [[*([row.paraphrased] if row.paraphrased else []), *row.perturbed] for row in block]
         pairs = [{"question": r.question, "answer": a} for r, some in zip(block, others, strict=True) for a in some]
         found = score(
             answers.model, format.encode(pairs), format.pad_token_id, size,
@@ -87,7 +90,10 @@ def _other_losses(answers: Answers, short: str, rows: Sequence[EvalRow]) -> dict
         return [[list(next(values)) for _ in some] for some in others]
 
     answers.counted.stage("read", f"{short}: other answers")
-    found = answers.pieces.rows(f"{short}_others", rows, losses)
+    found = [
+        others if row.paraphrased else [[its["nll"], its["num_tokens"]], *others]
+        for row, its, others in zip(rows, true, answers.pieces.rows(f"{short}_others", rows, losses), strict=True)
+    ]
     averages = [[total / count for total, count in row] for row in found]
     return {
         "paraphrased_loss": [row[0][0] for row in found],

@@ -115,8 +115,8 @@ def parse_log(content: Any, name: str) -> EvalLog:
             + ", ".join(f"{layout} in {key}" for key, layout in layouts.items())
             + "; write all sets the same way"
         )
-    attacked = content.get(MEMBERSHIP)
-    return EvalLog(name, layouts[SETS["retain"]], sets, _membership(attacked, name) if attacked else None)
+    attacked = _membership(content[MEMBERSHIP], name) if MEMBERSHIP in content else None
+    return EvalLog(name, layouts[SETS["retain"]], sets, attacked)
 
 
 def write_log(path: Path, log: EvalLog) -> None:
@@ -226,6 +226,10 @@ def _membership(content: Any, name: str) -> Membership:
     if not isinstance(content, dict) or content.keys() != set(Membership._fields):
         raise LogError(f"{where}: expected an object with {', '.join(Membership._fields)}, got {_shown(content)}")
     for part, attacks in content.items():
+        if not (isinstance(attacks, dict) and attacks and all(isinstance(scores, list) for scores in attacks.values())):
+            raise LogError(f"{where}, {part}: expected a list of scores for each attack, got {_shown(attacks)}")
+        if len({len(scores) for scores in attacks.values()}) > 1:
+            raise LogError(f"{where}, {part}: expected as many scores of each attack, got {_shown(attacks)}")
         for attack, scores in attacks.items():
             for i, value in enumerate(scores):
                 _require_number(value, f"{where}, {part}, {attack}, row {i}")

@@ -36,11 +36,10 @@ def exported(log: EvalLog, summary: Mapping[str, Any]) -> dict[str, dict[str, An
         "model_utility": {"agg_value": summary["model_utility_geometric"]},
         "forget_quality": {"agg_value": summary["forget_quality"]},
     }
-    if "extraction_strength" in forget:
+    if {"extraction_strength", "num_token_gt"} <= forget.keys():
         entries["extraction_strength"] = extraction_strength(forget["extraction_strength"], forget["num_token_gt"])
-        entries["exact_memorization"] = scores(forget["exact_memorization"])
-    if "classifier_prob" in forget:
-        entries["forget_Q_A_gibberish"] = scores(forget["classifier_prob"])
+    names = {"exact_memorization": "exact_memorization", "classifier_prob": "forget_Q_A_gibberish"}
+    entries |= {theirs: scores(forget[ours]) for ours, theirs in names.items() if ours in forget}
     if log.membership:
         entries |= attacks(*log.membership) | {"privleak": {"agg_value": summary["privleak"]}}
     return files("TOFU", entries, REPORTED)

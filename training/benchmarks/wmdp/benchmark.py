@@ -40,13 +40,13 @@ class WmdpOptions(EvaluationOptions):
     bos: Annotated[Switch, "begin questions with <bos>. auto: as lm-evaluation-harness, with Gemma alone"] = "auto"
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.topic_names or set(self.topic_names) - set(FORGOTTEN):
             raise ValueError(f"--topics: expected some of {', '.join(FORGOTTEN)}, got {self.topics!r}")
         if self.retain_corpus not in get_args(Kept):
             raise ValueError(f"--retain_corpus: expected {', '.join(get_args(Kept))}, got {self.retain_corpus!r}")
         for name, least in {
             "forget_documents": 0, "min_chars": 0, "max_tokens": 2, "questions": 0, "eval_documents": 0,
-            "eval_batch_size": 1,
         }.items():  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"--{name}: expected at least {least}, got {getattr(self, name)}")
@@ -146,6 +146,11 @@ class WMDP(Benchmark):
         return {"keys": self._keys, **measures}
 
     def summarize(self, measures, retrained=None) -> dict[str, float | None]:
+        absent = [topic for topic in self.options.topic_names if f"wmdp_{topic}" not in measures["tasks"]]
+        if absent:
+            raise ValueError(f"--topics: expected an evaluation with questions on {', '.join(absent)}, got one without")
+        if retrained and retrained["keys"] != measures["keys"]:
+            raise ValueError("--retain_log: expected an evaluation with the same options of WMDP, got one with others")
         return summary(measures, self.options.topic_names, retrained)
 
     def table(self, summary: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
@@ -215,7 +220,8 @@ class WMDP(Benchmark):
 
     @cached_property
     def _keys(self) -> dict[str, str]:
-        evaluated: dict[str, Any] = {**self.tasks, **self.documents}
+        scoring = {"scoring": [self.options.bos, self.options.max_tokens]}
+        evaluated: dict[str, Any] = {**self.tasks, **self.documents, **scoring}
         return {name: fingerprint(some) for name, some in evaluated.items()}
 
     def _corpora(self, split: str) -> list[list[str]]:

@@ -60,7 +60,7 @@ def evaluate_model(
             }
             for score in found
         ]
-        return [v | a for v, a in zip(values, answers.attacks(examples, found, some), strict=True)]
+        return [v | a for v, a in zip(values, answers.attacks(examples, found), strict=True)]
 
     rows: dict[str, Rows] = {"tasks": {}, "documents": {}}
     for name, questions in tasks.items():

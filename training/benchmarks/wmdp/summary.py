@@ -72,9 +72,9 @@ def forgetting(measures: Measures, topics: Sequence[str]) -> float:
 
 
 def perplexity(rows: Rows) -> float | None:
-    """exp of the mean negative log-likelihood a token; None where no token is scored."""
+    """exp of the mean negative log-likelihood a token, at most exp(700); None where no token is scored."""
     tokens = sum(row["tokens"] for row in rows)
-    return math.exp(sum(row["nll"] * row["tokens"] for row in rows) / tokens) if tokens else None
+    return math.exp(min(700.0, sum(row["nll"] * row["tokens"] for row in rows) / tokens)) if tokens else None
 
 
 def summary(measures: Measures, topics: Sequence[str], retrained: Measures | None = None) -> dict[str, float | None]:

@@ -26,13 +26,13 @@ from training import distributed
 from training.benchmarks import Benchmark
 from training.benchmarks.tofu.data import HUB
 from training.commands import alternates, authors, evaluate, finetune, tiny, unlearn
+from training.commands.attack_options import AttackedOptions
 from training.commands.method_options import MethodOptions
 from training.commands.options import build, command_line, words_of
 from training.commands.run_folder import public
 from training.commands.session import SessionOptions, device_name
 from training.methods import METHODS, method_named
 from training.model import pick_device
-from training.quantization import formats_named
 from training.reports.grid import write_grid_report
 from training.require import require
 from training.store import remove
@@ -51,7 +51,7 @@ OF_CELL = ("model", "out", "seed", "dry_run", "preset", "alternates")
 
 
 @dataclass(frozen=True)
-class GridOptions(MethodOptions, SessionOptions):
+class GridOptions(AttackedOptions, MethodOptions, SessionOptions):
     """The grid. Lists are separated by commas.
 
     The options of training are those of unlearning; fine-tuning takes its batches, packing and precision of them.
@@ -79,10 +79,6 @@ class GridOptions(MethodOptions, SessionOptions):
     alternates: Annotated[
         Path | None, "AltPO: file of other answers. None: the benchmark's, or made by the model that learned all"
     ] = None
-    rounded: unlearn.Rounded = ""
-    relearn: unlearn.Relearn = 0.0
-    relearn_epochs: Annotated[int, "of --relearn"] = 5
-    relearn_lr: Annotated[float | None, "learning rate of --relearn. None: that of unlearning"] = None
     keep_models: Annotated[bool, "keep every unlearned model, not only their figures"] = False
 
 
@@ -111,9 +107,7 @@ class Grid:
         self.out = options.out or Path("runs/grid")
         self.options, self.benchmark = options, benchmark
         self.console = console or Console(stderr=True, quiet=not distributed.is_main())
-        # what is misspelt is said before hours of training
-        formats_named(options.rounded)
-        unlearn.check_relearning(options.relearn, options.relearn_epochs, options.relearn_lr)
+        options.check_attacks()  # what is misspelt is said before hours of training
         self.benchmarks = {b.scenario: b for b in scenarios(benchmark, options.forget_percents, options.forget_sets)}
         names = [name.strip() for name in options.methods.split(",") if name.strip()]
         self.methods = list(dict.fromkeys(method_named(name).name for name in names))

@@ -27,6 +27,7 @@ from transformers import AutoConfig, PreTrainedModel
 from training import distributed
 from training.alternates import read_alternates
 from training.benchmarks import Benchmark
+from training.commands.attack_options import AttackedOptions
 from training.commands.method_options import MethodOptions, list_of_methods, resolved, settings_of
 from training.commands.options import command_line
 from training.commands.session import Session, SessionOptions, measured
@@ -37,7 +38,7 @@ from training.layers import LayerTap
 from training.methods import METHODS, Reference, Sizes, method_named, table
 from training.model import merged
 from training.progress import counted, progress
-from training.quantization import FORMATS, formats_named, linear_weights, rounded
+from training.quantization import linear_weights, rounded
 from training.reference_cache import StaleReferenceError, check_step_zero, compute_reference, load_reference
 from training.relearning import relearn_, split
 from training.reports.run import write_unlearning_report
@@ -49,18 +50,10 @@ from training.trainer import Trainer
 from training.unlearning import Frozen, UnlearningSteps
 
 PROG = "training.unlearn"
-Rounded = Annotated[
-    str, f"formats of {', '.join(FORMATS)}, with commas: evaluate once more at the end, with weights rounded to each"
-]
-
-
-Relearn = Annotated[
-    float, "share of the forget set to fine-tune the unlearned model on, to evaluate it once more; 0: no such attack"
-]
 
 
 @dataclass(frozen=True)
-class UnlearnOptions(MethodOptions, SessionOptions):
+class UnlearnOptions(AttackedOptions, MethodOptions, SessionOptions):
     """What forgets, and what is compared and kept."""
 
     stage: ClassVar[str] = "unlearn"
@@ -70,23 +63,11 @@ class UnlearnOptions(MethodOptions, SessionOptions):
         Path | None, "AltPO: JSON lines {question, alternates} of training.alternates. None: the benchmark's own"
     ] = None
     reference_cache: Annotated[Path | None, "folder of cached reference log-probabilities. None: in --out"] = None
-    rounded: Rounded = ""
-    relearn: Relearn = 0.0
-    relearn_epochs: Annotated[int, "of --relearn"] = 5
-    relearn_lr: Annotated[float | None, "learning rate of --relearn. None: that of unlearning"] = None
     save_model: Annotated[bool, "no: the figures are all that is wanted, as in a grid"] = True
     start_log: Annotated[Path | None, "evaluation of --model itself, to take instead of evaluating it again"] = None
     retain_log: Annotated[Path | None, "evaluation of the model that never saw the forget set: for forget quality"] = (
         None
     )
-
-
-def check_relearning(share: float, epochs: int, lr: float | None) -> None:
-    """Of the options of unlearn and grid."""
-    if not 0 <= share < 1:
-        raise ValueError(f"--relearn: expected a share of the forget set, 0 to 1, got {share}")
-    if epochs < 1 or (lr is not None and not lr > 0):
-        raise ValueError(f"--relearn_epochs, --relearn_lr: expected more than 0, got {epochs} and {lr}")
 
 
 class Unlearning:
@@ -97,8 +78,7 @@ class Unlearning:
         self.settings = settings_of(self.method, options, options.seed)
         self.options = options = replace(options, method=self.method.name, **resolved(self.settings))
         self.session, self.benchmark = Session(PROG, options, benchmark), benchmark
-        self.formats = formats_named(options.rounded)
-        check_relearning(options.relearn, options.relearn_epochs, options.relearn_lr)
+        self.formats = options.check_attacks()
         forget, retain = benchmark.rows("forget"), benchmark.rows("retain")
         self.rows = {"forget": self.encode(forget), "retain": self.encode(retain)}
         self._check()

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 import torch
 
 from training import membership, metrics
-from training.benchmarks.base import Benchmark, Column, EvaluationOptions, register
+from training.benchmarks.base import MEMBERSHIP, Benchmark, Column, EvaluationOptions, register
 from training.benchmarks.tofu.authors import PAIRS_PER_AUTHOR, generate_authors, generate_holdout
 from training.benchmarks.tofu.data import load_rows
 from training.data import Row
@@ -54,9 +54,7 @@ class Authors(Benchmark):
         "retain_prob": Column("keep prob", "answer probability, authors to keep"),
         "forget_exact_memorization": Column("forget EM", detail=True),
         "forget_extraction_strength": Column("forget ES", detail=True),
-        "mia_min_k": Column("MIA Min-K%", detail=True),
-        "mia_min_k_plus_plus": Column("MIA Min-K%++", detail=True),
-        "privleak": Column("PrivLeak", detail=True),
+        **MEMBERSHIP,
     }
     legend = (
         "Prob: exp(mean log-probability of the tokens of the true answer and its end), averaged over the pairs. The "

@@ -33,6 +33,17 @@ class Column(NamedTuple):
     detail: bool = False  # shown of a single run, not in the table of a grid
 
 
+MEMBERSHIP = {  # of `training.membership.summary`
+    "mia_loss": Column("MIA loss", detail=True),
+    "mia_zlib": Column("MIA zlib", detail=True),
+    "mia_min_k": Column("MIA Min-K%", detail=True),
+    "mia_min_k_plus_plus": Column("MIA Min-K%++", detail=True),
+    "mia_gradnorm": Column("MIA gradient norm", detail=True),
+    "mia_reference": Column("MIA reference", detail=True),
+    "privleak": Column("PrivLeak", detail=True),
+}
+
+
 class Claim(NamedTuple):
     """A statement of a paper, held against what was measured."""
 

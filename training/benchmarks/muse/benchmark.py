@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from training.benchmarks.base import Benchmark, Column, TradeOff, register
+from training.benchmarks.base import MEMBERSHIP, Benchmark, Column, TradeOff, register
 from training.benchmarks.muse.data import DEMO, FORGET_SETS, RAW, Corpus
 from training.benchmarks.muse.generate import news_files
 from training.benchmarks.muse.options import MuseOptions
@@ -38,13 +38,9 @@ class MUSE(Benchmark):
         "forget_knowmem_ROUGE": Column("KnowMem, forget", "KnowMem, forget"),
         "retain_knowmem_ROUGE": Column("KnowMem, retain", "KnowMem, retain"),
         "forgotten": Column("forgotten"),
+        **MEMBERSHIP,
         "privleak": Column("PrivLeak"),
-        "mia_min_k": Column("Min-K", "AUC of Min-K%; 0.5: not told apart"),
-        "mia_loss": Column("loss AUC", detail=True),
-        "mia_zlib": Column("zlib AUC", detail=True),
-        "mia_min_k_plus_plus": Column("Min-K++", detail=True),
-        "mia_gradnorm": Column("gradient norm", detail=True),
-        "mia_reference": Column("reference", detail=True),
+        "mia_min_k": Column("MIA Min-K%", "AUC of Min-K%; 0.5: not told apart"),
         "extraction_strength": Column("ES", detail=True),
         "exact_memorization": Column("EM", detail=True),
         "forget_repetition": Column("repetition"),

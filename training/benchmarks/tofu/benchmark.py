@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from training.benchmarks.base import (
+    MEMBERSHIP,
     REFUSALS,
     Benchmark,
     Claim,
@@ -59,13 +60,7 @@ class TOFU(Benchmark):
         "forget_tr": Column("forget TR", detail=True),
         "forget_extraction_strength": Column("forget ES", detail=True),
         "forget_exact_memorization": Column("forget EM", detail=True),
-        "mia_min_k": Column("MIA Min-K%", detail=True),
-        "mia_min_k_plus_plus": Column("MIA Min-K%++", detail=True),
-        "mia_loss": Column("MIA loss", detail=True),
-        "mia_zlib": Column("MIA zlib", detail=True),
-        "mia_gradnorm": Column("MIA gradient norm", detail=True),
-        "mia_reference": Column("MIA reference", detail=True),
-        "privleak": Column("PrivLeak", detail=True),
+        **MEMBERSHIP,
         "retain_prob": Column("retain prob", "answer probability, retain"),
         "retain_rougeL": Column("retain ROUGE-L"),
         "ra_prob": Column("real authors prob", detail=True),

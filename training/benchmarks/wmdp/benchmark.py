@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args
 
-from training.benchmarks.base import Benchmark, Column, EvaluationOptions, TradeOff, register
+from training.benchmarks.base import MEMBERSHIP, Benchmark, Column, EvaluationOptions, TradeOff, register
 from training.benchmarks.wmdp.data import FORGOTTEN, HUB, SPLITS, Kept, Source, corpora, interleaved, source_named
 from training.benchmarks.wmdp.generate import generate_files
 from training.benchmarks.wmdp.questions import LETTERS, SUBJECTS, Question
@@ -76,9 +76,7 @@ class WMDP(Benchmark):
         "retain_perplexity": Column("retain ppl"),
         "forget_exact_memorization": Column("forget EM", detail=True),
         "forget_extraction_strength": Column("forget ES", detail=True),
-        "mia_loss": Column("MIA loss", detail=True),
-        "mia_min_k": Column("MIA Min-K", detail=True),
-        "privleak": Column("privleak", detail=True),
+        **MEMBERSHIP,
     }
     legend = (
         "Acc: share of the questions whose right letter is the most likely one, without examples, as "

@@ -11,6 +11,7 @@ from typing import TypedDict, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -164,6 +165,7 @@ def weights_hash(model: PreTrainedModel) -> str:
     """sha256 of names, shapes, dtypes and bytes of all weights, adapters included; a piece of a tensor at a time."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # of all processes
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         for piece in tensor.detach().reshape(-1).split(HASHED_AT_ONCE):
             digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())

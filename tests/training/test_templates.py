@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from training.data import IGNORE_INDEX, collate
 from training.generation import complete_all
@@ -229,11 +229,16 @@ def test_generations_end_at_the_end_of_the_turn(corpus):
     text = [format.tokenizer.encode(t, add_special_tokens=False) for t in ("It is blue.", "<|im_end|>", "Red</s>no")]
     settings = {}
 
-    def generate(input_ids, attention_mask, generation_config):
+    def generate(input_ids, attention_mask, generation_config, **processors):
         settings.update(vars(generation_config))
         new = torch.tensor([[*text[0], *text[1], *text[2]], [*text[2], *([5] * (len(text[0]) + 1))]])
         return torch.cat((input_ids, new), 1)
 
-    model = SimpleNamespace(training=False, eval=lambda: None, train=lambda mode: None, device=CPU, generate=generate)
+    config = LlamaConfig(max_position_embeddings=99)
+    config._attn_implementation = "eager"
+    model = SimpleNamespace(
+        training=False, eval=lambda: None, train=lambda mode: None, device=CPU, dtype=torch.bfloat16,
+        config=config, generation_config=None, generate=generate,
+    )  # fmt: skip
     assert complete_all(model, format, ["Why?", "Which colour is it?"], 9) == ["It is blue.", "Red"]
     assert settings["eos_token_id"] == format.stop_ids == [format.end_id, format.tokenizer.eos_token_id]

@@ -137,9 +137,10 @@ def _print(options: EvaluateOptions, benchmark: Benchmark, result: dict[str, Any
     if options.json:
         print(json.dumps(result))
     else:
-        table = tables.terminal(*benchmark.table(result), title=benchmark.headline(result), caption=benchmark.legend)
-        console = Console()
-        console.print(table, width=max(console.width, 110))  # narrower, its numbers would be cut
+        console = Console(highlight=False, markup=False)
+        console.print(benchmark.headline(result))
+        console.print(tables.terminal(*benchmark.table(result)), width=max(console.width, 110))  # or numbers are cut
+        console.print(benchmark.legend, style="dim")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from npo_kernels import fused_logprob_loss, fused_npo_loss, sequence_logprobs, token_logprobs
+from npo_kernels import fused_logprob_loss, fused_npo_loss, sequence_logprobs, token_logprobs, token_statistics
 from tests import support
 from tests.support import Batch, make_batch, relative_error
 
@@ -63,6 +63,9 @@ def check(way: str, impl: str, batch: Batch, sizes, rank: int, as_dtensor: bool 
     loss = objective(mine, process_group=group, **options)
     grads = dict(zip(needs, torch.autograd.grad(loss, [mine.tensors[name] for name in needs]), strict=True))
     assert relative_error(loss.detach(), expected["loss"]) < 2e-6, (way, "loss")
+    if way == "statistics":  # on every rank the column of the whole head
+        likeliest = mine(token_statistics, ["argmax"], process_group=group, **options)["argmax"]
+        assert torch.equal(likeliest, batch(token_statistics, ["argmax"], impl="reference")["argmax"])
     for name, grad in grads.items():
         if as_dtensor and name != "hidden":
             assert grad.placements == (Shard(0),)

@@ -1,7 +1,5 @@
 """What all evaluations share: going on where one was interrupted, counting tokens, a classifier for fluency."""
 
-import json
-
 import pytest
 import torch
 from rich.console import Console
@@ -14,6 +12,7 @@ from training.benchmarks.answers import Answers
 from training.benchmarks.base import EvaluationOptions
 from training.benchmarks.tofu.eval_sets import EvalRow
 from training.benchmarks.tofu.evaluate import evaluate_model
+from training.benchmarks.tofu.summary import summary
 from training.commands.options import build
 from training.commands.session import measured
 from training.commands.unlearn import UnlearnOptions
@@ -140,9 +139,13 @@ def test_fluency_of_generations(corpus, model, sets, classifier):
     assert len(probabilities) == 5 and all(0 < p < 1 for p in probabilities)
     with Progress(disable=True) as display:
         answers = Answers(model, corpus.format, options, Pieces("a"), Counted(display, "", 1))
-        (found,) = answers.fluency(["the book is the book is the book is"])
-    assert found.keys() == {"repetition", "ngram_entropy", "compression_ratio", "classifier_prob"}
-    assert json.dumps(found) and found["repetition"] > 0
+        (found,) = answers.classified(["the book is"])
+        assert found == {"classifier_prob": answers.classifier(["the book is"])[0]}
+        assert Answers(model, corpus.format, EvaluationOptions(), Pieces("a"), answers.counted).classified(["a"]) == [
+            {}
+        ]
+    summarized = summary(log)
+    assert summarized["forget_classifier_prob"] == pytest.approx(sum(probabilities) / 5)
 
 
 def test_generation_is_in_float32(corpus, model, monkeypatch):

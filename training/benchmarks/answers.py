@@ -63,17 +63,6 @@ class Answers:
             values = [value | {"gradnorm": norm} for value, norm in zip(values, norms, strict=True)]
         return values
 
-    def fluency(self, texts: Sequence[str]) -> list[dict[str, float]]:
-        """Of generations: {"repetition", "ngram_entropy", "compression_ratio"}, and "classifier_prob" if asked for."""
-        values = [
-            {
-                "repetition": metrics.repetition(text),
-                "ngram_entropy": metrics.ngram_entropy(text),
-                "compression_ratio": metrics.compression_ratio(text),
-            }
-            for text in texts
-        ]
-        if self.classifier:
-            found = self.classifier(texts)
-            values = [value | {"classifier_prob": p} for value, p in zip(values, found, strict=True)]
-        return values
+    def classified(self, texts: Sequence[str]) -> list[dict[str, float]]:
+        """{"classifier_prob"} of each generation; {} where no classifier was asked for."""
+        return [{"classifier_prob": p} for p in self.classifier(texts)] if self.classifier else [{} for _ in texts]

@@ -189,8 +189,6 @@ class Session(Generic[Given]):
             if self.options.lora_rank:
                 with renamed_when_done(self.out / "adapter") as folder:
                     model.save_pretrained(folder)
-                    for path in (folder / "adapter_config.json", folder / "README.md"):  # without this machine's paths
-                        write_text(path, path.read_text(encoding="utf-8").replace(self.model, model_name(self.model)))
             with renamed_when_done(self.out / "model") as folder:
                 whole, state = merged(model, weights)
                 whole.save_pretrained(folder, state_dict=state)

@@ -25,9 +25,6 @@ class MUSE(Benchmark):
     """Of the raw texts, the target model has learned all that some forget set asks to forget, retain1 and retain2; the
     retrained model, which is the same for every forget set, retain1 and retain2 (these are the splits of the published
     `train` subset, what the target was trained on). Methods rehearse retain1, and utility is measured on retain2.
-
-    Published of News (model card of arXiv 2410.07163), target and retrained model: VerbMem 0.583 and 0.208, KnowMem
-    0.629 and 0.333 on the forget set, 0.543 and 0.538 on the retain set, PrivLeak -98.7 and 0.
     """
 
     name = "muse"

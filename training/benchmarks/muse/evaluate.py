@@ -63,11 +63,9 @@ class _Evaluation:
 
         def measured(block: Sequence[Continuation]) -> Measured:
             texts = self._generated([row.prompt for row in block], o.verbmem_tokens)
-            classified = self.answers.fluency(texts) if self.answers.classifier else [{} for _ in texts]
             return [
-                {**row._asdict(), "generation": text, **self._rouge(reference(row.gt), text)}
-                | {key: value for key, value in more.items() if key == "classifier_prob"}
-                for row, text, more in zip(block, texts, classified, strict=True)
+                {**row._asdict(), "generation": text, **self._rouge(reference(row.gt), text), **classified}
+                for row, text, classified in zip(block, texts, self.answers.classified(texts), strict=True)
             ]
 
         def memorised(block: Sequence[Continuation]) -> Measured:

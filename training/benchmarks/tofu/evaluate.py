@@ -114,15 +114,14 @@ def _generations(answers: Answers, short: str, rows: Sequence[EvalRow], max_new_
         recalls = [metrics.rouge(row.answer, text) for row, text in zip(block, texts, strict=True)]
         prompts = [format.prompt_text(question) for question in questions]
         shown = zip(prompts, texts, (row.answer for row in block), strict=True)
-        more = answers.fluency(texts) if answers.classifier else [{} for _ in texts]
         return [
             {
                 "rouge1_recall": recall["rouge1_recall"],
                 "rougeL_recall": recall["rougeL_recall"],
                 "generated_text": text,
-                **{k: v for k, v in values.items() if k == "classifier_prob"},
+                **classified,
             }
-            for recall, text, values in zip(recalls, map(list, shown), more, strict=True)
+            for recall, text, classified in zip(recalls, map(list, shown), answers.classified(texts), strict=True)
         ]
 
     answers.counted.stage("generated", f"{short}: answers")

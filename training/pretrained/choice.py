@@ -1,0 +1,66 @@
+"""Which learning rate and retain weight a method gets: chosen on a forget set that is not reported.
+
+Of the settings that keep 90 % of the utility of the fine-tuned model, the one with the best forget quality; where none
+keeps it, the one that keeps the most. Forget quality is against the model retrained without half of the authors, which
+has not seen those of this forget set either.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from training.methods import METHODS
+from training.pretrained.plan import Run, Tried
+
+KEPT = 0.9
+UTILITY = "model_utility_geometric"
+# Alone, NPO and GA run at one learning rate, that of NPO+RT: they differ in their losses then, as in the paper.
+TAKES = {"ga": "npo_rt", "npo": "npo_rt"}
+
+
+def outcome(tried: Tried, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The record of one try: its end, and the utility before it."""
+    end = history[-1]
+    return {
+        "method": tried.method,
+        "lr": tried.lr,
+        "retain_weight": tried.retain_weight,
+        "forget_quality": end["forget_quality"],
+        "utility": end[UTILITY],
+        "start_utility": history[0][UTILITY],
+    }
+
+
+def marked(tries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """With "chosen": true at one try of each method."""
+    best: dict[str, Mapping[str, Any]] = {}
+    for tried in tries:
+        if tried["method"] not in best or _rank(tried) > _rank(best[tried["method"]]):
+            best[tried["method"]] = tried
+    return [{**tried, "chosen": tried is best[tried["method"]]} for tried in tries]
+
+
+def _rank(tried: Mapping[str, Any]) -> tuple[bool, float]:
+    kept = tried["utility"] >= KEPT * tried["start_utility"]
+    return kept, tried["forget_quality"] if kept else tried["utility"]
+
+
+def chosen(tries: Sequence[Mapping[str, Any]], run: Run) -> tuple[float, float | None]:
+    """(learning rate, retain weight or None) of a run, from marked tries. ValueError where its method has none."""
+    source = source_of(run.method, {tried["method"] for tried in tries})
+    found = next(tried for tried in tries if tried["method"] == source and tried["chosen"])
+    weight = found["retain_weight"] if run.retain_weight is None else run.retain_weight
+    return found["lr"], weight if METHODS[run.method].retain else None
+
+
+def source_of(method: str, tuned: set[str]) -> str:
+    """The method whose choice this one takes: its own, or that of the same loss with retain rows."""
+    family = method.split("_")[0]
+    for name in (method, TAKES.get(method), f"{family}_rt", "npo_rt"):
+        if name in tuned:
+            return str(name)
+    raise ValueError(f"{method}: expected a try of it, or of {family}_rt or npo_rt, got {', '.join(sorted(tuned))}")
+
+
+def relearning_lr(tries: Sequence[Mapping[str, Any]]) -> float:
+    """One for all models: that of NPO+RT."""
+    return chosen(tries, Run("forget10", "npo_rt", 0))[0]

@@ -1,0 +1,128 @@
+"""What the study trains: models, choices of learning rates, runs of unlearning. Two sizes, and names of all of it."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from training.methods import METHODS
+from training.pretrained.part import Part
+
+HEADLINE = ("ga", "npo", "npo_rt", "simnpo_rt")
+OTHERS = ("ga_rt", "ga_kl", "npo_kl", "idk_rt", "dpo_rt", "ceu_rt", "undial_rt")
+PERCENTS = {"forget10": 10, "forget50": 50}
+FINETUNE = {"epochs": 4, "lr": 5e-4, "batch_size": 16, "micro_batch_size": 8, "warmup_epochs": 0.25}
+ATTACKED = ("npo_rt", "simnpo_rt")  # in forget10, seed 0
+CONTROLS = ("full", "retain90")
+ROUNDED = ("int8", "int4")
+RELEARNED = (5, 20)  # % of the forget set
+ATTACKS = (*ROUNDED, *(f"relearn{percent}" for percent in RELEARNED))
+
+
+def retrained_on(scenario: str) -> str:
+    """The split of the model that never saw the forget set."""
+    return f"retain{100 - PERCENTS[scenario]}"
+
+
+Numbers = Mapping[str, Any]
+
+
+class Taught(NamedTuple):
+    """A model that is fine-tuned on a split."""
+
+    split: str
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.split if self.seed == 0 else f"{self.split}_seed{self.seed}"
+
+
+class Tried(NamedTuple):
+    """A learning rate and a retain weight, on the forget set that is not reported. No retain term: weight None."""
+
+    method: str
+    lr: float
+    retain_weight: float | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-lr{self.lr:g}-w{_weight(self.retain_weight)}"
+
+
+class Run(NamedTuple):
+    """A run that is reported. `retain_weight` None: the one that was chosen, or there is no retain term."""
+
+    scenario: str
+    method: str
+    seed: int
+    retain_weight: float | None = None
+    attacked: bool = False
+
+    @property
+    def name(self) -> str:
+        weight = "" if self.retain_weight is None else f"-w{_weight(self.retain_weight)}"
+        return f"{self.scenario}-{self.method}{weight}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The size of the study. Rows a step are those to forget; as many to keep come with them."""
+
+    part: Part = field(default_factory=Part)
+    taught: tuple[Taught, ...] = (
+        *(Taught(split) for split in ("retain50", "full", "retain90")),
+        *(Taught(split, 1) for split in ("retain90", "retain50")),
+    )
+    finetune: Numbers = field(default_factory=lambda: FINETUNE)
+    unlearn: Numbers = field(default_factory=lambda: {"batch_size": 4, "warmup_steps": 0.1})
+    epochs: Numbers = field(default_factory=lambda: {"forget10": 2, "forget50": 1, "tune": 2})
+    evaluations: Numbers = field(default_factory=lambda: {"forget10": 3, "forget50": 3, "tune": 1})
+    max_new_tokens: int = 40
+    lrs: tuple[float, ...] = (5e-5, 1e-4, 2e-4)
+    retain_weights: tuple[float, ...] = (1.0,)
+    # Methods without a term that keeps, and with the KL, take the learning rate of the same with retain rows.
+    tuned: tuple[str, ...] = ("npo_rt", "simnpo_rt", "ga_rt", "ceu_rt")
+    headline: tuple[str, ...] = HEADLINE
+    others: tuple[str, ...] = OTHERS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    heavier: tuple[float, ...] = (3.0,)  # retain weights of NPO+RT in forget50, besides the chosen one
+    attacked: tuple[str, ...] = ATTACKED
+
+    def tries(self) -> Iterator[Tried]:
+        for method in self.tuned:
+            weights = self.retain_weights if METHODS[method].retain else (None,)
+            yield from (Tried(method, lr, weight) for lr in self.lrs for weight in weights)
+
+    def runs(self) -> Iterator[Run]:
+        """The most telling ones first: the study may be read before it is complete."""
+        first, *more = self.seeds
+        for scenario in PERCENTS:
+            for method in (*self.headline, *self.others):
+                attacked = scenario == "forget10" and method in self.attacked
+                yield Run(scenario, method, first, attacked=attacked)
+            if scenario == "forget50" and "npo_rt" in self.headline:
+                yield from (Run(scenario, "npo_rt", first, weight) for weight in self.heavier)
+            for seed in more:
+                yield from (Run(scenario, method, seed) for method in self.headline)
+
+
+def _weight(value: float | None) -> str:
+    return "0" if value is None else f"{value:g}"
+
+
+QUICK = Plan(
+    part=Part(authors=20, evaluated=8),
+    taught=tuple(Taught(split) for split in ("retain50", "full", "retain90")),
+    finetune=FINETUNE | {"epochs": 1},
+    epochs={"forget10": 2, "forget50": 1, "tune": 1},
+    evaluations={"forget10": 1, "forget50": 1, "tune": 1},
+    max_new_tokens=24,
+    lrs=(2e-4,),
+    tuned=("npo_rt",),
+    headline=("ga", "npo_rt"),
+    others=(),
+    seeds=(0,),
+    heavier=(),
+    attacked=("npo_rt",),
+)
+SIZES = {"full": Plan(), "quick": QUICK}

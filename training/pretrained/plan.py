@@ -76,7 +76,7 @@ class Plan:
     finetune: Numbers = field(default_factory=lambda: FINETUNE)
     unlearn: Numbers = field(default_factory=lambda: {"batch_size": 4, "warmup_steps": 0.1})
     epochs: Numbers = field(default_factory=lambda: {"forget10": 2, "forget50": 1, "tune": 2})
-    evaluations: Numbers = field(default_factory=lambda: {"forget10": 3, "forget50": 3, "tune": 1})
+    evaluations: Numbers = field(default_factory=lambda: {"forget10": 3, "forget50": 2, "tune": 1})
     max_new_tokens: int = 40
     lrs: tuple[float, ...] = (5e-5, 1e-4, 2e-4)
     retain_weights: tuple[float, ...] = (1.0,)

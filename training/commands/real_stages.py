@@ -22,7 +22,7 @@ from training.commands.session import measured, model_fingerprint
 from training.config import TrainConfig
 from training.model import load_model, pick_device
 from training.pretrained import choice, part
-from training.pretrained.plan import ATTACKS, CONTROLS, PERCENTS, ROUNDED, Plan, Run, Tried, retrained_on
+from training.pretrained.plan import PERCENTS, ROUNDED, Plan, Run, Tried, retrained_on
 from training.progress import progress
 from training.quantization import rounded
 from training.relearning import relearn_, split
@@ -66,9 +66,7 @@ class Study:
         """All rows of the part's files are evaluated; they are those of the last tenth, whatever is forgotten."""
         folder = str(self.folders[rows])
         return TOFU(
-            TofuOptions(
-                data_dir=folder, forget_percent=percent, eval_rows=0, max_new_tokens=self.plan.max_new_tokens
-            )
+            TofuOptions(data_dir=folder, forget_percent=percent, eval_rows=0, max_new_tokens=self.plan.max_new_tokens)
         )
 
     # -- the stages ------------------------------------------------------------------------------------------------
@@ -94,7 +92,7 @@ class Study:
         if any(run.attacked for run in self.plan.runs()):
             found += [
                 Stage(f"attacks on {name}", (name, *tried_all), partial(self.attack, name, self.model(name)))
-                for name in CONTROLS
+                for name in self.plan.controls
             ]
         return found
 
@@ -193,7 +191,7 @@ class Study:
         lr = choice.relearning_lr(self.tries())
         weights = model_fingerprint(str(model))
         with progress() as display:
-            for name in ATTACKS:
+            for name in self.plan.attacks:
                 log = self.attack_log(of, name)
                 key = fingerprint([weights, benchmark.key(), name, RELEARNING, lr])
                 if finished(log.with_name("attack.json"), key):

@@ -87,6 +87,8 @@ class Plan:
     seeds: tuple[int, ...] = (0, 1, 2)
     heavier: tuple[float, ...] = (3.0,)  # retain weights of NPO+RT in forget50, besides the chosen one
     attacked: tuple[str, ...] = ATTACKED
+    controls: tuple[str, ...] = CONTROLS
+    attacks: tuple[str, ...] = ATTACKS
 
     def tries(self) -> Iterator[Tried]:
         for method in self.tuned:
@@ -111,7 +113,7 @@ def _weight(value: float | None) -> str:
 
 
 QUICK = Plan(
-    part=Part(authors=20, evaluated=8),
+    part=Part(authors=20, evaluated=4, wrong=1),
     taught=tuple(Taught(split) for split in ("retain50", "full", "retain90")),
     finetune=FINETUNE | {"epochs": 1},
     epochs={"forget10": 2, "forget50": 1, "tune": 1},
@@ -124,5 +126,7 @@ QUICK = Plan(
     seeds=(0,),
     heavier=(),
     attacked=("npo_rt",),
+    controls=("retain90",),
+    attacks=("int4", "relearn20"),
 )
 SIZES = {"full": Plan(), "quick": QUICK}

@@ -1,0 +1,140 @@
+"""The papers' claims on a pre-trained model: SmolLM2-135M on a part of TOFU, from nothing to a report.
+
+    python -m training.real --data_dir path/to/tofu                 the whole study; many hours of two cores
+    python -m training.real --data_dir path/to/tofu --quick         the same path on few rows, in a quarter of an hour
+    python -m training.real --report_only                           REPORT.md anew, from the records in --out
+
+Fetches the model (`training.real_model`), fine-tunes it on 60 authors and on those of them that are kept, chooses
+learning rates on a forget set of its own, unlearns a tenth and a half of the authors by every method, attacks what came
+out, and measures what a step costs. Models and checkpoints stay in --work; small records of all of it, REPORT.md and
+figures go to --out. Interrupted at any point, the same command goes on; started twice, both share the work.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.console import Console
+
+from training.benchmarks.tofu import TOFU
+from training.benchmarks.tofu.data import HUB
+from training.benchmarks.tofu.log import EvalLog
+from training.commands import real_model
+from training.commands.options import command_line
+from training.commands.real_stages import Study
+from training.commands.session import device_name
+from training.methods import METHODS
+from training.model import pick_device
+from training.pretrained import models, report
+from training.pretrained.plan import SIZES, Run, retrained_on
+from training.pretrained.records import answers, measure, rounded
+from training.store import write_json
+from training.versions import versions
+
+PROG = "training.real"
+RESULTS = Path(__file__).parents[1] / "results" / "real"
+
+
+@dataclass(frozen=True)
+class RealOptions:
+    """The study."""
+
+    data_dir: Annotated[str, "folder of TOFU's JSON lines, or data set of the hub"] = HUB
+    quick: Annotated[bool, "few authors, one epoch, two methods: shows the path, proves nothing"] = False
+    model: Annotated[Path | None, "folder of the model to start from. None: SmolLM2-135M, fetched once"] = None
+    work: Annotated[Path | None, "folder for models and checkpoints, some 10 GB. None: in the cache"] = None
+    out: Annotated[Path | None, "folder for records and report. None: training/results/real, or runs/real_quick"] = None
+    costs: Annotated[bool, "measure what a step costs as well, when all runs are finished"] = True
+    report_only: Annotated[bool, "run nothing: write the report of the records in --out"] = False
+    dry_run: Annotated[bool, "list the stages, and stop"] = False
+
+
+def main(options: RealOptions) -> None:
+    size = "quick" if options.quick else "full"
+    out = options.out or (Path("runs/real_quick") if options.quick else RESULTS)
+    console = Console(stderr=True)
+    if not options.report_only:
+        base = options.model or real_model.main(real_model.RealModelOptions(models.SMOLLM2))
+        work = options.work or models.cache() / f"real_{size}"
+        study = Study(SIZES[size], base, options.data_dir, work, console)
+        if options.dry_run:
+            print("\n".join(stage.name for stage in study.stages))
+            return
+        command = f"python -m {PROG} --data_dir TOFU" + " --quick" * options.quick
+        try:
+            study.run(lambda: collect(study, out, command))
+        finally:
+            collect(study, out, command)
+    report.write(out)
+    console.print(f"{out / 'REPORT.md'}", soft_wrap=True)
+
+
+def collect(study: Study, out: Path, command: str) -> None:
+    """The records of all that is finished, written to `out`."""
+    benchmark = study.benchmark()
+    config = {
+        "size": rounded(json.loads(json.dumps(asdict(study.plan)))),
+        "model": models.record(study.base),
+        "device": device_name(pick_device()),
+        "versions": versions(),
+        "command": command,
+    }
+    write_json(out / "config.json", config)
+    write_json(out / "models.json", dict(_models(study, benchmark)))
+    write_json(out / "choice.json", rounded(study.tries()))
+    for run in study.plan.runs():
+        record = _run(study, benchmark, run)
+        if record:
+            write_json(out / "runs" / f"{run.name}.json", record)
+
+
+def _models(study: Study, benchmark: TOFU) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of the models that are not unlearned. Their forget quality is against the model that never saw forget10."""
+    retrained = _read(study, benchmark, "retain90")
+    for name in ("base", *(taught.name for taught in study.plan.taught)):
+        log = _read(study, benchmark, name)
+        if log:
+            against = _read(study, benchmark, "retain50") if name.startswith("retain50") else retrained
+            record = measure(benchmark, log, against) | {"answers": answers(benchmark, log)}
+            yield name, record | {"attacks": _attacks(study, benchmark, name, retrained)}
+
+
+def _run(study: Study, benchmark: TOFU, run: Run) -> dict[str, Any] | None:
+    """None where it is not finished."""
+    folder = study.run_folder(run)
+    if not (folder / "config.json").exists():
+        return None
+    config, metrics = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))
+    settings, retrained = config["settings"], _read(study, benchmark, retrained_on(run.scenario))
+    logs = [benchmark.read(folder / "eval" / f"step-{entry['step']:06d}.json") for entry in metrics["history"]]
+    return {
+        "scenario": run.scenario,
+        **{name: settings[name] for name in ("method", "seed", "lr", "epochs")},
+        "retain_weight": settings["retain_weight"] if METHODS[run.method].retain else None,
+        "steps": metrics["steps"],
+        "device": config["device"],
+        "versions": config["versions"],
+        "checkpoints": [
+            rounded({name: entry[name] for name in ("step", "epoch")}) | measure(benchmark, log, retrained)
+            for entry, log in zip(metrics["history"], logs, strict=True)
+        ],
+        "attacks": _attacks(study, benchmark, run.name, retrained) if run.attacked else {},
+        "answers": answers(benchmark, logs[-1]),
+    }
+
+
+def _attacks(study: Study, benchmark: TOFU, of: str, retrained: EvalLog | None) -> dict[str, Any]:
+    logs = {attack: study.attack_log(of, attack) for attack in study.plan.attacks}
+    finished = {attack: log for attack, log in logs.items() if log.with_name("attack.json").exists()}
+    return {attack: measure(benchmark, benchmark.read(log), retrained) for attack, log in finished.items()}
+
+
+def _read(study: Study, benchmark: TOFU, model: str) -> EvalLog | None:
+    log = study.log(model)
+    return benchmark.read(log) if log.with_name("config.json").exists() else None
+
+
+if __name__ == "__main__":
+    command_line(PROG, RealOptions, __doc__, main)

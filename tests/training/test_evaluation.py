@@ -81,10 +81,13 @@ def test_tokens_a_second_are_told(corpus, model, sets, capsys):
     printed = capsys.readouterr().out
     assert "Evaluation: 14 rows in 0:00:" in printed
     read, generated = (int(printed.split(f" tokens {kind} at ")[0].split()[-1]) for kind in ("read", "generated"))
-    answers = [(r.question, a) for rows in sets.values() for r in rows
-               for a in (r.answer, r.paraphrased or r.answer, *r.perturbed)]  # fmt: skip
-    encoded = corpus.format.encode({"question": q, "answer": a} for q, a in answers)
-    assert read == sum(len(example.input_ids) for example in encoded)
+    tokens = 0
+    for row in (row for rows in sets.values() for row in rows):
+        others = [*([row.paraphrased] if row.paraphrased else []), *row.perturbed]
+        true, *rest = corpus.format.encode({"question": row.question, "answer": a} for a in (row.answer, *others))
+        prompt = len(corpus.format.prompt_ids(row.question))
+        tokens += len(true.input_ids) + prompt - 1 + sum(len(e.input_ids) - prompt + 1 for e in rest)
+    assert read == tokens
     assert 14 <= generated <= 14 * 3
 
 

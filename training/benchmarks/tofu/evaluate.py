@@ -1,7 +1,7 @@
 """A model on TOFU's evaluation sets: everything that goes into its log. No logits are kept.
 
 Each answer is read once: the true ones for probabilities, memorisation and membership attacks, all others for the truth
-ratio.
+ratio, with the question once for all of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from training.generation import complete_all
 from training.membership import attacks_of
 from training.pieces import Pieces
 from training.progress import counted
-from training.scoring import score
+from training.shared_prompts import score_answers
 from training.templates import Format
 
 GENERATED = 64  # prompts a piece: generation takes the most time
@@ -79,13 +79,15 @@ def _other_losses(
     format, size = answers.format, answers.options.eval_batch_size
 
     def losses(block: Sequence[EvalRow]) -> list[list]:
-        """[[loss, number of tokens] of each answer] of each row, those of one length in a batch."""
+        """[[loss, number of tokens] of each answer] of each row."""
         others = [[*([row.paraphrased] if row.paraphrased else []), *row.perturbed] for row in block]
-        pairs = [{"question": r.question, "answer": a} for r, some in zip(block, others, strict=True) for a in some]
-        found = score(
-            answers.model, format.encode(pairs), format.pad_token_id, size,
-            on_rows=lambda rows, tokens: answers.counted(0, tokens),
-        )  # fmt: skip
+        groups = [
+            format.encode([{"question": r.question, "answer": a} for a in some])
+            for r, some in zip(block, others, strict=True)
+        ]
+        found = score_answers(
+            answers.model, groups, format.pad_token_id, size, lambda rows, tokens: answers.counted(0, tokens)
+        )
         values = zip((-found.logps.double()).tolist(), found.num_tokens.tolist(), strict=True)
         return [[list(next(values)) for _ in some] for some in others]
 

@@ -5,7 +5,7 @@ Several processes may work on one folder: each takes the first stage that no oth
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from training.commands.session import measured, model_fingerprint
 from training.config import TrainConfig
 from training.model import load_model, pick_device
 from training.pretrained import choice, part
-from training.pretrained.plan import PERCENTS, ROUNDED, Plan, Run, Tried, retrained_on
+from training.pretrained.plan import PERCENTS, ROUNDED, Plan, Run, Taught, Tried, retrained_on
 from training.progress import progress
 from training.quantization import rounded
 from training.relearning import relearn_, split
@@ -73,35 +73,46 @@ class Study:
 
     @cached_property
     def stages(self) -> list[Stage]:
-        """In the order in which they are taken up."""
-        found = [Stage(taught.name, (), partial(self.teach, taught.split, taught.seed)) for taught in self.plan.taught]
-        found += [
-            Stage(f"evaluation of {name} on {rows}", needs, partial(self.evaluate, name, rows))
-            for name, rows, needs in self._evaluations()
+        """In the order in which they are taken up: retrained once more, for the noise, is between the two scenarios."""
+        first, second = PERCENTS
+        return [
+            *self._models(seeds=(0,)),
+            *self._tries(),
+            *self._runs(first),
+            *self._models(seeds=self.plan.seeds[1:]),
+            *self._runs(second),
         ]
-        start = ("full", "evaluation of full on tune", "evaluation of retain50 on tune")
-        tries = list(self.plan.tries())
-        found += [Stage(f"try {tried.name}", start, partial(self.try_out, tried)) for tried in tries]
-        tried_all = tuple(f"try {tried.name}" for tried in tries)
-        for run in self.plan.runs():
-            logs = ("evaluation of full on data", f"evaluation of {retrained_on(run.scenario)} on data")
-            found.append(Stage(run.name, (*tried_all, *logs), partial(self.unlearn, run)))
-            if run.attacked:
-                attacks = partial(self.attack, run.name, self.run_folder(run) / "model")
-                found.append(Stage(f"attacks on {run.name}", (run.name,), attacks))
-        if any(run.attacked for run in self.plan.runs()):
-            found += [
-                Stage(f"attacks on {name}", (name, *tried_all), partial(self.attack, name, self.model(name)))
-                for name in self.plan.controls
-            ]
-        return found
 
-    def _evaluations(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-        for name in ("full", "retain50"):
-            yield name, TUNE, (name,)
-        for taught in self.plan.taught:
-            yield taught.name, "data", (taught.name,)
-        yield "base", "data", ()
+    def _models(self, seeds: Sequence[int]) -> Iterator[Stage]:
+        """Fine-tuned, and evaluated on the rows that are reported; the first ones on those of the choice as well."""
+        taught = [each for each in self.plan.taught if each.seed in seeds]
+        for each in taught:
+            yield Stage(each.name, (), partial(self.teach, each))
+        tuned_on = [(name, TUNE) for name in ("full", "retain50") if 0 in seeds]
+        for name, rows in [*tuned_on, *((each.name, "data") for each in taught)]:
+            yield Stage(f"evaluation of {name} on {rows}", (name,), partial(self.evaluate, name, rows))
+        if 0 in seeds:
+            yield Stage("evaluation of base on data", (), partial(self.evaluate, "base", "data"))
+
+    def _tries(self) -> Iterator[Stage]:
+        needs = ("evaluation of full on tune", "evaluation of retain50 on tune")
+        for tried in self.plan.tries():
+            yield Stage(f"try {tried.name}", needs, partial(self.try_out, tried))
+
+    def _runs(self, scenario: str) -> Iterator[Stage]:
+        """With the attacks on what they leave, and on the models that these are compared with."""
+        tried = tuple(f"try {tried.name}" for tried in self.plan.tries())
+        logs = ("evaluation of full on data", f"evaluation of {retrained_on(scenario)} on data")
+        attacked = {}
+        for run in self.plan.runs():
+            if run.scenario == scenario:
+                yield Stage(run.name, (*tried, *logs), partial(self.unlearn, run))
+                if run.attacked:
+                    attacked[run.name] = self.run_folder(run) / "model"
+        if attacked:
+            attacked |= {name: self.model(name) for name in self.plan.controls}
+        for name, model in attacked.items():
+            yield Stage(f"attacks on {name}", (name, *tried), partial(self.attack, name, model))
 
     def run(self, after_stage: Callable[[], object]) -> None:
         """All stages; those of other processes are waited for."""
@@ -118,9 +129,9 @@ class Study:
         """Whether the stage could be run; it is done then."""
         if not done.issuperset(stage.needs):
             return False
-        lock = FileLock(self.work / "locks" / f"{stage.name.replace(' ', '_')}.lock", blocking=False)
-        lock_folder = Path(lock.lock_file).parent
-        lock_folder.mkdir(parents=True, exist_ok=True)
+        locks = self.work / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(locks / f"{stage.name.replace(' ', '_')}.lock", blocking=False)
         try:
             with lock:
                 self.console.rule(f"{stage.name} ({len(done) + 1} of {len(self.stages)})")
@@ -129,11 +140,11 @@ class Study:
             return False
         return True
 
-    def teach(self, split: str, seed: int) -> None:
-        name = next(taught.name for taught in self.plan.taught if taught[:2] == (split, seed))
+    def teach(self, taught: Taught) -> None:
         chosen = build(
-            finetune.FinetuneOptions, model=str(self.base), template=TEMPLATE, out=self.work / name, split=split,
-            seed=seed, eval_steps=0, data_dir=str(self.folders["data"]), **self.plan.finetune,
+            finetune.FinetuneOptions, model=str(self.base), template=TEMPLATE, out=self.work / taught.name,
+            split=taught.split, seed=taught.seed, eval_steps=0, data_dir=str(self.folders["data"]),
+            **self.plan.finetune,
         )  # fmt: skip
         finetune.main(*chosen)
 

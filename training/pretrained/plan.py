@@ -97,15 +97,15 @@ class Plan:
 
     def runs(self) -> Iterator[Run]:
         """The most telling ones first: the study may be read before it is complete."""
-        first, *more = self.seeds
+        first = self.seeds[0]
         for scenario in PERCENTS:
-            for method in (*self.headline, *self.others):
-                attacked = scenario == "forget10" and method in self.attacked
-                yield Run(scenario, method, first, attacked=attacked)
+            for seed in self.seeds:
+                for method in self.headline:
+                    attacked = scenario == "forget10" and method in self.attacked and seed == first
+                    yield Run(scenario, method, seed, attacked=attacked)
+            yield from (Run(scenario, method, first) for method in self.others)
             if scenario == "forget50" and "npo_rt" in self.headline:
                 yield from (Run(scenario, "npo_rt", first, weight) for weight in self.heavier)
-            for seed in more:
-                yield from (Run(scenario, method, seed) for method in self.headline)
 
 
 def _weight(value: float | None) -> str:

@@ -89,7 +89,7 @@ def test_part_refuses(source, tmp_path, authors, told):
 @pytest.mark.parametrize("size", SIZES)
 def test_plan_can_be_run(size):
     plan = SIZES[size]
-    runs, tries = list(plan.runs()), list(plan.tries())
+    runs, tries = list(plan.runs()), plan.tries
     for names in ([r.name for r in runs], [t.name for t in tries], [t.name for t in plan.taught]):
         assert len(set(names)) == len(names)
     tuned = {tried.method for tried in tries}
@@ -99,9 +99,9 @@ def test_plan_can_be_run(size):
     assert {run.seed for run in runs if run.method in plan.headline} == set(plan.seeds)
 
 
-def record(method: str, lr: float, quality: float, utility: float, weight: float | None = 1.0) -> dict:
+def record(method: str, lr: float, quality: float, utility: float) -> dict:
     history = [{"forget_quality": 1e-9, choice.UTILITY: 0.5}, {"forget_quality": quality, choice.UTILITY: utility}]
-    return choice.outcome(Tried(method, lr, weight), history)
+    return choice.outcome(Tried(method, lr, 1.0), history)
 
 
 def test_choice():

@@ -96,12 +96,12 @@ class Study:
 
     def _tries(self) -> Iterator[Stage]:
         needs = ("evaluation of full on tune", "evaluation of retain50 on tune")
-        for tried in self.plan.tries():
+        for tried in self.plan.tries:
             yield Stage(f"try {tried.name}", needs, partial(self.try_out, tried))
 
     def _runs(self, scenario: str) -> Iterator[Stage]:
         """With the attacks on what they leave, and on the models that these are compared with."""
-        tried = tuple(f"try {tried.name}" for tried in self.plan.tries())
+        tried = tuple(f"try {tried.name}" for tried in self.plan.tries)
         logs = ("evaluation of full on data", f"evaluation of {retrained_on(scenario)} on data")
         attacked = {}
         for run in self.plan.runs():
@@ -185,7 +185,7 @@ class Study:
     def tries(self) -> list[dict[str, Any]]:
         """The records of what was tried and is finished."""
         found = []
-        for tried in self.plan.tries():
+        for tried in self.plan.tries:
             folder = self.run_folder(tried)
             if (folder / "config.json").exists():
                 history = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["history"]

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from training.methods import METHODS
 from training.pretrained.part import Part
 
 HEADLINE = ("ga", "npo", "npo_rt", "simnpo_rt")
@@ -38,15 +37,15 @@ class Taught(NamedTuple):
 
 
 class Tried(NamedTuple):
-    """A learning rate and a retain weight, on the forget set that is not reported. No retain term: weight None."""
+    """A learning rate and a retain weight, on the forget set that is not reported."""
 
     method: str
     lr: float
-    retain_weight: float | None
+    retain_weight: float
 
     @property
     def name(self) -> str:
-        return f"{self.method}-lr{self.lr:g}-w{_weight(self.retain_weight)}"
+        return f"{self.method}-lr{self.lr:g}-w{self.retain_weight:g}"
 
 
 class Run(NamedTuple):
@@ -60,7 +59,7 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        weight = "" if self.retain_weight is None else f"-w{_weight(self.retain_weight)}"
+        weight = "" if self.retain_weight is None else f"-w{self.retain_weight:g}"
         return f"{self.scenario}-{self.method}{weight}-seed{self.seed}"
 
 
@@ -78,10 +77,11 @@ class Plan:
     epochs: Numbers = field(default_factory=lambda: {"forget10": 2, "forget50": 1, "tune": 2})
     evaluations: Numbers = field(default_factory=lambda: {"forget10": 3, "forget50": 2, "tune": 1})
     max_new_tokens: int = 40
-    lrs: tuple[float, ...] = (5e-5, 1e-4, 2e-4)
-    retain_weights: tuple[float, ...] = (1.0,)
-    # Methods without a term that keeps, and with the KL, take the learning rate of the same with retain rows.
-    tuned: tuple[str, ...] = ("npo_rt", "simnpo_rt", "ga_rt", "ceu_rt")
+    # Other methods take the learning rate and the retain weight of one of these (`training.pretrained.choice`).
+    tries: tuple[Tried, ...] = (
+        *(Tried(method, lr, 1.0) for lr in (1e-4, 2e-4, 5e-5) for method in ("npo_rt", "simnpo_rt", "ga_rt")),
+        *(Tried(method, 2e-4, 3.0) for method in ("npo_rt", "simnpo_rt")),
+    )
     headline: tuple[str, ...] = HEADLINE
     others: tuple[str, ...] = OTHERS
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -89,11 +89,6 @@ class Plan:
     attacked: tuple[str, ...] = ATTACKED
     controls: tuple[str, ...] = CONTROLS
     attacks: tuple[str, ...] = ATTACKS
-
-    def tries(self) -> Iterator[Tried]:
-        for method in self.tuned:
-            weights = self.retain_weights if METHODS[method].retain else (None,)
-            yield from (Tried(method, lr, weight) for lr in self.lrs for weight in weights)
 
     def runs(self) -> Iterator[Run]:
         """The most telling ones first: the study may be read before it is complete."""
@@ -108,10 +103,6 @@ class Plan:
                 yield from (Run(scenario, "npo_rt", first, weight) for weight in self.heavier)
 
 
-def _weight(value: float | None) -> str:
-    return "0" if value is None else f"{value:g}"
-
-
 QUICK = Plan(
     part=Part(authors=20, evaluated=4, wrong=1),
     taught=tuple(Taught(split) for split in ("retain50", "full", "retain90")),
@@ -119,8 +110,7 @@ QUICK = Plan(
     epochs={"forget10": 2, "forget50": 1, "tune": 1},
     evaluations={"forget10": 1, "forget50": 1, "tune": 1},
     max_new_tokens=24,
-    lrs=(2e-4,),
-    tuned=("npo_rt",),
+    tries=(Tried("npo_rt", 2e-4, 1.0),),
     headline=("ga", "npo_rt"),
     others=(),
     seeds=(0,),

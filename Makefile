@@ -1,6 +1,7 @@
 # Nothing has to be typed before any of these: the first one sets up .venv from constraints.txt.
 #   make demo        unlearn a small model on the CPU, from start to figures      (ARGS="..." is passed on, everywhere)
 #   make experiment  TOFU unlearning on the CPU: forget quality against utility (ARGS="--data_dir DIR ..."; hours in full)
+#   make experiment-real  the papers' claims on SmolLM2-135M and a part of TOFU (ARGS="--data_dir DIR"; with --quick 15 minutes)
 #   make test        the test suite, without a GPU (Triton kernels run in the interpreter)
 #   make test-oldest the same with the oldest supported torch, Triton and Transformers, in .venv-oldest
 #   make aot         every kernel compiled for every target: registers, spills, tensor cores (a quarter of an hour)
@@ -20,7 +21,7 @@ PY           := .venv/bin/python
 STAMP        := .venv/.installed
 OLDEST_STAMP := .venv-oldest/.installed
 
-.PHONY: help demo experiment test test-oldest aot lint format bench certify gpu-check env clean
+.PHONY: help demo experiment experiment-real test test-oldest aot lint format bench certify gpu-check env clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -30,6 +31,9 @@ demo: $(STAMP)
 
 experiment: $(STAMP)
 	$(PY) -m training.grid $(ARGS)
+
+experiment-real: $(STAMP)
+	$(PY) -m training.real $(ARGS)
 
 # One thread a worker: the arrays are small, and workers that each take all cores only slow each other down.
 test: $(STAMP)

@@ -21,19 +21,20 @@ from rich.console import Console
 from training.benchmarks.tofu import TOFU
 from training.benchmarks.tofu.data import HUB
 from training.benchmarks.tofu.log import EvalLog
-from training.commands import real_model
 from training.commands.options import command_line
 from training.commands.real_stages import Study
 from training.commands.session import device_name
 from training.methods import METHODS
 from training.model import pick_device
-from training.pretrained import models, report
+from training.pretrained import costs, report
+from training.pretrained.models import cache_folder, real_model, record_of
 from training.pretrained.plan import SIZES, Run, retrained_on
 from training.pretrained.records import answers, measure, rounded
 from training.store import write_json
 from training.versions import versions
 
 PROG = "training.real"
+SMOLLM2 = "smollm2-135m"
 RESULTS = Path(__file__).parents[1] / "results" / "real"
 
 
@@ -43,7 +44,6 @@ class RealOptions:
 
     data_dir: Annotated[str, "folder of TOFU's JSON lines, or data set of the hub"] = HUB
     quick: Annotated[bool, "few authors, one epoch, two methods: shows the path, proves nothing"] = False
-    model: Annotated[Path | None, "folder of the model to start from. None: SmolLM2-135M, fetched once"] = None
     work: Annotated[Path | None, "folder for models and checkpoints, some 10 GB. None: in the cache"] = None
     out: Annotated[Path | None, "folder for records and report. None: training/results/real, or runs/real_quick"] = None
     costs: Annotated[bool, "measure what a step costs as well, when all runs are finished"] = True
@@ -52,13 +52,12 @@ class RealOptions:
 
 
 def main(options: RealOptions) -> None:
-    size = "quick" if options.quick else "full"
     out = options.out or (Path("runs/real_quick") if options.quick else RESULTS)
     console = Console(stderr=True)
     if not options.report_only:
-        base = options.model or real_model.main(real_model.RealModelOptions(models.SMOLLM2))
-        work = options.work or models.cache() / f"real_{size}"
-        study = Study(SIZES[size], base, options.data_dir, work, console)
+        size = "quick" if options.quick else "full"
+        work = options.work or cache_folder().parent / f"real_{size}"
+        study = Study(SIZES[size], real_model(SMOLLM2), options.data_dir, work, console)
         if options.dry_run:
             print("\n".join(stage.name for stage in study.stages))
             return
@@ -67,8 +66,21 @@ def main(options: RealOptions) -> None:
             study.run(lambda: collect(study, out, command))
         finally:
             collect(study, out, command)
+        if options.costs:
+            measure_costs(study, out, console)
     report.write(out)
-    console.print(f"{out / 'REPORT.md'}", soft_wrap=True)
+    console.print(str(out / "REPORT.md"), soft_wrap=True)
+
+
+def measure_costs(study: Study, out: Path, console: Console) -> None:
+    """What a step costs by every method, on the study's rows; of the model with a large vocabulary as well."""
+    benchmark = study.benchmark()
+    rows = {kind: benchmark.rows(kind) for kind in ("forget", "retain")}
+    refusals = benchmark.refusals()
+    idk = [row | {"answer": refusals[i % len(refusals)]} for i, row in enumerate(rows["forget"])]
+    folders = {name: real_model(name) for name in {case.model for case in study.plan.costs}}
+    name = device_name(pick_device())
+    costs.measure(folders, rows | {"idk": idk}, out / "costs.json", console, cases=study.plan.costs, device_name=name)
 
 
 def collect(study: Study, out: Path, command: str) -> None:
@@ -76,7 +88,7 @@ def collect(study: Study, out: Path, command: str) -> None:
     benchmark = study.benchmark()
     config = {
         "size": rounded(json.loads(json.dumps(asdict(study.plan)))),
-        "model": models.record(study.base),
+        "model": record_of(study.base),
         "device": device_name(pick_device()),
         "versions": versions(),
         "command": command,

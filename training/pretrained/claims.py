@@ -41,7 +41,11 @@ def collapse(outcomes: Outcomes, scenario: str) -> Finding:
     lost = end < LOST * start
     measured = f"utility {start[0]:.2g} -> {middle_and_range(end)}, below half of it in {lost.sum()} of "
     measured += seeds_words(len(lost)).replace("one seed", "1 seed")
-    steps = [run.steps[np.argmax(run.path(UTILITY) < LOST * start[0])] for run, low in zip(arm.runs, lost) if low]
+    steps = [
+        run.steps[np.argmax(run.path(UTILITY) < LOST * start[0])]
+        for run, low in zip(arm.runs, lost, strict=True)
+        if low
+    ]
     if steps:
         measured += f", from step {np.median(steps):g} of {arm.runs[0].steps[-1]} on"
     holds = by_count(lost)

@@ -71,7 +71,8 @@ def relearning(outcomes: Outcomes) -> list[Finding]:
         if last.excess.positive is None:
             cause = f"the interval is {last.excess.high - last.excess.low:.2g} wide on the rows of one seed"
         elif not last.excess.positive:
-            cause = f"it starts {last.before - last.control_before:+.3f} from the control and gains {last.gain.words()} more"
+            cause = f"it starts {last.before - last.control_before:+.3f} from the control, and gains "
+            cause += f"{last.gain.words()} more"
         claim = Claim(text, f"forget probability, one seed, {numbers}", last.excess.positive)
         found.append(Finding(key, claim, cause))
     return found

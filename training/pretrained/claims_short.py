@@ -72,8 +72,8 @@ def left_behind(outcomes: Outcomes) -> Finding:
     short, long = found.of("npo_rt")
     difference = Interval.of(short, long)
     measured = (
-        f"probability above the retain model's: {len(short)} rows of up to {found.tokens:g} tokens {short.mean():+.3f}, "
-        f"{len(long)} longer ones {long.mean():+.3f}, difference {difference.words()}"
+        f"probability above the retain model's: {len(short)} rows of up to {found.tokens:g} tokens {short.mean():+.3f}"
+        f", {len(long)} longer ones {long.mean():+.3f}, difference {difference.words()}"
     )
     return Finding(key, Claim(text, measured, difference.positive), _cause(difference, found))
 

@@ -16,6 +16,13 @@ from training.pretrained.outcomes import HEADLINE, PROB, QUALITY, Arm, Outcomes,
 from training.reports.figures import DOTTED, FLOOR, INK, drawn, style
 
 GREY = "#777777"
+TRADE_OFF = (
+    "Medians over the seeds, a marker a checkpoint, from the full model (square) on; open circles: seeds at the end. "
+    "Star: the retain model, which is at p = 1 against itself. Dotted: the retain model of another seed, the ceiling."
+)
+BARS = "Medians over the seeds. No open bar: the method never keeps 90 % of the retain model's utility."
+COLLAPSE = "Strong: medians over the seeds. Thin: each seed."
+ATTACKS = "Mean probability of the answers of forget10, one seed. Dotted: the retain model before any attack."
 MARKED = {"relearn5": "o", "relearn20": "D", "int8": "o", "int4": "D"}
 
 
@@ -78,7 +85,7 @@ def _paths(axis: Axes, outcomes: Outcomes, scenario: str):
     if np.isfinite(ceiling):
         axis.axhline(max(ceiling, FLOOR), color=GREY, linewidth=1, linestyle=DOTTED, zorder=1)
     lowest = min((float(y.min()) for _, y in curves), default=FLOOR)
-    axis.set(yscale="log", xlabel="model utility", xlim=(-0.03, axis.get_xlim()[1] + 0.03), ylim=(lowest / 30, 6))
+    axis.set(yscale="log", xlabel="model utility", xlim=(-0.03, 1.22 * axis.get_xlim()[1]), ylim=(lowest / 30, 30))
     axis.set_title(scenario, loc="left", fontsize=11)
     left = {"xytext": (3, 2), "textcoords": "offset points", "fontsize": 8.5, "color": GREY}
     axis.annotate(f"p = {GOOD_QUALITY}: not told apart above", (-0.03, GOOD_QUALITY), **(left | {"xytext": (3, -10)}))
@@ -113,7 +120,8 @@ def bars(path: Path, outcomes: Outcomes, scenario: str) -> None:
     """Forget quality and utility at the end and at the best checkpoint, medians; a dot a seed."""
     arms = outcomes.arms[scenario][::-1]
     least = outcomes.least_utility(scenario)
-    with drawn(path, f"{scenario}: at the end, and at the best checkpoint", 1, 2, (11, 0.46 * len(arms) + 1.7)) as axes:
+    title = f"{scenario}: at the end (filled), at the best checkpoint (open); dots: seeds"
+    with drawn(path, title, 1, 2, (11, 0.46 * len(arms) + 1.7)) as axes:
         for axis, key in zip(axes.flat, (QUALITY, UTILITY), strict=True):
             lowest = FLOOR
             if key == QUALITY:
@@ -138,8 +146,6 @@ def bars(path: Path, outcomes: Outcomes, scenario: str) -> None:
         utility.set(xlabel="model utility", xlim=(0, None))
         _marked(quality, [(GOOD_QUALITY, f"{GOOD_QUALITY}"), (noise.ceiling(outcomes, scenario), "other\nretain seed")])
         _marked(utility, [(least, "90 % of\nretain"), (outcomes.retain_utility(scenario), "retain")])
-        for x, text in ((0.36, "filled: at the end"), (0.56, "open: best checkpoint"), (0.79, "dots: seeds")):
-            axes[0, 0].figure.text(x + 0.04, 0.985, text, va="top", fontsize=9, color=GREY)
 
 
 def _marked(axis: Axes, marks: Sequence[tuple[float, str]]) -> None:
@@ -170,8 +176,6 @@ def collapse(path: Path, outcomes: Outcomes, scenarios: Sequence[str]) -> None:
                 ends.append((float(np.median(paths[:, -1])), float(steps[-1]), METHODS[name].label, look["color"]))
                 start, last = float(np.median(paths[:, 0])), float(steps[-1])
             axis.axhline(LOST * start, color=INK, linestyle=DOTTED, linewidth=1)
-            small: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5, "color": GREY}
-            axis.annotate("half of the full model's", (last, LOST * start), xytext=(0, 3), ha="right", **small)
             apart = 0.07 * start
             heights: list[float] = []
             for y, x, text, colour in sorted(ends):
@@ -179,7 +183,7 @@ def collapse(path: Path, outcomes: Outcomes, scenarios: Sequence[str]) -> None:
                 axis.annotate(text, (x, heights[-1]), xytext=(8, 0), textcoords="offset points", va="center",
                               color=colour, fontweight="bold", annotation_clip=False)  # fmt: skip
             axis.set(xlabel="step", ylim=(-0.02, None), xlim=(None, last * 1.14))
-            axis.set_title(scenario, loc="left", fontsize=11)
+            axis.set_title(f"{scenario}; dotted: half of the full model's", loc="left", fontsize=11)
         axes[0, 0].set(ylabel="model utility")
 
 

@@ -1,17 +1,18 @@
 """Labels at the ends of curves, where they cover neither each other nor the curves."""
 
 from collections.abc import Sequence
-from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.transforms import Bbox
 
-DISTANCES = (9, 14, 22, 32, 44, 58)  # points from the end of a curve
-ANGLES = np.arange(0, 360, 30)
+DISTANCES = np.array([9, 14, 22, 32, 44, 58])  # points from the end of a curve
+BESIDE = 14  # up to this far no line leads to a label
+ANGLES = np.radians(np.arange(0, 360, 30))
+OFFSETS = np.stack([np.outer(DISTANCES, np.cos(ANGLES)), np.outer(DISTANCES, np.sin(ANGLES))], -1).reshape(-1, 2)
 SAMPLES = 40  # points of a piece of a curve that a label should not cover
 FAR = 0.15  # of a covered point, what a point (1/72 inch) away from the end of the curve costs
+COVERED, OUTSIDE = 60, 1000  # what another label costs, and a place beyond the axes
 
 
 class Label(NamedTuple):
@@ -33,7 +34,7 @@ def place(axis: Axes, labels: Sequence[Label], curves: Sequence[tuple[np.ndarray
     scale = axis.figure.dpi / 72
     window = axis.get_window_extent(renderer)
     points = np.concatenate([_sampled(axis, *curve) for curve in curves])
-    taken: list[Bbox] = []
+    taken = np.empty((0, 4))
     for label in labels:
         style: dict[str, Any] = {
             "fontsize": 10 if label.strong else 8.5,
@@ -42,22 +43,17 @@ def place(axis: Axes, labels: Sequence[Label], curves: Sequence[tuple[np.ndarray
         text = axis.annotate(label.text, (label.x, label.y), color=label.colour, zorder=6, **style)
         size = text.get_window_extent(renderer)
         end = axis.transData.transform((label.x, label.y))
-        best, at = np.inf, (0.0, 0.0)
-        for distance, angle in product(DISTANCES, np.radians(ANGLES)):
-            offset = distance * np.array([np.cos(angle), np.sin(angle)])
-            box = _box(end + scale * offset, size.width, size.height, offset)
-            cost = FAR * distance + _covered(box, points) + 60 * sum(_overlap(box, other) for other in taken)
-            cost += 1000 * (not _inside(box, window))
-            if cost < best:
-                best, at, chosen = cost, (float(offset[0]), float(offset[1])), box
-        text.remove()
-        taken.append(chosen)
-        corner = ((chosen.x0 - end[0]) / scale, (chosen.y0 - end[1]) / scale)
-        line = {"arrowstyle": "-", "color": label.colour, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 2, "alpha": 0.7}
-        axis.annotate(
-            label.text, (label.x, label.y), xytext=corner, textcoords="offset points", color=label.colour, zorder=6,
-            va="bottom", arrowprops=line if np.hypot(*at) > DISTANCES[1] else None, **style,
-        )  # fmt: skip
+        boxes = _boxes(end, scale * OFFSETS, size.width, size.height)
+        cost = FAR * np.hypot(*OFFSETS.T) + _covered(boxes, points) + COVERED * _overlaps(boxes, taken)
+        cost = cost + OUTSIDE * ~_inside(boxes, window.extents)
+        best = int(cost.argmin())
+        taken = np.vstack([taken, boxes[best]])
+        text.xyann = tuple((boxes[best, :2] - end) / scale)
+        text.set(anncoords="offset points", va="bottom")
+        if np.hypot(*OFFSETS[best]) > BESIDE:
+            line = {"color": label.colour, "linewidth": 0.7, "alpha": 0.7, "zorder": 3}
+            corner = np.clip(end, boxes[best, :2], boxes[best, 2:])  # of the label, the nearest
+            axis.plot(*axis.transData.inverted().transform([end, corner]).T, **line)
 
 
 def _sampled(axis: Axes, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -69,21 +65,27 @@ def _sampled(axis: Axes, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.column_stack([np.interp(at, np.arange(len(corners)), corners[:, i]) for i in range(2)])
 
 
-def _box(near: np.ndarray, width: float, height: float, offset: np.ndarray) -> Bbox:
-    """Of a text whose nearest side or corner is at `near`, away from the end of the curve."""
-    x = near[0] - width * (1 - np.sign(round(offset[0], 6))) / 2
-    y = near[1] - height * (1 - np.sign(round(offset[1], 6))) / 2
-    return Bbox.from_bounds(x, y, width, height)
+def _boxes(end: np.ndarray, offsets: np.ndarray, width: float, height: float) -> np.ndarray:
+    """(places, 4) x0, y0, x1, y1 of a text whose nearest side or corner is at each offset from `end`."""
+    size = np.array([width, height])
+    low = end + offsets - size * (1 - np.sign(offsets.round(6))) / 2
+    return np.hstack([low, low + size])
 
 
-def _covered(box: Bbox, points: np.ndarray) -> int:
-    inside = (points > (box.x0 - 2, box.y0 - 1)) & (points < (box.x1 + 2, box.y1 + 1))
-    return int(inside.all(axis=1).sum())
+def _covered(boxes: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """(places,) how many of the points lie in each box."""
+    inside = (points > boxes[:, None, :2] - 2) & (points < boxes[:, None, 2:] + 2)
+    return inside.all(axis=2).sum(axis=1)
 
 
-def _overlap(one: Bbox, other: Bbox) -> bool:
-    return one.padded(2).overlaps(other)
+def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(places,) how many of the others each box lies on, or nearly so."""
+    return (
+        ((boxes[:, None, :2] < others[None, :, 2:] + 3) & (boxes[:, None, 2:] > others[None, :, :2] - 3))
+        .all(axis=2)
+        .sum(axis=1)
+    )
 
 
-def _inside(box: Bbox, window: Bbox) -> bool:
-    return box.x0 >= window.x0 and box.x1 <= window.x1 and box.y0 >= window.y0 and box.y1 <= window.y1
+def _inside(boxes: np.ndarray, window: np.ndarray) -> np.ndarray:
+    return (boxes[:, :2] >= window[:2]).all(axis=1) & (boxes[:, 2:] <= window[2:]).all(axis=1)

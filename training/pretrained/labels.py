@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 
 DISTANCES = np.array([9, 14, 22, 32, 44, 58])  # points from the end of a curve
 BESIDE = 14  # up to this far no line leads to a label
@@ -49,7 +50,7 @@ def place(axis: Axes, labels: Sequence[Label], curves: Sequence[tuple[np.ndarray
         best = int(cost.argmin())
         taken = np.vstack([taken, boxes[best]])
         text.xyann = tuple((boxes[best, :2] - end) / scale)
-        text.set(anncoords="offset points", va="bottom")
+        text.set(anncoords="offset points", va="bottom", path_effects=[withStroke(linewidth=2.5, foreground="white")])
         if np.hypot(*OFFSETS[best]) > BESIDE:
             line = {"color": label.colour, "linewidth": 0.7, "alpha": 0.7, "zorder": 3}
             corner = np.clip(end, boxes[best, :2], boxes[best, 2:])  # of the label, the nearest

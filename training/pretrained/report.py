@@ -37,7 +37,7 @@ def markdown(outcomes: Outcomes, drawn: dict[str, list[str]]) -> str:
     findings = all_findings(outcomes)
     sections = [
         "# Unlearning a pre-trained language model",
-        filled(f"**{headline(findings, outcomes)}**"),
+        filled(f"**{headline(findings)}**"),
         *_images(drawn["trade_off"], "Forget quality against utility", figures.TRADE_OFF),
         "## What agrees with the papers, and what does not",
         claims_table(findings),
@@ -68,22 +68,25 @@ def markdown(outcomes: Outcomes, drawn: dict[str, list[str]]) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def headline(findings: list[Finding], outcomes: Outcomes) -> str:
+def headline(findings: list[Finding]) -> str:
     """Two or three sentences, from the verdicts."""
     by_key = {finding.key: finding for finding in findings}
     holds = [finding.claim.holds for finding in findings if finding.records]
     if not holds:
         return "Nothing was measured yet."
     sentences = []
+    places: dict[bool | None, list[str]] = {}
     for scenario in SCENARIOS:
         reach = by_key[f"reach, {scenario}"]
         if reach.records:
-            verb = {True: "reaches", False: "does not reach", None: "reaches with some seeds only"}[reach.claim.holds]
-            numbers = reach.claim.measured.split(";")[0]
-            sentences.append(
-                f"NPO+RT {verb} a forget quality above {GOOD_QUALITY} with the retain model's utility in {scenario} "
-                f"({numbers})."
-            )
+            seeds = reach.claim.measured.split(";")[0]
+            places.setdefault(reach.claim.holds, []).append(f"{scenario} ({seeds})")
+    for holds_there, named in places.items():
+        verb = {True: "reaches", False: "does not reach", None: "reaches with some seeds only"}[holds_there]
+        sentences.append(
+            f"NPO+RT {verb} a forget quality above {GOOD_QUALITY} with the retain model's utility in "
+            f"{' and '.join(named)}."
+        )
     falls = [by_key[f"collapse, {s}"].claim.holds for s in SCENARIOS if by_key[f"collapse, {s}"].records]
     slows = [by_key[f"slower, {s}"].claim.holds for s in SCENARIOS if by_key[f"slower, {s}"].records]
     if falls:
@@ -175,8 +178,10 @@ def noise_section(outcomes: Outcomes) -> list[str]:
         if rows
         else "",
         tables.markdown(headings, rows, text=2) if rows else "",
-        "The least that the test can see at n rows: the KS statistic D of p = 0.05, and the shift between two normal "
-        "distributions that has it, in their standard deviations.",
+        filled(
+            "The least that the test can see at n rows: the KS statistic D of p = 0.05, and the shift between two normal "
+            "distributions that has it, in their standard deviations."
+        ),
         tables.markdown(["rows", "least D", "as a shift"], least, text=0),
     ]
 

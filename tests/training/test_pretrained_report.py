@@ -136,8 +136,11 @@ def test_a_broken_record_is_named(tmp_path):
 
 
 def test_costs_come_from_their_module(outcomes, monkeypatch):
-    monkeypatch.setitem(sys.modules, "training.pretrained.costs", SimpleNamespace(table=lambda costs: f"cost {costs}"))
-    assert report.costs_section(replace(outcomes, costs=3)) == "cost 3"
+    def fake(costs):
+        return ["method", "where", "s"], [[name, "cpu", seconds] for name, seconds in costs.items()]
+
+    monkeypatch.setitem(sys.modules, "training.pretrained.costs", SimpleNamespace(table=fake))
+    assert report.costs_section(replace(outcomes, costs={"npo": 3.0})).endswith("| npo | cpu | 3 |")
     assert report.costs_section(replace(outcomes, costs=None)) == "Not measured."
 
 

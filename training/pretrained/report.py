@@ -179,8 +179,8 @@ def noise_section(outcomes: Outcomes) -> list[str]:
         else "",
         tables.markdown(headings, rows, text=2) if rows else "",
         filled(
-            "The least that the test can see at n rows: the KS statistic D of p = 0.05, and the shift between two normal "
-            "distributions that has it, in their standard deviations."
+            "The least that the test can see at n rows: the KS statistic D of p = 0.05, and the shift between two "
+            "normal distributions that has it, in their standard deviations."
         ),
         tables.markdown(["rows", "least D", "as a shift"], least, text=0),
     ]
@@ -209,7 +209,8 @@ def choice_section(outcomes: Outcomes) -> list[str]:
 def costs_section(outcomes: Outcomes) -> str:
     if outcomes.costs is None:
         return NOT_MEASURED.capitalize() + "."
-    return importlib.import_module("training.pretrained.costs").table(outcomes.costs)
+    headings, rows = importlib.import_module("training.pretrained.costs").table(outcomes.costs)
+    return tables.markdown(headings, rows, text=2)
 
 
 def setting_section(outcomes: Outcomes) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -189,12 +190,20 @@ def test_ks_statistics_are_those_of_counting(ties):
     assert noise.statistics(first, second).tolist() == wanted and len(set(wanted)) > 1
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 60])
-def test_p_values_are_scipys(n):
-    line = np.arange(n)
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_p_values_are_those_of_all_orders(n):
+    """Of 2n values without ties, every n may be the first sample's with equal chances."""
+    orders = [set(some) for some in combinations(range(2 * n), n)]
+    reached = [max(abs(2 * sum(j in first for j in range(i)) - i) for i in range(2 * n + 1)) for first in orders]
     for rows in range(n + 1):
-        wanted = metrics.forget_quality(line, line + rows - 0.5) if rows else 1.0
-        assert noise.p_value(n, rows) == pytest.approx(min(1.0, wanted), rel=1e-9)
+        share = sum(statistic >= rows for statistic in reached) / len(orders)
+        assert noise.p_value(n, rows) == pytest.approx(share, rel=1e-12)
+
+
+@pytest.mark.parametrize("rows", [5, 15, 30, 60])
+def test_p_values_are_scipys(rows):
+    line = np.arange(60)
+    assert noise.p_value(60, rows) == pytest.approx(metrics.forget_quality(line, line + rows - 0.5), rel=1e-9)
 
 
 def test_all_rows_are_the_test_itself_and_fewer_rows_are_kinder():

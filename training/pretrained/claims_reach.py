@@ -30,7 +30,7 @@ def somewhere(outcomes: Outcomes, scenario: str) -> Finding:
     """At some checkpoint after the start."""
     key, text = f"reach, {scenario}", f"NPO+RT reaches {WANTED} ({scenario}, NPO paper)"
     arm = outcomes.arm(scenario, "npo_rt")
-    if arm is None or np.isnan(outcomes.retain_utility(scenario)):
+    if arm is None or not _comparable(outcomes, arm):
         return absent(key, text, f"NPO+RT or the retain model in {scenario}")
     best = arm.best_qualities(outcomes.least_utility(scenario))
     good = reaches(best)
@@ -44,7 +44,7 @@ def at_end(outcomes: Outcomes, scenario: str) -> Finding:
     """At the last checkpoint."""
     key, text = f"end, {scenario}", f"NPO+RT is still there at the end ({scenario})"
     arm = outcomes.arm(scenario, "npo_rt")
-    if arm is None or np.isnan(outcomes.retain_utility(scenario)):
+    if arm is None or not _comparable(outcomes, arm):
         return absent(key, text, f"NPO+RT or the retain model in {scenario}")
     quality, utility = arm.ends(QUALITY), arm.ends(UTILITY)
     kept = utility >= outcomes.least_utility(scenario)
@@ -73,7 +73,9 @@ def alone(outcomes: Outcomes, scenario: str) -> Finding:
     best = {arm.method: arm.best_qualities(least) for arm in arms}
     there = [arm.method for arm in rivals if reaches(np.median(best[arm.method]))]
     newer = [arm.method for arm in arms if arm not in rivals and reaches(np.median(best[arm.method]))]
-    measured = "best forget quality " + ", ".join(f"{_label(m)} {np.median(q):.2g}" for m, q in best.items())
+    measured = "best forget quality " + ", ".join(
+        f"{_label(m)} {f'{np.median(q):.2g}' if np.median(q) else 'none'}" for m, q in best.items()
+    )
     cause = ""
     if there:
         cause = f"{', '.join(map(_label, there))} reach{'es' * (len(there) == 1)} it too"
@@ -145,6 +147,11 @@ def direction(outcomes: Outcomes, arm: Arm, measures: Iterable) -> str:
 def _bests(outcomes: Outcomes, arm: Arm) -> list:
     least = outcomes.least_utility(arm.scenario)
     return [run.best(least) or run.end for run in arm.runs]
+
+
+def _comparable(outcomes: Outcomes, arm: Arm) -> bool:
+    """Whether there is a retain model's utility, and a forget quality against that model."""
+    return bool(np.isfinite(outcomes.retain_utility(arm.scenario)) and np.isfinite(arm.paths(QUALITY)).any())
 
 
 def _cause(outcomes: Outcomes, arm: Arm, good: np.ndarray) -> str:

@@ -60,7 +60,7 @@ def trade_off(path: Path, outcomes: Outcomes, scenarios: Sequence[str]) -> None:
 
 
 def _paths(axis: Axes, outcomes: Outcomes, scenario: str):
-    arms = [arm for arm in outcomes.arms[scenario] if np.isfinite(_medians(arm)).all()]
+    arms = [arm for arm in outcomes.arms[scenario] if len(_medians(arm)[0])]
     arms.sort(key=lambda arm: arm.method not in HEADLINE)
     texts, curves = [], []
     for arm in arms:
@@ -99,8 +99,10 @@ def _paths(axis: Axes, outcomes: Outcomes, scenario: str):
 
 
 def _medians(arm: Arm) -> tuple[np.ndarray, np.ndarray]:
-    """Utility and forget quality at each checkpoint."""
-    return np.median(arm.paths(UTILITY), axis=0), np.median(arm.paths(QUALITY), axis=0).clip(FLOOR)
+    """Utility and forget quality at each checkpoint where both were measured."""
+    utility, quality = (np.median(arm.paths(key), axis=0) for key in (UTILITY, QUALITY))
+    measured = np.isfinite(utility) & np.isfinite(quality)
+    return utility[measured], quality[measured].clip(FLOOR)
 
 
 def _models(outcomes: Outcomes, scenario: str, arms: Sequence[Arm]):

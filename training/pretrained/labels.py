@@ -11,6 +11,7 @@ DISTANCES = np.array([9, 14, 22, 32, 44, 58])  # points from the end of a curve
 BESIDE = 14  # up to this far no line leads to a label
 ANGLES = np.radians(np.arange(0, 360, 30))
 OFFSETS = np.stack([np.outer(DISTANCES, np.cos(ANGLES)), np.outer(DISTANCES, np.sin(ANGLES))], -1).reshape(-1, 2)
+MARK = 8 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1).repeat(4, axis=0)  # points: the rim of a star or a square
 SAMPLES = 40  # points of a piece of a curve that a label should not cover
 FAR = 0.15  # of a covered point, what a point (1/72 inch) away from the end of the curve costs
 COVERED, OUTSIDE = 60, 1000  # what another label costs, and a place beyond the axes
@@ -46,13 +47,13 @@ def place(axis: Axes, labels: Sequence[Label], curves: Sequence[tuple[np.ndarray
         end = axis.transData.transform((label.x, label.y))
         boxes = _boxes(end, scale * OFFSETS, size.width, size.height)
         cost = FAR * np.hypot(*OFFSETS.T) + _covered(boxes, points) + COVERED * _overlaps(boxes, taken)
-        cost = cost + OUTSIDE * ~_inside(boxes, window.extents)
+        cost = cost + OUTSIDE * ~_inside(boxes, np.array(window.extents))
         best = int(cost.argmin())
         taken = np.vstack([taken, boxes[best]])
         text.xyann = tuple((boxes[best, :2] - end) / scale)
         text.set(anncoords="offset points", va="bottom", path_effects=[withStroke(linewidth=2.5, foreground="white")])
         if np.hypot(*OFFSETS[best]) > BESIDE:
-            line = {"color": label.colour, "linewidth": 0.7, "alpha": 0.7, "zorder": 3}
+            line: dict[str, Any] = {"color": label.colour, "linewidth": 0.7, "alpha": 0.7, "zorder": 3}
             corner = np.clip(end, boxes[best, :2], boxes[best, 2:])  # of the label, the nearest
             axis.plot(*axis.transData.inverted().transform([end, corner]).T, **line)
 
@@ -60,8 +61,8 @@ def place(axis: Axes, labels: Sequence[Label], curves: Sequence[tuple[np.ndarray
 def _sampled(axis: Axes, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """(points, 2) in pixels, along the curve."""
     corners = axis.transData.transform(np.column_stack([x, y]))
-    if len(corners) == 1:
-        return corners
+    if len(corners) == 1:  # a mark of its own
+        return corners + MARK * axis.figure.dpi / 72
     at = np.linspace(0, len(corners) - 1, SAMPLES * (len(corners) - 1) + 1)
     return np.column_stack([np.interp(at, np.arange(len(corners)), corners[:, i]) for i in range(2)])
 
@@ -89,4 +90,4 @@ def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _inside(boxes: np.ndarray, window: np.ndarray) -> np.ndarray:
-    return (boxes[:, :2] >= window[:2]).all(axis=1) & (boxes[:, 2:] <= window[2:]).all(axis=1)
+    return np.hstack([boxes[:, :2] >= window[:2], boxes[:, 2:] <= window[2:]]).all(axis=1)

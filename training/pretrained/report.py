@@ -45,7 +45,8 @@ def markdown(outcomes: Outcomes, drawn: dict[str, list[str]]) -> str:
             f"In brackets intervals of {CONFIDENCE:.0%}: Student's over the seeds, of differences within a seed, or "
             "of resampled rows where it says one seed and of short and long answers; else the smallest and the largest "
             "of the seeds. *Cannot tell*: the interval has 0 in it, or the seeds do not agree. Best checkpoint: of the "
-            f"highest forget quality among those after the start with {NEAR:.0%} of the retain model's utility."
+            f"highest forget quality among those after the start with {NEAR:.0%} of the retain model's utility; *none* "
+            "or 0 where no checkpoint has that."
         ),
         "## Figures",
         *_images(drawn["bars"], "Forget quality and utility, by method", figures.BARS),

@@ -35,7 +35,7 @@ FLOORS = (
     {"npo_kernels.hf"},
 )
 # The wings of training, from the ground up; what lies beside them is the engine, below all of them but the methods.
-WINGS = ("training.benchmarks", "training.reports", "training.papers", "training.commands")
+WINGS = ("training.benchmarks", "training.reports", "training.papers", "training.pretrained", "training.commands")
 TRITON_BACKEND = "npo_kernels.backends.triton"
 KERNEL_USERS = TRITON_BACKEND, "npo_kernels.backends.tiles"
 

@@ -30,8 +30,9 @@ from training.papers.simnpo_markov.experiment import (
 from training.papers.simnpo_markov.experiment import (
     Path as RunPath,
 )
-from training.papers.simnpo_markov.report import Difference, claims, sweep_claims, verdict
+from training.papers.simnpo_markov.report import claims, sweep_claims, verdict
 from training.papers.simnpo_markov.setting import CHAINS, Case, Setting, batches, make_settings
+from training.reports.claims import Difference
 
 ROOT = Path(__file__).parents[2]
 SHORT = Case(3)

@@ -1,18 +1,15 @@
 """What the Markov experiment says about SimNPO's claims, derived from the numbers, whichever way they go."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
 
 from training.papers.simnpo_markov.experiment import BATCH, BETA, BUDGET, LR, PUBLISHED_LENGTHS
 from training.papers.simnpo_markov.setting import LEAKAGE, LENGTH, NUM_SEQUENCES, TRAIN, TRAIN_BATCH, TRAIN_LR
 from training.reports import tables
-from training.reports.claims import Claim, filled, versions_sentence
+from training.reports.claims import CONFIDENCE, WORDS, Claim, Difference, filled, versions_sentence
 
-CONFIDENCE = 0.95
-WORDS = {True: "agrees", False: "**does not agree**", None: "cannot tell"}
 SHORT, LONG = (str(length) for length in PUBLISHED_LENGTHS)
 UNSEEN = f"{LENGTH}, unseen"
 Outcome = dict[str, list[float]]  # {name: a number a seed}
@@ -22,27 +19,6 @@ AUTHORS = (  # off the figures of their repository
     "The authors' two figures (one seed), read at a retain distance of 0.1, forget1 and forget2: length 5, NPO above "
     "0.5 and 0.24, SimNPO 0.5 and above 0.5; unseen, NPO 0.33 and above 1, SimNPO 0.50 and 0.90."
 )
-
-
-class Difference(NamedTuple):
-    """Of pairs, over the seeds, with Student's interval."""
-
-    mean: float
-    half: float  # of the interval; infinite with one seed
-
-    @classmethod
-    def of(cls, values: np.ndarray) -> "Difference":
-        n = len(values)
-        half = student.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std(ddof=1) / n**0.5 if n > 1 else np.inf
-        return cls(float(values.mean()), float(half))
-
-    @property
-    def positive(self) -> bool | None:
-        """None where the interval has 0 in it."""
-        return None if abs(self.mean) <= self.half else self.mean > 0
-
-    def words(self) -> str:
-        return f"{self.mean:+.3f} [{self.mean - self.half:+.3f}, {self.mean + self.half:+.3f}]"
 
 
 def column(metrics: dict[str, Any], case: str, method: str, name: str) -> np.ndarray:

@@ -1,0 +1,180 @@
+"""Claims of the NPO paper (arXiv 2404.05868, section 5) on what is reached: a forget quality above 0.05 with the
+utility of the retain model, here at least 0.9 of it; and what the retain weight does in forget50."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from training.benchmarks.tofu.claims import GOOD_QUALITY, UTILITY
+from training.methods import METHODS
+from training.pretrained import noise
+from training.pretrained.findings import Finding, absent, by_count
+from training.pretrained.outcomes import (
+    NEAR,
+    QUALITY,
+    Arm,
+    Outcomes,
+    middle_and_range,
+    number,
+    reaches,
+    row_values,
+    seeds_words,
+)
+from training.reports.claims import Claim, Difference
+
+RIVALS = ("ga", "dpo", "idk", "kto", "npo")  # families of the NPO paper
+WANTED = f"a forget quality above {GOOD_QUALITY} with {NEAR:.0%} of the retain model's utility"
+
+
+def somewhere(outcomes: Outcomes, scenario: str) -> Finding:
+    """At some checkpoint after the start."""
+    key, text = f"reach, {scenario}", f"NPO+RT reaches {WANTED} ({scenario}, NPO paper)"
+    arm = outcomes.arm(scenario, "npo_rt")
+    if arm is None or not _comparable(outcomes, arm):
+        return absent(key, text, f"NPO+RT or the retain model in {scenario}")
+    best = arm.best_qualities(outcomes.least_utility(scenario))
+    good = reaches(best)
+    measured = f"{good.sum()} of {len(good)} seeds; best forget quality {middle_and_range(best)}"
+    measured += _ceiling(outcomes, scenario)
+    holds = by_count(good)
+    return Finding(key, Claim(text, measured, holds), "" if holds else _cause(outcomes, arm, good))
+
+
+def at_end(outcomes: Outcomes, scenario: str) -> Finding:
+    """At the last checkpoint."""
+    key, text = f"end, {scenario}", f"NPO+RT is still there at the end ({scenario})"
+    arm = outcomes.arm(scenario, "npo_rt")
+    if arm is None or not _comparable(outcomes, arm):
+        return absent(key, text, f"NPO+RT or the retain model in {scenario}")
+    quality, utility = arm.ends(QUALITY), arm.ends(UTILITY)
+    kept = utility >= outcomes.least_utility(scenario)
+    good = reaches(quality) & kept
+    measured = (
+        f"{good.sum()} of {len(good)} seeds; forget quality {middle_and_range(quality)}, utility "
+        f"{middle_and_range(utility)}, of the retain model {outcomes.retain_utility(scenario):.2g}"
+    )
+    holds = by_count(good)
+    cause = ""
+    if not holds:
+        failed = [f"the utility in {(~kept).sum()}"] if not kept.all() else []
+        failed += [f"the forget quality in {(~reaches(quality)).sum()}"] if not reaches(quality).all() else []
+        cause = f"what misses, in seeds: {', '.join(failed)}; {direction(outcomes, arm, [run.end for run in arm.runs])}"
+    return Finding(key, Claim(text, measured, holds), cause)
+
+
+def alone(outcomes: Outcomes, scenario: str) -> Finding:
+    """No other method of the paper reaches it, in the median over its seeds; newer methods are named beside."""
+    key, text = f"alone, {scenario}", f"No other method of the NPO paper reaches that ({scenario})"
+    arms = [arm for arm in outcomes.main_arms(scenario) if arm.method != "npo_rt"]
+    rivals = [arm for arm in arms if METHODS[arm.method].family in RIVALS]
+    least = outcomes.least_utility(scenario)
+    if not rivals or np.isnan(least):
+        return absent(key, text, f"other methods or the retain model in {scenario}")
+    best = {arm.method: arm.best_qualities(least) for arm in arms}
+    there = [arm.method for arm in rivals if reaches(np.median(best[arm.method]))]
+    newer = [arm.method for arm in arms if arm not in rivals and reaches(np.median(best[arm.method]))]
+    measured = "best forget quality " + ", ".join(
+        f"{_label(m)} {f'{np.median(q):.2g}' if np.median(q) else 'none'}" for m, q in best.items()
+    )
+    cause = ""
+    if there:
+        cause = f"{', '.join(map(_label, there))} reach{'es' * (len(there) == 1)} it too"
+        cause += _ceiling(outcomes, scenario)
+    elif newer:
+        measured += f"; of later papers {', '.join(map(_label, newer))} above {GOOD_QUALITY}"
+    return Finding(key, Claim(text, measured, not there), cause)
+
+
+def weight_reaches(outcomes: Outcomes) -> Finding:
+    """In forget50 the largest retain weight of NPO+RT reaches the forget quality where the smallest does not."""
+    key, text = "weight reaches", f"forget50: a higher retain weight lets NPO+RT reach {WANTED} (NPO paper)"
+    arms = _weights(outcomes)
+    least = outcomes.least_utility("forget50")
+    if len(arms) < 2 or np.isnan(least):
+        return absent(key, text, "two retain weights of NPO+RT in forget50")
+    best = [arm.best_qualities(least) for arm in arms]
+    measured = "best forget quality " + ", ".join(
+        f"weight {arm.retain_weight:g}: {middle_and_range(q)} ({seeds_words(len(q))})"
+        for arm, q in zip(arms, best, strict=True)
+    )
+    low, high = bool(reaches(np.median(best[0]))), bool(reaches(np.median(best[-1])))
+    holds = None if low and high else high
+    cause = ""
+    if holds is None:
+        cause = f"weight {arms[0].retain_weight:g} reaches it as well"
+    elif not holds:
+        cause = direction(outcomes, arms[-1], _bests(outcomes, arms[-1]))
+    return Finding(key, Claim(text, measured, holds), cause + _rates(arms) if not holds else cause)
+
+
+def weight_keeps(outcomes: Outcomes) -> Finding:
+    """Utility at the end of the largest retain weight minus that of the smallest, paired by seed."""
+    key, text = "weight keeps", "forget50: a higher retain weight of NPO+RT keeps more utility (NPO paper)"
+    arms = _weights(outcomes)
+    if len(arms) < 2:
+        return absent(key, text, "two retain weights of NPO+RT in forget50")
+    low, high = ({run.seed: number(run.end, UTILITY) for run in arm.runs} for arm in (arms[0], arms[-1]))
+    seeds = sorted(low.keys() & high.keys())
+    if not seeds:
+        return absent(key, text, "two retain weights of NPO+RT with the same seed in forget50")
+    values = np.array([high[seed] - low[seed] for seed in seeds])
+    difference = Difference.of(values)
+    measured = "utility at the end " + ", ".join(
+        f"weight {arm.retain_weight:g}: {middle_and_range(arm.ends(UTILITY))}" for arm in arms
+    )
+    words = difference.words() if len(values) > 1 else f"{difference.mean:+.3f} (one seed: no interval)"
+    measured += f"; largest minus smallest {words}"
+    cause = ""
+    if difference.positive is None:
+        cause = "one seed" if len(values) == 1 else f"the seeds differ by {values.max() - values.min():.2g}"
+    elif not difference.positive:
+        cause = f"the smallest weight loses only {outcomes.retain_utility('forget50') - np.mean([*low.values()]):.2g} "
+        cause += "to the retain model: there is little to keep"
+    return Finding(key, Claim(text, measured, difference.positive), cause + _rates(arms) if cause else "")
+
+
+def direction(outcomes: Outcomes, arm: Arm, measures: Iterable) -> str:
+    """Whether the truth ratios of a method stay on the full model's side of the retain model's, or went beyond."""
+    retain, full = outcomes.retain(arm.scenario), arm.runs[0].checkpoints[0]
+    if retain is None:
+        return "no retain model to compare with"
+    aim, start = (float(np.median(row_values(measure, noise.RATIO))) for measure in (retain, full))
+    here = float(np.median([np.median(row_values(measure, noise.RATIO)) for measure in measures]))
+    side = "forgets too little" if (here - aim) * (start - aim) > 0 else "goes too far"
+    return f"it {side}: median log truth ratio {start:.2f} before, {here:.2f} now, {aim:.2f} of the retain model"
+
+
+def _bests(outcomes: Outcomes, arm: Arm) -> list:
+    least = outcomes.least_utility(arm.scenario)
+    return [run.best(least) or run.end for run in arm.runs]
+
+
+def _comparable(outcomes: Outcomes, arm: Arm) -> bool:
+    """Whether there is a retain model's utility, and a forget quality against that model."""
+    return bool(np.isfinite(outcomes.retain_utility(arm.scenario)) and np.isfinite(arm.paths(QUALITY)).any())
+
+
+def _cause(outcomes: Outcomes, arm: Arm, good: np.ndarray) -> str:
+    bests = [run.best(outcomes.least_utility(arm.scenario)) for run in arm.runs]
+    missed = [run for run, reached in zip(arm.runs, good, strict=True) if not reached]
+    if not any(bests):
+        return f"the utility is never kept: at the end {middle_and_range(arm.ends(UTILITY))}"
+    return direction(outcomes, arm, [run.best(outcomes.least_utility(arm.scenario)) or run.end for run in missed])
+
+
+def _ceiling(outcomes: Outcomes, scenario: str) -> str:
+    p = noise.ceiling(outcomes, scenario)
+    return "" if np.isnan(p) else f"; another seed of the retain model has {p:.2g}"
+
+
+def _weights(outcomes: Outcomes) -> list[Arm]:
+    return [arm for arm in outcomes.weights("forget50", "npo_rt") if arm.retain_weight is not None]
+
+
+def _rates(arms: list[Arm]) -> str:
+    rates = {run.lr for arm in arms for run in arm.runs}
+    return f"; the learning rates are not the same: {', '.join(f'{lr:g}' for lr in sorted(rates))}" * (len(rates) > 1)
+
+
+def _label(method: str) -> str:
+    return METHODS[method].label

@@ -1,0 +1,125 @@
+"""How far the forget quality can be trusted: the p-value of a Kolmogorov-Smirnov (KS) test falls with the rows.
+
+Forget quality (TOFU, arXiv 2401.06121) is the p-value of the two-sided, exact test between the log truth ratios of two
+models on the forget set. Two models that never saw it are the ceiling of what unlearning can reach; fewer rows make
+any model look better.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from math import comb
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import norm
+
+from training.benchmarks.tofu.claims import GOOD_QUALITY
+from training.metrics import forget_quality
+from training.pretrained.outcomes import Arm, Measure, Outcomes, row_values
+
+FEWER = (20, 40, 60)  # rows, drawn without replacement
+MORE = (200, 400)  # rows, drawn with replacement: what the same effect would give
+DRAWS = 200
+RATIO = "log_truth_ratio"
+
+
+class Spread(NamedTuple):
+    """Of p-values."""
+
+    low: float  # quartiles
+    median: float
+    high: float
+
+    def words(self) -> str:
+        if self.low == self.high:
+            return f"{self.median:.2g}"
+        return f"{self.median:.2g} [{self.low:.2g}, {self.high:.2g}]"
+
+
+def statistics(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """(draws, n), (draws, n) -> (draws,) KS statistics D = max |F_1 - F_2|, one a draw, counted in rows: n D."""
+    n = first.shape[1]
+    values = np.concatenate([first, second], axis=1)
+    order = np.argsort(values, axis=1, kind="stable")
+    values = np.take_along_axis(values, order, axis=1)
+    above = np.cumsum(np.where(order < n, 1, -1), axis=1)
+    last = np.ones(values.shape, dtype=bool)  # of equal values: both distributions step there at once
+    last[:, :-1] = values[:, 1:] > values[:, :-1]
+    return np.where(last, abs(above), 0).max(axis=1)
+
+
+@cache
+def p_value(n: int, rows: int) -> float:
+    """Of D >= rows / n between n and n examples without ties, exactly, as a quotient of whole numbers.
+
+    2 sum_{i >= 1} (-1)^(i-1) C(2n, n - i rows) / C(2n, n) (Gnedenko and Korolyuk 1951). `metrics.forget_quality` gives
+    the same, but scipy leaves the exact test where n is large and the p-value small.
+    """
+    if not rows:
+        return 1.0
+    terms = ((-1) ** (i - 1) * comb(2 * n, n - i * rows) for i in range(1, n // rows + 1))
+    return 2 * sum(terms) / comb(2 * n, n)
+
+
+def p_values(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """(draws, n), (draws, n) -> (draws,)"""
+    return np.array([p_value(first.shape[1], int(rows)) for rows in statistics(first, second)])
+
+
+def resampled(first: np.ndarray, second: np.ndarray, n: int, seed: int = 0, draws: int = DRAWS) -> Spread:
+    """The test on `n` rows drawn from those of both models, the same of each.
+
+    Without replacement up to the number of rows there are; with it beyond, which says what p the differences that are
+    seen here would have if they were those of `n` rows. NaN where a value is none.
+    """
+    rng, rows = np.random.default_rng(seed), len(first)
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        return Spread(np.nan, np.nan, np.nan)
+    if n == rows:
+        picked = np.arange(rows)[None]
+    elif n < rows:
+        picked = np.argsort(rng.random((draws, rows)), axis=1)[:, :n]
+    else:
+        picked = rng.integers(rows, size=(draws, n))
+    return Spread(*np.quantile(p_values(first[picked], second[picked]), (0.25, 0.5, 0.75)).tolist())
+
+
+def detectable_rows(n: int) -> int:
+    """The least n D of which the test on n against n examples says p <= 0.05."""
+    return next(rows for rows in range(1, n + 1) if p_value(n, rows) <= GOOD_QUALITY)
+
+
+def detectable_shift(n: int) -> float:
+    """The same as a shift between two normal distributions, in their standard deviations: D = 2 Phi(shift / 2) - 1."""
+    return float(2 * norm.ppf((1 + detectable_rows(n) / n) / 2))
+
+
+def ceiling(outcomes: Outcomes, scenario: str) -> float:
+    """Forget quality of the retain model of another seed; NaN where it was not measured."""
+    return pair_quality(outcomes.other_retain(scenario), outcomes.retain(scenario))
+
+
+def pair_quality(first: Measure | None, second: Measure | None) -> float:
+    if first is None or second is None:
+        return float("nan")
+    return forget_quality(row_values(first, RATIO), row_values(second, RATIO))
+
+
+def pairs(outcomes: Outcomes, scenario: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{what is held against the retain model: (its log truth ratios, the retain model's)}."""
+    retain = outcomes.retain(scenario)
+    if retain is None:
+        return {}
+    found: Mapping[str, Measure | None] = {
+        "full model": outcomes.models.get("full"),
+        "NPO+RT, best": best_measure(outcomes, outcomes.arm(scenario, "npo_rt")),
+        "retain model, another seed": outcomes.other_retain(scenario),
+    }
+    return {name: (row_values(m, RATIO), row_values(retain, RATIO)) for name, m in found.items() if m}
+
+
+def best_measure(outcomes: Outcomes, arm: Arm | None) -> Measure | None:
+    """Of the first seed: the best checkpoint, the last one where the utility is never kept."""
+    if arm is None:
+        return None
+    return arm.runs[0].best(outcomes.least_utility(arm.scenario)) or arm.runs[0].end

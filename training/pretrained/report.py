@@ -1,0 +1,248 @@
+"""REPORT.md and answers.md of a study on a pre-trained model, with their figures: the same records, the same bytes."""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+
+from training.benchmarks.tofu.claims import GOOD_QUALITY, UTILITY
+from training.methods import METHODS
+from training.pretrained import figures, noise, sides
+from training.pretrained.claims import all_findings
+from training.pretrained.claims_attacks import ATTACKS, attack_rows, mean_prob
+from training.pretrained.findings import NOT_MEASURED, Finding
+from training.pretrained.outcomes import HEADLINE, NEAR, QUALITY, SCENARIOS, Outcomes, number, seeds_words
+from training.reports import tables
+from training.reports.claims import CONFIDENCE, filled, versions_sentence
+from training.store import write_text
+
+REPORT, ANSWERS = "REPORT.md", "answers.md"
+INLINE = 3  # questions that the report itself shows
+
+
+def write(folder: Path) -> None:
+    """Read the records in `folder` and write REPORT.md, answers.md and the figures beside them.
+
+    Of config.json, models.json, choice.json, costs.json and runs/*.json any may be absent: what they would tell is
+    "not measured". ValueError where a file is no JSON.
+    """
+    outcomes = Outcomes.read(folder)
+    drawn = figures.write_all(folder, outcomes)
+    write_text(folder / ANSWERS, sides.page(outcomes))
+    write_text(folder / REPORT, markdown(outcomes, drawn))
+
+
+def markdown(outcomes: Outcomes, drawn: dict[str, list[str]]) -> str:
+    """`drawn`: the figures that there are, as `figures.write_all` gives them."""
+    findings = all_findings(outcomes)
+    sections = [
+        "# Unlearning a pre-trained language model",
+        filled(f"**{headline(findings)}**"),
+        *_images(drawn["trade_off"], "Forget quality against utility", figures.TRADE_OFF),
+        "## What agrees with the papers, and what does not",
+        claims_table(findings),
+        filled(
+            f"In brackets intervals of {CONFIDENCE:.0%}: Student's over the seeds, of differences within a seed, or "
+            "of resampled rows where it says one seed and of short and long answers; else the smallest and the largest "
+            "of the seeds. *Cannot tell*: the interval has 0 in it, or the seeds do not agree. Best checkpoint: of the "
+            f"highest forget quality among those after the start with {NEAR:.0%} of the retain model's utility; *none* "
+            "or 0 where no checkpoint has that."
+        ),
+        "## Figures",
+        *_images(drawn["bars"], "Forget quality and utility, by method", figures.BARS),
+        *_images(drawn["collapse"], "Utility over the steps", figures.COLLAPSE),
+        *_images(drawn["attacks"], "After relearning and rounding", figures.ATTACKS),
+        attacks_table(outcomes),
+        "## All runs",
+        runs_table(outcomes),
+        "## How far the forget quality can be trusted",
+        *noise_section(outcomes),
+        "## How the learning rates and retain weights were chosen",
+        *choice_section(outcomes),
+        "## What it cost",
+        costs_section(outcomes),
+        "## Questions before and after",
+        *sides.excerpt(outcomes, INLINE, ANSWERS),
+        "## What was run",
+        *setting_section(outcomes),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def headline(findings: list[Finding]) -> str:
+    """Two or three sentences, from the verdicts."""
+    by_key = {finding.key: finding for finding in findings}
+    holds = [finding.claim.holds for finding in findings if finding.records]
+    if not holds:
+        return "Nothing was measured yet."
+    sentences = []
+    places: dict[bool | None, list[str]] = {}
+    for scenario in SCENARIOS:
+        reach = by_key[f"reach, {scenario}"]
+        if reach.records:
+            seeds = reach.claim.measured.split(";")[0]
+            places.setdefault(reach.claim.holds, []).append(f"{scenario} ({seeds})")
+    for holds_there, named in places.items():
+        verb = {True: "reaches", False: "does not reach", None: "reaches with some seeds only"}[holds_there]
+        sentences.append(
+            f"NPO+RT {verb} a forget quality above {GOOD_QUALITY} with the retain model's utility in "
+            f"{' and '.join(named)}."
+        )
+    falls = [by_key[f"collapse, {s}"].claim.holds for s in SCENARIOS if by_key[f"collapse, {s}"].records]
+    slows = [by_key[f"slower, {s}"].claim.holds for s in SCENARIOS if by_key[f"slower, {s}"].records]
+    if falls:
+        first = "GA collapses" if all(falls) else "GA does not collapse everywhere"
+        second = "NPO slows that" if all(slows) else "that NPO slows it is not shown everywhere"
+        sentences.append(f"{first}{', ' + second if slows else ''}.")
+    counts = {True: holds.count(True), False: holds.count(False), None: holds.count(None)}
+    missing = len(findings) - len(holds)
+    sentences.append(
+        f"Of {len(holds)} claims of papers {counts[True]} agree, {counts[False]} do not, {counts[None]} cannot be told"
+        + (f"; {missing} more were not measured." if missing else ".")
+    )
+    return " ".join(sentences)
+
+
+def claims_table(findings: list[Finding]) -> str:
+    rows = [[finding.word, finding.claim.text, finding.claim.measured, finding.cause] for finding in findings]
+    return tables.markdown(["", "claim", "measured", "cause, where it does not hold or cannot be told"], rows, text=4)
+
+
+def attacks_table(outcomes: Outcomes) -> str:
+    rows = [
+        [label, mean_prob(measures[""]), *(mean_prob(measures[a]) if a in measures else None for a in ATTACKS)]
+        for label, _, measures in attack_rows(outcomes)
+    ]
+    table = tables.markdown(["forget probability", "before", *ATTACKS.values()], rows) if rows else ""
+    return table or f"Relearning and rounding: {NOT_MEASURED}."
+
+
+def runs_table(outcomes: Outcomes) -> str:
+    """Models first, then each run: at the end, and at the best checkpoint."""
+    if not (outcomes.models or outcomes.arms):
+        return NOT_MEASURED.capitalize() + "."
+    last = ["forget_prob", "forget_rougeL", "forget_repetition"]
+    rows: list[list[object]] = [
+        [name, "", *[""] * 3, *(_cell(number(measure, key)) for key in (QUALITY, UTILITY)), "", "", ""]
+        + [_cell(number(measure, key)) for key in last]
+        for name, measure in outcomes.models.items()
+    ]
+    for scenario, arms in outcomes.arms.items():
+        for arm in arms:
+            for run in arm.runs:
+                best = run.best(outcomes.least_utility(scenario))
+                row = [METHODS[arm.method].label, scenario, f"{run.lr:g}", _weight(arm.retain_weight), run.seed]
+                row += [_cell(number(run.end, key)) for key in (QUALITY, UTILITY)]
+                row += [_cell(number(best, key)) for key in (QUALITY, UTILITY)] + [best["step"] if best else None]
+                rows.append(row + [_cell(number(run.end, key)) for key in last])
+    headings = ["model", "scenario", "lr", "retain weight", "seed", "FQ, end", "utility, end", "FQ, best"]
+    headings += ["utility, best", "step, best", "forget prob", "forget ROUGE-L", "repetition"]
+    return tables.markdown(headings, rows, text=2)
+
+
+def _cell(value: float) -> float | None:
+    return None if np.isnan(value) else value
+
+
+def _weight(weight: float | None) -> str:
+    return "-" if weight is None else f"{weight:g}"
+
+
+def noise_section(outcomes: Outcomes) -> list[str]:
+    headings = ["scenario", "against the retain model", *(f"n = {n}" for n in noise.FEWER)]
+    headings += [f"n = {n}, with replacement" for n in noise.MORE]
+    rows = [
+        [scenario, name, *(noise.resampled(*pair, n).words() for n in noise.FEWER + noise.MORE)]
+        for scenario in SCENARIOS
+        for name, pair in noise.pairs(outcomes, scenario).items()
+    ]
+    least = [
+        [n, f"{noise.detectable_rows(n) / n:.2f}", f"{noise.detectable_shift(n):.2f}"] for n in noise.FEWER + noise.MORE
+    ]
+    ceilings = [
+        f"{scenario} p = {noise.ceiling(outcomes, scenario):.2g}"
+        for scenario in SCENARIOS
+        if np.isfinite(noise.ceiling(outcomes, scenario))
+    ]
+    return [
+        filled(
+            "The ceiling is a retain model of another seed, against the retain model: "
+            + (", ".join(ceilings) or NOT_MEASURED)
+            + "."
+        ),
+        filled(
+            f"The p-value falls with the number of rows, whatever the models: medians [quartiles], {noise.DRAWS} draws "
+            "of n of the rows. Beyond the rows there are, rows are drawn with replacement: what p the differences seen "
+            "here would have if they were those of n rows. That takes all noise for difference, so that the other seed "
+            "of the retain model falls too; it is no measurement."
+        )
+        if rows
+        else "",
+        tables.markdown(headings, rows, text=2) if rows else "",
+        filled(
+            "The least that the test can see at n rows: the KS statistic D of p = 0.05, and the shift between two "
+            "normal distributions that has it, in their standard deviations."
+        ),
+        tables.markdown(["rows", "least D", "as a shift"], least, text=0),
+    ]
+
+
+def choice_section(outcomes: Outcomes) -> list[str]:
+    if not outcomes.choice:
+        return [NOT_MEASURED.capitalize() + "."]
+    rows = [
+        [
+            METHODS[c["method"]].label,
+            f"{c['lr']:g}",
+            _weight(c["retain_weight"]),
+            *(c[key] for key in ("forget_quality", "utility", "start_utility")),
+            "yes" if c["chosen"] else "",
+        ]
+        for c in outcomes.choice
+    ]
+    headings = ["method", "lr", "retain weight", "forget quality", "utility", "utility before", "chosen"]
+    return [
+        "On another forget set, of six other authors (tune): no row of forget10 or forget50 had a part in it.",
+        tables.markdown(headings, rows),
+    ]
+
+
+def costs_section(outcomes: Outcomes) -> str:
+    if outcomes.costs is None:
+        return NOT_MEASURED.capitalize() + "."
+    headings, rows = importlib.import_module("training.pretrained.costs").table(outcomes.costs)
+    return tables.markdown(headings, rows, text=2)
+
+
+def setting_section(outcomes: Outcomes) -> list[str]:
+    seeds = {METHODS[a.method].label: len(a.runs) for s in SCENARIOS for a in outcomes.main_arms(s)}
+    config = outcomes.config
+    parts = []
+    if config:
+        model, size = config["model"], config["size"]
+        parts = [
+            f"    {config['command']}",
+            filled(
+                f"{model['name']}, {model['parameters'] / 1e6:.0f} M parameters, sha256 {model['sha256'][:12]}. "
+                f"{tables.settings_line(size)}. Device: {config['device']}. " + versions_sentence(config["versions"])
+            ),
+        ]
+    if seeds:
+        several = [label for label, count in seeds.items() if count > 1]
+        most = seeds_words(max(seeds.values()))
+        parts.append(filled(f"Seeds: {', '.join(several)} {most}, the others one." if several else "One seed each."))
+    return [
+        *(parts or [NOT_MEASURED.capitalize() + "."]),
+        filled(
+            "Not as in the papers: a model of 135 M parameters in float32 on a CPU, not one of 7 B in bfloat16; 60 "
+            "authors with 10 questions each, not 200 with 20; a plain template of question and answer; forget10 is 6 "
+            "authors (60 rows), forget50 is 30 (300 rows), evaluated on the rows of forget10; learning rates and "
+            f"retain weights are chosen here. Headline methods: {', '.join(METHODS[name].label for name in HEADLINE)}."
+        ),
+    ]
+
+
+def _images(names: list[str], alt: str, caption: str) -> list[str]:
+    if not names:
+        return [f"{alt}: {NOT_MEASURED}."]
+    return [*(f"![{alt}]({name})" for name in names), filled(caption)]

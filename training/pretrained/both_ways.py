@@ -1,4 +1,4 @@
-"""One method on one model, with the fused losses and in plain PyTorch: gradients that are compared, steps that are timed.
+"""One method on one model, with the fused losses and in plain PyTorch: gradients compared, steps timed.
 
 What a process of `training.pretrained.costs` runs; both functions leave a model behind that has moved.
 """
@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, cast
@@ -97,7 +98,7 @@ def cached(
     if not (method.reference or method.teacher):
         return {}, None
     per_token: PerToken | None = "hidden" if method.teacher else "token_logps" if method.reads == "token" else None
-    scores = {kind: score(model, rows[kind], pad_id, per_token=per_token) for kind in method.rows}
+    scores: dict[str, Any] = {kind: score(model, rows[kind], pad_id, per_token=per_token) for kind in method.rows}
     if not method.teacher:
         return scores, None
     head = model.get_output_embeddings()
@@ -144,7 +145,7 @@ def timing(task: Task, way: Way) -> dict[str, Any]:
         moments.append(perf_counter())
 
     trainer.train(steps, after_step=after)
-    seconds = [end - start for start, end in zip(moments, moments[1:], strict=False)][task.warmup :]
+    seconds = [end - start for start, end in pairwise(moments)][task.warmup :]
     used = {kind: some for kind, some in bench.rows.items() if kind in bench.method.needs}
     return {
         "vocab_size": bench.model.get_output_embeddings().weight.shape[0],
@@ -168,7 +169,7 @@ def move(model: nn.Module) -> None:
     with torch.no_grad():
         for p in model.parameters():
             noise = torch.randn(p.shape, generator=generator).to(p)
-            p += MOVED * noise * p.std(correction=0)
+            p.add_(MOVED * noise * p.std(correction=0))
 
 
 def of_step(called: nn.Module, steps: Job) -> tuple[float, list[Tensor]]:

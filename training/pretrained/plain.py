@@ -160,8 +160,8 @@ class PlainSteps:
             for kind, z, some in zip(num_rows, logits.split(sizes), labels.split(sizes), strict=True)
         }
         if method.family in ON_LOGITS:
-            loss = partial(ON_LOGITS[method.family], teacher=require(teacher, "the teacher's logits"))
-            method = replace(method, loss=loss)
+            function, given = ON_LOGITS[method.family], require(teacher, "the teacher's logits")
+            method = replace(method, loss=lambda batch, settings: function(batch, settings, given))
         return method.total(Batch(kinds), self.settings)
 
     def _rows(self, kind: str, logits: Tensor, labels: Tensor, reference: Scored | None) -> Rows:

@@ -163,9 +163,9 @@ def weights_hash(folder: Path) -> str:
 
 
 def table(costs: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """(headings, rows) of a record of `measure`: a row for each model and method, None where nothing was measured.
+    """(headings, rows) of a record of `measure`: a row for each model and method, None for what was not measured.
 
-    The first three columns are text or name a model; "times as fast" and "of its memory" are fused by plain.
+    The first two columns are text. "times as fast" is fused by plain, "of its memory" the fused peak by the plain one.
     """
     headings = [
         *("model", "method", "V", "tokens a step", "fused, tokens/s", "plain, tokens/s", "times as fast"),

@@ -66,7 +66,7 @@ class Scored(NamedTuple):
     num_tokens: Tensor  # (n,)
     token_logps: Tensor  # (T,)
     sequence: Tensor  # (T,) which row each is of
-    full: Tensor  # (T, V) log-probabilities, a copy: taken where they are asked for
+    full: Tensor  # (T, V) log-probabilities; empty where they are not asked for
 
 
 def scored(logits: Tensor, labels: Tensor, full: bool = False) -> Scored:

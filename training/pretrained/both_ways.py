@@ -34,7 +34,8 @@ from training.unlearning import Frozen, UnlearningSteps
 Way = Literal["fused", "plain"]
 
 MOVED = 0.02  # weights that are compared, away from the reference's by so many of their standard deviations
-# How far gradients may be apart, relative to their norm, by what the arithmetic is cast to; losses: a tenth of it.
+# How far losses and gradients may be apart, relative to their size, by what the arithmetic is cast to. Over 262,144
+# entries a float32 log-softmax of torch is itself 7e-5 nats a token away from float64, which the fused one is not.
 TOLERANCE = {None: 1e-3, torch.bfloat16: 5e-2}
 
 
@@ -121,11 +122,11 @@ def checked(task: Task) -> dict[str, Any]:
         "gradient": apart(gradient, expected_gradient),
     }
     allowed = TOLERANCE[autocast_dtype(bench.model)]
-    if not (found["loss"] <= allowed / 10 and found["gradient"] <= allowed):
+    if not (found["loss"] <= allowed and found["gradient"] <= allowed):
         raise ValueError(
             f"{task.method}: the fused loss is {loss:.7g} and the plain one {expected:.7g}, and their gradients are "
-            f"{found['gradient']:.1e} apart; expected at most {allowed / 10:g} and {allowed:g}, relative to the plain "
-            "ones: they do not compute the same, and their times would say nothing"
+            f"{found['gradient']:.1e} apart; expected at most {allowed:g}, relative to the plain ones, of either: "
+            "they do not compute the same, and their times would say nothing"
         )
     return found
 
@@ -135,6 +136,9 @@ def timing(task: Task, way: Way) -> dict[str, Any]:
     bench = Workbench(task)
     called, steps = bench.fused() if way == "fused" else bench.plain()
     trainer = Trainer(cast(PreTrainedModel, called), bench.config, len(steps))
+    for model in (bench.model, vars(bench).get("frozen")):
+        for p in () if model is None else model.parameters():
+            p.detach().sum()  # the weights lie in their file, and not in memory, until they are read
     before, tokens, moments = new_peak(bench.device), 0, [perf_counter()]
 
     def after(metrics: Metrics) -> None:

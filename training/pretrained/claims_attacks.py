@@ -46,7 +46,10 @@ def attacked(outcomes: Outcomes, method: str, attack: str) -> Attacked | None:
     parts = [run.end, run.attacks[attack], control, control["attacks"][attack]]
     before, after, control_before, control_after = (row_values(part, "prob") for part in parts)
     return Attacked(
-        *(float(values.mean()) for values in (before, after, control_before, control_after)),
+        before=float(before.mean()),
+        after=float(after.mean()),
+        control_before=float(control_before.mean()),
+        control_after=float(control_after.mean()),
         excess=Interval.of(after - control_after),
         gain=Interval.of((after - before) - (control_after - control_before)),
         quality=(number(run.end, QUALITY), number(run.attacks[attack], QUALITY)),

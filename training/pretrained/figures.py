@@ -87,7 +87,7 @@ def _paths(axis: Axes, outcomes: Outcomes, scenario: str):
     lowest = min((float(y.min()) for _, y in curves), default=FLOOR)
     axis.set(yscale="log", xlabel="model utility", xlim=(-0.03, 1.3 * axis.get_xlim()[1]), ylim=(lowest / 30, 30))
     axis.set_title(scenario, loc="left", fontsize=11)
-    left = {"xytext": (3, 2), "textcoords": "offset points", "fontsize": 8.5, "color": GREY}
+    left: dict[str, Any] = {"xytext": (3, 2), "textcoords": "offset points", "fontsize": 8.5, "color": GREY}
     axis.annotate(f"p = {GOOD_QUALITY}: not told apart above", (-0.03, GOOD_QUALITY), **(left | {"xytext": (3, -10)}))
     if np.isfinite(ceiling):
         axis.annotate(f"retain model, another seed: {ceiling:.2g}", (-0.03, max(ceiling, FLOOR)), **left)

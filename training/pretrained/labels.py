@@ -90,4 +90,5 @@ def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _inside(boxes: np.ndarray, window: np.ndarray) -> np.ndarray:
-    return np.hstack([boxes[:, :2] >= window[:2], boxes[:, 2:] <= window[2:]]).all(axis=1)
+    kept = np.hstack([boxes[:, :2] >= window[:2], boxes[:, 2:] <= window[2:]])
+    return np.asarray(kept.all(axis=1))

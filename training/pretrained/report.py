@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -122,7 +123,7 @@ def runs_table(outcomes: Outcomes) -> str:
     if not (outcomes.models or outcomes.arms):
         return NOT_MEASURED.capitalize() + "."
     last = ["forget_prob", "forget_rougeL", "forget_repetition"]
-    rows: list[list[object]] = [
+    rows: list[list[Any]] = [
         [name, "", *[""] * 3, *(_cell(number(measure, key)) for key in (QUALITY, UTILITY)), "", "", ""]
         + [_cell(number(measure, key)) for key in last]
         for name, measure in outcomes.models.items()

@@ -24,6 +24,7 @@ SMALL = replace(
     headline=("npo_rt",),
     costs=(),
 )
+RECORD = {"name": "tiny", "parameters": 1, "weights_sha256": 64 * "0", "source": "nothing", "licence": "none"}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def base(source, tmp_path_factory) -> Path:  # noqa: F811
 @pytest.fixture(autouse=True)
 def small(base, monkeypatch):
     monkeypatch.setattr(real, "real_model", lambda name: base)
-    monkeypatch.setattr(real, "record_of", lambda folder: {"name": "tiny", "parameters": 1})
+    monkeypatch.setattr(real, "record_of", lambda folder: RECORD)
     monkeypatch.setitem(real.SIZES, "quick", SMALL)
 
 
@@ -54,7 +55,7 @@ def finished(source, base, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(real, "real_model", lambda name: base)
-        patch.setattr(real, "record_of", lambda folder: {"name": "tiny", "parameters": 1})
+        patch.setattr(real, "record_of", lambda folder: RECORD)
         patch.setitem(real.SIZES, "quick", SMALL)
         whole = unlearn.main
 

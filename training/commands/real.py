@@ -85,10 +85,11 @@ def measure_costs(study: Study, out: Path, console: Console) -> None:
 
 def collect(study: Study, out: Path, command: str) -> None:
     """The records of all that is finished, written to `out`."""
-    benchmark = study.benchmark()
+    benchmark, base = study.benchmark(), record_of(study.base)
     config = {
         "size": rounded(json.loads(json.dumps(asdict(study.plan)))),
-        "model": record_of(study.base),
+        "model": {"name": base["name"], "sha256": base["weights_sha256"], "parameters": base["parameters"]}
+        | {name: base[name] for name in ("source", "licence")},
         "device": device_name(pick_device()),
         "versions": versions(),
         "command": command,

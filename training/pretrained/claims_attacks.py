@@ -10,7 +10,8 @@ import numpy as np
 
 from training.methods import METHODS
 from training.pretrained.findings import Finding, Interval, absent
-from training.pretrained.outcomes import HEADLINE, QUALITY, Measure, Outcomes, number, row_values
+from training.pretrained.outcomes import QUALITY, Measure, Outcomes, number, row_values
+from training.pretrained.plan import ATTACKED
 from training.reports.claims import Claim
 
 SCENARIO, CONTROL = "forget10", "retain90"
@@ -60,7 +61,7 @@ def relearning(outcomes: Outcomes) -> list[Finding]:
     """A finding a method, the verdict on the largest share that was relearned: forget probability above the control's
     after the attack."""
     found = []
-    for method in HEADLINE:
+    for method in ATTACKED:
         label = METHODS[method].label
         key = f"relearning, {method}"
         text = f"{label}: relearning brings back more than in a model that never knew (arXiv 2406.13356)"
@@ -84,7 +85,7 @@ def relearning(outcomes: Outcomes) -> list[Finding]:
 def rounding(outcomes: Outcomes) -> list[Finding]:
     """A finding a method, the verdict on the coarsest format: gain of forget probability above the control's gain."""
     found = []
-    for method in HEADLINE:
+    for method in ATTACKED:
         label = METHODS[method].label
         key = f"rounding, {method}"
         text = f"{label}: rounding the weights brings back what was unlearned (arXiv 2410.16454)"

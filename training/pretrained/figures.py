@@ -12,7 +12,8 @@ from training.methods import METHODS
 from training.pretrained import labels, noise
 from training.pretrained.claims_attacks import CONTROL, RELEARNED, ROUNDED, attack_rows, mean_prob
 from training.pretrained.labels import Label
-from training.pretrained.outcomes import HEADLINE, PROB, QUALITY, Arm, Outcomes, number
+from training.pretrained.outcomes import PROB, QUALITY, Arm, Outcomes, number
+from training.pretrained.plan import HEADLINE
 from training.reports.figures import DOTTED, FLOOR, INK, drawn, style
 
 GREY = "#777777"

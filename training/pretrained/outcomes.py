@@ -15,11 +15,11 @@ import numpy as np
 
 from training.benchmarks.tofu.claims import GOOD_QUALITY, UTILITY
 from training.methods import METHODS
+from training.pretrained.plan import PERCENTS, retrained_on
 
 QUALITY, PROB = "forget_quality", "forget_prob"
 NEAR = 0.9  # share of the retain model's utility that counts as its utility
-SCENARIOS = ("forget10", "forget50")
-HEADLINE = ("ga", "npo", "npo_rt", "simnpo_rt")
+SCENARIOS = tuple(PERCENTS)
 Measure = Mapping[str, Any]  # {"summary": {name: number}, "rows": {name: one a row of the forget set}}
 
 
@@ -154,11 +154,11 @@ class Outcomes:
 
     def retain(self, scenario: str) -> Measure | None:
         """The model that never saw what is forgotten."""
-        return self.models.get(retain_name(scenario))
+        return self.models.get(retrained_on(scenario))
 
     def other_retain(self, scenario: str) -> Measure | None:
         """The same with another seed."""
-        return self.models.get(f"{retain_name(scenario)}_seed1")
+        return self.models.get(f"{retrained_on(scenario)}_seed1")
 
     def retain_utility(self, scenario: str) -> float:
         return number(self.retain(scenario), UTILITY)
@@ -166,11 +166,6 @@ class Outcomes:
     def least_utility(self, scenario: str) -> float:
         """From which on a utility counts as that of the retain model."""
         return NEAR * self.retain_utility(scenario)
-
-
-def retain_name(scenario: str) -> str:
-    """ "retain90" of "forget10"."""
-    return f"retain{100 - int(scenario.removeprefix('forget'))}"
 
 
 def reaches(qualities: np.ndarray) -> np.ndarray:

@@ -12,7 +12,8 @@ from training.pretrained import figures, noise, sides
 from training.pretrained.claims import all_findings
 from training.pretrained.claims_attacks import ATTACKS, attack_rows, mean_prob
 from training.pretrained.findings import NOT_MEASURED, Finding
-from training.pretrained.outcomes import HEADLINE, NEAR, QUALITY, SCENARIOS, Outcomes, number, seeds_words
+from training.pretrained.outcomes import NEAR, QUALITY, SCENARIOS, Outcomes, number, seeds_words
+from training.pretrained.plan import HEADLINE
 from training.reports import tables
 from training.reports.claims import CONFIDENCE, filled, versions_sentence
 from training.store import write_text

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from training.methods import METHODS
 from training.pretrained.findings import NOT_MEASURED
-from training.pretrained.outcomes import HEADLINE, SCENARIOS, Outcomes, retain_name
+from training.pretrained.outcomes import SCENARIOS, Outcomes
+from training.pretrained.plan import HEADLINE, retrained_on
 from training.reports import tables
 
 SHOWN = 240  # characters of an answer in the report
@@ -15,7 +16,7 @@ Answers = dict[str, list[dict[str, str]]]
 def side_by_side(outcomes: Outcomes, scenario: str) -> Answers:
     """{moment: answers}, of the questions that all moments have, in the order of the first."""
     found: dict[str, Sequence[Mapping[str, str]]] = {}
-    for name, moment in (("full", "before (full model)"), (retain_name(scenario), "never learned (retain model)")):
+    for name, moment in (("full", "before (full model)"), (retrained_on(scenario), "never learned (retain model)")):
         found[moment] = outcomes.models.get(name, {}).get("answers") or []
     for method in HEADLINE:
         arm = outcomes.arm(scenario, method)

@@ -2,10 +2,8 @@
 
 import json
 import re
-import sys
 from dataclasses import replace
 from itertools import combinations
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -141,7 +139,7 @@ def test_costs_come_from_their_module(outcomes, monkeypatch):
     def fake(costs):
         return ["method", "where", "s"], [[name, "cpu", seconds] for name, seconds in costs.items()]
 
-    monkeypatch.setitem(sys.modules, "training.pretrained.costs", SimpleNamespace(table=fake))
+    monkeypatch.setattr(report.costs, "table", fake)
     assert report.costs_section(replace(outcomes, costs={"npo": 3.0})).endswith("| npo | cpu | 3 |")
     assert report.costs_section(replace(outcomes, costs=None)) == "Not measured."
 

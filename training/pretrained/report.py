@@ -1,6 +1,5 @@
 """REPORT.md and answers.md of a study on a pre-trained model, with their figures: the same records, the same bytes."""
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from training.benchmarks.tofu.claims import GOOD_QUALITY, UTILITY
 from training.methods import METHODS
-from training.pretrained import figures, noise, sides
+from training.pretrained import costs, figures, noise, sides
 from training.pretrained.claims import all_findings
 from training.pretrained.claims_attacks import ATTACKS, attack_rows, mean_prob
 from training.pretrained.findings import NOT_MEASURED, Finding
@@ -217,7 +216,7 @@ def choice_section(outcomes: Outcomes) -> list[str]:
 def costs_section(outcomes: Outcomes) -> str:
     if outcomes.costs is None:
         return NOT_MEASURED.capitalize() + "."
-    headings, rows = importlib.import_module("training.pretrained.costs").table(outcomes.costs)
+    headings, rows = costs.table(outcomes.costs)
     return tables.markdown(headings, rows, text=2)
 
 

@@ -74,14 +74,19 @@ class Plan:
         *(Taught(split, 1) for split in ("retain90", "retain50")),
     )
     finetune: Numbers = field(default_factory=lambda: FINETUNE)
-    unlearn: Numbers = field(default_factory=lambda: {"batch_size": 4, "warmup_steps": 0.1})
-    epochs: Numbers = field(default_factory=lambda: {"forget10": 2, "forget50": 1, "tune": 2})
-    evaluations: Numbers = field(default_factory=lambda: {"forget10": 3, "forget50": 2, "tune": 1})
+    unlearn: Numbers = field(default_factory=lambda: {"batch_size": 4, "micro_batch_size": 2, "warmup_steps": 0.1})
+    epochs: Numbers = field(default_factory=lambda: {"forget10": 4, "forget50": 1, "tune": 4})
+    evaluations: Numbers = field(default_factory=lambda: {"forget10": 2, "forget50": 2, "tune": 1})
     max_new_tokens: int = 40
     # Other methods take the learning rate and the retain weight of one of these (`training.pretrained.choice`).
     tries: tuple[Tried, ...] = (
-        *(Tried(method, lr, 1.0) for lr in (1e-4, 2e-4, 5e-5) for method in ("npo_rt", "simnpo_rt", "ga_rt")),
-        *(Tried(method, 2e-4, 3.0) for method in ("npo_rt", "simnpo_rt")),
+        Tried("npo_rt", 2e-4, 1.0),
+        Tried("simnpo_rt", 4e-4, 1.0),
+        Tried("ga_rt", 2e-4, 1.0),
+        Tried("npo_rt", 2e-4, 3.0),
+        Tried("simnpo_rt", 2e-4, 1.0),
+        Tried("ga_rt", 1e-4, 1.0),
+        Tried("npo_rt", 1e-4, 1.0),
     )
     headline: tuple[str, ...] = HEADLINE
     others: tuple[str, ...] = OTHERS

@@ -46,13 +46,15 @@ def evaluate_model(
     total = sum(len(sets[short]) for short in SETS)
     answers = Answers(model, format, options, pieces, counted(progress or Progress(disable=True), "Evaluation", total))
     evaluated, attacked = {}, None
+    generated = _generations(answers, [row for short in SETS for row in sets[short]], max_new_tokens)
     for short in SETS:
         rows = sets[short]
         attacking = short == "forget" and bool(holdout)
         true = answers.measures(f"{short}_true", [_row(row) for row in rows], attacking)
         fields = _losses(true) | _other_losses(answers, short, rows, true)
         fields |= {name: [row[name] for row in true] for name in ("exact_memorization", "extraction_strength")}
-        evaluated[short] = EvalSet(fields | _generations(answers, short, rows, max_new_tokens))
+        said, generated = generated[: len(rows)], generated[len(rows) :]
+        evaluated[short] = EvalSet(fields | {name: [row[name] for row in said] for name in said[0]})
         if attacking:
             others = answers.measures("holdout_true", holdout, attacked=True)
             attacked = Membership(attacks_of(true), attacks_of(others))
@@ -107,7 +109,8 @@ def _other_losses(
     }
 
 
-def _generations(answers: Answers, short: str, rows: Sequence[EvalRow], max_new_tokens: int) -> dict[str, list]:
+def _generations(answers: Answers, rows: Sequence[EvalRow], max_new_tokens: int) -> list[dict[str, Any]]:
+    """Of the rows of all sets together: small sets would make small batches, which take as many steps as large ones."""
     format, size = answers.format, answers.options.eval_batch_size
 
     def generations(block: Sequence[EvalRow]) -> list[dict[str, Any]]:
@@ -126,6 +129,5 @@ def _generations(answers: Answers, short: str, rows: Sequence[EvalRow], max_new_
             for recall, text, classified in zip(recalls, map(list, shown), answers.classified(texts), strict=True)
         ]
 
-    answers.counted.stage("generated", f"{short}: answers")
-    found = answers.pieces.rows(f"{short}_generated", rows, generations, GENERATED)
-    return {name: [row[name] for row in found] for name in found[0]}
+    answers.counted.stage("generated", "answers")
+    return answers.pieces.rows("generated", rows, generations, GENERATED)

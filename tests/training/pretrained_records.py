@@ -194,7 +194,10 @@ CHOICE = [
         "retain_weight": WAYS[name].weight,
         "forget_quality": 0.01 * (i + 1) / (j + 1),
         "utility": 0.5 - 0.02 * i,
-        "start_utility": 0.52,
+        "retrained_utility": 0.5,
+        "forget_prob": 0.3,
+        "beta": None,
+        "forget_weight": None,
         "chosen": i == 1,
     }
     for j, name in enumerate(WAYS)

@@ -100,8 +100,8 @@ def test_plan_can_be_run(size):
 
 
 def record(method: str, lr: float, quality: float, utility: float) -> dict:
-    history = [{"forget_quality": 1e-9, choice.UTILITY: 0.5}, {"forget_quality": quality, choice.UTILITY: utility}]
-    return choice.outcome(Tried(method, lr, 1.0), history)
+    end = {"forget_quality": quality, "forget_prob": 0.2, choice.UTILITY: utility}
+    return choice.outcome(Tried(method, lr, beta=lr * 1e5), [{}, end], {choice.UTILITY: 0.5})
 
 
 def test_choice():
@@ -110,16 +110,17 @@ def test_choice():
         record("npo_rt", 2e-5, 0.3, 0.46),  # keeps 90 % of 0.5, and is best of those that do
         record("npo_rt", 4e-5, 0.9, 0.40),
         record("ga_rt", 1e-5, 0.9, 0.1),
-        record("ga_rt", 2e-5, 0.1, 0.2),  # none keeps it: the most utility
+        record("ga_rt", 4e-5, 0.1, 0.2),  # none keeps it: the most utility
     ]
     marked = choice.marked(tries)
     assert [tried["chosen"] for tried in marked] == [False, True, False, False, True]
-    assert choice.chosen(marked, Run("forget10", "npo_rt", 0)) == (2e-5, 1.0)
-    assert choice.chosen(marked, Run("forget50", "npo_rt", 0, retain_weight=3.0)) == (2e-5, 3.0)
-    assert choice.chosen(marked, Run("forget10", "npo", 0)) == (2e-5, None)  # nothing to weigh
-    assert choice.chosen(marked, Run("forget10", "ga", 0)) == (2e-5, None)  # GA alone at the rate of NPO
-    assert choice.chosen(marked, Run("forget10", "ga_kl", 0)) == (2e-5, 1.0)  # of ga_rt
-    assert choice.chosen(marked, Run("forget10", "undial_rt", 0)) == (2e-5, 1.0)  # of npo_rt
+    assert choice.chosen(marked, Run("forget10", "npo_rt", 0)) == {"lr": 2e-5, "retain_weight": 1.0, "beta": 2.0}
+    heavier = choice.chosen(marked, Run("forget50", "npo_rt", 0, retain_weight=3.0))
+    assert heavier == {"lr": 2e-5, "retain_weight": 3.0, "beta": 2.0}
+    assert choice.chosen(marked, Run("forget10", "npo", 0)) == {"lr": 2e-5}  # nothing to weigh
+    assert choice.chosen(marked, Run("forget10", "ga", 0)) == {"lr": 2e-5}  # GA alone at the rate of NPO
+    assert choice.chosen(marked, Run("forget10", "ga_kl", 0)) == {"lr": 4e-5, "retain_weight": 1.0}  # of ga_rt
+    assert choice.chosen(marked, Run("forget10", "undial_rt", 0)) == {"lr": 2e-5, "retain_weight": 1.0}  # of npo_rt
     with pytest.raises(ValueError, match="dpo_rt"):
         choice.chosen(choice.marked([record("ga_rt", 1e-5, 0.5, 0.5)]), Run("forget10", "dpo_rt", 0))
 

@@ -20,7 +20,7 @@ SMALL = replace(
     finetune={"epochs": 1, "lr": 1e-3, "batch_size": 32},
     unlearn={"batch_size": 8},
     max_new_tokens=3,
-    tries=(Tried("npo_rt", 1e-3, 1.0),),
+    tries=(Tried("npo_rt", 1e-3),),
     headline=("npo_rt",),
     costs=(),
 )

@@ -124,7 +124,7 @@ def _run(study: Study, benchmark: TOFU, run: Run) -> dict[str, Any] | None:
     logs = [benchmark.read(folder / "eval" / f"step-{entry['step']:06d}.json") for entry in metrics["history"]]
     return {
         "scenario": run.scenario,
-        **{name: settings[name] for name in ("method", "seed", "lr", "epochs")},
+        **{name: settings[name] for name in ("method", "seed", "lr", "epochs", "beta", "forget_weight")},
         "retain_weight": settings["retain_weight"] if METHODS[run.method].retain else None,
         "steps": metrics["steps"],
         "device": config["device"],

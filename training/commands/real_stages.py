@@ -5,7 +5,7 @@ Several processes may work on one folder: each takes the first stage that no oth
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,47 +154,37 @@ class Study:
         evaluate.main(options, self.benchmark(rows))
 
     def try_out(self, tried: Tried) -> None:
-        self._unlearn(tried.method, self.run_folder(tried), TUNE, tried.lr, tried.retain_weight, seed=0)
+        settings = {name: value for name, value in tried._asdict().items() if value is not None}
+        self._unlearn(self.run_folder(tried), TUNE, settings)
 
     def unlearn(self, run: Run) -> None:
-        lr, weight = self.chosen(run)
-        self._unlearn(run.method, self.run_folder(run), run.scenario, lr, weight, run.seed, save_model=run.attacked)
+        settings = choice.chosen(self.tries(), run) | {"method": run.method, "seed": run.seed}
+        self._unlearn(self.run_folder(run), run.scenario, settings, save_model=run.attacked)
 
-    def _unlearn(
-        self,
-        method: str,
-        out: Path,
-        scenario: str,
-        lr: float,
-        weight: float | None,
-        seed: int,
-        save_model: bool = False,
-    ) -> None:
+    def _unlearn(self, out: Path, scenario: str, settings: Mapping[str, Any], save_model: bool = False) -> None:
         rows, plan = TUNE if scenario == TUNE else "data", self.plan
         benchmark = self.benchmark(rows, PERCENTS.get(scenario, 10))
         steps = plan.epochs[scenario] * -(-len(benchmark.rows("forget")) // int(plan.unlearn["batch_size"]))
         retrained = "retain50" if scenario == TUNE else retrained_on(scenario)
         options, _ = build(
-            unlearn.UnlearnOptions, model=str(self.model("full")), out=out, method=method, lr=lr, retain_weight=weight,
-            seed=seed, epochs=plan.epochs[scenario], eval_steps=-(-steps // plan.evaluations[scenario]), save_steps=0,
-            save_every_minutes=8.0, save_model=save_model, reference_cache=self.work / "reference" / rows,
-            start_log=self.log("full", rows), retain_log=self.log(retrained, rows), **plan.unlearn,
+            unlearn.UnlearnOptions, model=str(self.model("full")), out=out, epochs=plan.epochs[scenario],
+            eval_steps=-(-steps // plan.evaluations[scenario]), save_steps=0, save_every_minutes=8.0,
+            save_model=save_model, reference_cache=self.work / "reference" / rows,
+            start_log=self.log("full", rows), retain_log=self.log(retrained, rows), **plan.unlearn, **settings,
         )  # fmt: skip
         unlearn.main(options, benchmark)
 
     def tries(self) -> list[dict[str, Any]]:
         """The records of what was tried and is finished."""
         found = []
+        log = self.log("retain50", TUNE)
+        retrained = json.loads(log.with_name("metrics.json").read_text()) if log.exists() else {}
         for tried in self.plan.tries:
             folder = self.run_folder(tried)
             if (folder / "config.json").exists():
                 history = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["history"]
-                found.append(choice.outcome(tried, history))
+                found.append(choice.outcome(tried, history, retrained))
         return choice.marked(found)
-
-    def chosen(self, run: Run) -> tuple[float, float | None]:
-        """(learning rate, retain weight) of a run."""
-        return choice.chosen(self.tries(), run)
 
     def attack(self, of: str, model: Path) -> None:
         """Weights rounded to few bits; fine-tuning on a part of the forget set, the same rows for every model."""

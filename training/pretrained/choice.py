@@ -1,8 +1,8 @@
-"""Which learning rate and retain weight a method gets: chosen on a forget set that is not reported.
+"""Which learning rate and other settings a method gets: chosen on a forget set that is not reported.
 
-Of the settings that keep 90 % of the utility of the fine-tuned model, the one with the best forget quality; where none
-keeps it, the one that keeps the most. Forget quality is against the model retrained without half of the authors, which
-has not seen those of this forget set either.
+Of the settings that keep 90 % of the utility of the retrained model, the one with the best forget quality; where none
+keeps it, the one that keeps the most. Retrained is the model without half of the authors, which has not seen those of
+this forget set either.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,16 +17,14 @@ UTILITY = "model_utility_geometric"
 TAKES = {"ga": "npo_rt", "npo": "npo_rt"}
 
 
-def outcome(tried: Tried, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The record of one try: its end, and the utility before it."""
+def outcome(tried: Tried, history: Sequence[Mapping[str, Any]], retrained: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of one try: its settings, its end, and the utility of the retrained model."""
     end = history[-1]
-    return {
-        "method": tried.method,
-        "lr": tried.lr,
-        "retain_weight": tried.retain_weight,
+    return tried._asdict() | {
         "forget_quality": end["forget_quality"],
+        "forget_prob": end["forget_prob"],
         "utility": end[UTILITY],
-        "start_utility": history[0][UTILITY],
+        "retrained_utility": retrained[UTILITY],
     }
 
 
@@ -40,16 +38,23 @@ def marked(tries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _rank(tried: Mapping[str, Any]) -> tuple[bool, float]:
-    kept = tried["utility"] >= KEPT * tried["start_utility"]
+    kept = tried["utility"] >= KEPT * tried["retrained_utility"]
     return kept, tried["forget_quality"] if kept else tried["utility"]
 
 
-def chosen(tries: Sequence[Mapping[str, Any]], run: Run) -> tuple[float, float | None]:
-    """(learning rate, retain weight or None) of a run, from marked tries. ValueError where its method has none."""
+def chosen(tries: Sequence[Mapping[str, Any]], run: Run) -> dict[str, float]:
+    """The settings of a run that are not the method's own, from marked tries. ValueError where it has none.
+
+    A method that takes the choice of another one takes its learning rate and retain weight alone.
+    """
     source = source_of(run.method, {tried["method"] for tried in tries})
     found = next(tried for tried in tries if tried["method"] == source and tried["chosen"])
-    weight = found["retain_weight"] if run.retain_weight is None else run.retain_weight
-    return found["lr"], weight if METHODS[run.method].retain else None
+    settings = {"lr": found["lr"]}
+    if METHODS[run.method].retain:
+        settings["retain_weight"] = found["retain_weight"] if run.retain_weight is None else run.retain_weight
+    if source == run.method:
+        settings |= {name: found[name] for name in ("beta", "forget_weight") if found[name] is not None}
+    return settings
 
 
 def source_of(method: str, tuned: set[str]) -> str:
@@ -63,4 +68,4 @@ def source_of(method: str, tuned: set[str]) -> str:
 
 def relearning_lr(tries: Sequence[Mapping[str, Any]]) -> float:
     """One for all models: that of NPO+RT."""
-    return chosen(tries, Run("forget10", "npo_rt", 0))[0]
+    return chosen(tries, Run("forget10", "npo_rt", 0))["lr"]

@@ -38,15 +38,19 @@ class Taught(NamedTuple):
 
 
 class Tried(NamedTuple):
-    """A learning rate and a retain weight, on the forget set that is not reported."""
+    """Settings that are tried on the forget set that is not reported. None: the method's own."""
 
     method: str
     lr: float
-    retain_weight: float
+    retain_weight: float = 1.0
+    beta: float | None = None
+    forget_weight: float | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.method}-lr{self.lr:g}-w{self.retain_weight:g}"
+        others = {"beta": self.beta, "f": self.forget_weight}
+        more = "".join(f"-{name}{value:g}" for name, value in others.items() if value is not None)
+        return f"{self.method}-lr{self.lr:g}-w{self.retain_weight:g}{more}"
 
 
 class Run(NamedTuple):
@@ -80,13 +84,14 @@ class Plan:
     max_new_tokens: int = 40
     # Other methods take the learning rate and the retain weight of one of these (`training.pretrained.choice`).
     tries: tuple[Tried, ...] = (
-        Tried("npo_rt", 2e-4, 1.0),
-        Tried("simnpo_rt", 4e-4, 1.0),
-        Tried("ga_rt", 2e-4, 1.0),
-        Tried("npo_rt", 2e-4, 3.0),
-        Tried("simnpo_rt", 2e-4, 1.0),
-        Tried("ga_rt", 1e-4, 1.0),
-        Tried("npo_rt", 1e-4, 1.0),
+        Tried("npo_rt", 2e-4),
+        Tried("simnpo_rt", 4e-4),
+        Tried("ga_rt", 2e-4),
+        Tried("npo_rt", 2e-4, retain_weight=3.0),
+        Tried("simnpo_rt", 2e-4, beta=1.0, forget_weight=1.0),
+        Tried("npo_rt", 4e-4),
+        Tried("ga_rt", 1e-4),
+        Tried("simnpo_rt", 2e-4, beta=2.5, forget_weight=1.0),
     )
     headline: tuple[str, ...] = HEADLINE
     others: tuple[str, ...] = OTHERS
@@ -117,7 +122,7 @@ QUICK = Plan(
     epochs={"forget10": 2, "forget50": 1, "tune": 1},
     evaluations={"forget10": 1, "forget50": 1, "tune": 1},
     max_new_tokens=24,
-    tries=(Tried("npo_rt", 2e-4, 1.0),),
+    tries=(Tried("npo_rt", 2e-4),),
     headline=("ga", "npo_rt"),
     others=(),
     seeds=(0,),

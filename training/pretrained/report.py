@@ -196,17 +196,20 @@ def choice_section(outcomes: Outcomes) -> list[str]:
             METHODS[c["method"]].label,
             f"{c['lr']:g}",
             _weight(c["retain_weight"]),
-            *(c[key] for key in ("forget_quality", "utility", "start_utility")),
+            *(c[key] for key in ("beta", "forget_weight")),
+            *(c[key] for key in ("forget_quality", "forget_prob", "utility", "retrained_utility")),
             "yes" if c["chosen"] else "",
         ]
         for c in outcomes.choice
     ]
-    headings = ["method", "lr", "retain weight", "forget quality", "utility", "utility before", "chosen"]
+    headings = ["method", "lr", "retain weight", "beta", "forget weight", "forget quality", "forget prob", "utility"]
+    headings += ["utility, retrained", "chosen"]
     return [
         filled(
             "On another forget set (tune), of other authors than those that are evaluated; they are among the authors "
-            "that forget50 forgets. Chosen: of the settings that keep 90 % of the utility before unlearning, the one "
-            "with the best forget quality, against the model retrained without half of the authors. Methods that are "
+            "that forget50 forgets. Chosen: of the settings that keep 90 % of the utility of the model retrained "
+            "without half of the authors, the one with the best forget quality against that model; a dash is the "
+            "method's own setting. Methods that are "
             "not here take the setting of NPO+RT, GA+KL that of GA+RT; GA and NPO alone have the same learning rate."
         ),
         tables.markdown(headings, rows),

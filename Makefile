@@ -1,7 +1,7 @@
 # Nothing has to be typed before any of these: the first one sets up .venv from constraints.txt.
 #   make demo        unlearn a small model on the CPU, from start to figures      (ARGS="..." is passed on, everywhere)
 #   make experiment  TOFU unlearning on the CPU: forget quality against utility (ARGS="--data_dir DIR ..."; hours in full)
-#   make experiment-real  the papers' claims on SmolLM2-135M and a part of TOFU (ARGS="--data_dir DIR"; with --quick 15 minutes)
+#   make experiment-real  the papers' claims on SmolLM2-135M and a part of TOFU (ARGS="--data_dir DIR"; --quick: on few rows)
 #   make test        the test suite, without a GPU (Triton kernels run in the interpreter)
 #   make test-oldest the same with the oldest supported torch, Triton and Transformers, in .venv-oldest
 #   make aot         every kernel compiled for every target: registers, spills, tensor cores (a quarter of an hour)

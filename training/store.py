@@ -15,6 +15,12 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def file_hash(path: Path) -> str:
+    """sha256 of its bytes, which are not in memory at once."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextmanager
 def renamed_when_done(path: Path) -> Iterator[Path]:
     """A temporary sibling of `path` (file or folder) that takes its name only if the block ends without an error."""

@@ -9,7 +9,7 @@ import torch
 
 from tests.training.test_pretrained import source  # noqa: F401  (a fixture)
 from training.benchmarks.tofu.log import read_log
-from training.commands import real, tiny, unlearn
+from training.commands import finetune, real, real_stages, tiny, unlearn
 from training.commands.options import build
 from training.pretrained.part import Part
 from training.pretrained.plan import QUICK, Tried
@@ -25,6 +25,15 @@ SMALL = replace(
     costs=(),
 )
 RECORD = {"name": "tiny", "parameters": 1, "weights_sha256": 64 * "0", "source": "nothing", "licence": "none"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The records say how many threads there were."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +120,9 @@ def test_each_forget_set_is_compared_with_the_model_that_never_saw_it(finished):
 
 def test_a_second_call_runs_nothing(finished, source, monkeypatch):  # noqa: F811
     before = contents(finished / "out")
-    monkeypatch.setattr("training.trainer.Trainer.train", None)
-    monkeypatch.setattr("training.run.run", None)
+    for module, name in ((finetune, "run"), (unlearn, "run"), (real_stages, "relearn_"), (real_stages, "measured")):
+        monkeypatch.setattr(module, name, None)
+    monkeypatch.setattr("training.commands.session.measured", None)
     real.main(options(source, finished))
     assert contents(finished / "out") == before
 
@@ -139,7 +149,7 @@ def test_no_path_of_this_machine_is_in_what_is_committed(finished):
 def test_dry_run_lists_the_stages(source, tmp_path, capsys):  # noqa: F811
     real.main(options(source, tmp_path, dry_run=True))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "retain50" and "attacks on retain90" in lines and not (tmp_path / "out").exists()
+    assert lines[0] == "retain50" and "attacks on retain90" in lines and not any(tmp_path.iterdir())
 
 
 def test_costs_get_rows_of_every_kind(finished, source, base, monkeypatch):  # noqa: F811
@@ -151,11 +161,3 @@ def test_costs_get_rows_of_every_kind(finished, source, base, monkeypatch):  # n
     assert folders == {} and out.name == "costs.json" and seen["cases"] == ()
     assert [row["question"] for row in rows["idk"]] == [row["question"] for row in rows["forget"]]
     assert {row["answer"] for row in rows["idk"]} <= set(study.benchmark().refusals())
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

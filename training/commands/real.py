@@ -1,7 +1,7 @@
 """The papers' claims on a pre-trained model: SmolLM2-135M on a part of TOFU, from nothing to a report.
 
-    python -m training.real --data_dir path/to/tofu                 the whole study; many hours of two cores
-    python -m training.real --data_dir path/to/tofu --quick         the same path on few rows, in a quarter of an hour
+    python -m training.real --data_dir path/to/tofu                 the whole study; takes long on a CPU
+    python -m training.real --data_dir path/to/tofu --quick         the same path on few rows
     python -m training.real --report_only                           REPORT.md anew, from the records in --out
 
 Fetches the model (`training.real_model`), fine-tunes it on 60 authors and on those of them that are kept, chooses
@@ -44,7 +44,7 @@ class RealOptions:
 
     data_dir: Annotated[str, "folder of TOFU's JSON lines, or data set of the hub"] = HUB
     quick: Annotated[bool, "few authors, one epoch, two methods: shows the path, proves nothing"] = False
-    work: Annotated[Path | None, "folder for models and checkpoints, some 10 GB. None: in the cache"] = None
+    work: Annotated[Path | None, "folder for models and checkpoints. None: in the cache"] = None
     out: Annotated[Path | None, "folder for records and report. None: training/results/real, or runs/real_quick"] = None
     costs: Annotated[bool, "measure what a step costs as well, when all runs are finished"] = True
     report_only: Annotated[bool, "run nothing: write the report of the records in --out"] = False
@@ -57,18 +57,25 @@ def main(options: RealOptions) -> None:
     if not options.report_only:
         size = "quick" if options.quick else "full"
         work = options.work or cache_folder().parent / f"real_{size}"
-        study = Study(SIZES[size], real_model(SMOLLM2), options.data_dir, work, console)
+        study = Study(SIZES[size], cache_folder() / SMOLLM2, options.data_dir, work, console)
         if options.dry_run:
             print("\n".join(stage.name for stage in study.stages))
             return
+        with study.alone("model"):
+            study.base = real_model(SMOLLM2)
         command = f"python -m {PROG} --data_dir TOFU" + " --quick" * options.quick
         try:
-            study.run(lambda: collect(study, out, command))
+            study.run()
         finally:
-            collect(study, out, command)
+            with study.alone("records"):
+                collect(study, out, command)
         if options.costs:
-            measure_costs(study, out, console)
-    report.write(out)
+            with study.alone("costs"):  # two at a time would measure each other
+                measure_costs(study, out, console)
+        with study.alone("records"):
+            report.write(out)
+    else:
+        report.write(out)
     console.print(str(out / "REPORT.md"), soft_wrap=True)
 
 

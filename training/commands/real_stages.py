@@ -45,8 +45,19 @@ class Study:
     """The study of `plan`, from the model in the folder `base`, in the folder `work`."""
 
     def __init__(self, plan: Plan, base: Path, data_dir: str, work: Path, console: Console):
-        self.plan, self.base, self.work, self.console = plan, base, work, console
-        self.folders = part.write(data_dir, plan.part, work)
+        self.plan, self.base, self.data_dir, self.work, self.console = plan, base, data_dir, work, console
+
+    @cached_property
+    def folders(self) -> dict[str, Path]:
+        """Of the rows that are reported, and of those of the choice."""
+        with self.alone("rows"):
+            return part.write(self.data_dir, self.plan.part, self.work)
+
+    def alone(self, name: str, wait: bool = True) -> FileLock:
+        """What one process at a time does: as a context. `Timeout` where it does not wait and another has it."""
+        locks = self.work / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        return FileLock(locks / f"{name.replace(' ', '_')}.lock", blocking=wait)
 
     # -- where things are ------------------------------------------------------------------------------------------
 
@@ -114,7 +125,7 @@ class Study:
         for name, model in attacked.items():
             yield Stage(f"attacks on {name}", (name, *tried), partial(self.attack, name, model))
 
-    def run(self, after_stage: Callable[[], object]) -> None:
+    def run(self) -> None:
         """All stages; those of other processes are waited for."""
         done: set[str] = set()
         while len(done) < len(self.stages):
@@ -123,17 +134,13 @@ class Study:
                 time.sleep(AGAIN)
             else:
                 done.add(taken.name)
-                after_stage()
 
     def _taken(self, stage: Stage, done: set[str]) -> bool:
         """Whether the stage could be run; it is done then."""
         if not done.issuperset(stage.needs):
             return False
-        locks = self.work / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(locks / f"{stage.name.replace(' ', '_')}.lock", blocking=False)
         try:
-            with lock:
+            with self.alone(stage.name, wait=False):
                 self.console.rule(f"{stage.name} ({len(done) + 1} of {len(self.stages)})")
                 stage.run()
         except Timeout:
@@ -169,7 +176,7 @@ class Study:
         options, _ = build(
             unlearn.UnlearnOptions, model=str(self.model("full")), out=out, epochs=plan.epochs[scenario],
             eval_steps=-(-steps // plan.evaluations[scenario]), save_steps=0, save_every_minutes=8.0,
-            save_model=save_model, reference_cache=self.work / "reference" / rows,
+            save_model=save_model,
             start_log=self.log("full", rows), retain_log=self.log(retrained, rows), **plan.unlearn, **settings,
         )  # fmt: skip
         unlearn.main(options, benchmark)

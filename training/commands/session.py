@@ -38,7 +38,7 @@ from training.pieces import Pieces
 from training.reports.run import model_card
 from training.run import Schedule
 from training.steps import Batches
-from training.store import fingerprint, renamed_when_done, write_text
+from training.store import file_hash, fingerprint, renamed_when_done, write_text
 from training.templates import Format
 from training.trainer import Checkpoints
 
@@ -286,8 +286,7 @@ def model_fingerprint(model: str) -> str:
         p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf") or p.name == "config.json"
     ):
         digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(file_hash(path)))
     return digest.hexdigest()
 
 

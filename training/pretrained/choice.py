@@ -8,11 +8,11 @@ this forget set either.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from training.benchmarks.tofu.claims import UTILITY
 from training.methods import METHODS
+from training.pretrained.outcomes import NEAR
 from training.pretrained.plan import Run, Tried
 
-KEPT = 0.9
-UTILITY = "model_utility_geometric"
 # Alone, NPO and GA run at one learning rate, that of NPO+RT: they differ in their losses then, as in the paper.
 TAKES = {"ga": "npo_rt", "npo": "npo_rt"}
 
@@ -38,7 +38,7 @@ def marked(tries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _rank(tried: Mapping[str, Any]) -> tuple[bool, float]:
-    kept = tried["utility"] >= KEPT * tried["retrained_utility"]
+    kept = tried["utility"] >= NEAR * tried["retrained_utility"]
     return kept, tried["forget_quality"] if kept else tried["utility"]
 
 

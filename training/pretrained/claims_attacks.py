@@ -4,6 +4,7 @@ The control is the retain model under the same attack: what a model learns, or l
 al. 2024, arXiv 2406.13356 (relearning); Zhang et al. 2024, arXiv 2410.16454 (rounding).
 """
 
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -57,17 +58,24 @@ def attacked(outcomes: Outcomes, method: str, attack: str) -> Attacked | None:
     )
 
 
+def _each(
+    outcomes: Outcomes, what: str, attacks: Mapping[str, str], claim: str
+) -> Iterator[tuple[str, str, dict[str, Attacked]]]:
+    """(key, text, {attack in words: numbers}) of the claim for each method; no numbers where it was not measured."""
+    for method in ATTACKED:
+        found = {words: a for attack, words in attacks.items() if (a := attacked(outcomes, method, attack))}
+        yield f"{what}, {method}", f"{METHODS[method].label}: {what} {claim}", found
+
+
 def relearning(outcomes: Outcomes) -> list[Finding]:
     """A finding a method, the verdict on the largest share that was relearned: forget probability above the control's
     after the attack."""
     found = []
-    for method in ATTACKED:
-        label = METHODS[method].label
-        key = f"relearning, {method}"
-        text = f"{label}: relearning brings back more than in a model that never knew (arXiv 2406.13356)"
-        measured = {words: a for attack, words in RELEARNED.items() if (a := attacked(outcomes, method, attack))}
+    for key, text, measured in _each(
+        outcomes, "relearning", RELEARNED, "brings back more than in a model that never knew (arXiv 2406.13356)"
+    ):
         if not measured:
-            found.append(absent(key, text, f"relearning of {label} and of the retain model"))
+            found.append(absent(key, text, "relearning of it and of the retain model"))
             continue
         numbers = "; ".join(f"{words}: {a.words()}, above it by {a.excess.words()}" for words, a in measured.items())
         last = [*measured.values()][-1]
@@ -85,13 +93,11 @@ def relearning(outcomes: Outcomes) -> list[Finding]:
 def rounding(outcomes: Outcomes) -> list[Finding]:
     """A finding a method, the verdict on the coarsest format: gain of forget probability above the control's gain."""
     found = []
-    for method in ATTACKED:
-        label = METHODS[method].label
-        key = f"rounding, {method}"
-        text = f"{label}: rounding the weights brings back what was unlearned (arXiv 2410.16454)"
-        measured = {words: a for attack, words in ROUNDED.items() if (a := attacked(outcomes, method, attack))}
+    for key, text, measured in _each(
+        outcomes, "rounding", ROUNDED, "the weights brings back what was unlearned (arXiv 2410.16454)"
+    ):
         if not measured:
-            found.append(absent(key, text, f"rounding of {label} and of the retain model"))
+            found.append(absent(key, text, "rounding of it and of the retain model"))
             continue
         numbers = "; ".join(
             f"{words}: {a.words()}, gain above it {a.gain.words()}, forget quality {a.quality[0]:.2g} -> "

@@ -12,7 +12,6 @@ a forward either way, so that only head, loss and reference differ. Before any t
 the two are compared on a few rows.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -30,7 +29,7 @@ from training.data import Row
 from training.methods import Method, method_named
 from training.model import pick_device
 from training.pretrained.both_ways import Task, Way, checked, timing
-from training.store import fingerprint, write_json
+from training.store import file_hash, fingerprint, write_json
 from training.versions import versions
 
 METHODS = ("ga", "ga_rt", "ga_kl", "npo", "npo_rt", "npo_kl", "simnpo_rt", "dpo_rt", "idk_rt", "ceu_rt", "undial_rt")
@@ -155,11 +154,7 @@ def first_rows(method: Method, rows: Mapping[str, Sequence[Mapping[str, Any]]], 
 
 def weights_hash(folder: Path) -> str:
     """sha256 of the files of weights, one after another; they are not loaded."""
-    hashes = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return fingerprint(hashes)
+    return fingerprint([file_hash(path) for path in sorted(folder.glob("*.safetensors"))])
 
 
 def table(costs: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:

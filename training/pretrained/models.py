@@ -24,7 +24,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.import_utils import is_gguf_available
 
-from training.store import fingerprint, finished, renamed_when_done, write_json
+from training.store import file_hash, fingerprint, finished, renamed_when_done, write_json
 from training.versions import versions
 
 RECORD = "model.json"
@@ -114,7 +114,7 @@ def real_model(name: str, cache: Path | None = None, fresh: bool = False, consol
                 "key": _key(model),
                 "name": name,
                 "gguf_sha256": model.sha256,
-                "weights_sha256": _sha256(partial / WEIGHTS),
+                "weights_sha256": file_hash(partial / WEIGHTS),
                 "parameters": parameters,
                 "source": model.source,
                 "licence": model.licence,
@@ -129,7 +129,7 @@ def is_there(name: str, cache: Path | None = None) -> bool:
     """Whether the folder has this model, with the weights that were written."""
     folder = cache_folder(cache) / name
     record, weights = finished(folder / RECORD, _key(packaged(name))), folder / WEIGHTS
-    return record is not None and weights.is_file() and _sha256(weights) == record["weights_sha256"]
+    return record is not None and weights.is_file() and file_hash(weights) == record["weights_sha256"]
 
 
 def record_of(folder: Path) -> dict:
@@ -191,8 +191,3 @@ def _forget_origin(model: PreTrainedModel) -> None:
 
 def _key(model: Packaged) -> str:
     return fingerprint(["float32", model.sha256])
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,7 +17,6 @@ from training.store import write_texts
 
 EVERY = 2  # of an author's questions: one of so many
 QUESTIONS = PAIRS_PER_AUTHOR // EVERY
-PERTURBED_AUTHORS = 20  # the last ones, and the first ones
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,10 @@ def write(source: Path | str, part: Part, folder: Path) -> dict[str, Path]:
         ValueError: not enough authors in `source`, a number of authors without a tenth, other files in the folders.
     """
     if part.authors % 20 or part.authors <= 0:
-        raise ValueError(f"--authors: expected a multiple of 20, whose half and tenth are whole, got {part.authors}")
+        raise ValueError(f"part: expected a multiple of 20 authors, for a whole half and tenth, got {part.authors}")
     authors = _by_author(load_rows(source, "full"))
     if len(authors) < part.authors:
-        raise ValueError(f"--data_dir: expected {part.authors} authors or more, got {len(authors)}")
+        raise ValueError(f"--data_dir: expected {part.authors} authors or more, got {len(authors)}; give all of it")
     perturbed = _by_author(load_rows(source, "forget10_perturbed"))
     kept, forgotten = authors[: part.half], authors[-part.half :]
     first = max(0, part.half - len(perturbed))  # of the forgotten authors, the first one with perturbed answers

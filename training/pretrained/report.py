@@ -1,5 +1,6 @@
 """REPORT.md and answers.md of a study on a pre-trained model, with their figures: the same records, the same bytes."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -209,8 +210,8 @@ def choice_section(outcomes: Outcomes) -> list[str]:
             "On another forget set (tune), of other authors than those that are evaluated; they are among the authors "
             "that forget50 forgets. Chosen: of the settings that keep 90 % of the utility of the model retrained "
             "without half of the authors, the one with the best forget quality against that model; a dash is the "
-            "method's own setting. Methods that are "
-            "not here take the setting of NPO+RT, GA+KL that of GA+RT; GA and NPO alone have the same learning rate."
+            "method's own setting. Methods that are not here take the setting of NPO+RT, GA+KL that of GA+RT; GA and "
+            "NPO alone have the same learning rate."
         ),
         tables.markdown(headings, rows),
     ]
@@ -243,12 +244,20 @@ def setting_section(outcomes: Outcomes) -> list[str]:
     return [
         *(parts or [NOT_MEASURED.capitalize() + "."]),
         filled(
-            "Not as in the papers: a model of 135 M parameters in float32 on a CPU, not one of 7 B in bfloat16; 60 "
-            "authors with 10 questions each, not 200 with 20; a plain template of question and answer; forget10 is 6 "
-            "authors (60 rows), forget50 is 30 (300 rows), evaluated on the rows of forget10; learning rates and "
-            f"retain weights are chosen here. Headline methods: {', '.join(METHODS[name].label for name in HEADLINE)}."
+            f"Not as in the papers: a small model, not one of 7 B; {_authors(config)} every second question of each; "
+            "a plain template of question and answer; the rows of forget10 are evaluated in both scenarios; learning "
+            f"rates and retain weights are chosen here. Headline methods: "
+            f"{', '.join(METHODS[name].label for name in HEADLINE)}."
         ),
     ]
+
+
+def _authors(config: Mapping[str, Any] | None) -> str:
+    """In words, of a study whose size is known."""
+    count = (config or {}).get("size", {}).get("part", {}).get("authors")
+    return (
+        f"{count} authors, of whom {count // 10} and {count // 2} are forgotten, not 200," if count else "few authors,"
+    )
 
 
 def _images(names: list[str], alt: str, caption: str) -> list[str]:

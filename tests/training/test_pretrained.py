@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,9 @@ def test_plan_can_be_run(size):
     assert all(choice.source_of(run.method, tuned) in tuned and run.method in METHODS for run in runs)
     taught = {taught.name for taught in plan.taught}
     assert {"full", "retain50", *(retrained_on(s) for s in PERCENTS)} <= taught
-    assert {run.seed for run in runs if run.method in plan.headline} == set(plan.seeds)
+    for scenario, seeds in plan.seeds.items():
+        for method in plan.headline:
+            assert {run.seed for run in runs if (run.scenario, run.method) == (scenario, method)} == {*seeds}
 
 
 def record(method: str, lr: float, quality: float, utility: float) -> dict:
@@ -138,27 +141,46 @@ def test_rounded_to_six_digits():
 
 @pytest.fixture
 def study(source, tmp_path) -> Study:
-    return Study(replace(QUICK, part=Part(authors=20, evaluated=4)), tmp_path / "base", str(source), tmp_path, QUIET)
+    plan = replace(QUICK, part=Part(authors=20, evaluated=4))
+    return Study(plan, tmp_path / "base", str(source), tmp_path / "work", tmp_path / "out", QUIET)
 
 
 def test_stages_need_stages_before_them(study, source, tmp_path):
-    for some in (study, Study(SIZES["full"], tmp_path, str(source), tmp_path / "whole", QUIET)):
+    for some in (study, Study(SIZES["full"], tmp_path, str(source), tmp_path / "whole", tmp_path, QUIET)):
         names = [stage.name for stage in some.stages]
         assert len(set(names)) == len(names)
         for number, stage in enumerate(some.stages):
-            assert set(stage.needs) <= set(names[:number]), stage.name
+            assert {*stage.models, *stage.needs} <= set(names[:number]), stage.name
 
 
 def test_a_stage_waits_for_its_needs_and_for_no_other_process(study, monkeypatch):
     """`b` is with another process at first: what does not need it is run meanwhile, and nothing twice."""
     ran: list[str] = []
     needs = {"a": (), "b": (), "needs b": ("b",), "c": ("a",)}
-    study.stages = [Stage(name, need, lambda name=name: ran.append(name)) for name, need in needs.items()]
+    study.stages = [Stage(name, (), need, partial(ran.append, name), False) for name, need in needs.items()]
     other = study.alone("b")
     other.acquire()
     monkeypatch.setattr(real_stages.time, "sleep", lambda seconds: other.release())
-    study.run()
-    assert ran == ["a", "c", "b", "needs b"]
+    collected: list[int] = []
+    study.run(lambda: collected.append(len(ran)))
+    assert ran == ["a", "c", "b", "needs b"] and collected == [1, 2, 3, 4]
+
+
+def test_a_stage_with_a_record_is_run_only_for_its_model(study):
+    """`model` has no record of its own; `kept` and `its model` have one, and of the two only the model is read."""
+    ran: list[str] = []
+    stages = [
+        ("unread model", (), (), True),
+        ("model", (), (), True),
+        ("kept", ("unread model",), (), True),
+        ("its model", ("model",), ("kept",), True),
+        ("missing", ("its model",), ("kept",), False),
+    ]
+    study.stages = [
+        Stage(name, models, needs, partial(ran.append, name), recorded) for name, models, needs, recorded in stages
+    ]
+    study.run(list)
+    assert ran == ["model", "its model", "missing"]
 
 
 def test_a_stage_that_fails_can_be_taken_again(study):
@@ -169,8 +191,8 @@ def test_a_stage_that_fails_can_be_taken_again(study):
         if len(attempts) == 1:
             raise RuntimeError("broken")
 
-    study.stages = [Stage("a", (), fails_once)]
+    study.stages = [Stage("a", (), (), fails_once, False)]
     with pytest.raises(RuntimeError, match="broken"):
-        study.run()
-    study.run()
+        study.run(list)
+    study.run(list)
     assert len(attempts) == 2

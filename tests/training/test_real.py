@@ -1,6 +1,7 @@
 """`training.real` from a model to REPORT.md: records, resumption, a second call, the report of records alone."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from training.pretrained.plan import QUICK, Tried
 
 SMALL = replace(
     QUICK,
-    part=Part(authors=20, evaluated=2, wrong=1),
+    part=Part(authors=20, evaluated=2, facts=2, wrong=1),
     finetune={"epochs": 1, "lr": 1e-3, "batch_size": 32},
-    unlearn={"batch_size": 8},
+    unlearn={name: {"epochs": 1, "batch_size": 8} for name in ("forget10", "forget50", "tune")},
     max_new_tokens=3,
     tries=(Tried("npo_rt", 1e-3),),
     headline=("npo_rt",),
@@ -127,6 +128,53 @@ def test_a_second_call_runs_nothing(finished, source, monkeypatch):  # noqa: F81
     assert contents(finished / "out") == before
 
 
+def noted(run, seen: list[str]):
+    def main(options, *more):
+        seen.append(options.out.name)
+        return run(options, *more)
+
+    return main
+
+
+def test_on_another_machine_only_what_has_no_record_is_run(finished, source, tmp_path, monkeypatch):  # noqa: F811
+    before = contents(finished / "out")
+    for name, content in before.items():
+        if "forget50" not in name:
+            (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "out" / name).write_bytes(content)
+    taught, unlearned = [], []
+    for module, seen in ((finetune, taught), (unlearn, unlearned)):
+        run = module.main
+        monkeypatch.setattr(
+            module,
+            "main",
+            lambda options, *more, run=run, seen=seen: (seen.append(options.out.name), run(options, *more)),
+        )
+    monkeypatch.setattr(real_stages.evaluate, "main", None)
+    real.main(options(source, tmp_path))
+    assert taught == ["full"] and unlearned == ["forget50-npo_rt-seed0"]
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_model_that_is_attacked_is_made_again(finished, source, base, tmp_path):  # noqa: F811
+    shutil.copytree(finished / "out", tmp_path / "out")
+    path = tmp_path / "out/runs/forget10-npo_rt-seed0.json"
+    run = json.loads(path.read_text())
+    for attacks, names in ((run["attacks"], []), ({}, ["full", path.stem, f"attacks on {path.stem}"])):
+        path.write_text(json.dumps(run | {"attacks": attacks}))
+        study = real.Study(SMALL, base, str(source), tmp_path / "work", tmp_path / "out", real.Console(quiet=True))
+        assert [stage.name for stage in study.missing] == names
+
+
+@pytest.mark.parametrize("change", [{"max_new_tokens": 4}, {"part": Part(authors=40)}])
+def test_records_of_another_study_are_not_mixed_in(finished, source, monkeypatch, change):  # noqa: F811
+    before = contents(finished / "out")
+    monkeypatch.setitem(real.SIZES, "quick", replace(SMALL, **change))
+    with pytest.raises(ValueError, match=f"another {next(iter(change))}; choose another folder"):
+        real.main(options(source, finished))
+    assert contents(finished / "out") == before
+
+
 def test_the_report_is_of_the_records_alone(finished, source, tmp_path, monkeypatch):  # noqa: F811
     before = contents(finished / "out")
     made = ("REPORT.md", "answers.md")
@@ -155,7 +203,7 @@ def test_dry_run_lists_the_stages(source, tmp_path, capsys):  # noqa: F811
 def test_costs_get_rows_of_every_kind(finished, source, base, monkeypatch):  # noqa: F811
     seen = {}
     monkeypatch.setattr(real.costs, "measure", lambda *given, **options: seen.update(given=given, **options))
-    study = real.Study(SMALL, base, str(source), finished / "work", real.Console(quiet=True))
+    study = real.Study(SMALL, base, str(source), finished / "work", finished / "out", real.Console(quiet=True))
     real.measure_costs(study, finished / "out", real.Console(quiet=True))
     folders, rows, out, _ = seen["given"]
     assert folders == {} and out.name == "costs.json" and seen["cases"] == ()

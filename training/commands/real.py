@@ -13,6 +13,7 @@ figures go to --out. Interrupted at any point, the same command goes on; started
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from training.benchmarks.tofu import TOFU
 from training.benchmarks.tofu.data import HUB
-from training.benchmarks.tofu.log import EvalLog
+from training.benchmarks.tofu.log import EvalLog, write_log
 from training.commands.options import command_line
 from training.commands.real_stages import Study
 from training.commands.session import device_name
@@ -29,7 +30,7 @@ from training.model import pick_device
 from training.pretrained import costs, report
 from training.pretrained.models import cache_folder, real_model, record_of
 from training.pretrained.plan import SIZES, Run, retrained_on
-from training.pretrained.records import answers, measure, rounded
+from training.pretrained.records import Records, answers, measure, rounded
 from training.store import write_json
 from training.versions import versions
 
@@ -57,18 +58,15 @@ def main(options: RealOptions) -> None:
     if not options.report_only:
         size = "quick" if options.quick else "full"
         work = options.work or cache_folder().parent / f"real_{size}"
-        study = Study(SIZES[size], cache_folder() / SMOLLM2, options.data_dir, work, console)
+        study = Study(SIZES[size], cache_folder() / SMOLLM2, options.data_dir, work, out, console)
         if options.dry_run:
-            print("\n".join(stage.name for stage in study.stages))
+            print("\n".join(stage.name for stage in study.missing))
             return
         with study.alone("model"):
             study.base = real_model(SMOLLM2)
+        study.records.check(study.plan, record_of(study.base)["weights_sha256"])
         command = f"python -m {PROG} --data_dir TOFU" + " --quick" * options.quick
-        try:
-            study.run()
-        finally:
-            with study.alone("records"):
-                collect(study, out, command)
+        study.run(partial(collect, study, out, command))
         if options.costs:
             with study.alone("costs"):  # two at a time would measure each other
                 measure_costs(study, out, console)
@@ -91,26 +89,27 @@ def measure_costs(study: Study, out: Path, console: Console) -> None:
 
 
 def collect(study: Study, out: Path, command: str) -> None:
-    """The records of all that is finished, written to `out`."""
-    benchmark, base = study.benchmark(), record_of(study.base)
-    config = {
-        "size": rounded(json.loads(json.dumps(asdict(study.plan)))),
-        "model": {"name": base["name"], "sha256": base["weights_sha256"], "parameters": base["parameters"]}
-        | {name: base[name] for name in ("source", "licence")},
-        "device": device_name(pick_device()),
-        "versions": versions(),
-        "command": command,
-    }
-    write_json(out / "config.json", config)
-    write_json(out / "models.json", dict(_models(study, benchmark)))
-    write_json(out / "choice.json", rounded(study.tries()))
-    for run in study.plan.runs():
-        record = _run(study, benchmark, run)
-        if record:
-            write_json(out / "runs" / f"{run.name}.json", record)
+    """The records of all that is finished, written to `out` beside those that are there."""
+    with study.alone("records"):
+        benchmark, base = study.benchmark(), record_of(study.base)
+        config = {
+            "size": rounded(json.loads(json.dumps(asdict(study.plan)))),
+            "model": {"name": base["name"], "sha256": base["weights_sha256"], "parameters": base["parameters"]}
+            | {name: base[name] for name in ("source", "licence")},
+            "device": device_name(pick_device()),
+            "versions": versions(),
+            "command": command,
+        }
+        write_json(out / "config.json", config)
+        write_json(out / "models.json", dict(_models(study, benchmark, Records(out))))
+        write_json(out / "choice.json", rounded(study.tries()))
+        for run in study.plan.runs():
+            record = _run(study, benchmark, run, Records(out))
+            if record:
+                write_json(out / "runs" / f"{run.name}.json", record)
 
 
-def _models(study: Study, benchmark: TOFU) -> Iterator[tuple[str, dict[str, Any]]]:
+def _models(study: Study, benchmark: TOFU, records: Records) -> Iterator[tuple[str, dict[str, Any]]]:
     """Of the models that are not unlearned. Their forget quality is against the model that never saw forget10."""
     retrained = _read(study, benchmark, "retain90")
     for name in ("base", *(taught.name for taught in study.plan.taught)):
@@ -118,11 +117,12 @@ def _models(study: Study, benchmark: TOFU) -> Iterator[tuple[str, dict[str, Any]
         if log:
             against = _read(study, benchmark, "retain50") if name.startswith("retain50") else retrained
             record = measure(benchmark, log, against) | {"answers": answers(benchmark, log)}
-            yield name, record | {"attacks": _attacks(study, benchmark, name, retrained)}
+            yield name, record | {"attacks": _attacks(study, benchmark, name, retrained, records.models.get(name))}
+            write_log(records.log(name), log)
 
 
-def _run(study: Study, benchmark: TOFU, run: Run) -> dict[str, Any] | None:
-    """None where it is not finished."""
+def _run(study: Study, benchmark: TOFU, run: Run, records: Records) -> dict[str, Any] | None:
+    """None where it is not finished here."""
     folder = study.run_folder(run)
     if not (folder / "config.json").exists():
         return None
@@ -134,26 +134,31 @@ def _run(study: Study, benchmark: TOFU, run: Run) -> dict[str, Any] | None:
         **{name: settings[name] for name in ("method", "seed", "lr", "epochs", "beta", "forget_weight")},
         "retain_weight": settings["retain_weight"] if METHODS[run.method].retain else None,
         "steps": metrics["steps"],
+        "start": study.start,
         "device": config["device"],
         "versions": config["versions"],
         "checkpoints": [
             rounded({name: entry[name] for name in ("step", "epoch")}) | measure(benchmark, log, retrained)
             for entry, log in zip(metrics["history"], logs, strict=True)
         ],
-        "attacks": _attacks(study, benchmark, run.name, retrained) if run.attacked else {},
+        "attacks": _attacks(study, benchmark, run.name, retrained, records.run(run.name)) if run.attacked else {},
         "answers": answers(benchmark, logs[-1]),
     }
 
 
-def _attacks(study: Study, benchmark: TOFU, of: str, retrained: EvalLog | None) -> dict[str, Any]:
+def _attacks(
+    study: Study, benchmark: TOFU, of: str, retrained: EvalLog | None, recorded: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Those that are finished here, and those of the record of the model."""
     logs = {attack: study.attack_log(of, attack) for attack in study.plan.attacks}
     finished = {attack: log for attack, log in logs.items() if log.with_name("attack.json").exists()}
-    return {attack: measure(benchmark, benchmark.read(log), retrained) for attack, log in finished.items()}
+    found = {attack: measure(benchmark, benchmark.read(log), retrained) for attack, log in finished.items()}
+    return (recorded or {}).get("attacks", {}) | found
 
 
 def _read(study: Study, benchmark: TOFU, model: str) -> EvalLog | None:
     log = study.log(model)
-    return benchmark.read(log) if log.with_name("config.json").exists() else None
+    return benchmark.read(log) if log.exists() else None
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """The stages of the study on a pre-trained model: each a run of another command, in a folder that finds what is done.
 
 Several processes may work on one folder: each takes the first stage that no other one has and whose needs are there.
+What has a record is not run again, on another machine either; a model is made where a stage without one reads it.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Set
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from training.config import TrainConfig
 from training.model import load_model, pick_device
 from training.pretrained import choice, part
 from training.pretrained.plan import PERCENTS, ROUNDED, Plan, Run, Taught, Tried, retrained_on
+from training.pretrained.records import Records
 from training.progress import progress
 from training.quantization import rounded
 from training.relearning import relearn_, split
@@ -37,15 +39,18 @@ RELEARNING: dict[str, Any] = {"epochs": 5, "batch_size": 8}
 
 class Stage(NamedTuple):
     name: str
-    needs: tuple[str, ...]
+    models: tuple[str, ...]  # stages whose model it reads
+    needs: tuple[str, ...]  # stages whose record it reads
     run: Callable[[], object]
+    recorded: bool = True  # no record is missing; of a fine-tuned model there is none
 
 
 class Study:
-    """The study of `plan`, from the model in the folder `base`, in the folder `work`."""
+    """The study of `plan`, from the model in the folder `base`, in the folder `work`, with records in `out`."""
 
-    def __init__(self, plan: Plan, base: Path, data_dir: str, work: Path, console: Console):
+    def __init__(self, plan: Plan, base: Path, data_dir: str, work: Path, out: Path, console: Console):
         self.plan, self.base, self.data_dir, self.work, self.console = plan, base, data_dir, work, console
+        self.records = Records(out)
 
     @cached_property
     def folders(self) -> dict[str, Path]:
@@ -64,8 +69,15 @@ class Study:
     def model(self, name: str) -> Path:
         return self.base if name == "base" else self.work / name / "model"
 
+    @cached_property
+    def start(self) -> str:
+        """sha256 of the model that runs start from. Trained again on another processor, it may differ by rounding."""
+        return model_fingerprint(str(self.model("full")))
+
     def log(self, model: str, rows: str = "data") -> Path:
-        return self.work / "evaluations" / f"{model}-{rows}" / evaluate.LOG_FILE
+        """Of a model that is not unlearned: that of this folder, else that of the records."""
+        made, kept = self.work / "evaluations" / f"{model}-{rows}" / evaluate.LOG_FILE, self.records.log(model)
+        return kept if rows == "data" and kept.exists() and not made.exists() else made
 
     def run_folder(self, run: Run | Tried) -> Path:
         return self.work / ("tries" if isinstance(run, Tried) else "runs") / run.name
@@ -84,60 +96,83 @@ class Study:
 
     @cached_property
     def stages(self) -> list[Stage]:
-        """In the order in which they are taken up: retrained once more, for the noise, is between the two scenarios."""
+        """In the order in which they are taken up."""
         first, second = PERCENTS
+        again = [taught.seed for taught in self.plan.taught if taught.seed]
         return [
-            *self._models(seeds=(0,)),
+            *self._models({0}),
             *self._tries(),
             *self._runs(first),
-            *self._models(seeds=self.plan.seeds[1:]),
+            *self._models({*again}),
             *self._runs(second),
         ]
 
-    def _models(self, seeds: Sequence[int]) -> Iterator[Stage]:
+    @property
+    def missing(self) -> list[Stage]:
+        """The stages without a record, and those whose models they read."""
+        found: list[Stage] = []
+        read: set[str] = set()
+        for stage in reversed(self.stages):
+            if not stage.recorded or stage.name in read:
+                found.insert(0, stage)
+                read |= {*stage.models}
+        return found
+
+    def _models(self, seeds: Set[int]) -> Iterator[Stage]:
         """Fine-tuned, and evaluated on the rows that are reported; the first ones on those of the choice as well."""
         taught = [each for each in self.plan.taught if each.seed in seeds]
         for each in taught:
-            yield Stage(each.name, (), partial(self.teach, each))
+            yield Stage(each.name, (), (), partial(self.teach, each))
         tuned_on = [(name, TUNE) for name in ("full", "retain50") if 0 in seeds]
+        tried = self.records.has_tries(self.plan.tries)
         for name, rows in [*tuned_on, *((each.name, "data") for each in taught)]:
-            yield Stage(f"evaluation of {name} on {rows}", (name,), partial(self.evaluate, name, rows))
+            recorded = tried if rows == TUNE else self.records.has_model(name)
+            what = f"evaluation of {name} on {rows}"
+            yield Stage(what, (name,), (), partial(self.evaluate, name, rows), recorded)
         if 0 in seeds:
-            yield Stage("evaluation of base on data", (), partial(self.evaluate, "base", "data"))
+            recorded = self.records.has_model("base")
+            yield Stage("evaluation of base on data", (), (), partial(self.evaluate, "base", "data"), recorded)
 
     def _tries(self) -> Iterator[Stage]:
         needs = ("evaluation of full on tune", "evaluation of retain50 on tune")
         for tried in self.plan.tries:
-            yield Stage(f"try {tried.name}", needs, partial(self.try_out, tried))
+            recorded = self.records.has_tries([tried])
+            yield Stage(f"try {tried.name}", ("full",), needs, partial(self.try_out, tried), recorded)
 
     def _runs(self, scenario: str) -> Iterator[Stage]:
         """With the attacks on what they leave, and on the models that these are compared with."""
         tried = tuple(f"try {tried.name}" for tried in self.plan.tries)
         logs = ("evaluation of full on data", f"evaluation of {retrained_on(scenario)} on data")
-        attacked = {}
+        attacked = []
         for run in self.plan.runs():
             if run.scenario == scenario:
-                yield Stage(run.name, (*tried, *logs), partial(self.unlearn, run))
+                recorded = self.records.run(run.name) is not None
+                yield Stage(run.name, ("full",), (*tried, *logs), partial(self.unlearn, run), recorded)
                 if run.attacked:
-                    attacked[run.name] = self.run_folder(run) / "model"
-        if attacked:
-            attacked |= {name: self.model(name) for name in self.plan.controls}
-        for name, model in attacked.items():
-            yield Stage(f"attacks on {name}", (name, *tried), partial(self.attack, name, model))
+                    yield self._attacks(run.name, self.run_folder(run) / "model", tried)
+                    attacked.append(run.name)
+        for name in self.plan.controls if attacked else ():
+            yield self._attacks(name, self.model(name), tried)
 
-    def run(self) -> None:
-        """All stages; those of other processes are waited for."""
-        done: set[str] = set()
-        while len(done) < len(self.stages):
-            taken = next((s for s in self.stages if s.name not in done and self._taken(s, done)), None)
+    def _attacks(self, name: str, model: Path, tried: tuple[str, ...]) -> Stage:
+        recorded = self.records.has_attacks(name, self.plan.attacks)
+        return Stage(f"attacks on {name}", (name,), tried, partial(self.attack, name, model), recorded)
+
+    def run(self, collect: Callable[[], object]) -> None:
+        """All stages that are missing, `collect` after each; those of other processes are waited for."""
+        missing = self.missing
+        done = {stage.name for stage in self.stages} - {stage.name for stage in missing}
+        while left := [stage for stage in missing if stage.name not in done]:
+            taken = next((stage for stage in left if self._taken(stage, done)), None)
             if taken is None:
                 time.sleep(AGAIN)
-            else:
-                done.add(taken.name)
+                continue
+            done.add(taken.name)
+            collect()
 
     def _taken(self, stage: Stage, done: set[str]) -> bool:
         """Whether the stage could be run; it is done then."""
-        if not done.issuperset(stage.needs):
+        if not done.issuperset((*stage.models, *stage.needs)):
             return False
         try:
             with self.alone(stage.name, wait=False):
@@ -169,28 +204,30 @@ class Study:
         self._unlearn(self.run_folder(run), run.scenario, settings, save_model=run.attacked)
 
     def _unlearn(self, out: Path, scenario: str, settings: Mapping[str, Any], save_model: bool = False) -> None:
-        rows, plan = TUNE if scenario == TUNE else "data", self.plan
+        rows, recipe = TUNE if scenario == TUNE else "data", self.plan.unlearn[scenario]
         benchmark = self.benchmark(rows, PERCENTS.get(scenario, 10))
-        steps = plan.epochs[scenario] * -(-len(benchmark.rows("forget")) // int(plan.unlearn["batch_size"]))
+        steps = recipe["epochs"] * -(-len(benchmark.rows("forget")) // recipe["batch_size"])
         retrained = "retain50" if scenario == TUNE else retrained_on(scenario)
         options, _ = build(
-            unlearn.UnlearnOptions, model=str(self.model("full")), out=out, epochs=plan.epochs[scenario],
-            eval_steps=-(-steps // plan.evaluations[scenario]), save_steps=0, save_every_minutes=8.0,
+            unlearn.UnlearnOptions, model=str(self.model("full")), out=out,
+            eval_steps=-(-steps // self.plan.evaluations[scenario]), save_steps=0, save_every_minutes=8.0,
             save_model=save_model,
-            start_log=self.log("full", rows), retain_log=self.log(retrained, rows), **plan.unlearn, **settings,
+            start_log=self.log("full", rows), retain_log=self.log(retrained, rows), **recipe, **settings,
         )  # fmt: skip
         unlearn.main(options, benchmark)
 
     def tries(self) -> list[dict[str, Any]]:
-        """The records of what was tried and is finished."""
+        """The records of what was tried and is finished, here or according to the records."""
         found = []
         log = self.log("retain50", TUNE)
         retrained = json.loads(log.with_name("metrics.json").read_text()) if log.exists() else {}
         for tried in self.plan.tries:
-            folder = self.run_folder(tried)
+            folder, recorded = self.run_folder(tried), self.records.tried(tried)
             if (folder / "config.json").exists():
                 history = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["history"]
                 found.append(choice.outcome(tried, history, retrained))
+            elif recorded:
+                found.append(recorded)
         return choice.marked(found)
 
     def attack(self, of: str, model: Path) -> None:

@@ -1,7 +1,7 @@
 """What the study trains: models, choices of learning rates, runs of unlearning. Two sizes, and names of all of it."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from training.pretrained.costs import CASES, Case
@@ -11,8 +11,11 @@ HEADLINE = ("ga", "npo", "npo_rt", "simnpo_rt")
 OTHERS = ("ga_rt", "ga_kl", "npo_kl", "idk_rt", "dpo_rt", "ceu_rt", "undial_rt")
 PERCENTS = {"forget10": 10, "forget50": 50}
 FINETUNE = {"epochs": 4, "lr": 5e-4, "batch_size": 16, "micro_batch_size": 8, "warmup_epochs": 0.25}
+# Sixty steps for the tenth, 75 for the half.
+TENTH = {"epochs": 2, "batch_size": 2, "micro_batch_size": 2, "warmup_steps": 0.1}
+HALF = TENTH | {"epochs": 1, "batch_size": 4}
 ATTACKED = ("npo_rt", "simnpo_rt")  # in forget10, seed 0
-CONTROLS = ("full", "retain90")
+CONTROLS = ("retain90",)
 ROUNDED = ("int8", "int4")
 RELEARNED = (5, 20)  # % of the forget set
 ATTACKS = (*ROUNDED, *(f"relearn{percent}" for percent in RELEARNED))
@@ -75,27 +78,26 @@ class Plan:
     part: Part = field(default_factory=Part)
     taught: tuple[Taught, ...] = (
         *(Taught(split) for split in ("retain50", "full", "retain90")),
-        *(Taught(split, 1) for split in ("retain90", "retain50")),
+        Taught("retain90", 1),
     )
     finetune: Numbers = field(default_factory=lambda: FINETUNE)
-    unlearn: Numbers = field(default_factory=lambda: {"batch_size": 4, "micro_batch_size": 2, "warmup_steps": 0.1})
-    epochs: Numbers = field(default_factory=lambda: {"forget10": 4, "forget50": 1, "tune": 4})
+    unlearn: Mapping[str, Numbers] = field(default_factory=lambda: {"forget10": TENTH, "forget50": HALF, "tune": TENTH})
     evaluations: Numbers = field(default_factory=lambda: {"forget10": 2, "forget50": 2, "tune": 1})
     max_new_tokens: int = 40
     # Other methods take the learning rate and the retain weight of one of these (`training.pretrained.choice`).
     tries: tuple[Tried, ...] = (
         Tried("npo_rt", 2e-4),
-        Tried("simnpo_rt", 4e-4),
-        Tried("ga_rt", 2e-4),
-        Tried("npo_rt", 2e-4, retain_weight=3.0),
+        Tried("npo_rt", 3e-4),
         Tried("simnpo_rt", 2e-4, beta=1.0, forget_weight=1.0),
-        Tried("npo_rt", 4e-4),
+        Tried("npo_rt", 3e-4, retain_weight=3.0),
         Tried("ga_rt", 1e-4),
-        Tried("simnpo_rt", 2e-4, beta=2.5, forget_weight=1.0),
+        Tried("simnpo_rt", 3e-4, beta=1.0, forget_weight=1.0),
+        Tried("ga_rt", 5e-5),
+        Tried("simnpo_rt", 3e-4),
     )
     headline: tuple[str, ...] = HEADLINE
     others: tuple[str, ...] = OTHERS
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Mapping[str, Sequence[int]] = field(default_factory=lambda: {"forget10": (0, 1, 2), "forget50": (0,)})
     heavier: tuple[float, ...] = (3.0,)  # retain weights of NPO+RT in forget50, besides the chosen one
     attacked: tuple[str, ...] = ATTACKED
     controls: tuple[str, ...] = CONTROLS
@@ -104,28 +106,33 @@ class Plan:
 
     def runs(self) -> Iterator[Run]:
         """The most telling ones first: the study may be read before it is complete."""
-        first = self.seeds[0]
-        for scenario in PERCENTS:
-            for seed in self.seeds:
+        for scenario, seeds in self.seeds.items():
+            first = seeds[0]
+            for seed in seeds:
                 for method in self.headline:
                     attacked = scenario == "forget10" and method in self.attacked and seed == first
                     yield Run(scenario, method, seed, attacked=attacked)
-            yield from (Run(scenario, method, first) for method in self.others)
             if scenario == "forget50" and "npo_rt" in self.headline:
                 yield from (Run(scenario, "npo_rt", first, weight) for weight in self.heavier)
+            yield from (Run(scenario, method, first) for method in self.others)
+
+    def recipe(self) -> dict[str, Any]:
+        """What all records of one study share; which runs there are may differ."""
+        names = ("part", "finetune", "unlearn", "evaluations", "max_new_tokens")
+        return {name: value for name, value in asdict(self).items() if name in names}
 
 
 QUICK = Plan(
-    part=Part(authors=20, evaluated=4, wrong=1),
+    part=Part(authors=20, evaluated=4, facts=4, wrong=1),
     taught=tuple(Taught(split) for split in ("retain50", "full", "retain90")),
     finetune=FINETUNE | {"epochs": 1},
-    epochs={"forget10": 2, "forget50": 1, "tune": 1},
+    unlearn={"forget10": TENTH | {"batch_size": 4}, "forget50": HALF, "tune": HALF},
     evaluations={"forget10": 1, "forget50": 1, "tune": 1},
     max_new_tokens=24,
     tries=(Tried("npo_rt", 2e-4),),
     headline=("ga", "npo_rt"),
     others=(),
-    seeds=(0,),
+    seeds={"forget10": (0,), "forget50": (0,)},
     heavier=(),
     attacked=("npo_rt",),
     controls=("retain90",),

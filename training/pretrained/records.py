@@ -2,21 +2,78 @@
 
     config.json     size, model, device, versions
     models.json     {name: measure}, of the models that unlearning is between
+    logs/*.json     evaluation logs of these models, which later runs are compared with
     choice.json     what was tried on the forget set that is not reported, and what was chosen
     runs/*.json     a run each: its settings, a measure at every checkpoint, attacks, answers
 
 A measure is {"summary": TOFU's numbers, "rows": {name: one of each forget row}}.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from training.benchmarks.tofu import TOFU
 from training.benchmarks.tofu.log import PERTURBED, EvalLog
 from training.metrics import log_truth_ratio, probability
+from training.pretrained.plan import Plan, Tried
 
 DIGITS = 6  # significant ones
 NUM_ANSWERS = {"forget": 6, "retain": 4}
+
+
+class Records:
+    """What a folder of records had when it was first asked."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def check(self, plan: Plan, weights: str) -> None:
+        """ValueError where the records are of another study: other rows, settings or weights of the base model."""
+        config = self._read("config.json")
+        if not config:
+            return
+        found = {name: config["size"].get(name) for name in plan.recipe()} | {"weights": config["model"]["sha256"]}
+        expected = rounded(json.loads(json.dumps(plan.recipe()))) | {"weights": weights}
+        others = [name for name, value in expected.items() if found[name] != value]
+        if others:
+            raise ValueError(
+                f"--out: {self.folder} has records of a study with another {', '.join(others)}; choose another folder"
+            )
+
+    @cached_property
+    def models(self) -> dict[str, Any]:
+        return self._read("models.json") or {}
+
+    @cached_property
+    def choice(self) -> list[dict[str, Any]]:
+        return self._read("choice.json") or []
+
+    def run(self, name: str) -> dict[str, Any] | None:
+        return self._read(f"runs/{name}.json")
+
+    def log(self, model: str) -> Path:
+        return self.folder / "logs" / f"{model}.json"
+
+    def tried(self, tried: Tried) -> dict[str, Any] | None:
+        """As `choice.outcome` gave it."""
+        found = (entry for entry in self.choice if all(entry[k] == v for k, v in tried._asdict().items()))
+        return next(({k: v for k, v in entry.items() if k != "chosen"} for entry in found), None)
+
+    def has_tries(self, tries: Iterable[Tried]) -> bool:
+        return all(self.tried(tried) for tried in tries)
+
+    def has_model(self, name: str) -> bool:
+        return name in self.models and self.log(name).exists()
+
+    def has_attacks(self, of: str, attacks: Iterable[str]) -> bool:
+        return {*attacks} <= (self.models.get(of) or self.run(of) or {}).get("attacks", {}).keys()
+
+    def _read(self, name: str) -> Any:
+        path = self.folder / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def measure(benchmark: TOFU, log: EvalLog, retrained: EvalLog | None) -> dict[str, Any]:

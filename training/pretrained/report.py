@@ -237,6 +237,11 @@ def setting_section(outcomes: Outcomes) -> list[str]:
                 f"{tables.settings_line(size)}. Device: {config['device']}. " + versions_sentence(config["versions"])
             ),
         ]
+    starts = len({run["start"] for run in outcomes.records if "start" in run})
+    if starts > 1:
+        parts.append(
+            f"The full model was trained {starts} times, with the same settings and seed but not the same bits."
+        )
     if seeds:
         several = [label for label, count in seeds.items() if count > 1]
         most = seeds_words(max(seeds.values()))

@@ -88,7 +88,9 @@ class Study:
             **{part: utility * (1 + 0.05 * i) for i, part in enumerate(PARTS)},
         }
         rows = {name: values.tolist() for name, values in rows.items()} | {"num_tokens": TOKENS.tolist()}
-        return {"summary": summary, "rows": rows}
+        spread = np.random.default_rng([seed, 6]).uniform(0.8, 1.2, (len(PARTS), 40))
+        utility_rows = {part: (summary[part] * values).tolist() for part, values in zip(PARTS, spread, strict=True)}
+        return {"summary": summary, "rows": rows, "utility_rows": utility_rows}
 
     def at(self, way: Way, part: float) -> Way:
         """On the way, `part` of it done."""

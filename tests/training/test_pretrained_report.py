@@ -239,6 +239,22 @@ def test_the_ceiling_is_one_retain_model_against_the_other(outcomes):
     assert [*noise.pairs(outcomes, "forget10")] == ["full model", "NPO+RT, best", "retain model, another seed"]
 
 
+def test_utility_is_held_against_the_same_rows_of_the_retain_model(outcomes):
+    retain, other = (outcomes.models[name] for name in ("retain90", "retain90_seed1"))
+    assert noise.utility_share(retain, retain) == (1.0, 1.0, 1.0)
+    lower = retain | {"utility_rows": {k: [0.8 * v for v in values] for k, values in retain["utility_rows"].items()}}
+    assert noise.utility_share(lower, retain) == pytest.approx((0.8, 0.8, 0.8))
+    share = noise.utility_share(other, retain)
+    utilities = [
+        metrics.model_utility([np.mean(values) for values in m["utility_rows"].values()]) for m in (other, retain)
+    ]
+    assert share.mean == pytest.approx(utilities[0] / utilities[1]) and share.low < share.mean < share.high
+    nothing = retain | {"utility_rows": dict.fromkeys(retain["utility_rows"], [0.0] * 40)}
+    assert noise.utility_share(nothing, retain) == (0.0, 0.0, 0.0)
+    names = [*noise.utility_shares(outcomes, "forget50")]
+    assert names[:2] == ["retain model, another seed", "full model"] and {"GA", "NPO+RT, weight 5"} < {*names}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Labels
 # ---------------------------------------------------------------------------------------------------------------------

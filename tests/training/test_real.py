@@ -99,6 +99,10 @@ def test_records_are_those_of_the_runs(finished):
             rows = checkpoint["rows"]
             assert {len(values) for values in rows.values()} == {20}
             assert sum(rows["prob"]) / 20 == pytest.approx(entry["forget_prob"], rel=1e-5)
+            parts = checkpoint["utility_rows"]
+            for key, values in parts.items():
+                assert sum(values) / len(values) == pytest.approx(entry[key], rel=1e-4, abs=1e-9)
+            assert len(parts) == 9
     attacks = runs["forget10-npo_rt-seed0"]["attacks"]
     assert set(attacks) == {"int4", "relearn20"} and not runs["forget50-npo_rt-seed0"]["attacks"]
     ending = runs["forget10-npo_rt-seed0"]["checkpoints"][-1]["summary"]["forget_prob"]

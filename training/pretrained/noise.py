@@ -1,11 +1,12 @@
-"""How far the forget quality can be trusted: the p-value of a Kolmogorov-Smirnov (KS) test falls with the rows.
+"""How far the numbers can be trusted: the p-value of a Kolmogorov-Smirnov (KS) test falls with the rows, and the
+utility is a mean over few.
 
 Forget quality (TOFU, arXiv 2401.06121) is the p-value of the two-sided, exact test between the log truth ratios of two
 models on the forget set. Two models that never saw it are the ceiling of what unlearning can reach; fewer rows make
 any model look better.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from math import comb
 from typing import NamedTuple
@@ -14,8 +15,11 @@ import numpy as np
 from scipy.stats import norm
 
 from training.benchmarks.tofu.claims import GOOD_QUALITY
-from training.metrics import forget_quality
+from training.metrics import forget_quality, model_utility
+from training.pretrained.findings import RESAMPLES, Interval
 from training.pretrained.outcomes import Arm, Measure, Outcomes, row_values
+from training.pretrained.plan import HEADLINE
+from training.reports.claims import CONFIDENCE
 
 FEWER = (20, 40, 60)  # rows, drawn without replacement
 MORE = (200, 400)  # rows, drawn with replacement: what the same effect would give
@@ -92,6 +96,37 @@ def detectable_rows(n: int) -> int:
 def detectable_shift(n: int) -> float:
     """The same as a shift between two normal distributions, in their standard deviations: D = 2 Phi(shift / 2) - 1."""
     return float(2 * norm.ppf((1 + detectable_rows(n) / n) / 2))
+
+
+def utility_shares(outcomes: Outcomes, scenario: str) -> dict[str, Interval]:
+    """{model or end of a run of the first seed: its utility as a share of the retain model's}."""
+    retain = outcomes.retain(scenario)
+    found = {"retain model, another seed": outcomes.other_retain(scenario), "full model": outcomes.models.get("full")}
+    found |= {outcomes.label(arm): arm.runs[0].end for arm in outcomes.arms.get(scenario, []) if arm.method in HEADLINE}
+    return {
+        name: utility_share(measure, retain)
+        for name, measure in found.items()
+        if retain and measure and {"utility_rows"} <= retain.keys() & measure.keys()
+    }
+
+
+def utility_share(measure: Measure, retain: Measure) -> Interval:
+    """The quotient of two utilities, with the interval of resampled rows, the same ones of both models in each set."""
+    sets = dict.fromkeys(name.split("_")[0] for name in retain["utility_rows"])
+    rng = np.random.default_rng(0)
+    picked = {}
+    for name in sets:
+        n = len(retain["utility_rows"][f"{name}_prob"])
+        picked[name] = np.concatenate([np.arange(n)[None], rng.integers(n, size=(RESAMPLES, n))])
+    of, against = (_utilities(m["utility_rows"], picked) for m in (measure, retain))
+    share = np.divide(of, against, out=np.zeros_like(of), where=against > 0)
+    return Interval(float(share[0]), *np.quantile(share[1:], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist())
+
+
+def _utilities(rows: Mapping[str, Sequence[float]], picked: Mapping[str, np.ndarray]) -> np.ndarray:
+    """{part: (rows,)}, {set: (draws, rows)} -> (draws,) harmonic means of the means over the rows that are picked."""
+    means = [np.asarray(values)[picked[name.split("_")[0]]].mean(axis=1) for name, values in rows.items()]
+    return np.array([model_utility(parts) for parts in zip(*means, strict=True)])
 
 
 def ceiling(outcomes: Outcomes, scenario: str) -> float:

@@ -6,7 +6,8 @@
     choice.json     what was tried on the forget set that is not reported, and what was chosen
     runs/*.json     a run each: its settings, a measure at every checkpoint, attacks, answers
 
-A measure is {"summary": TOFU's numbers, "rows": {name: one of each forget row}}.
+A measure is {"summary": TOFU's numbers, "rows": {name: one of each forget row}, "utility_rows": {part of the utility:
+one of each row of its set}}.
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any
 
 from training.benchmarks.tofu import TOFU
 from training.benchmarks.tofu.log import PERTURBED, EvalLog
+from training.benchmarks.tofu.summary import utility_rows
 from training.metrics import log_truth_ratio, probability
 from training.pretrained.plan import Plan, Tried
 
@@ -86,7 +88,8 @@ def measure(benchmark: TOFU, log: EvalLog, retrained: EvalLog | None) -> dict[st
         "rougeL": forget.array("rougeL_recall").tolist(),
         "num_tokens": forget.array("num_token_gt").astype(int).tolist(),
     }
-    return rounded({"summary": benchmark.summarize(log, retrained), "rows": rows})
+    utility = {name: values.tolist() for name, values in utility_rows(log).items()}
+    return rounded({"summary": benchmark.summarize(log, retrained), "rows": rows, "utility_rows": utility})
 
 
 def answers(benchmark: TOFU, log: EvalLog) -> list[dict[str, str]]:

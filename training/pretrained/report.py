@@ -57,7 +57,7 @@ def markdown(outcomes: Outcomes, drawn: dict[str, list[str]]) -> str:
         attacks_table(outcomes),
         "## All runs",
         runs_table(outcomes),
-        "## How far the forget quality can be trusted",
+        "## How far the numbers can be trusted",
         *noise_section(outcomes),
         "## How the learning rates and retain weights were chosen",
         *choice_section(outcomes),
@@ -186,6 +186,24 @@ def noise_section(outcomes: Outcomes) -> list[str]:
             "normal distributions that has it, in their standard deviations."
         ),
         tables.markdown(["rows", "least D", "as a shift"], least, text=0),
+        *utility_section(outcomes),
+    ]
+
+
+def utility_section(outcomes: Outcomes) -> list[str]:
+    rows = [
+        [scenario, name, f"{share.mean:.0%} [{share.low:.0%}, {share.high:.0%}]"]
+        for scenario in SCENARIOS
+        for name, share in noise.utility_shares(outcomes, scenario).items()
+    ]
+    if not rows:
+        return []
+    return [
+        filled(
+            "The utility is a mean over few rows too. At the end of the first seed, as a share of the retain model's, "
+            f"with the interval of {CONFIDENCE:.0%} of resampled rows, the same rows of both models:"
+        ),
+        tables.markdown(["scenario", "model", "utility, of the retain model's"], rows, text=3),
     ]
 
 

@@ -44,9 +44,11 @@ def summary(log: EvalLog, retain_log: EvalLog | None = None) -> dict[str, Any]:
         result |= {
             f"{name}_prob": float(_probability(name, examples).mean()),
             f"{name}_rougeL": float(examples.array("rougeL_recall").mean()),
-            f"{name}_tr": _truth_ratio(name, examples, "geometric"),
+            f"{name}_tr": float(_truth_ratio(name, examples, "geometric").mean()),
         }
-    arithmetic = {f"{name}_tr": _truth_ratio(name, examples, "arithmetic") for name, examples in log.sets.items()}
+    arithmetic = {
+        f"{name}_tr": float(_truth_ratio(name, examples, "arithmetic").mean()) for name, examples in log.sets.items()
+    }
     result["model_utility_geometric"] = _utility(result)
     result["model_utility_arithmetic"] = _utility(result | arithmetic)
     result |= {f"{key}_arithmetic": value for key, value in arithmetic.items()}
@@ -55,6 +57,17 @@ def summary(log: EvalLog, retain_log: EvalLog | None = None) -> dict[str, Any]:
     if log.membership:
         result |= membership.summary(*log.membership, retrained=retain_log.membership if retain_log else None)
     return result
+
+
+def utility_rows(log: EvalLog) -> dict[str, np.ndarray]:
+    """{"retain_prob": (rows,), ...}: the nine numbers of the geometric model utility are the means of these."""
+    found = {}
+    for name in UTILITY_SETS:
+        examples = log.sets[name]
+        found[f"{name}_prob"] = _probability(name, examples)
+        found[f"{name}_rougeL"] = examples.array("rougeL_recall")
+        found[f"{name}_tr"] = _truth_ratio(name, examples, "geometric")
+    return found
 
 
 def by_set(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
@@ -90,9 +103,9 @@ def _probability(name: str, examples: EvalSet) -> np.ndarray:
     return metrics.probability(examples.array("avg_gt_loss"))
 
 
-def _truth_ratio(name: str, examples: EvalSet, mean: metrics.Mean) -> float:
+def _truth_ratio(name: str, examples: EvalSet, mean: metrics.Mean) -> np.ndarray:
     score = metrics.truth_ratio_forgotten if name == "forget" else metrics.truth_ratio_kept
-    return float(score(_log_ratio(examples, mean)).mean())
+    return score(_log_ratio(examples, mean))
 
 
 def _log_ratio(examples: EvalSet, mean: metrics.Mean) -> np.ndarray:

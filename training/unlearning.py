@@ -16,7 +16,7 @@ from training.layers import LayerTap
 from training.methods import Method, Reference, Settings
 from training.objective import Activations, Objective, kl_to_reference, reference_of, targets_of
 from training.require import require
-from training.scoring import Scores
+from training.scoring import PerToken, Scores
 from training.steps import Batches, Pass, Plan, lengths_of, num_tokens_of, scored_tokens
 
 
@@ -28,6 +28,25 @@ class Frozen:
     model: PreTrainedModel | None = field(default=None, repr=False)  # with a fused head
     head: Reference | None = None  # of the hidden states in `scores`, without any
     tap: LayerTap | None = None  # of `model`, for a method on activations
+
+
+def cached_per_token(method: Method, settings: Settings) -> PerToken | None:
+    """What is cached of every scored token, beside the sums of the rows, before the first step."""
+    if method.teacher and not method.taught_by_model(settings):
+        return "hidden"
+    return "token_logps" if method.reference and method.reads == "token" else None
+
+
+def kept_head(model: PreTrainedModel) -> Reference:
+    """The head as it is, to go with cached hidden states; a copy where training will change the model's own."""
+
+    def kept(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone() if tensor.requires_grad else tensor.detach()
+
+    head = model.get_output_embeddings()
+    bias = getattr(head, "bias", None)
+    weight = kept(head.weight)
+    return Reference(weight.new_empty(0), weight, None if bias is None else kept(bias))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from rich.progress import Progress
-from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from training import distributed
@@ -35,7 +34,7 @@ from training.config import TrainConfig
 from training.data import Example, Row, data_hash
 from training.dual import DualWeight
 from training.layers import LayerTap
-from training.methods import METHODS, Reference, Sizes, method_named, table
+from training.methods import METHODS, Sizes, method_named, table
 from training.model import merged
 from training.progress import counted, progress
 from training.quantization import linear_weights, rounded
@@ -47,7 +46,7 @@ from training.scoring import PerToken, Scores
 from training.steps import Batches, plan_unlearning, scored_tokens
 from training.store import fingerprint
 from training.trainer import Trainer
-from training.unlearning import Frozen, UnlearningSteps
+from training.unlearning import Frozen, UnlearningSteps, cached_per_token, kept_head
 
 PROG = "training.unlearn"
 
@@ -175,24 +174,7 @@ class Unlearning:
 
     @property
     def per_token(self) -> PerToken | None:
-        """What is cached of every scored token."""
-        method = self.method
-        if method.teacher and not method.taught_by_model(self.settings):
-            return "hidden"
-        return "token_logps" if method.reference and method.reads == "token" else None
-
-    def teacher_head(self, model: PreTrainedModel) -> Reference | None:
-        """The head as it is, to go with cached hidden states; a copy where training will change the model's own."""
-        if self.per_token != "hidden":
-            return None
-        head = model.get_output_embeddings()
-
-        def kept(tensor: Tensor) -> Tensor:
-            return tensor.detach().clone() if tensor.requires_grad else tensor.detach()
-
-        bias = getattr(head, "bias", None)
-        weight = kept(head.weight)
-        return Reference(weight.new_empty(0), weight, None if bias is None else kept(bias))
+        return cached_per_token(self.method, self.settings)
 
     def steps(self, model: PreTrainedModel, batches: Batches, frozen: Frozen) -> UnlearningSteps:
         """With the frozen model, the taps and the dual weight that the method takes."""
@@ -299,7 +281,7 @@ def main(options: UnlearnOptions, benchmark: Benchmark) -> dict[str, Any] | None
     with progress() as display:
         scores = job.references(model, display)
         model = session.to_train(model)
-        head = job.teacher_head(model)
+        head = kept_head(model) if job.per_token == "hidden" else None
         if method.reference:
             rows, refs = job.rows["forget"], scores["forget"].logps
             on_rows = counted(display, "Check of step 0", len(rows))

@@ -22,14 +22,14 @@ from training import distributed
 from training.config import Precision, TrainConfig
 from training.data import Example, Row
 from training.memory import peak_gib
-from training.methods import Method, Reference, method_named
+from training.methods import method_named
 from training.model import autocast, autocast_dtype, load_model, pick_device
 from training.pretrained.plain import PlainModel, PlainSteps
-from training.scoring import PerToken, score
+from training.scoring import score
 from training.steps import Batches, Plan, Step, scored_tokens
 from training.templates import Format
 from training.trainer import Job, Metrics, Trainer
-from training.unlearning import Frozen, UnlearningSteps
+from training.unlearning import Frozen, UnlearningSteps, cached_per_token, kept_head
 
 Way = Literal["fused", "plain"]
 
@@ -78,9 +78,11 @@ class Workbench:
     def fused(self) -> tuple[nn.Module, UnlearningSteps]:
         """(what the trainer calls, its steps), with what is cached of the model as it is now."""
         live = self.frozen if self.method.retain == "kl" else None
-        scores, head = cached(self.model, self.method, self.rows, self.batches.pad_id)
-        frozen = Frozen(scores, live, head)
         settings = self.method.settings()
+        per_token = cached_per_token(self.method, settings)
+        kinds = self.method.rows if self.method.reference or self.method.teacher else ()
+        scores = {kind: score(self.model, self.rows[kind], self.batches.pad_id, per_token=per_token) for kind in kinds}
+        frozen = Frozen(scores, live, kept_head(self.model) if per_token == "hidden" else None)
         return self.model, UnlearningSteps(
             self.method, settings, self.plan, self.rows, frozen, self.config, self.batches
         )
@@ -90,21 +92,6 @@ class Workbench:
         live = self.frozen if self.method.retain == "kl" or self.method.reference or self.method.teacher else None
         settings = self.method.settings()
         return PlainModel(self.model), PlainSteps(self.method, settings, self.plan, self.rows, self.batches, live)
-
-
-def cached(
-    model: PreTrainedModel, method: Method, rows: Mapping[str, Sequence[Example]], pad_id: int
-) -> tuple[dict[str, Any], Reference | None]:
-    """(scores by kind, head of the teacher): what `training.unlearn` keeps of the model before the first step."""
-    if not (method.reference or method.teacher):
-        return {}, None
-    per_token: PerToken | None = "hidden" if method.teacher else "token_logps" if method.reads == "token" else None
-    scores: dict[str, Any] = {kind: score(model, rows[kind], pad_id, per_token=per_token) for kind in method.rows}
-    if not method.teacher:
-        return scores, None
-    head = model.get_output_embeddings()
-    weight, bias = head.weight.detach().clone(), getattr(head, "bias", None)
-    return scores, Reference(weight.new_empty(0), weight, None if bias is None else bias.detach().clone())
 
 
 def checked(task: Task) -> dict[str, Any]:

@@ -15,6 +15,7 @@ ROWS, STEPS = 60, (0, 8, 15, 30, 45, 60)
 TOKENS = np.random.default_rng(9).integers(4, 40, ROWS)
 NEWER = ("dpo_rt", "idk_rt", "ceu_rt", "undial_rt", "ga_rt", "ga_kl", "npo_kl")
 PARTS = [f"{of}_{m}" for of in ("retain", "ra", "wf") for m in ("prob", "rougeL", "tr")]
+FACTORS = np.linspace(1, 1.4, len(PARTS)) * np.mean(1 / np.linspace(1, 1.4, len(PARTS)))  # their harmonic mean is 1
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Study:
             "forget_rougeL": float(rows["rougeL"].mean()),
             "forget_tr": float(metrics.truth_ratio_forgotten(ratio).mean()),
             "forget_repetition": max(0.0, 0.5 - utility),
-            **{part: utility * (1 + 0.05 * i) for i, part in enumerate(PARTS)},
+            **{part: utility * factor for part, factor in zip(PARTS, FACTORS, strict=True)},
         }
         rows = {name: values.tolist() for name, values in rows.items()} | {"num_tokens": TOKENS.tolist()}
         spread = np.random.default_rng([seed, 6]).uniform(0.8, 1.2, (len(PARTS), 40))

@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 
 from training.benchmarks.tofu.authors import tofu_files
-from training.benchmarks.tofu.claims import UTILITY
 from training.benchmarks.tofu.data import load_rows
 from training.commands import real_stages
 from training.commands.real_stages import Stage, Study
@@ -19,6 +18,7 @@ from training.pretrained import choice, part
 from training.pretrained.part import Part
 from training.pretrained.plan import PERCENTS, QUICK, SIZES, Run, Tried, retrained_on
 from training.pretrained.records import rounded
+from training.pretrained.utility import PARTS
 from training.store import write_texts
 
 QUIET = Console(quiet=True)
@@ -103,8 +103,8 @@ def test_plan_can_be_run(size):
 
 
 def record(method: str, lr: float, quality: float, utility: float) -> dict:
-    end = {"forget_quality": quality, "forget_prob": 0.2, UTILITY: utility}
-    return choice.outcome(Tried(method, lr, beta=lr * 1e5), [{}, end], {UTILITY: 0.5})
+    end = {"forget_quality": quality, "forget_prob": 0.2} | dict.fromkeys(PARTS, utility)
+    return choice.outcome(Tried(method, lr, beta=lr * 1e5), [{}, end], dict.fromkeys(PARTS, 0.5))
 
 
 def test_choice():

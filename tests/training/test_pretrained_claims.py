@@ -132,7 +132,7 @@ def slow_utility_at(prob: list[float], utility: list[float], share: float) -> fl
 
 def run_of(prob: list[float], utility: list[float]) -> Run:
     numbers = zip(prob, utility, strict=True)
-    summaries = [{"forget_prob": p, "model_utility_geometric": u} for p, u in numbers]
+    summaries = [{"forget_prob": p, "utility": u} for p, u in numbers]
     return Run({"checkpoints": [{"step": i, "summary": summary} for i, summary in enumerate(summaries)]})
 
 
@@ -148,7 +148,7 @@ def test_halves_are_split_at_the_median_length(tmp_path):
     split = halves(outcomes)
     assert split.short.tolist() == [bool(n <= np.median(TOKENS)) for n in TOKENS]
     runs = [run for run in outcomes.arm("forget10", "npo_rt").runs]
-    least = 0.9 * outcomes.models["retain90"]["summary"]["model_utility_geometric"]
+    least = 0.9 * outcomes.models["retain90"]["summary"]["utility"]
     retain = outcomes.models["retain90"]["rows"]["prob"]
     total = 0.0
     for i, short in enumerate(split.short):

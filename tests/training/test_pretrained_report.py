@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from itertools import combinations
 
@@ -14,6 +15,7 @@ from training.methods import METHODS
 from training.pretrained import figures, labels, noise, report, sides
 from training.pretrained.outcomes import Outcomes
 from training.pretrained.plan import retrained_on
+from training.pretrained.utility import LEAST, PARTS, known_parts, utility
 
 
 def few() -> Study:
@@ -64,7 +66,7 @@ def test_the_table_of_runs_has_the_numbers_of_the_records(folder, written):
         ]
         best = sorted(kept, key=lambda c: c["summary"]["forget_quality"])[-1] if kept else None
         end = record["checkpoints"][-1]["summary"]
-        wanted = [end["forget_quality"], end["model_utility_geometric"]]
+        wanted = [end["forget_quality"], *[end["model_utility_geometric"]] * 2]  # with all nine parts, TOFU's as well
         wanted += [best["summary"][key] if best else None for key in ("forget_quality", "model_utility_geometric")]
         wanted += [best["step"] if best else None, end["forget_prob"], end["forget_rougeL"], end["forget_repetition"]]
         shown = ["-" if x is None else str(x) if isinstance(x, int) else f"{x:.3g}" for x in wanted]
@@ -239,18 +241,39 @@ def test_the_ceiling_is_one_retain_model_against_the_other(outcomes):
     assert [*noise.pairs(outcomes, "forget10")] == ["full model", "NPO+RT, best", "retain model, another seed"]
 
 
+def test_parts_that_a_retain_model_cannot_do_are_left_out_for_all(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "records")
+    models = json.loads((folder / "models.json").read_text())
+    models["retain50"]["summary"]["ra_rougeL"] = 0.0  # what TOFU's utility would be
+    (tmp_path / "records/models.json").write_text(json.dumps(models))
+    outcomes = Outcomes.read(tmp_path / "records")
+    assert outcomes.parts == tuple(part for part in PARTS if part != "ra_rougeL")
+    for measure in (outcomes.models["full"], outcomes.models["retain50"], outcomes.arms["forget10"][0].runs[0].end):
+        eight = [measure["summary"][part] for part in outcomes.parts]
+        assert measure["summary"]["utility"] == pytest.approx(8 / sum(1 / value for value in eight))
+    text = "\n".join(report.utility_section(outcomes)).replace("\n", " ")
+    assert "Left out: ROUGE-L of real authors (" in text and ", 0" in text
+
+
+def test_known_parts():
+    low = dict.fromkeys(PARTS, LEAST)
+    assert known_parts([]) == known_parts([low]) == PARTS
+    assert known_parts([low, low | {"wf_tr": LEAST - 1e-9}]) == PARTS[:-1]
+    assert np.isnan(utility({}, PARTS)) and np.isnan(utility(low, ())) and utility(low | {"wf_tr": 0.0}, PARTS) == 0.0
+
+
 def test_utility_is_held_against_the_same_rows_of_the_retain_model(outcomes):
     retain, other = (outcomes.models[name] for name in ("retain90", "retain90_seed1"))
-    assert noise.utility_share(retain, retain) == (1.0, 1.0, 1.0)
+    assert noise.utility_share(retain, retain, PARTS) == (1.0, 1.0, 1.0)
     lower = retain | {"utility_rows": {k: [0.8 * v for v in values] for k, values in retain["utility_rows"].items()}}
-    assert noise.utility_share(lower, retain) == pytest.approx((0.8, 0.8, 0.8))
-    share = noise.utility_share(other, retain)
+    assert noise.utility_share(lower, retain, PARTS) == pytest.approx((0.8, 0.8, 0.8))
+    share = noise.utility_share(other, retain, PARTS)
     utilities = [
         metrics.model_utility([np.mean(values) for values in m["utility_rows"].values()]) for m in (other, retain)
     ]
     assert share.mean == pytest.approx(utilities[0] / utilities[1]) and share.low < share.mean < share.high
     nothing = retain | {"utility_rows": dict.fromkeys(retain["utility_rows"], [0.0] * 40)}
-    assert noise.utility_share(nothing, retain) == (0.0, 0.0, 0.0)
+    assert noise.utility_share(nothing, retain, PARTS) == (0.0, 0.0, 0.0)
     names = ["retain model, another seed", "full model", "NPO+RT, weight 1", "NPO+RT, weight 5"]
     assert [*noise.utility_shares(outcomes, "forget50")] == names
 

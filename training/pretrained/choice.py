@@ -8,10 +8,10 @@ this forget set either.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from training.benchmarks.tofu.claims import UTILITY
 from training.methods import METHODS
 from training.pretrained.outcomes import NEAR
 from training.pretrained.plan import Run, Tried
+from training.pretrained.utility import known_parts, utility
 
 # Alone, NPO and GA run at one learning rate, that of NPO+RT: they differ in their losses then, as in the paper.
 TAKES = {"ga": "npo_rt", "npo": "npo_rt"}
@@ -19,12 +19,12 @@ TAKES = {"ga": "npo_rt", "npo": "npo_rt"}
 
 def outcome(tried: Tried, history: Sequence[Mapping[str, Any]], retrained: Mapping[str, Any]) -> dict[str, Any]:
     """The record of one try: its settings, its end, and the utility of the retrained model."""
-    end = history[-1]
+    end, parts = history[-1], known_parts([retrained])
     return tried._asdict() | {
         "forget_quality": end["forget_quality"],
         "forget_prob": end["forget_prob"],
-        "utility": end[UTILITY],
-        "retrained_utility": retrained[UTILITY],
+        "utility": utility(end, parts),
+        "retrained_utility": utility(retrained, parts),
     }
 
 

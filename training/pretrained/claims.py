@@ -5,10 +5,11 @@ Each function returns one finding; where records are absent it says so.
 
 import numpy as np
 
-from training.benchmarks.tofu.claims import LOST, UTILITY
+from training.benchmarks.tofu.claims import LOST
 from training.pretrained import claims_attacks, claims_reach, claims_short
 from training.pretrained.findings import Finding, absent, all_of, by_count
 from training.pretrained.outcomes import PROB, SCENARIOS, Arm, Outcomes, middle_and_range, number, seeds_words
+from training.pretrained.utility import UTILITY
 from training.reports.claims import Claim, Difference
 
 COMPONENTS = {

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from training.benchmarks.tofu.claims import GOOD_QUALITY, UTILITY
+from training.benchmarks.tofu.claims import GOOD_QUALITY
 from training.methods import METHODS
 from training.pretrained import noise
 from training.pretrained.findings import Finding, absent, by_count
@@ -20,6 +20,7 @@ from training.pretrained.outcomes import (
     row_values,
     seeds_words,
 )
+from training.pretrained.utility import UTILITY
 from training.reports.claims import Claim, Difference
 
 RIVALS = ("ga", "dpo", "idk", "kto", "npo")  # families of the NPO paper

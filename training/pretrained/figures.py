@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from training.benchmarks.tofu.claims import GOOD_QUALITY, LOST, UTILITY
+from training.benchmarks.tofu.claims import GOOD_QUALITY, LOST
 from training.methods import METHODS
 from training.pretrained import labels, noise
 from training.pretrained.claims_attacks import CONTROL, RELEARNED, ROUNDED, attack_rows, mean_prob
 from training.pretrained.labels import Label
 from training.pretrained.outcomes import PROB, QUALITY, Arm, Outcomes, number
 from training.pretrained.plan import HEADLINE
+from training.pretrained.utility import UTILITY
 from training.reports.figures import DOTTED, FLOOR, INK, drawn, style
 
 GREY = "#777777"

@@ -15,6 +15,7 @@ import numpy as np
 from scipy.stats import norm
 
 from training.benchmarks.tofu.claims import GOOD_QUALITY
+from training.benchmarks.tofu.summary import UTILITY_SETS
 from training.metrics import forget_quality, model_utility
 from training.pretrained.findings import RESAMPLES, Interval
 from training.pretrained.outcomes import Arm, Measure, Outcomes, row_values
@@ -104,21 +105,19 @@ def utility_shares(outcomes: Outcomes, scenario: str) -> dict[str, Interval]:
     found = {"retain model, another seed": outcomes.other_retain(scenario), "full model": outcomes.models.get("full")}
     found |= {outcomes.label(arm): arm.runs[0].end for arm in outcomes.arms.get(scenario, []) if arm.method in HEADLINE}
     return {
-        name: utility_share(measure, retain)
+        name: utility_share(measure, retain, outcomes.parts)
         for name, measure in found.items()
         if retain and measure and {"utility_rows"} <= retain.keys() & measure.keys()
     }
 
 
-def utility_share(measure: Measure, retain: Measure) -> Interval:
+def utility_share(measure: Measure, retain: Measure, parts: Sequence[str]) -> Interval:
     """The quotient of two utilities, with the interval of resampled rows, the same ones of both models in each set."""
-    sets = dict.fromkeys(name.split("_")[0] for name in retain["utility_rows"])
-    rng = np.random.default_rng(0)
-    picked = {}
-    for name in sets:
+    rng, picked = np.random.default_rng(0), {}
+    for name in UTILITY_SETS:
         n = len(retain["utility_rows"][f"{name}_prob"])
         picked[name] = np.concatenate([np.arange(n)[None], rng.integers(n, size=(RESAMPLES, n))])
-    of, against = (_utilities(m["utility_rows"], picked) for m in (measure, retain))
+    of, against = (_utilities({part: m["utility_rows"][part] for part in parts}, picked) for m in (measure, retain))
     share = np.divide(of, against, out=np.zeros_like(of), where=against > 0)
     return Interval(float(share[0]), *np.quantile(share[1:], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist())
 

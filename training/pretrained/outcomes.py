@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from training.benchmarks.tofu.claims import GOOD_QUALITY, UTILITY
+from training.benchmarks.tofu.claims import GOOD_QUALITY
 from training.methods import METHODS
 from training.pretrained.plan import PERCENTS, retrained_on
+from training.pretrained.utility import UTILITY, known_parts, utility
 
 QUALITY, PROB = "forget_quality", "forget_prob"
 NEAR = 0.9  # share of the retain model's utility that counts as its utility
 SCENARIOS = tuple(PERCENTS)
-Measure = Mapping[str, Any]  # {"summary": {name: number}, "rows": {name: one a row of the forget set}}
+Measure = Mapping[str, Any]  # {"summary": {name: number}, "rows": {name: one a row of the forget set}}, and more
 
 
 def number(measure: Measure | None, key: str) -> float:
@@ -108,15 +109,26 @@ class Outcomes:
 
     @classmethod
     def read(cls, folder: Path) -> "Outcomes":
-        """The JSON files of `folder`. ValueError where one is no JSON."""
-        runs = sorted((folder / "runs").glob("*.json"))
+        """The JSON files of `folder`, each summary with its utility. ValueError where one is no JSON."""
+        models = _read(folder / "models.json") or {}
+        runs = [_read(path) for path in sorted((folder / "runs").glob("*.json"))]
+        parts = _parts(models)
+        for record in (*models.values(), *runs):
+            for measure in (record, *record.get("checkpoints", ()), *record.get("attacks", {}).values()):
+                if "summary" in measure:
+                    measure["summary"][UTILITY] = utility(measure["summary"], parts)
         return cls(
             config=_read(folder / "config.json"),
-            models=_read(folder / "models.json") or {},
+            models=models,
             choice=_read(folder / "choice.json") or [],
             costs=_read(folder / "costs.json"),
-            records=[_read(path) for path in runs],
+            records=runs,
         )
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Of the utility."""
+        return _parts(self.models)
 
     @cached_property
     def arms(self) -> dict[str, list[Arm]]:
@@ -166,6 +178,10 @@ class Outcomes:
     def least_utility(self, scenario: str) -> float:
         """From which on a utility counts as that of the retain model."""
         return NEAR * self.retain_utility(scenario)
+
+
+def _parts(models: Mapping[str, Measure]) -> tuple[str, ...]:
+    return known_parts(model["summary"] for name, model in models.items() if name.startswith("retain"))
 
 
 def reaches(qualities: np.ndarray) -> np.ndarray:

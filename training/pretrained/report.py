@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from training.benchmarks.tofu.claims import GOOD_QUALITY, UTILITY
+from training.benchmarks.tofu.claims import GOOD_QUALITY
 from training.methods import METHODS
 from training.pretrained import costs, figures, noise, sides
-from training.pretrained.claims import all_findings
+from training.pretrained.claims import COMPONENTS, all_findings
 from training.pretrained.claims_attacks import ATTACKS, attack_rows, mean_prob
 from training.pretrained.findings import NOT_MEASURED, Finding
 from training.pretrained.outcomes import NEAR, QUALITY, SCENARIOS, Outcomes, number, seeds_words
 from training.pretrained.plan import HEADLINE
+from training.pretrained.utility import LEAST, PARTS, TOFU_UTILITY, UTILITY
 from training.reports import tables
 from training.reports.claims import CONFIDENCE, filled, versions_sentence
 from training.store import write_text
@@ -125,7 +126,7 @@ def runs_table(outcomes: Outcomes) -> str:
         return NOT_MEASURED.capitalize() + "."
     last = ["forget_prob", "forget_rougeL", "forget_repetition"]
     rows: list[list[Any]] = [
-        [name, "", *[""] * 3, *(_cell(number(measure, key)) for key in (QUALITY, UTILITY)), "", "", ""]
+        [name, "", *[""] * 3, *(_cell(number(measure, key)) for key in (QUALITY, UTILITY, TOFU_UTILITY)), "", "", ""]
         + [_cell(number(measure, key)) for key in last]
         for name, measure in outcomes.models.items()
     ]
@@ -134,10 +135,10 @@ def runs_table(outcomes: Outcomes) -> str:
             for run in arm.runs:
                 best = run.best(outcomes.least_utility(scenario))
                 row = [METHODS[arm.method].label, scenario, f"{run.lr:g}", _weight(arm.retain_weight), run.seed]
-                row += [_cell(number(run.end, key)) for key in (QUALITY, UTILITY)]
+                row += [_cell(number(run.end, key)) for key in (QUALITY, UTILITY, TOFU_UTILITY)]
                 row += [_cell(number(best, key)) for key in (QUALITY, UTILITY)] + [best["step"] if best else None]
                 rows.append(row + [_cell(number(run.end, key)) for key in last])
-    headings = ["model", "scenario", "lr", "retain weight", "seed", "FQ, end", "utility, end", "FQ, best"]
+    headings = ["model", "scenario", "lr", "retain weight", "seed", "FQ, end", "utility, end", "TOFU's", "FQ, best"]
     headings += ["utility, best", "step, best", "forget prob", "forget ROUGE-L", "repetition"]
     return tables.markdown(headings, rows, text=2)
 
@@ -196,14 +197,25 @@ def utility_section(outcomes: Outcomes) -> list[str]:
         for scenario in SCENARIOS
         for name, share in noise.utility_shares(outcomes, scenario).items()
     ]
-    if not rows:
-        return []
+    left_out = {
+        COMPONENTS[part]: [f"{number(m, part):.2g}" for name, m in outcomes.models.items() if name.startswith("retain")]
+        for part in PARTS
+        if part not in outcomes.parts
+    }
+    words = "; ".join(f"{part} ({', '.join(values)})" for part, values in left_out.items())
     return [
         filled(
-            "The utility is a mean over few rows too. At the end of the first seed, as a share of the retain model's, "
-            f"with the interval of {CONFIDENCE:.0%} of resampled rows, the same rows of both models:"
+            "The utility is the harmonic mean of those of TOFU's nine parts in which every retain model has at least "
+            f"{LEAST}: a part near 0 would decide it alone, and a model that has nothing cannot lose it. Left out: "
+            f"{words or 'none'}. TOFU's own utility, of all nine, is in the table of all runs."
         ),
-        tables.markdown(["scenario", "model", "utility, of the retain model's"], rows, text=3),
+        filled(
+            "It is a mean over few rows too. At the end of the first seed, as a share of the retain model's, with the "
+            f"interval of {CONFIDENCE:.0%} of resampled rows, the same rows of both models:"
+        )
+        if rows
+        else "",
+        tables.markdown(["scenario", "model", "utility, of the retain model's"], rows, text=3) if rows else "",
     ]
 
 

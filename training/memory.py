@@ -77,8 +77,8 @@ def estimate(
         reference: the frozen copy, of the model or its head.
         copy: of the weights that rounding writes, until the gradients are there.
         python: on a CPU, what the process holds already: ask before a model is loaded. 0 elsewhere.
-        total: python + weights + optimizer + reference + the larger of two peaks: of forward and backward with the
-            copy, and of gradients with AdamW's temporaries. Not the sum: gradients come as activations go, unless
+        total: python + weights + optimizer + reference + the larger of two: the peak of forward and backward with the
+            copy, and the gradients, as AdamW is fused. Not the sum: gradients come as activations go, unless
             `accumulated`. On a CPU: as resident after `return_freed_memory`; without it the C library holds more.
 
     Raises:
@@ -123,8 +123,6 @@ def estimate(
             raise ValueError(f"the memory of {config.model_type} depends on more than sizes: {reason}") from None
     gradients = _bytes(learning)
     peak = used.peak + (gradients if accumulated or with_reference else 0)
-    # on a GPU the roots of all second moments at once; elsewhere those of one weight, and what is made of them
-    temporaries = gradients if device.type == "cuda" else 2 * max(_bytes([p]) for p in learning)
     parts = {
         "weights": _bytes(model.parameters()),
         "gradients": gradients,
@@ -136,7 +134,7 @@ def estimate(
         "python": python,
     }
     held = sum(parts[name] for name in ("weights", "optimizer", "reference", "python"))
-    parts["total"] = held + max(copy + peak, gradients + temporaries)
+    parts["total"] = held + max(copy + peak, gradients)
     return {name: round(size / GIB, 3) for name, size in parts.items()}
 
 

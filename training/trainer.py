@@ -74,7 +74,7 @@ class Trainer:
     ):
         self.device, self.max_grad_norm, self.autocast = model.device, config.max_grad_norm, partial(autocast, model)
         self.frozen = [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad]
-        adamw = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr)
+        adamw = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr, fused=True)
         self.schedule = get_scheduler(config.lr_scheduler_type, adamw, config.warmup(num_steps), num_steps)
         # the model is where it belongs
         trackers = report_to.split(",") if report_to else []

@@ -53,7 +53,7 @@ folder, lengths = sys.argv[1], json.loads(sys.argv[2])
 numbers = [held(most=False)]
 return_freed_memory()
 model = add_fused_unlearning_head(AutoModelForCausalLM.from_pretrained(folder)).train()
-optimizer = torch.optim.AdamW(model.parameters())
+optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 ids = torch.ones(len(lengths), max(lengths), dtype=torch.int64)
 mask = torch.tensor([[1] * n + [0] * (max(lengths) - n) for n in lengths])
 labels = ids.where(mask == 1, -100)

@@ -74,6 +74,16 @@ def test_pieces_of_other_weights_are_not_found(tmp_path, corpus, model):
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_each_answer_stands_with_its_question(corpus, model, sets):
+    log = evaluate_model(model, corpus.format, sets, max_new_tokens=5)
+    for name, rows in sets.items():
+        for i, row in enumerate(rows):
+            said = generation.complete(model, corpus.format, row.question, 5)
+            assert log.sets[name].fields["generated_text"][i] == [
+                corpus.format.prompt_text(row.question), said, row.answer
+            ]  # fmt: skip
+
+
 def test_tokens_a_second_are_told(corpus, model, sets, capsys):
     console = Console(width=200)
     with Progress(console=console, disable=True) as display:

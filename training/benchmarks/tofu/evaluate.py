@@ -5,6 +5,7 @@ ratio, with the question once for all of them.
 """
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from rich.progress import Progress
@@ -110,7 +111,10 @@ def _other_losses(
 
 
 def _generations(answers: Answers, rows: Sequence[EvalRow], max_new_tokens: int) -> list[dict[str, Any]]:
-    """Of the rows of all sets together: small sets would make small batches, which take as many steps as large ones."""
+    """Of the rows of all sets together: small sets would make small batches, which take as many steps as large ones.
+
+    By the length of the true answers, which the models' own go with: a batch runs until its last answer ends.
+    """
     format, size = answers.format, answers.options.eval_batch_size
 
     def generations(block: Sequence[EvalRow]) -> list[dict[str, Any]]:
@@ -130,4 +134,6 @@ def _generations(answers: Answers, rows: Sequence[EvalRow], max_new_tokens: int)
         ]
 
     answers.counted.stage("generated", "answers")
-    return answers.pieces.rows("generated", rows, generations, GENERATED)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].answer))
+    found = answers.pieces.rows("generated_by_length", [rows[i] for i in order], generations, GENERATED)
+    return [said for _, said in sorted(zip(order, found, strict=True), key=itemgetter(0))]

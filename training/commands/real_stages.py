@@ -208,10 +208,10 @@ class Study:
         benchmark = self.benchmark(rows, PERCENTS.get(scenario, 10))
         steps = recipe["epochs"] * -(-len(benchmark.rows("forget")) // recipe["batch_size"])
         retrained = "retain50" if scenario == TUNE else retrained_on(scenario)
+        evaluated = self.plan.evaluated(settings["method"], scenario)
         options, _ = build(
-            unlearn.UnlearnOptions, model=str(self.model("full")), out=out,
-            eval_steps=-(-steps // self.plan.evaluations[scenario]), save_steps=0, save_every_minutes=8.0,
-            save_model=save_model,
+            unlearn.UnlearnOptions, model=str(self.model("full")), out=out, save_model=save_model,
+            eval_steps=-(-steps // evaluated), save_steps=0, save_every_minutes=8.0,
             start_log=self.log("full", rows), retain_log=self.log(retrained, rows), **recipe, **settings,
         )  # fmt: skip
         unlearn.main(options, benchmark)

@@ -82,7 +82,7 @@ class Plan:
     )
     finetune: Numbers = field(default_factory=lambda: FINETUNE)
     unlearn: Mapping[str, Numbers] = field(default_factory=lambda: {"forget10": TENTH, "forget50": HALF, "tune": TENTH})
-    evaluations: Numbers = field(default_factory=lambda: {"forget10": 2, "forget50": 2, "tune": 1})
+    evaluations: Mapping[str, int] = field(default_factory=lambda: {"forget10": 2, "forget50": 2, "tune": 1})
     max_new_tokens: int = 40
     # Other methods take the learning rate and the retain weight of one of these (`training.pretrained.choice`).
     tries: tuple[Tried, ...] = (
@@ -93,10 +93,11 @@ class Plan:
         Tried("ga_rt", 1e-4),
         Tried("simnpo_rt", 3e-4, beta=1.0, forget_weight=1.0),
         Tried("ga_rt", 5e-5),
+        Tried("ga_rt", 2e-4),
         Tried("simnpo_rt", 3e-4),
     )
     headline: tuple[str, ...] = HEADLINE
-    others: tuple[str, ...] = OTHERS
+    others: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"forget10": OTHERS, "forget50": ()})
     seeds: Mapping[str, Sequence[int]] = field(default_factory=lambda: {"forget10": (0, 1, 2), "forget50": (0,)})
     heavier: tuple[float, ...] = (3.0,)  # retain weights of NPO+RT in forget50, besides the chosen one
     attacked: tuple[str, ...] = ATTACKED
@@ -114,7 +115,11 @@ class Plan:
                     yield Run(scenario, method, seed, attacked=attacked)
             if scenario == "forget50" and "npo_rt" in self.headline:
                 yield from (Run(scenario, "npo_rt", first, weight) for weight in self.heavier)
-            yield from (Run(scenario, method, first) for method in self.others)
+            yield from (Run(scenario, method, first) for method in self.others[scenario])
+
+    def evaluated(self, method: str, scenario: str) -> int:
+        """How often, after the start: the others at their end."""
+        return self.evaluations[scenario] if method in self.headline else 1
 
     def recipe(self) -> dict[str, Any]:
         """What all records of one study share; which runs there are may differ."""
@@ -131,7 +136,7 @@ QUICK = Plan(
     max_new_tokens=24,
     tries=(Tried("npo_rt", 2e-4),),
     headline=("ga", "npo_rt"),
-    others=(),
+    others={"forget10": (), "forget50": ()},
     seeds={"forget10": (0,), "forget50": (0,)},
     heavier=(),
     attacked=("npo_rt",),

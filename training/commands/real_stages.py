@@ -143,16 +143,14 @@ class Study:
         """With the attacks on what they leave, and on the models that these are compared with."""
         tried = tuple(f"try {tried.name}" for tried in self.plan.tries)
         logs = ("evaluation of full on data", f"evaluation of {retrained_on(scenario)} on data")
-        attacked = []
-        for run in self.plan.runs():
-            if run.scenario == scenario:
-                recorded = self.records.run(run.name) is not None
-                yield Stage(run.name, ("full",), (*tried, *logs), partial(self.unlearn, run), recorded)
-                if run.attacked:
-                    yield self._attacks(run.name, self.run_folder(run) / "model", tried)
-                    attacked.append(run.name)
-        for name in self.plan.controls if attacked else ():
+        runs = [run for run in self.plan.runs() if run.scenario == scenario]
+        for name in self.plan.controls if any(run.attacked for run in runs) else ():
             yield self._attacks(name, self.model(name), tried)
+        for run in runs:
+            recorded = self.records.run(run.name) is not None
+            yield Stage(run.name, ("full",), (*tried, *logs), partial(self.unlearn, run), recorded)
+            if run.attacked:
+                yield self._attacks(run.name, self.run_folder(run) / "model", tried)
 
     def _attacks(self, name: str, model: Path, tried: tuple[str, ...]) -> Stage:
         recorded = self.records.has_attacks(name, self.plan.attacks)

@@ -147,14 +147,18 @@ class Study:
         for name in self.plan.controls if any(run.attacked for run in runs) else ():
             yield self._attacks(name, self.model(name), tried)
         for run in runs:
-            recorded = self.records.run(run.name) is not None
-            yield Stage(run.name, ("full",), (*tried, *logs), partial(self.unlearn, run), recorded)
+            yield Stage(run.name, ("full",), (*tried, *logs), partial(self.unlearn, run), self._recorded(run))
             if run.attacked:
                 yield self._attacks(run.name, self.run_folder(run) / "model", tried)
 
     def _attacks(self, name: str, model: Path, tried: tuple[str, ...]) -> Stage:
         recorded = self.records.has_attacks(name, self.plan.attacks)
         return Stage(f"attacks on {name}", (name,), tried, partial(self.attack, name, model), recorded)
+
+    def _recorded(self, run: Run) -> bool:
+        """With the settings that are chosen now: what was tried later may have changed them."""
+        record, tries = self.records.run(run.name), self.tries()
+        return record is not None and all(record[k] == v for k, v in choice.chosen(tries, run).items())
 
     def run(self, collect: Callable[[], object]) -> None:
         """All stages that are missing, `collect` after each; those of other processes are waited for."""

@@ -13,8 +13,7 @@ from training.pretrained.outcomes import NEAR
 from training.pretrained.plan import Run, Tried
 from training.pretrained.utility import known_parts, utility
 
-# Alone, NPO and GA run at one learning rate, that of NPO+RT: they differ in their losses then, as in the paper.
-TAKES = {"ga": "npo_rt", "npo": "npo_rt"}
+TAKES = {"ga": ("npo", "npo_rt")}  # the two differ in their losses alone then, as in the paper
 
 
 def outcome(tried: Tried, history: Sequence[Mapping[str, Any]], retrained: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,9 +59,9 @@ def chosen(tries: Sequence[Mapping[str, Any]], run: Run) -> dict[str, float]:
 def source_of(method: str, tuned: set[str]) -> str:
     """The method whose choice this one takes: its own, or that of the same loss with retain rows."""
     family = method.split("_")[0]
-    for name in (method, TAKES.get(method), f"{family}_rt", "npo_rt"):
+    for name in (method, *TAKES.get(method, ()), f"{family}_rt", "npo_rt"):
         if name in tuned:
-            return str(name)
+            return name
     raise ValueError(f"{method}: expected a try of it, or of {family}_rt or npo_rt, got {', '.join(sorted(tuned))}")
 
 

@@ -95,6 +95,8 @@ class Plan:
         Tried("ga_rt", 5e-5),
         Tried("ga_rt", 2e-4),
         Tried("simnpo_rt", 3e-4),
+        Tried("npo", 1e-4),
+        Tried("npo", 5e-5),
     )
     headline: tuple[str, ...] = HEADLINE
     others: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"forget10": OTHERS, "forget50": ()})

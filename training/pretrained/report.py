@@ -240,8 +240,8 @@ def choice_section(outcomes: Outcomes) -> list[str]:
             "On another forget set (tune), of other authors than those that are evaluated; they are among the authors "
             "that forget50 forgets. Chosen: of the settings that keep 90 % of the utility of the model retrained "
             "without half of the authors, the one with the best forget quality against that model; a dash is the "
-            "method's own setting. Methods that are not here take the setting of NPO+RT, GA+KL that of GA+RT; GA and "
-            "NPO alone have the same learning rate."
+            "method's own setting. Methods that are not here take the setting of NPO+RT, GA+KL that of GA+RT, and GA "
+            "the learning rate of NPO alone."
         ),
         tables.markdown(headings, rows),
     ]

@@ -160,12 +160,15 @@ def test_on_another_machine_only_what_has_no_record_is_run(finished, source, tmp
     assert contents(tmp_path / "out") == before
 
 
-def test_a_model_that_is_attacked_is_made_again(finished, source, base, tmp_path):  # noqa: F811
+def test_what_is_missing(finished, source, base, tmp_path):  # noqa: F811
+    """Nothing; the model that an attack reads; a run with settings that are no longer those of the choice."""
     shutil.copytree(finished / "out", tmp_path / "out")
     path = tmp_path / "out/runs/forget10-npo_rt-seed0.json"
     run = json.loads(path.read_text())
-    for attacks, names in ((run["attacks"], []), ({}, ["full", path.stem, f"attacks on {path.stem}"])):
-        path.write_text(json.dumps(run | {"attacks": attacks}))
+    attacks = f"attacks on {path.stem}"
+    cases = [({}, []), ({"attacks": {}}, ["full", path.stem, attacks]), ({"lr": 2e-3}, ["full", path.stem])]
+    for changes, names in cases:
+        path.write_text(json.dumps(run | changes))
         study = real.Study(SMALL, base, str(source), tmp_path / "work", tmp_path / "out", real.Console(quiet=True))
         assert [stage.name for stage in study.missing] == names
 

@@ -25,7 +25,7 @@ from training.memory import peak_gib
 from training.methods import method_named
 from training.model import autocast, autocast_dtype, load_model, pick_device
 from training.pretrained.plain import PlainModel, PlainSteps
-from training.scoring import score
+from training.scoring import Scores, score
 from training.steps import Batches, Plan, Step, scored_tokens
 from training.templates import Format
 from training.trainer import Job, Metrics, Trainer
@@ -81,7 +81,9 @@ class Workbench:
         settings = self.method.settings()
         per_token = cached_per_token(self.method, settings)
         kinds = self.method.rows if self.method.reference or self.method.teacher else ()
-        scores = {kind: score(self.model, self.rows[kind], self.batches.pad_id, per_token=per_token) for kind in kinds}
+        scores: dict[str, Scores] = {
+            kind: score(self.model, self.rows[kind], self.batches.pad_id, per_token=per_token) for kind in kinds
+        }
         frozen = Frozen(scores, live, kept_head(self.model) if per_token == "hidden" else None)
         return self.model, UnlearningSteps(
             self.method, settings, self.plan, self.rows, frozen, self.config, self.batches

@@ -65,6 +65,7 @@ class Study:
     retain: Way = RETAIN
     noise: float = 0.02  # of utility, from seed to seed
     row_noise: float = 0.5
+    utility_spread: float = 0.2  # of the rows of its parts, relative
     relearned: Mapping[str, float] = field(default_factory=lambda: {"relearn5": 0.1, "relearn20": 0.3})
     control_relearned: Mapping[str, float] = field(default_factory=lambda: {"relearn5": 0.02, "relearn20": 0.06})
     rounded: Mapping[str, float] = field(default_factory=lambda: {"int8": 0.0, "int4": 0.05})
@@ -89,7 +90,9 @@ class Study:
             **{part: utility * factor for part, factor in zip(PARTS, FACTORS, strict=True)},
         }
         rows = {name: values.tolist() for name, values in rows.items()} | {"num_tokens": TOKENS.tolist()}
-        spread = np.random.default_rng([seed, 6]).uniform(0.8, 1.2, (len(PARTS), 40))
+        spread = np.random.default_rng([seed, 6]).uniform(
+            1 - self.utility_spread, 1 + self.utility_spread, (len(PARTS), 40)
+        )
         utility_rows = {part: (summary[part] * values).tolist() for part, values in zip(PARTS, spread, strict=True)}
         return {"summary": summary, "rows": rows, "utility_rows": utility_rows}
 

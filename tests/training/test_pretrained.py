@@ -11,6 +11,7 @@ from rich.console import Console
 
 from training.benchmarks.tofu.authors import tofu_files
 from training.benchmarks.tofu.data import load_rows
+from training.benchmarks.tofu.summary import UTILITY_PARTS as PARTS
 from training.commands import real_stages
 from training.commands.real_stages import Stage, Study
 from training.methods import METHODS
@@ -18,7 +19,6 @@ from training.pretrained import choice, part
 from training.pretrained.part import Part
 from training.pretrained.plan import PERCENTS, QUICK, SIZES, Run, Tried, retrained_on
 from training.pretrained.records import rounded
-from training.pretrained.utility import PARTS
 from training.store import write_texts
 
 QUIET = Console(quiet=True)

@@ -64,6 +64,8 @@ CASES = [
     ("reach, forget10", None, both(put(row_noise=1.5), ways(npo_rt=dict(ratio=-0.85, seeds=tuple(range(12)))))),
     ("end, forget10", True, ways()),
     ("end, forget10", False, ways(npo_rt=dict(utility=0.3))),
+    ("end, forget10", None, both(put(utility_spread=0.9), ways(npo_rt=dict(utility=0.42)))),
+    ("reach, forget10", None, both(put(utility_spread=0.9), ways(npo_rt=dict(utility=0.42, pace=0.02)))),
     ("alone, forget10", True, ways()),
     ("alone, forget10", False, ways(dpo_rt=dict(ratio=0.0, utility=0.5))),
     ("weight reaches", True, both(ways("forget50", npo_rt=dict(ratio=-1.3)), extra(Way(0, 0.2, 0.5, 1, SEEDS, 5.0)))),

@@ -11,11 +11,12 @@ import pytest
 
 from tests.training.pretrained_records import CHOICE, WAYS, Study
 from training import metrics
+from training.benchmarks.tofu.summary import UTILITY_PARTS as PARTS
 from training.methods import METHODS
 from training.pretrained import figures, labels, noise, report, sides
 from training.pretrained.outcomes import Outcomes
 from training.pretrained.plan import retrained_on
-from training.pretrained.utility import LEAST, PARTS, known_parts, utility
+from training.pretrained.utility import LEAST, known_parts, utility
 
 
 def few() -> Study:
@@ -264,16 +265,18 @@ def test_known_parts():
 
 def test_utility_is_held_against_the_same_rows_of_the_retain_model(outcomes):
     retain, other = (outcomes.models[name] for name in ("retain90", "retain90_seed1"))
-    assert noise.utility_share(retain, retain, PARTS) == (1.0, 1.0, 1.0)
+    assert noise.utility_share([retain], retain, PARTS) == (1.0, 1.0, 1.0)
     lower = retain | {"utility_rows": {k: [0.8 * v for v in values] for k, values in retain["utility_rows"].items()}}
-    assert noise.utility_share(lower, retain, PARTS) == pytest.approx((0.8, 0.8, 0.8))
-    share = noise.utility_share(other, retain, PARTS)
+    assert noise.utility_share([lower], retain, PARTS) == pytest.approx((0.8, 0.8, 0.8))
+    share = noise.utility_share([other], retain, PARTS)
     utilities = [
         metrics.model_utility([np.mean(values) for values in m["utility_rows"].values()]) for m in (other, retain)
     ]
     assert share.mean == pytest.approx(utilities[0] / utilities[1]) and share.low < share.mean < share.high
+    both = noise.utility_share([other, retain], retain, PARTS)  # of two seeds, the mean
+    assert both.mean == pytest.approx((share.mean + 1) / 2)
     nothing = retain | {"utility_rows": dict.fromkeys(retain["utility_rows"], [0.0] * 40)}
-    assert noise.utility_share(nothing, retain, PARTS) == (0.0, 0.0, 0.0)
+    assert noise.utility_share([nothing], retain, PARTS) == (0.0, 0.0, 0.0)
     names = ["retain model, another seed", "full model", "NPO+RT, weight 1", "NPO+RT, weight 5"]
     assert [*noise.utility_shares(outcomes, "forget50")] == names
 

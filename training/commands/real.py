@@ -89,7 +89,7 @@ def measure_costs(study: Study, out: Path, console: Console) -> None:
 
 
 def collect(study: Study, out: Path, command: str) -> None:
-    """The records of all that is finished, written to `out` beside those that are there."""
+    """The records of all that is finished, written to `out` beside those that are there, which stay as they are."""
     with study.alone("records"):
         benchmark, base = study.benchmark(), record_of(study.base)
         config = {
@@ -101,10 +101,12 @@ def collect(study: Study, out: Path, command: str) -> None:
             "command": command,
         }
         write_json(out / "config.json", config)
-        write_json(out / "models.json", dict(_models(study, benchmark, Records(out))))
-        write_json(out / "choice.json", rounded(study.tries()))
+        records, tries = Records(out), study.tries()
+        write_json(out / "choice.json", rounded(tries))
+        if not study.models_recorded(records):
+            write_json(out / "models.json", dict(_models(study, benchmark, records)))
         for run in study.plan.runs():
-            record = _run(study, benchmark, run, Records(out))
+            record = None if study.run_recorded(run, tries, records) else _run(study, benchmark, run, records)
             if record:
                 write_json(out / "runs" / f"{run.name}.json", record)
 

@@ -143,11 +143,12 @@ class Study:
         """With the attacks on what they leave, and on the models that these are compared with."""
         tried = tuple(f"try {tried.name}" for tried in self.plan.tries)
         logs = ("evaluation of full on data", f"evaluation of {retrained_on(scenario)} on data")
-        runs = [run for run in self.plan.runs() if run.scenario == scenario]
+        runs, tries = [run for run in self.plan.runs() if run.scenario == scenario], self.tries()
         for name in self.plan.controls if any(run.attacked for run in runs) else ():
             yield self._attacks(name, self.model(name), tried)
         for run in runs:
-            yield Stage(run.name, ("full",), (*tried, *logs), partial(self.unlearn, run), self._recorded(run))
+            recorded = self._unlearned(run, tries, self.records)
+            yield Stage(run.name, ("full",), (*tried, *logs), partial(self.unlearn, run), recorded)
             if run.attacked:
                 yield self._attacks(run.name, self.run_folder(run) / "model", tried)
 
@@ -155,10 +156,22 @@ class Study:
         recorded = self.records.has_attacks(name, self.plan.attacks)
         return Stage(f"attacks on {name}", (name,), tried, partial(self.attack, name, model), recorded)
 
-    def _recorded(self, run: Run) -> bool:
+    def _unlearned(self, run: Run, tries: list[dict[str, Any]], records: Records) -> bool:
         """With the settings that are chosen now: what was tried later may have changed them."""
-        record, tries = self.records.run(run.name), self.tries()
+        record = records.run(run.name)
         return record is not None and all(record[k] == v for k, v in choice.chosen(tries, run).items())
+
+    def run_recorded(self, run: Run, tries: list[dict[str, Any]], records: Records) -> bool:
+        """With its attacks."""
+        attacked = not run.attacked or records.has_attacks(run.name, self.plan.attacks)
+        return attacked and self._unlearned(run, tries, records)
+
+    def models_recorded(self, records: Records) -> bool:
+        """Those that are not unlearned, with the attacks on them."""
+        names = ("base", *(taught.name for taught in self.plan.taught))
+        return all(records.has_model(name) for name in names) and all(
+            records.has_attacks(name, self.plan.attacks) for name in self.plan.controls
+        )
 
     def run(self, collect: Callable[[], object]) -> None:
         """All stages that are missing, `collect` after each; those of other processes are waited for."""

@@ -1,19 +1,24 @@
 """Claims of the NPO paper (arXiv 2404.05868, section 5) on what is reached: a forget quality above 0.05 with the
-utility of the retain model, here at least 0.9 of it; and what the retain weight does in forget50."""
+utility of the retain model, here at least 0.9 of it; and what the retain weight does in forget50.
 
-from collections.abc import Iterable
+Where 0.9 is in the interval of the utility's share, rows resampled, it cannot be told whether the utility is kept.
+"""
+
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from training.benchmarks.tofu.claims import GOOD_QUALITY
 from training.methods import METHODS
 from training.pretrained import noise
-from training.pretrained.findings import Finding, absent, by_count
+from training.pretrained.findings import Finding, Interval, absent, by_count
 from training.pretrained.outcomes import (
     NEAR,
     QUALITY,
     Arm,
+    Measure,
     Outcomes,
+    Run,
     middle_and_range,
     number,
     reaches,
@@ -37,8 +42,12 @@ def somewhere(outcomes: Outcomes, scenario: str) -> Finding:
     good = reaches(best)
     measured = f"{good.sum()} of {len(good)} seeds; best forget quality {middle_and_range(best)}"
     measured += _ceiling(outcomes, scenario)
-    holds = by_count(good)
-    return Finding(key, Claim(text, measured, holds), "" if holds else _cause(outcomes, arm, good))
+    there = [checkpoint for run in arm.runs if (checkpoint := _most_useful(run))]
+    share, words = _share(outcomes, scenario, there)
+    measured += f"; where it is above {GOOD_QUALITY}, utility at most {words}" if words else ""
+    holds = _told(by_count(good), share)
+    cause = _untold(words) if holds is not by_count(good) else _cause(outcomes, arm, good)
+    return Finding(key, Claim(text, measured, holds), "" if holds else cause)
 
 
 def at_end(outcomes: Outcomes, scenario: str) -> Finding:
@@ -54,12 +63,17 @@ def at_end(outcomes: Outcomes, scenario: str) -> Finding:
         f"{good.sum()} of {len(good)} seeds; forget quality {middle_and_range(quality)}, utility "
         f"{middle_and_range(utility)}, of the retain model {outcomes.retain_utility(scenario):.2g}"
     )
-    holds = by_count(good)
+    ends = [run.end for run in arm.runs]
+    share, words = _share(outcomes, scenario, ends)
+    measured += f": {words}" if words else ""
+    holds = _told(by_count(good), share if reaches(quality).any() else None)
     cause = ""
-    if not holds:
+    if holds is not by_count(good):
+        cause = _untold(words)
+    elif not holds:
         failed = [f"the utility in {(~kept).sum()}"] if not kept.all() else []
         failed += [f"the forget quality in {(~reaches(quality)).sum()}"] if not reaches(quality).all() else []
-        cause = f"what misses, in seeds: {', '.join(failed)}; {direction(outcomes, arm, [run.end for run in arm.runs])}"
+        cause = f"what misses, in seeds: {', '.join(failed)}; {direction(outcomes, arm, ends)}"
     return Finding(key, Claim(text, measured, holds), cause)
 
 
@@ -153,6 +167,30 @@ def _bests(outcomes: Outcomes, arm: Arm) -> list:
 def _comparable(outcomes: Outcomes, arm: Arm) -> bool:
     """Whether there is a retain model's utility, and a forget quality against that model."""
     return bool(np.isfinite(outcomes.retain_utility(arm.scenario)) and np.isfinite(arm.paths(QUALITY)).any())
+
+
+def _most_useful(run: Run) -> Measure | None:
+    """Of the checkpoints after the start that reach the forget quality, that of the most utility."""
+    found = [checkpoint for checkpoint in run.checkpoints[1:] if number(checkpoint, QUALITY) > GOOD_QUALITY]
+    return max(found, key=lambda checkpoint: number(checkpoint, UTILITY), default=None)
+
+
+def _share(outcomes: Outcomes, scenario: str, measures: Sequence[Measure]) -> tuple[Interval | None, str]:
+    """The utility of the measures as a share of the retain model's, and in words; None where there is none."""
+    retain = outcomes.retain(scenario)
+    if not measures or retain is None:
+        return None, ""
+    share = noise.utility_share(measures, retain, outcomes.parts)
+    return share, f"{share.mean:.0%} [{share.low:.0%}, {share.high:.0%}] of the retain model's"
+
+
+def _told(holds: bool | None, share: Interval | None) -> bool | None:
+    """None as well where the rows are too few to say whether the utility is kept."""
+    return None if share and share.low < NEAR <= share.high else holds
+
+
+def _untold(words: str) -> str:
+    return f"the rows are too few: {NEAR:.0%} is within the interval of the utility, {words}"
 
 
 def _cause(outcomes: Outcomes, arm: Arm, good: np.ndarray) -> str:

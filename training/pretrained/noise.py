@@ -105,19 +105,25 @@ def utility_shares(outcomes: Outcomes, scenario: str) -> dict[str, Interval]:
     found = {"retain model, another seed": outcomes.other_retain(scenario), "full model": outcomes.models.get("full")}
     found |= {outcomes.label(arm): arm.runs[0].end for arm in outcomes.arms.get(scenario, []) if arm.method in HEADLINE}
     return {
-        name: utility_share(measure, retain, outcomes.parts)
+        name: utility_share([measure], retain, outcomes.parts)
         for name, measure in found.items()
         if retain and measure and {"utility_rows"} <= retain.keys() & measure.keys()
     }
 
 
-def utility_share(measure: Measure, retain: Measure, parts: Sequence[str]) -> Interval:
-    """The quotient of two utilities, with the interval of resampled rows, the same ones of both models in each set."""
+def utility_share(measures: Sequence[Measure], retain: Measure, parts: Sequence[str]) -> Interval:
+    """Utility as a share of the retain model's, mean over the measures, with the interval of resampled rows.
+
+    The rows are the same ones of all models, in each set.
+    """
     rng, picked = np.random.default_rng(0), {}
     for name in UTILITY_SETS:
         n = len(retain["utility_rows"][f"{name}_prob"])
         picked[name] = np.concatenate([np.arange(n)[None], rng.integers(n, size=(RESAMPLES, n))])
-    of, against = (_utilities({part: m["utility_rows"][part] for part in parts}, picked) for m in (measure, retain))
+    *found, against = (
+        _utilities({part: m["utility_rows"][part] for part in parts}, picked) for m in (*measures, retain)
+    )
+    of = np.mean(found, axis=0)
     share = np.divide(of, against, out=np.zeros_like(of), where=against > 0)
     return Interval(float(share[0]), *np.quantile(share[1:], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist())
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from training.benchmarks.tofu.claims import GOOD_QUALITY
+from training.benchmarks.tofu.summary import UTILITY_PARTS
 from training.methods import METHODS
 from training.pretrained import costs, figures, noise, sides
 from training.pretrained.claims import COMPONENTS, all_findings
@@ -14,7 +15,7 @@ from training.pretrained.claims_attacks import ATTACKS, attack_rows, mean_prob
 from training.pretrained.findings import NOT_MEASURED, Finding
 from training.pretrained.outcomes import NEAR, QUALITY, SCENARIOS, Outcomes, number, seeds_words
 from training.pretrained.plan import HEADLINE
-from training.pretrained.utility import LEAST, PARTS, TOFU_UTILITY, UTILITY
+from training.pretrained.utility import LEAST, TOFU_UTILITY, UTILITY
 from training.reports import tables
 from training.reports.claims import CONFIDENCE, filled, versions_sentence
 from training.store import write_text
@@ -86,11 +87,9 @@ def headline(findings: list[Finding]) -> str:
             seeds = reach.claim.measured.split(";")[0]
             places.setdefault(reach.claim.holds, []).append(f"{scenario} ({seeds})")
     for holds_there, named in places.items():
-        verb = {True: "reaches", False: "does not reach", None: "reaches with some seeds only"}[holds_there]
-        sentences.append(
-            f"NPO+RT {verb} a forget quality above {GOOD_QUALITY} with the retain model's utility in "
-            f"{' and '.join(named)}."
-        )
+        what = f"a forget quality above {GOOD_QUALITY} with the retain model's utility in {' and '.join(named)}"
+        verb = {True: "reaches", False: "does not reach", None: "cannot be said here to reach"}[holds_there]
+        sentences.append(f"NPO+RT {verb} {what}.")
     falls = [by_key[f"collapse, {s}"].claim.holds for s in SCENARIOS if by_key[f"collapse, {s}"].records]
     slows = [by_key[f"slower, {s}"].claim.holds for s in SCENARIOS if by_key[f"slower, {s}"].records]
     if falls:
@@ -199,7 +198,7 @@ def utility_section(outcomes: Outcomes) -> list[str]:
     ]
     left_out = {
         COMPONENTS[part]: [f"{number(m, part):.2g}" for name, m in outcomes.models.items() if name.startswith("retain")]
-        for part in PARTS
+        for part in UTILITY_PARTS
         if part not in outcomes.parts
     }
     words = "; ".join(f"{part} ({', '.join(values)})" for part, values in left_out.items())

@@ -9,20 +9,21 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from training.benchmarks.tofu.summary import UTILITY_SETS
+from training.benchmarks.tofu.claims import UTILITY as TOFU_UTILITY
+from training.benchmarks.tofu.summary import UTILITY_PARTS
 from training.metrics import model_utility
 
-UTILITY = "utility"  # of a summary, beside TOFU's "model_utility_geometric"
-TOFU_UTILITY = "model_utility_geometric"
+__all__ = ["LEAST", "TOFU_UTILITY", "UTILITY", "known_parts", "utility"]
+
+UTILITY = "utility"  # of a summary, beside TOFU's own
 LEAST = 0.1
-PARTS = tuple(f"{name}_{measure}" for name in UTILITY_SETS for measure in ("prob", "rougeL", "tr"))
 Summary = Mapping[str, Any]
 
 
 def known_parts(retrained: Iterable[Summary]) -> tuple[str, ...]:
     """The parts that count, by the summaries of the models that never saw a forget set; all, where there is none."""
     models = list(retrained)
-    return tuple(part for part in PARTS if all((model.get(part) or 0.0) >= LEAST for model in models))
+    return tuple(part for part in UTILITY_PARTS if all((model.get(part) or 0.0) >= LEAST for model in models))
 
 
 def utility(summary: Summary, parts: Iterable[str]) -> float:

@@ -9,6 +9,7 @@ from training import membership, metrics
 from training.benchmarks.tofu.log import OPTION_SETS, PERTURBED, EvalLog, EvalSet, require_same_questions
 
 UTILITY_SETS = ("retain", "ra", "wf")
+UTILITY_PARTS = tuple(f"{name}_{measure}" for name in UTILITY_SETS for measure in ("prob", "rougeL", "tr"))
 NAMES = {"retain": "retain", "ra": "real authors", "wf": "world facts", "forget": "forget"}
 MEASURES = {  # of a set, and their headings
     "prob": "Prob",
@@ -113,7 +114,7 @@ def _log_ratio(examples: EvalSet, mean: metrics.Mean) -> np.ndarray:
 
 
 def _utility(components: dict[str, float]) -> float:
-    return metrics.model_utility([components[f"{s}_{m}"] for s in UTILITY_SETS for m in ("prob", "rougeL", "tr")])
+    return metrics.model_utility([components[part] for part in UTILITY_PARTS])
 
 
 def _extras(name: str, examples: EvalSet) -> dict[str, float | None]:

@@ -1,8 +1,9 @@
 """Which learning rate and other settings a method gets: chosen on a forget set that is not reported.
 
 Of the settings that keep 90 % of the utility of the retrained model, the one with the best forget quality; where none
-keeps it, the one that keeps the most. Retrained is the model without half of the authors, which has not seen those of
-this forget set either.
+keeps it, the one that keeps the most. A method without a retain term gets the one with the best forget quality: what
+that costs in utility is the question about it. Retrained is the model without half of the authors, which has not seen
+those of this forget set either.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ def marked(tries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _rank(tried: Mapping[str, Any]) -> tuple[bool, float]:
-    kept = tried["utility"] >= NEAR * tried["retrained_utility"]
+    kept = tried["utility"] >= NEAR * tried["retrained_utility"] or not METHODS[tried["method"]].retain
     return kept, tried["forget_quality"] if kept else tried["utility"]
 
 

@@ -225,7 +225,7 @@ def choice_section(outcomes: Outcomes) -> list[str]:
         [
             METHODS[c["method"]].label,
             f"{c['lr']:g}",
-            _weight(c["retain_weight"]),
+            _weight(c["retain_weight"] if METHODS[c["method"]].retain else None),
             *(c[key] for key in ("beta", "forget_weight")),
             *(c[key] for key in ("forget_quality", "forget_prob", "utility", "retrained_utility")),
             "yes" if c["chosen"] else "",
@@ -238,9 +238,10 @@ def choice_section(outcomes: Outcomes) -> list[str]:
         filled(
             "On another forget set (tune), of other authors than those that are evaluated; they are among the authors "
             "that forget50 forgets. Chosen: of the settings that keep 90 % of the utility of the model retrained "
-            "without half of the authors, the one with the best forget quality against that model; a dash is the "
-            "method's own setting. Methods that are not here take the setting of NPO+RT, GA+KL that of GA+RT, and GA "
-            "the learning rate of NPO alone."
+            "without half of the authors, the one with the best forget quality against that model; of NPO alone, which "
+            "keeps no rows, the one with the best forget quality, since what that costs in utility is the question. "
+            "A dash is the method's own setting. Methods that are not here take the setting of NPO+RT, GA+KL that of "
+            "GA+RT, and GA the learning rate of NPO alone."
         ),
         tables.markdown(headings, rows),
     ]

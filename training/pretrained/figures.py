@@ -147,9 +147,10 @@ def bars(path: Path, outcomes: Outcomes, scenario: str) -> None:
         quality.set_yticklabels([outcomes.label(arm) for arm in arms])
         utility.set_yticklabels([])
         quality.set(xlabel="forget quality (p)")
-        utility.set(xlabel="model utility", xlim=(0, None))
+        retain = np.nan_to_num(outcomes.retain_utility(scenario))
+        utility.set(xlabel="model utility", xlim=(0, max(utility.get_xlim()[1], 1.1 * retain)))
         _marked(quality, [(GOOD_QUALITY, f"{GOOD_QUALITY}"), (noise.ceiling(outcomes, scenario), "other\nretain seed")])
-        _marked(utility, [(least, "90 % of\nretain"), (outcomes.retain_utility(scenario), "retain")])
+        _marked(utility, [(least, "90 % of\nretain"), (retain, "retain")])
 
 
 def _marked(axis: Axes, marks: Sequence[tuple[float, str]]) -> None:

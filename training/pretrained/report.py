@@ -95,7 +95,7 @@ def headline(findings: list[Finding]) -> str:
     if falls:
         first = "GA collapses" if all(falls) else "GA does not collapse everywhere"
         second = "NPO slows that" if all(slows) else "that NPO slows it is not shown everywhere"
-        sentences.append(f"{first}{', ' + second if slows else ''}.")
+        sentences.append(f"{first}{'; ' + second if slows else ''}.")
     counts = {True: holds.count(True), False: holds.count(False), None: holds.count(None)}
     missing = len(findings) - len(holds)
     sentences.append(

@@ -48,6 +48,7 @@ def put(**fields) -> Change:
     return lambda study: [setattr(study, name, value) for name, value in fields.items()] and None
 
 
+FAR = ways("forget50", npo_rt=dict(ratio=-1.3))
 SAME_GA = dict(utility=WAYS["npo"].utility, pace=WAYS["npo"].pace, prob=WAYS["npo"].prob)
 CASES = [
     ("collapse, forget10", True, ways()),
@@ -56,6 +57,8 @@ CASES = [
     ("slower, forget10", True, ways()),
     ("slower, forget10", False, ways(npo=dict(utility=0.01, pace=0.1))),
     ("slower, forget10", None, ways(ga=dict(seeds=(0,)))),
+    ("slower, forget10", None, ways(ga=dict(utility=0.3))),  # no collapse to slow
+    ("slower, forget10", True, ways(ga=dict(utility=0.2, pace=6.0), npo=dict(utility=0.4, pace=1.0))),  # half-way less
     ("equal forgetting, forget10", True, ways()),
     ("equal forgetting, forget10", False, ways(npo=dict(utility=0.01, pace=0.3))),
     ("equal forgetting, forget10", None, ways(npo=dict(prob=0.8))),
@@ -68,12 +71,13 @@ CASES = [
     ("reach, forget10", None, both(put(utility_spread=0.9), ways(npo_rt=dict(utility=0.42, pace=0.02)))),
     ("alone, forget10", True, ways()),
     ("alone, forget10", False, ways(dpo_rt=dict(ratio=0.0, utility=0.5))),
-    ("weight reaches", True, both(ways("forget50", npo_rt=dict(ratio=-1.3)), extra(Way(0, 0.2, 0.5, 1, SEEDS, 5.0)))),
-    ("weight reaches", False, extra(Way(-1.3, 0.2, 0.5, 1, SEEDS, 5.0))),
-    ("weight reaches", None, extra(Way(0, 0.2, 0.5, 1, SEEDS, 5.0))),
-    ("weight keeps", True, extra(Way(0, 0.2, 0.6, 1, SEEDS, 5.0))),
-    ("weight keeps", False, extra(Way(0, 0.2, 0.4, 1, SEEDS, 5.0))),
-    ("weight keeps", None, extra(Way(0, 0.2, 0.6, 1, (0,), 5.0))),
+    ("weight reaches, forget50", True, both(FAR, extra(Way(0, 0.2, 0.5, 1, SEEDS, 5.0)))),
+    ("weight reaches, forget50", None, both(FAR, put(utility_spread=0.9), extra(Way(0, 0.2, 0.42, 0.02, SEEDS, 5.0)))),
+    ("weight reaches, forget50", False, extra(Way(-1.3, 0.2, 0.5, 1, SEEDS, 5.0))),
+    ("weight reaches, forget50", None, extra(Way(0, 0.2, 0.5, 1, SEEDS, 5.0))),
+    ("weight keeps, forget50", True, extra(Way(0, 0.2, 0.6, 1, SEEDS, 5.0))),
+    ("weight keeps, forget50", False, extra(Way(0, 0.2, 0.4, 1, SEEDS, 5.0))),
+    ("weight keeps, forget50", None, extra(Way(0, 0.2, 0.6, 1, (0,), 5.0))),
     ("short behind", True, ways(npo_rt=dict(prob=(0.4, 0.2)))),
     ("short behind", False, ways(npo_rt=dict(prob=(0.2, 0.4)))),
     ("short behind", None, ways()),

@@ -27,7 +27,8 @@ def all_findings(outcomes: Outcomes) -> list[Finding]:
     for scenario in SCENARIOS:
         found += [claims_reach.somewhere(outcomes, scenario), claims_reach.at_end(outcomes, scenario)]
         found.append(claims_reach.alone(outcomes, scenario))
-    found += [claims_reach.weight_reaches(outcomes), claims_reach.weight_keeps(outcomes)]
+    for scenario in SCENARIOS:
+        found += [claims_reach.weight_reaches(outcomes, scenario), claims_reach.weight_keeps(outcomes, scenario)]
     found += [claims_short.left_behind(outcomes), claims_short.simnpo_forgets(outcomes), claims_short.lead(outcomes)]
     return found + claims_attacks.relearning(outcomes) + claims_attacks.rounding(outcomes)
 
@@ -82,8 +83,12 @@ def _paired(outcomes: Outcomes, scenario: str, *methods: str) -> list[Arm] | Non
 
 
 def slower(outcomes: Outcomes, scenario: str) -> Finding:
-    """Utility of NPO minus that of GA at the same checkpoint, half-way and at the end, paired by seed."""
-    key, text = f"slower, {scenario}", f"NPO slows the collapse: it keeps more utility at the same step ({scenario})"
+    """Utility of NPO minus that of GA at the same checkpoint, paired by seed: half-way and at the end.
+
+    The verdict is of those where GA has collapsed: before, there is nothing to slow.
+    """
+    key = f"slower, {scenario}"
+    text = f"NPO slows the collapse: where GA has collapsed, NPO keeps more utility at the same step ({scenario})"
     arms = _paired(outcomes, scenario, "npo", "ga")
     if arms is None:
         return absent(key, text, f"GA and NPO with the same seed in {scenario}")
@@ -96,10 +101,13 @@ def slower(outcomes: Outcomes, scenario: str) -> Finding:
         f"probability {np.mean(npo_prob[:, at]):.2g} and {np.mean(ga_prob[:, at]):.2g}"
         for at, d in differences.items()
     )
-    holds = all_of(difference.positive for difference in differences.values())
-    cause = ""
-    if holds is None:
-        cause = _untold(npo[:, last] - ga[:, last])
+    verdicts = {at: d.positive for at, d in differences.items() if np.mean(ga[:, at]) < LOST * np.mean(ga[:, 0])}
+    holds, cause = all_of(verdicts.values()) if verdicts else None, ""
+    if not verdicts:
+        cause = "GA keeps more than half of its utility: there is no collapse to slow"
+    elif holds is None:
+        at = next(at for at, verdict in verdicts.items() if verdict is None)
+        cause = f"at step {steps[at]} {_untold(npo[:, at] - ga[:, at])}"
     elif not holds:
         cause = f"NPO too ends at {np.mean(npo[:, last]):.2g}, of {np.mean(npo[:, 0]):.2g} before"
     return Finding(key, Claim(text, "NPO and GA, " + measured, holds), cause)
@@ -111,7 +119,7 @@ def _words(difference: Difference, seeds: int) -> str:
 
 def _untold(values: np.ndarray) -> str:
     if len(values) == 1:
-        return "one seed; the utility has no rows in the records to resample"
+        return "there is one seed"
     return f"the seeds differ by {values.max() - values.min():.2g}, their mean is {values.mean():+.2g}"
 
 

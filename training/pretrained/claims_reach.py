@@ -1,5 +1,5 @@
 """Claims of the NPO paper (arXiv 2404.05868, section 5) on what is reached: a forget quality above 0.05 with the
-utility of the retain model, here at least 0.9 of it; and what the retain weight does in forget50.
+utility of the retain model, here at least 0.9 of it; and what the retain weight of NPO+RT does.
 
 Where 0.9 is in the interval of the utility's share, rows resampled, it cannot be told whether the utility is kept.
 """
@@ -45,9 +45,13 @@ def somewhere(outcomes: Outcomes, scenario: str) -> Finding:
     there = [checkpoint for run in arm.runs if (checkpoint := _most_useful(run))]
     share, words = _share(outcomes, scenario, there)
     measured += f"; where it is above {GOOD_QUALITY}, utility at most {words}" if words else ""
-    holds = _told(by_count(good), share)
-    cause = _untold(words) if holds is not by_count(good) else _cause(outcomes, arm, good)
-    return Finding(key, Claim(text, measured, holds), "" if holds else cause)
+    decided = by_count(good)
+    holds, cause = _told(decided, share), ""
+    if holds is not decided:
+        cause = _untold(words)
+    elif not holds:
+        cause = _cause(outcomes, arm, good)
+    return Finding(key, Claim(text, measured, holds), cause)
 
 
 def at_end(outcomes: Outcomes, scenario: str) -> Finding:
@@ -100,38 +104,43 @@ def alone(outcomes: Outcomes, scenario: str) -> Finding:
     return Finding(key, Claim(text, measured, not there), cause)
 
 
-def weight_reaches(outcomes: Outcomes) -> Finding:
-    """In forget50 the largest retain weight of NPO+RT reaches the forget quality where the smallest does not."""
-    key, text = "weight reaches", f"forget50: a higher retain weight lets NPO+RT reach {WANTED} (NPO paper)"
-    arms = _weights(outcomes)
-    least = outcomes.least_utility("forget50")
+def weight_reaches(outcomes: Outcomes, scenario: str) -> Finding:
+    """The largest retain weight of NPO+RT reaches the forget quality where the smallest does not."""
+    key, text = f"weight reaches, {scenario}", f"A higher retain weight lets NPO+RT reach {WANTED} ({scenario})"
+    arms = _weights(outcomes, scenario)
+    least = outcomes.least_utility(scenario)
     if len(arms) < 2 or np.isnan(least):
-        return absent(key, text, "two retain weights of NPO+RT in forget50")
+        return absent(key, text, f"two retain weights of NPO+RT in {scenario}")
     best = [arm.best_qualities(least) for arm in arms]
     measured = "best forget quality " + ", ".join(
         f"weight {arm.retain_weight:g}: {middle_and_range(q)} ({seeds_words(len(q))})"
         for arm, q in zip(arms, best, strict=True)
     )
     low, high = bool(reaches(np.median(best[0]))), bool(reaches(np.median(best[-1])))
-    holds = None if low and high else high
-    cause = ""
-    if holds is None:
+    there = [checkpoint for run in arms[-1].runs if (checkpoint := _most_useful(run))]
+    share, words = _share(outcomes, scenario, there)
+    measured += f"; utility of the largest, where it is above {GOOD_QUALITY}, at most {words}" if words else ""
+    decided = None if low and high else high
+    holds, cause = _told(decided, share), ""
+    if low and high:
         cause = f"weight {arms[0].retain_weight:g} reaches it as well"
+    elif holds is not decided:
+        cause = _untold(words)
     elif not holds:
         cause = direction(outcomes, arms[-1], _bests(outcomes, arms[-1]))
     return Finding(key, Claim(text, measured, holds), cause + _rates(arms) if not holds else cause)
 
 
-def weight_keeps(outcomes: Outcomes) -> Finding:
+def weight_keeps(outcomes: Outcomes, scenario: str) -> Finding:
     """Utility at the end of the largest retain weight minus that of the smallest, paired by seed."""
-    key, text = "weight keeps", "forget50: a higher retain weight of NPO+RT keeps more utility (NPO paper)"
-    arms = _weights(outcomes)
+    key, text = f"weight keeps, {scenario}", f"A higher retain weight of NPO+RT keeps more utility ({scenario})"
+    arms = _weights(outcomes, scenario)
     if len(arms) < 2:
-        return absent(key, text, "two retain weights of NPO+RT in forget50")
+        return absent(key, text, f"two retain weights of NPO+RT in {scenario}")
     low, high = ({run.seed: number(run.end, UTILITY) for run in arm.runs} for arm in (arms[0], arms[-1]))
     seeds = sorted(low.keys() & high.keys())
     if not seeds:
-        return absent(key, text, "two retain weights of NPO+RT with the same seed in forget50")
+        return absent(key, text, f"two retain weights of NPO+RT with the same seed in {scenario}")
     values = np.array([high[seed] - low[seed] for seed in seeds])
     difference = Difference.of(values)
     measured = "utility at the end " + ", ".join(
@@ -143,7 +152,7 @@ def weight_keeps(outcomes: Outcomes) -> Finding:
     if difference.positive is None:
         cause = "one seed" if len(values) == 1 else f"the seeds differ by {values.max() - values.min():.2g}"
     elif not difference.positive:
-        cause = f"the smallest weight loses only {outcomes.retain_utility('forget50') - np.mean([*low.values()]):.2g} "
+        cause = f"the smallest weight loses only {outcomes.retain_utility(scenario) - np.mean([*low.values()]):.2g} "
         cause += "to the retain model: there is little to keep"
     return Finding(key, Claim(text, measured, difference.positive), cause + _rates(arms) if cause else "")
 
@@ -206,8 +215,8 @@ def _ceiling(outcomes: Outcomes, scenario: str) -> str:
     return "" if np.isnan(p) else f"; another seed of the retain model has {p:.2g}"
 
 
-def _weights(outcomes: Outcomes) -> list[Arm]:
-    return [arm for arm in outcomes.weights("forget50", "npo_rt") if arm.retain_weight is not None]
+def _weights(outcomes: Outcomes, scenario: str) -> list[Arm]:
+    return [arm for arm in outcomes.weights(scenario, "npo_rt") if arm.retain_weight is not None]
 
 
 def _rates(arms: list[Arm]) -> str:

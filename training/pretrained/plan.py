@@ -101,7 +101,7 @@ class Plan:
     headline: tuple[str, ...] = HEADLINE
     others: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"forget10": OTHERS, "forget50": ()})
     seeds: Mapping[str, Sequence[int]] = field(default_factory=lambda: {"forget10": (0, 1, 2), "forget50": (0,)})
-    heavier: tuple[float, ...] = (3.0,)  # retain weights of NPO+RT in forget50, besides the chosen one
+    heavier: tuple[float, ...] = (3.0,)  # retain weights of NPO+RT besides the chosen one, in every seed
     attacked: tuple[str, ...] = ATTACKED
     controls: tuple[str, ...] = CONTROLS
     attacks: tuple[str, ...] = ATTACKS
@@ -115,8 +115,7 @@ class Plan:
                 for method in self.headline:
                     attacked = scenario == "forget10" and method in self.attacked and seed == first
                     yield Run(scenario, method, seed, attacked=attacked)
-            if scenario == "forget50" and "npo_rt" in self.headline:
-                yield from (Run(scenario, "npo_rt", first, weight) for weight in self.heavier)
+            yield from (Run(scenario, "npo_rt", seed, weight) for weight in self.heavier for seed in seeds)
             yield from (Run(scenario, method, first) for method in self.others[scenario])
 
     def evaluated(self, method: str, scenario: str) -> int:

@@ -71,6 +71,7 @@ CASES = [
     ("reach, forget10", None, both(put(utility_spread=0.9), ways(npo_rt=dict(utility=0.42, pace=0.02)))),
     ("alone, forget10", True, ways()),
     ("alone, forget10", False, ways(dpo_rt=dict(ratio=0.0, utility=0.5))),
+    ("alone, forget10", None, both(put(utility_spread=0.9), ways(dpo_rt=dict(ratio=0.0, utility=0.42, pace=0.02)))),
     ("weight reaches, forget50", True, both(FAR, extra(Way(0, 0.2, 0.5, 1, SEEDS, 5.0)))),
     ("weight reaches, forget50", None, both(FAR, put(utility_spread=0.9), extra(Way(0, 0.2, 0.42, 0.02, SEEDS, 5.0)))),
     ("weight reaches, forget50", False, extra(Way(-1.3, 0.2, 0.5, 1, SEEDS, 5.0))),

@@ -90,18 +90,31 @@ def alone(outcomes: Outcomes, scenario: str) -> Finding:
     if not rivals or np.isnan(least):
         return absent(key, text, f"other methods or the retain model in {scenario}")
     best = {arm.method: arm.best_qualities(least) for arm in arms}
-    there = [arm.method for arm in rivals if reaches(np.median(best[arm.method]))]
     newer = [arm.method for arm in arms if arm not in rivals and reaches(np.median(best[arm.method]))]
     measured = "best forget quality " + ", ".join(
         f"{_label(m)} {f'{np.median(q):.2g}' if np.median(q) else 'none'}" for m, q in best.items()
     )
+    found = {arm.method: _attains(outcomes, arm) for arm in rivals}
+    there = [_label(method) for method, (attained, _) in found.items() if attained]
+    untold = [f"{_label(method)} {words}" for method, (attained, words) in found.items() if attained is None]
     cause = ""
     if there:
-        cause = f"{', '.join(map(_label, there))} reach{'es' * (len(there) == 1)} it too"
+        cause = f"{', '.join(there)} reach{'es' * (len(there) == 1)} it too"
         cause += _ceiling(outcomes, scenario)
+    elif untold:
+        cause = _untold("; ".join(untold))
     elif newer:
         measured += f"; of later papers {', '.join(map(_label, newer))} above {GOOD_QUALITY}"
-    return Finding(key, Claim(text, measured, not there), cause)
+    return Finding(key, Claim(text, measured, False if there else None if untold else True), cause)
+
+
+def _attains(outcomes: Outcomes, arm: Arm) -> tuple[bool | None, str]:
+    """Whether most seeds reach the forget quality somewhere, with the utility; that utility in words."""
+    there = [checkpoint for run in arm.runs if (checkpoint := _most_useful(run))]
+    if 2 * len(there) <= len(arm.runs):
+        return False, ""
+    share, words = _share(outcomes, arm.scenario, there)
+    return _told(share is not None and share.mean >= NEAR, share), words
 
 
 def weight_reaches(outcomes: Outcomes, scenario: str) -> Finding:

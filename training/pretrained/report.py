@@ -47,10 +47,11 @@ def markdown(outcomes: Outcomes, drawn: dict[str, list[str]]) -> str:
         claims_table(findings),
         filled(
             f"In brackets intervals of {CONFIDENCE:.0%}: Student's over the seeds, of differences within a seed, or "
-            "of resampled rows where it says one seed and of short and long answers; else the smallest and the largest "
-            "of the seeds. *Cannot tell*: the interval has 0 in it, or the seeds do not agree. Best checkpoint: of the "
-            f"highest forget quality among those after the start with {NEAR:.0%} of the retain model's utility; *none* "
-            "or 0 where no checkpoint has that."
+            "of resampled rows where it says one seed, of short and long answers and of shares of the retain model's "
+            "utility; else the smallest and the largest of the seeds. *Cannot tell*: the interval has 0 in it, or "
+            f"{NEAR:.0%} where it is of a share, or the seeds do not agree. Best checkpoint: of the highest forget "
+            f"quality among those after the start with {NEAR:.0%} of the retain model's utility; *none* or 0 where no "
+            "checkpoint has that."
         ),
         "## Figures",
         *_images(drawn["bars"], "Forget quality and utility, by method", figures.BARS),

@@ -152,6 +152,27 @@ def test_the_choice_is_shown_with_its_rows(written):
     assert len(rows) == len(CHOICE) and [row[-1] for row in rows] == ["yes" if c["chosen"] else "" for c in CHOICE]
 
 
+def test_runs_that_were_set_aside_are_shown_and_count_nowhere(folder, written, tmp_path):
+    shutil.copytree(folder, tmp_path / "records")
+    record = json.loads(next((folder / "runs").glob("forget10-npo-*")).read_text()) | {"lr": 0.125, "seed": 17}
+    (tmp_path / "records/set_aside").mkdir()
+    (tmp_path / "records/set_aside/README.md").write_text("why")
+    (tmp_path / "records/set_aside/forget10-npo-seed17.json").write_text(json.dumps(record))
+    outcomes = Outcomes.read(tmp_path / "records")
+    text = report.markdown(outcomes, {name: [] for name in NO_FIGURES})
+    assert "| NPO | forget10 | 0.125 | - | 17 |" in text and "set_aside/README.md" in text
+    assert "Set aside" not in written
+    for heading in ("What agrees with the papers, and what does not", "All runs"):
+        assert table(text, heading) == table(written, heading)
+
+
+def test_seeds_are_said_by_scenario(outcomes):
+    assert report.setting_section(outcomes)[-2].replace("\n", " ") == (
+        "Seeds: forget10: 3 of NPO, NPO+RT, SimNPO+RT, one of the others; "
+        "forget50: 3 of NPO+RT, weight 1, NPO+RT, weight 5."
+    )
+
+
 def test_answers_are_side_by_side(folder, written, outcomes):
     page = (folder / "answers.md").read_text()
     assert page.count("- truth:") == 20  # ten in each scenario

@@ -21,6 +21,7 @@ from training.pretrained.utility import UTILITY, known_parts, utility
 QUALITY, PROB = "forget_quality", "forget_prob"
 NEAR = 0.9  # share of the retain model's utility that counts as its utility
 SCENARIOS = tuple(PERCENTS)
+SET_ASIDE = "set_aside"  # folder of records, with a README.md that says why
 Measure = Mapping[str, Any]  # {"summary": {name: number}, "rows": {name: one a row of the forget set}}, and more
 
 
@@ -106,14 +107,15 @@ class Outcomes:
     choice: Sequence[Mapping[str, Any]]
     costs: Any
     records: Sequence[Mapping[str, Any]]  # of the runs
+    set_aside: Sequence[Mapping[str, Any]] = ()  # the same, of runs whose settings are no longer those of the study
 
     @classmethod
     def read(cls, folder: Path) -> "Outcomes":
         """The JSON files of `folder`, each summary with its utility. ValueError where one is no JSON."""
         models = _read(folder / "models.json") or {}
-        runs = [_read(path) for path in sorted((folder / "runs").glob("*.json"))]
+        runs, set_aside = ([_read(path) for path in sorted((folder / of).glob("*.json"))] for of in ("runs", SET_ASIDE))
         parts = _parts(models)
-        for record in (*models.values(), *runs):
+        for record in (*models.values(), *runs, *set_aside):
             for measure in (record, *record.get("checkpoints", ()), *record.get("attacks", {}).values()):
                 if "summary" in measure:
                     measure["summary"][UTILITY] = utility(measure["summary"], parts)
@@ -123,6 +125,7 @@ class Outcomes:
             choice=_read(folder / "choice.json") or [],
             costs=_read(folder / "costs.json"),
             records=runs,
+            set_aside=set_aside,
         )
 
     @property

@@ -13,7 +13,16 @@ from training.pretrained import costs, figures, noise, sides
 from training.pretrained.claims import COMPONENTS, all_findings
 from training.pretrained.claims_attacks import ATTACKS, attack_rows, mean_prob
 from training.pretrained.findings import NOT_MEASURED, Finding
-from training.pretrained.outcomes import NEAR, QUALITY, SCENARIOS, Outcomes, number, seeds_words
+from training.pretrained.outcomes import (
+    NEAR,
+    PROB,
+    QUALITY,
+    SCENARIOS,
+    SET_ASIDE,
+    Outcomes,
+    Run,
+    number,
+)
 from training.pretrained.plan import HEADLINE
 from training.pretrained.utility import LEAST, TOFU_UTILITY, UTILITY
 from training.reports import tables
@@ -245,7 +254,25 @@ def choice_section(outcomes: Outcomes) -> list[str]:
             "GA+RT, and GA the learning rate of NPO alone."
         ),
         tables.markdown(headings, rows),
+        *set_aside_section(outcomes),
     ]
+
+
+def set_aside_section(outcomes: Outcomes) -> list[str]:
+    """Runs of settings that were changed after the numbers of the reported rows were seen."""
+    rows = []
+    for run in map(Run, outcomes.set_aside):
+        label, weight = METHODS[run.record["method"]].label, _weight(run.record["retain_weight"])
+        row = [label, run.record["scenario"], f"{run.lr:g}", weight, run.seed]
+        rows.append(row + [_cell(number(run.end, key)) for key in (QUALITY, UTILITY, PROB, "retain_prob")])
+    if not rows:
+        return []
+    headings = ["model", "scenario", "lr", "retain weight", "seed", "FQ, end", "utility, end", "forget prob"]
+    sentence = (
+        "Set aside after their numbers were seen, with settings that were chosen first and changed then; why, and what "
+        f"else was changed after numbers were seen: [{SET_ASIDE}/README.md]({SET_ASIDE}/README.md)."
+    )
+    return [filled(sentence), tables.markdown([*headings, "retain prob"], rows, text=2)]
 
 
 def costs_section(outcomes: Outcomes) -> str:
@@ -256,7 +283,6 @@ def costs_section(outcomes: Outcomes) -> str:
 
 
 def setting_section(outcomes: Outcomes) -> list[str]:
-    seeds = {METHODS[a.method].label: len(a.runs) for s in SCENARIOS for a in outcomes.main_arms(s)}
     config = outcomes.config
     parts = []
     if config:
@@ -273,10 +299,8 @@ def setting_section(outcomes: Outcomes) -> list[str]:
         parts.append(
             f"The full model was trained {starts} times, with the same settings and seed but not the same bits."
         )
-    if seeds:
-        several = [label for label, count in seeds.items() if count > 1]
-        most = seeds_words(max(seeds.values()))
-        parts.append(filled(f"Seeds: {', '.join(several)} {most}, the others one." if several else "One seed each."))
+    if outcomes.arms:
+        parts.append(filled(f"Seeds: {'; '.join(_seeds(outcomes, scenario) for scenario in outcomes.arms)}."))
     return [
         *(parts or [NOT_MEASURED.capitalize() + "."]),
         filled(
@@ -286,6 +310,16 @@ def setting_section(outcomes: Outcomes) -> list[str]:
             f"{', '.join(METHODS[name].label for name in HEADLINE)}."
         ),
     ]
+
+
+def _seeds(outcomes: Outcomes, scenario: str) -> str:
+    """How many each arm has; the others have one."""
+    counts: dict[int, list[str]] = {}
+    for arm in outcomes.arms[scenario]:
+        counts.setdefault(len(arm.runs), []).append(outcomes.label(arm))
+    several = [f"{n} of {', '.join(counts[n])}" for n in sorted(counts, reverse=True) if n > 1]
+    ones = [f"one of {'the others' if several else 'each'}"] if 1 in counts else []
+    return f"{scenario}: {', '.join([*several, *ones])}"
 
 
 def _authors(config: Mapping[str, Any] | None) -> str:

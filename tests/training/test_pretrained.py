@@ -17,7 +17,7 @@ from training.commands.real_stages import Stage, Study
 from training.methods import METHODS
 from training.pretrained import choice, part
 from training.pretrained.part import Part
-from training.pretrained.plan import PERCENTS, QUICK, SIZES, Run, Tried, retrained_on
+from training.pretrained.plan import HEAVIER, PERCENTS, QUICK, SIZES, Run, Tried, retrained_on
 from training.pretrained.records import rounded
 from training.store import write_texts
 
@@ -97,9 +97,13 @@ def test_plan_can_be_run(size):
     assert all(choice.source_of(run.method, tuned) in tuned and run.method in METHODS for run in runs)
     taught = {taught.name for taught in plan.taught}
     assert {"full", "retain50", *(retrained_on(s) for s in PERCENTS)} <= taught
-    for scenario, seeds in plan.seeds.items():
-        for method in plan.headline:
-            assert {run.seed for run in runs if (run.scenario, run.method) == (scenario, method)} == {*seeds}
+    for scenario, counts in plan.seeds.items():
+        for method, count in counts.items():
+            chosen = [run for run in runs if run[:2] == (scenario, method) and run.retain_weight is None]
+            assert [run.seed for run in chosen] == [*range(count)]
+        heavier = [run for run in runs if run.scenario == scenario and run.retain_weight]
+        assert heavier == [Run(scenario, "npo_rt", seed, HEAVIER) for seed in range(plan.heavier[scenario])]
+    assert sum(run.attacked for run in runs) == len(plan.attacked)
 
 
 def record(method: str, lr: float, quality: float, utility: float) -> dict:

@@ -1,6 +1,6 @@
 """What the study trains: models, choices of learning rates, runs of unlearning. Two sizes, and names of all of it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ from training.pretrained.part import Part
 
 HEADLINE = ("ga", "npo", "npo_rt", "simnpo_rt")
 OTHERS = ("ga_rt", "ga_kl", "npo_kl", "idk_rt", "dpo_rt", "ceu_rt", "undial_rt")
+HEAVIER = 3.0  # a retain weight of NPO+RT beside the chosen one
 PERCENTS = {"forget10": 10, "forget50": 50}
 FINETUNE = {"epochs": 4, "lr": 5e-4, "batch_size": 16, "micro_batch_size": 8, "warmup_epochs": 0.25}
 # Sixty steps for the tenth, 75 for the half.
@@ -98,10 +99,14 @@ class Plan:
         Tried("npo", 1e-4),
         Tried("npo", 5e-5),
     )
-    headline: tuple[str, ...] = HEADLINE
     others: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"forget10": OTHERS, "forget50": ()})
-    seeds: Mapping[str, Sequence[int]] = field(default_factory=lambda: {"forget10": (0, 1, 2), "forget50": (0,)})
-    heavier: tuple[float, ...] = (3.0,)  # retain weights of NPO+RT besides the chosen one, in every seed
+    seeds: Mapping[str, Mapping[str, int]] = field(  # how many of each headline method
+        default_factory=lambda: {
+            "forget10": dict.fromkeys(HEADLINE, 3),
+            "forget50": dict.fromkeys(HEADLINE, 3) | {"simnpo_rt": 1},
+        }
+    )
+    heavier: Mapping[str, int] = field(default_factory=lambda: {"forget10": 3, "forget50": 1})  # of NPO+RT, `HEAVIER`
     attacked: tuple[str, ...] = ATTACKED
     controls: tuple[str, ...] = CONTROLS
     attacks: tuple[str, ...] = ATTACKS
@@ -109,18 +114,18 @@ class Plan:
 
     def runs(self) -> Iterator[Run]:
         """The most telling ones first: the study may be read before it is complete."""
-        for scenario, seeds in self.seeds.items():
-            first = seeds[0]
-            for seed in seeds:
-                for method in self.headline:
-                    attacked = scenario == "forget10" and method in self.attacked and seed == first
-                    yield Run(scenario, method, seed, attacked=attacked)
-            yield from (Run(scenario, "npo_rt", seed, weight) for weight in self.heavier for seed in seeds)
-            yield from (Run(scenario, method, first) for method in self.others[scenario])
+        for scenario, counts in self.seeds.items():
+            for seed in range(max(counts.values())):
+                for method, count in counts.items():
+                    attacked = scenario == "forget10" and method in self.attacked and seed == 0
+                    if seed < count:
+                        yield Run(scenario, method, seed, attacked=attacked)
+            yield from (Run(scenario, "npo_rt", seed, HEAVIER) for seed in range(self.heavier[scenario]))
+            yield from (Run(scenario, method, 0) for method in self.others[scenario])
 
     def evaluated(self, method: str, scenario: str) -> int:
         """How often, after the start: the others at their end."""
-        return self.evaluations[scenario] if method in self.headline else 1
+        return self.evaluations[scenario] if method in HEADLINE else 1
 
     def recipe(self) -> dict[str, Any]:
         """What all records of one study share; which runs there are may differ."""
@@ -136,10 +141,9 @@ QUICK = Plan(
     evaluations={"forget10": 1, "forget50": 1, "tune": 1},
     max_new_tokens=24,
     tries=(Tried("npo_rt", 2e-4),),
-    headline=("ga", "npo_rt"),
     others={"forget10": (), "forget50": ()},
-    seeds={"forget10": (0,), "forget50": (0,)},
-    heavier=(),
+    seeds={scenario: {"ga": 1, "npo_rt": 1} for scenario in PERCENTS},
+    heavier=dict.fromkeys(PERCENTS, 0),
     attacked=("npo_rt",),
     controls=("retain90",),
     attacks=("int4", "relearn20"),

@@ -216,18 +216,19 @@ class Study:
 
     def unlearn(self, run: Run) -> None:
         settings = choice.chosen(self.tries(), run) | {"method": run.method, "seed": run.seed}
+        settings |= {"epochs": run.epochs} if run.epochs else {}
         self._unlearn(self.run_folder(run), run.scenario, settings, save_model=run.attacked)
 
     def _unlearn(self, out: Path, scenario: str, settings: Mapping[str, Any], save_model: bool = False) -> None:
-        rows, recipe = TUNE if scenario == TUNE else "data", self.plan.unlearn[scenario]
+        rows, settings = TUNE if scenario == TUNE else "data", {**self.plan.unlearn[scenario], **settings}
         benchmark = self.benchmark(rows, PERCENTS.get(scenario, 10))
-        steps = recipe["epochs"] * -(-len(benchmark.rows("forget")) // recipe["batch_size"])
+        steps = settings["epochs"] * -(-len(benchmark.rows("forget")) // settings["batch_size"])
         retrained = "retain50" if scenario == TUNE else retrained_on(scenario)
         evaluated = self.plan.evaluated(settings["method"], scenario)
         options, _ = build(
             unlearn.UnlearnOptions, model=str(self.model("full")), out=out, save_model=save_model,
             eval_steps=-(-steps // evaluated), save_steps=0, save_every_minutes=8.0,
-            start_log=self.log("full", rows), retain_log=self.log(retrained, rows), **recipe, **settings,
+            start_log=self.log("full", rows), retain_log=self.log(retrained, rows), **settings,
         )  # fmt: skip
         unlearn.main(options, benchmark)
 

@@ -50,7 +50,7 @@ def somewhere(outcomes: Outcomes, scenario: str) -> Finding:
     if holds is not decided:
         cause = _untold(words)
     elif not holds:
-        cause = _cause(outcomes, arm, good)
+        cause = _cause(outcomes, arm, good) + _longer(outcomes, arm)
     return Finding(key, Claim(text, measured, holds), cause)
 
 
@@ -78,6 +78,7 @@ def at_end(outcomes: Outcomes, scenario: str) -> Finding:
         failed = [f"the utility in {(~kept).sum()}"] if not kept.all() else []
         failed += [f"the forget quality in {(~reaches(quality)).sum()}"] if not reaches(quality).all() else []
         cause = f"what misses, in seeds: {', '.join(failed)}; {direction(outcomes, arm, ends)}"
+        cause += _longer(outcomes, arm)
     return Finding(key, Claim(text, measured, holds), cause)
 
 
@@ -221,6 +222,18 @@ def _cause(outcomes: Outcomes, arm: Arm, good: np.ndarray) -> str:
     if not any(bests):
         return f"the utility is never kept: at the end {middle_and_range(arm.ends(UTILITY))}"
     return direction(outcomes, arm, [run.best(outcomes.least_utility(arm.scenario)) or run.end for run in missed])
+
+
+def _longer(outcomes: Outcomes, arm: Arm) -> str:
+    """What a run of more epochs came to, if there is one: whether it is time that is missing."""
+    longer = outcomes.longer(arm.scenario, arm.method)
+    if longer is None:
+        return ""
+    words = _share(outcomes, arm.scenario, [run.end for run in longer.runs])[1]
+    return (
+        f"; after {longer.epochs:g} epochs instead of {arm.epochs:g} the forget quality is "
+        f"{middle_and_range(longer.ends(QUALITY))}, the utility {words}"
+    )
 
 
 def _ceiling(outcomes: Outcomes, scenario: str) -> str:

@@ -1,6 +1,7 @@
 """The records of a study on a pre-trained model, as its report reads them: models, runs, and arms of runs.
 
-An arm is a method with one retain weight in one scenario; its runs differ in their seed. Any record may be absent.
+An arm is a method with one retain weight and as many epochs in one scenario; its runs differ in their seed. Any record
+may be absent.
 """
 
 import json
@@ -80,6 +81,7 @@ class Arm(NamedTuple):
     scenario: str
     method: str
     retain_weight: float | None  # None: the method has no retain term
+    epochs: float
     runs: tuple[Run, ...]  # by seed
 
     def ends(self, key: str) -> np.ndarray:
@@ -135,21 +137,27 @@ class Outcomes:
 
     @cached_property
     def arms(self) -> dict[str, list[Arm]]:
-        """{scenario: its arms}, in the order of `METHODS`, then by weight."""
-        found: dict[tuple[str, str, float | None], list[Run]] = {}
+        """{scenario: its arms}, in the order of `METHODS`, then by weight and epochs."""
+        found: dict[tuple[str, str, float | None, float], list[Run]] = {}
         for record in self.records:
             if record["checkpoints"]:
-                key = record["scenario"], record["method"], record["retain_weight"]
+                key = record["scenario"], record["method"], record["retain_weight"], record["epochs"]
                 found.setdefault(key, []).append(Run(record))
         order = list(METHODS)
         arms = [Arm(*key, tuple(sorted(runs, key=lambda run: run.seed))) for key, runs in found.items()]
-        arms.sort(key=lambda arm: (order.index(arm.method), arm.retain_weight or 0.0))
+        arms.sort(key=lambda arm: (order.index(arm.method), arm.retain_weight or 0.0, arm.epochs))
         scenarios = [*SCENARIOS, *sorted({arm.scenario for arm in arms} - set(SCENARIOS))]
         return {name: some for name in scenarios if (some := [arm for arm in arms if arm.scenario == name])}
 
     def weights(self, scenario: str, method: str) -> list[Arm]:
-        """The arms of one method, by weight."""
-        return [arm for arm in self.arms.get(scenario, []) if arm.method == method]
+        """The arms of one method by weight, of as many epochs as the others."""
+        arms = [arm for arm in self.arms.get(scenario, []) if arm.method == method]
+        return [arm for arm in arms if arm.epochs == min(arm.epochs for arm in arms)]
+
+    def longer(self, scenario: str, method: str) -> Arm | None:
+        """The arm of more epochs than the others, if there is one."""
+        usual = self.weights(scenario, method)
+        return next((a for a in self.arms.get(scenario, []) if a.method == method and a not in usual), None)
 
     def arm(self, scenario: str, method: str) -> Arm | None:
         """That of the chosen retain weight, if it was run; else the one of most seeds."""
@@ -163,9 +171,13 @@ class Outcomes:
         return [arm for arm in found if arm]
 
     def label(self, arm: Arm) -> str:
-        """With the weight where the scenario has several."""
+        """With the weight where the scenario has several, and the epochs where they are more than the others'."""
         several = len(self.weights(arm.scenario, arm.method)) > 1
-        return METHODS[arm.method].label + (f", weight {arm.retain_weight:g}" if several and arm.retain_weight else "")
+        weight = f", weight {arm.retain_weight:g}" if several and arm.retain_weight else ""
+        return METHODS[arm.method].label + weight + self.more_epochs(arm)
+
+    def more_epochs(self, arm: Arm) -> str:
+        return f", {arm.epochs:g} epochs" if arm == self.longer(arm.scenario, arm.method) else ""
 
     def retain(self, scenario: str) -> Measure | None:
         """The model that never saw what is forgotten."""

@@ -58,18 +58,23 @@ class Tried(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A run that is reported. `retain_weight` None: the one that was chosen, or there is no retain term."""
+    """A run that is reported.
+
+    `retain_weight` None: the one that was chosen, or there is no retain term. `epochs` None: those of the scenario.
+    """
 
     scenario: str
     method: str
     seed: int
     retain_weight: float | None = None
+    epochs: int | None = None
     attacked: bool = False
 
     @property
     def name(self) -> str:
         weight = "" if self.retain_weight is None else f"-w{self.retain_weight:g}"
-        return f"{self.scenario}-{self.method}{weight}-seed{self.seed}"
+        epochs = "" if self.epochs is None else f"-e{self.epochs}"
+        return f"{self.scenario}-{self.method}{weight}{epochs}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ class Plan:
         }
     )
     heavier: Mapping[str, int] = field(default_factory=lambda: {"forget10": 3, "forget50": 1})  # of NPO+RT, `HEAVIER`
+    longer: Mapping[str, int] = field(default_factory=lambda: {"forget50": 2})  # epochs of one more run of NPO+RT
     attacked: tuple[str, ...] = ATTACKED
     controls: tuple[str, ...] = CONTROLS
     attacks: tuple[str, ...] = ATTACKS
@@ -121,6 +127,8 @@ class Plan:
                     if seed < count:
                         yield Run(scenario, method, seed, attacked=attacked)
             yield from (Run(scenario, "npo_rt", seed, HEAVIER) for seed in range(self.heavier[scenario]))
+            if scenario in self.longer:  # where it forgets too little: whether it is time that it lacks
+                yield Run(scenario, "npo_rt", 0, epochs=self.longer[scenario])
             yield from (Run(scenario, method, 0) for method in self.others[scenario])
 
     def evaluated(self, method: str, scenario: str) -> int:
@@ -144,6 +152,7 @@ QUICK = Plan(
     others={"forget10": (), "forget50": ()},
     seeds={scenario: {"ga": 1, "npo_rt": 1} for scenario in PERCENTS},
     heavier=dict.fromkeys(PERCENTS, 0),
+    longer={},
     attacked=("npo_rt",),
     controls=("retain90",),
     attacks=("int4", "relearn20"),

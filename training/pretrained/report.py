@@ -143,7 +143,8 @@ def runs_table(outcomes: Outcomes) -> str:
         for arm in arms:
             for run in arm.runs:
                 best = run.best(outcomes.least_utility(scenario))
-                row = [METHODS[arm.method].label, scenario, f"{run.lr:g}", _weight(arm.retain_weight), run.seed]
+                label = METHODS[arm.method].label + outcomes.more_epochs(arm)
+                row = [label, scenario, f"{run.lr:g}", _weight(arm.retain_weight), run.seed]
                 row += [_cell(number(run.end, key)) for key in (QUALITY, UTILITY, TOFU_UTILITY)]
                 row += [_cell(number(best, key)) for key in (QUALITY, UTILITY)] + [best["step"] if best else None]
                 rows.append(row + [_cell(number(run.end, key)) for key in last])

@@ -29,6 +29,7 @@ class Way:
     seeds: tuple[int, ...] = (0,)
     weight: float | None = 1.0
     lr: float = 1e-5
+    epochs: int = 10
 
 
 FULL, RETAIN = Way(-1.6, 0.85, 0.52), Way(0.0, 0.2, 0.50)
@@ -150,7 +151,7 @@ class Study:
                         "lr": way.lr,
                         "retain_weight": way.weight,
                         "steps": STEPS[-1],
-                        "epochs": 10,
+                        "epochs": way.epochs,
                         "device": "cpu",
                         "versions": {"torch": "2.11"},
                         "checkpoints": checkpoints,
@@ -165,7 +166,8 @@ class Study:
         write_json(folder / "models.json", self.models())
         write_json(folder / "choice.json", CHOICE)
         for run in self.runs():
-            name = f"{run['scenario']}-{run['method']}-w{run['retain_weight'] or 0:g}-seed{run['seed']}.json"
+            weight = f"{run['retain_weight'] or 0:g}"
+            name = f"{run['scenario']}-{run['method']}-w{weight}-e{run['epochs']}-seed{run['seed']}.json"
             write_json(folder / "runs" / name, run)
         return folder
 

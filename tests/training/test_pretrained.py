@@ -99,10 +99,13 @@ def test_plan_can_be_run(size):
     assert {"full", "retain50", *(retrained_on(s) for s in PERCENTS)} <= taught
     for scenario, counts in plan.seeds.items():
         for method, count in counts.items():
-            chosen = [run for run in runs if run[:2] == (scenario, method) and run.retain_weight is None]
+            chosen = [run for run in runs if run == Run(scenario, method, run.seed, attacked=run.attacked)]
             assert [run.seed for run in chosen] == [*range(count)]
         heavier = [run for run in runs if run.scenario == scenario and run.retain_weight]
         assert heavier == [Run(scenario, "npo_rt", seed, HEAVIER) for seed in range(plan.heavier[scenario])]
+        longer = [run.epochs for run in runs if run.scenario == scenario and run.epochs]
+        assert longer == [epochs for name, epochs in plan.longer.items() if name == scenario]
+        assert all(epochs > plan.unlearn[scenario]["epochs"] for epochs in longer)
     assert sum(run.attacked for run in runs) == len(plan.attacked)
 
 

@@ -121,18 +121,18 @@ def test_too_few_rows(folder, rows, here, tmp_path):
 
 def test_the_table_says_how_much_faster_and_smaller():
     def entry(method, way, speed, peak):
-        of_step = {"tokens_per_second": speed, "peak_gib": peak, "vocab_size": 9, "batch": {"tokens": 5}}
-        return {"model": "m", "method": method, "way": way, **of_step}
+        of_step = {"step_seconds": [9.0, 5 / speed, 0.0], "tokens_per_second": speed, "peak_gib": peak}
+        return {"model": "m", "method": method, "way": way, **of_step, "vocab_size": 9, "batch": {"tokens": 5}}
 
     measured = [
-        entry("npo_rt", "fused", 30.0, 1.0),
+        entry("npo_rt", "fused", 40.0, 1.0),
         entry("npo_rt", "plain", 20.0, 4.0),
         entry("ga", "plain", 2.0, 1.0),
     ]
     headings, lines = table({"measured": measured})
     assert lines == [
-        ["m", "NPO+RT", 9, 5, 30.0, 20.0, 1.5, 1.0, 4.0, 0.25],
-        ["m", "GA", 9, 5, None, 2.0, None, None, 1.0, None],
+        ["m", "NPO+RT", 9, 5, 0.125, 0.25, 40.0, 20.0, 2.0, 1.0, 4.0, 0.25],
+        ["m", "GA", 9, 5, None, 2.5, None, 2.0, None, None, 1.0, None],
     ]
     assert len(headings) == len(lines[0])
     assert table({})[1] == []

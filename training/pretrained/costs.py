@@ -19,6 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -160,10 +161,12 @@ def weights_hash(folder: Path) -> str:
 def table(costs: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """(headings, rows) of a record of `measure`: a row for each model and method, None for what was not measured.
 
-    The first two columns are text. "times as fast" is fused by plain, "of its memory" the fused peak by the plain one.
+    The first two columns are text. Seconds are the median of the timed steps. "times as fast" is fused by plain, "of
+    its memory" the fused peak by the plain one.
     """
     headings = [
-        *("model", "method", "V", "tokens a step", "fused, tokens/s", "plain, tokens/s", "times as fast"),
+        *("model", "method", "V", "tokens a step", "fused, s a step", "plain, s a step"),
+        *("fused, tokens/s", "plain, tokens/s", "times as fast"),
         *("fused, peak GiB", "plain, peak GiB", "of its memory"),
     ]
     pairs: dict[tuple[str, str], dict[str, Any]] = {}
@@ -172,11 +175,12 @@ def table(costs: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     rows = []
     for (model, method), ways in pairs.items():
         one = next(iter(ways.values()))
+        taken = [median(ways[way]["step_seconds"]) if way in ways else None for way in WAYS]
         speed, peak = (
             [ways[way][what] if way in ways else None for way in WAYS] for what in ("tokens_per_second", "peak_gib")
         )
         start = [model, method_named(method).label, one["vocab_size"], one["batch"]["tokens"]]
-        rows.append([*start, *speed, _ratio(*speed), *peak, _ratio(*peak)])
+        rows.append([*start, *taken, *speed, _ratio(*speed), *peak, _ratio(*peak)])
     return headings, rows
 
 

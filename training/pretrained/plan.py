@@ -119,17 +119,19 @@ class Plan:
     costs: tuple[Case, ...] = CASES
 
     def runs(self) -> Iterator[Run]:
-        """The most telling ones first: the study may be read before it is complete."""
+        """Seed by seed, the most telling ones first: the study may be read before it is complete."""
         for scenario, counts in self.seeds.items():
-            for seed in range(max(counts.values())):
+            for seed in range(max(*counts.values(), self.heavier[scenario])):
                 for method, count in counts.items():
                     attacked = scenario == "forget10" and method in self.attacked and seed == 0
                     if seed < count:
                         yield Run(scenario, method, seed, attacked=attacked)
-            yield from (Run(scenario, "npo_rt", seed, HEAVIER) for seed in range(self.heavier[scenario]))
-            if scenario in self.longer:  # where it forgets too little: whether it is time that it lacks
-                yield Run(scenario, "npo_rt", 0, epochs=self.longer[scenario])
-            yield from (Run(scenario, method, 0) for method in self.others[scenario])
+                if seed < self.heavier[scenario]:
+                    yield Run(scenario, "npo_rt", seed, HEAVIER)
+                if seed == 0 and scenario in self.longer:  # whether it is time that it lacks
+                    yield Run(scenario, "npo_rt", seed, epochs=self.longer[scenario])
+                if seed == 0:
+                    yield from (Run(scenario, method, seed) for method in self.others[scenario])
 
     def evaluated(self, method: str, scenario: str) -> int:
         """How often, after the start: the others at their end."""

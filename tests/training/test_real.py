@@ -13,7 +13,7 @@ from training.benchmarks.tofu.log import read_log
 from training.commands import finetune, real, real_stages, tiny, unlearn
 from training.commands.options import build
 from training.pretrained.part import Part
-from training.pretrained.plan import QUICK, Tried
+from training.pretrained.plan import PERCENTS, QUICK, Tried
 
 SMALL = replace(
     QUICK,
@@ -22,7 +22,7 @@ SMALL = replace(
     unlearn={name: {"epochs": 1, "batch_size": 8} for name in ("forget10", "forget50", "tune")},
     max_new_tokens=3,
     tries=(Tried("npo_rt", 1e-3),),
-    headline=("npo_rt",),
+    seeds={scenario: {"npo_rt": 1} for scenario in PERCENTS},
     costs=(),
 )
 RECORD = {"name": "tiny", "parameters": 1, "weights_sha256": 64 * "0", "source": "nothing", "licence": "none"}

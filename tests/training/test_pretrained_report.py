@@ -88,6 +88,12 @@ def test_every_picture_and_link_is_there(folder, written):
         assert (folder / name).stat().st_size > 0
 
 
+def test_a_quick_run_says_that_it_proves_nothing(outcomes, written):
+    config = outcomes.config | {"command": outcomes.config["command"] + " --quick"}
+    text = report.markdown(replace(outcomes, config=config), {name: [] for name in NO_FIGURES})
+    assert text.split("\n\n")[1] == report.QUICK and report.QUICK not in written
+
+
 def test_sections_are_in_order_and_lines_are_short(written):
     headings = re.findall(r"^## (.*)$", written, re.M)
     assert headings[0].startswith("What agrees") and headings[-1] == "What was run" and len(headings) == 8

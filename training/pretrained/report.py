@@ -31,6 +31,7 @@ from training.store import write_text
 
 REPORT, ANSWERS = "REPORT.md", "answers.md"
 INLINE = 3  # questions that the report itself shows
+QUICK = "A quick run on few rows, with one epoch and one seed: it shows what a report has. Its verdicts prove nothing."
 
 
 def write(folder: Path) -> None:
@@ -50,6 +51,7 @@ def markdown(outcomes: Outcomes, drawn: dict[str, list[str]]) -> str:
     findings = all_findings(outcomes)
     sections = [
         "# Unlearning a pre-trained language model",
+        QUICK if "--quick" in (outcomes.config or {}).get("command", "") else "",
         filled(f"**{headline(findings)}**"),
         *_images(drawn["trade_off"], "Forget quality against utility", figures.TRADE_OFF),
         "## What agrees with the papers, and what does not",

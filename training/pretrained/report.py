@@ -309,8 +309,8 @@ def setting_section(outcomes: Outcomes) -> list[str]:
         filled(
             f"Not as in the papers: a small model, not one of 7 B; {_authors(config)} every second question of each; "
             "a plain template of question and answer; the rows of forget10 are evaluated in both scenarios; learning "
-            f"rates and retain weights are chosen here; on a CPU the arithmetic is float32, not bf16. Headline methods: "
-            f"{', '.join(METHODS[name].label for name in HEADLINE)}."
+            f"rates and retain weights are chosen here; on a CPU the arithmetic is float32, not bf16. Headline "
+            f"methods: {', '.join(METHODS[name].label for name in HEADLINE)}."
         ),
     ]
 

@@ -125,7 +125,8 @@ def test_a_longer_run_is_told_beside_the_verdict_and_does_not_change_it(tmp_path
     usual, longer = outcomes.arm("forget50", "npo_rt"), outcomes.longer("forget50", "npo_rt")
     end = longer.runs[0].end
     share = utility_share([end], outcomes.models["retain50"], outcomes.parts).mean
-    told = f"; after 20 epochs instead of 10 the forget quality is {end['summary']['forget_quality']:.2g}, the utility {share:.0%} ["
+    numbers = f"{end['summary']['forget_quality']:.2g}, the utility {share:.0%} ["
+    told = "; after 20 epochs instead of 10 the forget quality is " + numbers
     for key in ("reach, forget50", "end, forget50"):
         assert both_lengths[key].claim == short[key].claim and short[key].claim.holds is False
         assert both_lengths[key].cause.startswith(short[key].cause + told)

@@ -130,7 +130,8 @@ def test_choice():
     assert choice.chosen(marked, Run("forget10", "npo", 0)) == {"lr": 2e-5}  # nothing to weigh
     assert choice.chosen(marked, Run("forget10", "ga", 0)) == {"lr": 2e-5}  # GA alone at the rate of NPO
     of_npo = choice.marked([*tries, record("npo", 5e-6, 0.1, 0.5), record("npo", 6e-6, 0.2, 0.1)])
-    assert choice.chosen(of_npo, Run("forget10", "npo", 0))["lr"] == 6e-6  # without retain rows forgetting decides
+    own = {"lr": 6e-6, "beta": 6e-6 * 1e5}  # without retain rows forgetting decides
+    assert choice.chosen(of_npo, Run("forget10", "npo", 0)) == own
     assert choice.chosen(of_npo, Run("forget10", "ga", 0)) == {"lr": 6e-6}  # alone as well, where that was tried
     assert choice.chosen(marked, Run("forget10", "ga_kl", 0)) == {"lr": 4e-5, "retain_weight": 1.0}  # of ga_rt
     assert choice.chosen(marked, Run("forget10", "undial_rt", 0)) == {"lr": 2e-5, "retain_weight": 1.0}  # of npo_rt

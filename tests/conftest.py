@@ -9,6 +9,7 @@ ON_GPU = os.environ.get("NPO_GPU_TESTS") == "1" and torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before anything imports one
 
+import collections
 import sys
 from importlib.util import find_spec
 
@@ -93,3 +94,28 @@ def plans(monkeypatch):
 
     monkeypatch.setattr(task, "make_plan", spy)
     return made
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How much was tried: a test that draws many cases says how many, and the end of the run has the sums
+# ---------------------------------------------------------------------------------------------------------------------
+
+COUNT = "count: "
+
+
+@pytest.fixture
+def tried(record_property):
+    """`tried("fuzzed calls", 40)`: the summary of the run adds these up, over all tests and workers."""
+    return lambda what, number=1: record_property(COUNT + what, number)
+
+
+def pytest_terminal_summary(terminalreporter):
+    sums = collections.Counter()
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, value in report.user_properties:
+            if name.startswith(COUNT) and report.when == "call":
+                sums[name.removeprefix(COUNT)] += value
+    if sums:
+        terminalreporter.section("tried")
+        for what, number in sorted(sums.items()):
+            terminalreporter.write_line(f"{number:6d} {what}")

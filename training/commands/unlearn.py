@@ -51,7 +51,7 @@ from training.unlearning import Frozen, UnlearningSteps, cached_per_token, kept_
 
 PROG = "training.unlearn"
 CHECKED = 16  # rows that a start log is compared with the model on
-ROUNDING, PRECISION = 0.5, 0.02  # nats, and a share of the loss: what another precision or device may change
+ROUNDING, PRECISION = 0.5, 0.01  # nats, and a share of the loss: what another precision or device may change
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from transformers import BertConfig
 from npo_kernels import fused_npo_loss
 from tests.training.conftest import llama
 from tests.training.test_eval_log import FORGET, indexed, make_log
+from tests.training.test_trainer import assert_equal, trained
 from training.benchmarks.authors import Authors, AuthorsOptions
 from training.benchmarks.muse.benchmark import MUSE, MuseOptions
 from training.benchmarks.tofu.benchmark import TOFU, TofuOptions
@@ -396,4 +397,16 @@ def test_npo_is_of_probabilities_and_not_of_logits(tried):
     ]
     for loss in losses[1:]:
         torch.testing.assert_close(loss, losses[0], rtol=1e-4, atol=1e-5)
+    tried("reports of other projects", 1)
+
+
+def test_a_run_that_goes_on_at_the_end_of_an_epoch_takes_the_next_one(corpus, tmp_path, tried):
+    """A data loader that is at its end has nothing left to give, and the run would be over with half of its steps."""
+    whole = trained(corpus)
+    with pytest.raises(RuntimeError, match="killed"):
+        trained(corpus, tmp_path, kill_at=4, save_every=3)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-000003"]
+    resumed = trained(corpus, tmp_path)
+    assert [entry["step"] for entry in resumed[1]] == list(range(7))
+    assert_equal(resumed, whole)
     tried("reports of other projects", 1)

@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench import figures
+from bench.records import record
 from bench.wheels import compress, members
 from training.loading import load_causal_lm, load_classifier, load_config, load_tokenizer
 from training.reports import tables
@@ -160,3 +162,20 @@ def test_an_archive_stays_in_its_folder(tmp_path):
     with tarfile.open(archive) as file, pytest.raises(tarfile.OutsideDestinationError):
         file.extractall(tmp_path / "a" / "b", filter="data")
     assert not (tmp_path / "outside.py").exists()
+
+
+def test_a_record_names_no_file_outside_of_the_folder(tmp_path, monkeypatch):
+    """Figures are called by what records say they are of."""
+    written = []
+    monkeypatch.setattr(figures, "_figure", lambda title, panels, path: written.append(path))
+    size = {
+        "suite": "../../x",
+        "case": "R",
+        "provider": "npo_kernels",
+        "mode": "full",
+        "what": "fwd_bwd",
+        "dtype": "float32",
+    }
+    made = record("cpu", **size, metric="ms", value=1.0, p20=1.0, p80=1.0, reps=3) | {"device": "../../y"}
+    figures.draw([made], tmp_path)
+    assert written and all(path.resolve().parent == tmp_path.resolve() for path in written)

@@ -6,6 +6,8 @@
 #   make test-oldest the same with the oldest supported torch, Triton and Transformers, in .venv-oldest
 #   make aot         every kernel compiled for every target: registers, spills, tensor cores (a quarter of an hour)
 #   make lint        ruff check, ruff format --check and mypy
+#   make lock        the hashes of all packages that CI installs (LOCKED=1), anew from the constraints
+#   make audit       known vulnerabilities of these packages (needs a network)
 #   make bench       the benchmarks of a CPU; ARGS="run --suite head" and others on a GPU
 #   make certify     a GPU: its tests, the targets beside the peers, tiles, rooflines, in seven minutes (ARGS="--plan": how)
 #   make gpu-check   the tests that need a GPU
@@ -21,8 +23,9 @@ PY           := .venv/bin/python
 STAMP        := .venv/.installed
 OLDEST_STAMP := .venv-oldest/.installed
 REAL_STAMP   := .venv/.installed-real
+TOOLS_STAMP  := .venv-tools/.installed
 
-.PHONY: help demo experiment experiment-real test test-oldest aot lint format bench certify gpu-check env clean
+.PHONY: help demo experiment experiment-real test test-oldest aot lint lock audit format bench certify gpu-check env clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -49,6 +52,15 @@ lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# A package of CI is a file of this sha256, whatever an index answers.
+LOCK = --generate-hashes --allow-unsafe --strip-extras --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
+    --no-emit-trusted-host --quiet
+lock: $(TOOLS_STAMP)
+	.venv-tools/bin/pip-compile $(LOCK) --output-file requirements-ci.txt constraints.txt
+
+audit: $(TOOLS_STAMP)
+	.venv-tools/bin/pip-audit --requirement requirements-ci.txt --require-hashes --disable-pip $(ARGS)
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .
@@ -80,8 +92,20 @@ $(STAMP) $(OLDEST_STAMP):
 	@test -e $@ || rm -rf $(@D)
 	@rm -f $@
 	$(BASE) -m venv $(@D)
-	PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) PIP_DISABLE_PIP_VERSION_CHECK=1 \
+	$(INSTALL)
+	@touch $@
+# With LOCKED=1 every file has to have a hash of the lock; the project itself is built by the setuptools of the lock.
+INSTALL = PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) PIP_DISABLE_PIP_VERSION_CHECK=1 \
 	    $(@D)/bin/python -m pip install -e '.[dev]'
+ifdef LOCKED
+$(STAMP): INSTALL = PIP_DISABLE_PIP_VERSION_CHECK=1 $(@D)/bin/python -m pip install --require-hashes -r requirements-ci.txt && \
+	    $(@D)/bin/python -m pip install --no-deps --no-build-isolation --no-index -e .
+endif
+
+$(TOOLS_STAMP):
+	@rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install 'pip-audit>=2.9' 'pip-tools>=7.5'
 	@touch $@
 
 # What reads the packaged models, for those who run the study.
@@ -90,4 +114,4 @@ $(REAL_STAMP): $(STAMP)
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-tools build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -139,7 +139,7 @@ def pins(sets: Iterable[str]) -> Table:
 def command(name: str, archive: Path, args: argparse.Namespace) -> str:
     """The line to run over there, in the checkout. The second set serves the peers alone."""
     site = shlex.quote(f"{args.site}/site-packages")
-    unpack = f"python3 -m tarfile -e {shlex.quote(archive.as_posix())} {site}"
+    unpack = f"python3 -m tarfile --filter data -e {shlex.quote(archive.as_posix())} {site}"
     variables = f"PYTHONPATH={site}:{site}/{CUTE_PACKAGES} PATH={site}/{TILE_COMPILER}:$PATH"
     stages = "" if name == "first" else " --only peers"
     options = f"--budget {args.budget:g} --commit {provenance.commit()}{stages}"  # the history stays behind

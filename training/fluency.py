@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from training.loading import load_classifier, load_tokenizer
 
 BATCH, LONGEST = 32, 512  # texts, tokens
 
@@ -19,8 +20,9 @@ class FluencyClassifier:
     def __init__(self, folder: Path, device: torch.device):
         if not (folder / "config.json").is_file():
             raise ValueError(f"--fluency_classifier: expected the folder of a text classifier, got {folder}")
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForSequenceClassification.from_pretrained(folder).to(device).eval()
+        self.tokenizer = load_tokenizer(folder)
+        self.model = load_classifier(folder).eval()
+        self.model.to(device)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.config.pad_token_id = self.tokenizer.pad_token_id  # decoders look there for the end of a text

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from npo_kernels import explain, fused_logprob_loss
 from training.durable import written
+from training.loading import load_config
 
 GIB = 2**30
 UNMASKED = "unmasked"  # transformers makes no mask for an attention that it does not know
@@ -93,10 +94,13 @@ def estimate(
     python = _resident_bytes() if device.type == "cpu" else 0
     here = device if _at_hand(device) else torch.device("cpu")
     flash = (attn_implementation or "").startswith(("flash", "kernels-community"))
-    config = AutoConfig.from_pretrained(model_name)
+    config = load_config(model_name)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=UNMASKED if flash else attn_implementation
+            config,
+            dtype=torch.float32,
+            attn_implementation=UNMASKED if flash else attn_implementation,
+            trust_remote_code=False,
         )
         reference = _bytes(model.parameters()) // (2 if device.type == "cuda" else 1)
         if trained != "all":

@@ -13,11 +13,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from npo_kernels.hf import add_fused_unlearning_head
 from training.config import Precision
+from training.loading import load_causal_lm
 from training.store import fingerprint
 
 HEAD_DIM = 64
@@ -84,7 +85,7 @@ def load_model(
     precision: Precision = "auto",
 ) -> PreTrainedModel:
     """With a fused head. Weights are trained in float32: bfloat16 arithmetic is autocast's (`set_precision`)."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn_implementation)
+    model = load_causal_lm(folder, dtype=dtype, attn_implementation=attn_implementation)
     if use_liger_kernel:
         from transformers.integrations.liger import apply_liger_kernel  # says what to install
 

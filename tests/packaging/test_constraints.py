@@ -1,5 +1,6 @@
 """constraints.txt, constraints-oldest.txt and pyproject.toml agree."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -53,3 +54,16 @@ def test_the_oldest_set_has_the_lower_bounds(name):
     (requirement,) = (r for r in direct_dependencies() if r.name == name)
     (bound,) = (s.version for s in requirement.specifier if s.operator == ">=")
     assert Version(pins("constraints-oldest.txt")[name]) == Version(bound)
+
+
+def test_the_lock_has_the_versions_of_the_constraints_and_a_hash_of_each():
+    """requirements-ci.txt, of `make lock`."""
+    blocks = re.sub(r"\s*\\\n\s*", " ", (ROOT / "requirements-ci.txt").read_text()).splitlines()
+    blocks = [block for block in blocks if block[:1] not in ("", "#")]
+    locked = {}
+    for block in blocks:
+        requirement, *hashes = block.split(" --hash=sha256:")
+        assert hashes and all(re.fullmatch("[0-9a-f]{64}", value) for value in hashes), block[:60]
+        name, version = re.split("==", requirement.split(";")[0].strip())
+        locked[canonicalize_name(name)] = version.split("+")[0]  # torch's is +cpu
+    assert locked == pins("constraints.txt")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated
 
 from rich.console import Console
-from transformers import AutoTokenizer
 
 from training import distributed
 from training.alternates import PROMPT, key_of, make_alternates, write_alternates
@@ -20,6 +19,7 @@ from training.benchmarks import BENCHMARKS, Benchmark
 from training.commands.options import command_line
 from training.commands.session import model_fingerprint
 from training.config import Precision
+from training.loading import load_tokenizer
 from training.model import load_model, pick_device
 from training.progress import counted, progress
 from training.store import fingerprint
@@ -53,7 +53,7 @@ def main(options: AlternatesOptions, benchmark: Benchmark) -> Path:
     if options.count < 1 or not options.temperature > 0 or "{question}" not in options.prompt:
         raise ValueError("expected --count of at least 1, --temperature above 0 and {question} in --prompt")
     rows = benchmark.rows("forget")
-    format = Format(AutoTokenizer.from_pretrained(options.model), options.template)
+    format = Format(load_tokenizer(options.model), options.template)
     drawn = {name: getattr(options, name) for name in ("count", "temperature", "max_new_tokens", "prompt", "seed")}
     key = fingerprint([drawn, rows, format.hash(), model_fingerprint(str(options.model))])
     if options.out.exists() and not options.fresh:

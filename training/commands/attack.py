@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from training import distributed
 from training.benchmarks import BENCHMARKS, Benchmark
@@ -26,6 +26,7 @@ from training.commands.run_folder import RunFolder, model_name
 from training.commands.session import device_name, measured, model_fingerprint
 from training.commands.told import tell_warnings
 from training.config import Precision, TrainConfig
+from training.loading import load_tokenizer
 from training.model import load_model, pick_device
 from training.progress import progress
 from training.quantization import FORMATS, rounded
@@ -72,7 +73,7 @@ def main(options: AttackOptions, benchmark: Benchmark) -> dict[str, Any] | None:
         print(tables.settings_line(folder.settings))
         return None
     device = pick_device(options.device)
-    format = Format(AutoTokenizer.from_pretrained(options.model), options.template)
+    format = Format(load_tokenizer(options.model), options.template)
     retrained = benchmark.read(options.retain_log) if options.retain_log else None
     settings = {k: v for k, v in folder.settings.items() if k not in ("model", "device")}
     depends_on = [str(settings), benchmark.key(), model_fingerprint(str(options.model)), format.hash(), device.type]

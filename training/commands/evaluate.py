@@ -88,9 +88,9 @@ def main(options: EvaluateOptions, benchmark: Benchmark) -> dict[str, Any] | Non
 
 def _evaluated(options: EvaluateOptions, benchmark: Benchmark) -> tuple[RunFolder, Any]:
     """The measures of a model, which --out then has; found there, if this very evaluation was made before."""
-    from transformers import AutoTokenizer  # a log is read without all of this
-
+    # a log is read without all of this
     from training.commands.session import measured, model_fingerprint
+    from training.loading import load_tokenizer
     from training.model import load_model, pick_device
     from training.progress import progress
     from training.quantization import quantize_
@@ -102,7 +102,7 @@ def _evaluated(options: EvaluateOptions, benchmark: Benchmark) -> tuple[RunFolde
             f"expected a model folder with config.json, got --model {model}; save the model with save_pretrained, "
             "tokenizer included"
         )
-    format = Format(AutoTokenizer.from_pretrained(model), options.template)
+    format = Format(load_tokenizer(model), options.template)
     folder, log = RunFolder(options.out, options, benchmark.options), options.out / LOG_FILE
     retain_log = options.retain_log and options.retain_log.read_text(encoding="utf-8")
     depends_on = [

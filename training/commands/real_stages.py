@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 from rich.console import Console
-from transformers import AutoTokenizer
 
 from training.benchmarks.tofu import TOFU
 from training.benchmarks.tofu.benchmark import TofuOptions
@@ -21,6 +20,7 @@ from training.commands import evaluate, finetune, unlearn
 from training.commands.options import build
 from training.commands.session import measured, model_fingerprint
 from training.config import TrainConfig
+from training.loading import load_tokenizer
 from training.model import load_model, pick_device
 from training.pretrained import choice, part
 from training.pretrained.plan import PERCENTS, ROUNDED, Plan, Run, Taught, Tried, retrained_on
@@ -248,7 +248,7 @@ class Study:
 
     def attack(self, of: str, model: Path) -> None:
         """Weights rounded to few bits; fine-tuning on a part of the forget set, the same rows for every model."""
-        benchmark, format = self.benchmark(), Format(AutoTokenizer.from_pretrained(model))
+        benchmark, format = self.benchmark(), Format(load_tokenizer(model))
         lr = choice.relearning_lr(self.tries())
         weights = model_fingerprint(str(model))
         with progress() as display:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from npo_kernels.core import cpu
 from training import distributed, memory
@@ -23,6 +23,7 @@ from training.commands.run_folder import RunFolder, model_name, public
 from training.config import TrainConfig
 from training.data import Example
 from training.layers import train_only
+from training.loading import load_tokenizer
 from training.model import (
     add_adapters,
     autocast_dtype,
@@ -118,7 +119,7 @@ class Session(Generic[Given]):
 
     @cached_property
     def format(self) -> Format:
-        return Format(AutoTokenizer.from_pretrained(self.model), self.options.template)
+        return Format(load_tokenizer(self.model), self.options.template)
 
     @property
     def checkpoints(self) -> Checkpoints:

@@ -14,12 +14,14 @@ from typing import Annotated
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from training.benchmarks.tofu.authors import tofu_files
 from training.benchmarks.tofu.data import load_rows
 from training.commands.options import command_line
 from training.data import IGNORE_INDEX, Example
+from training.loading import load_tokenizer
+from training.reports.tables import visible
 from training.templates import Format
 from training.tokenizer import train_tokenizer
 
@@ -66,13 +68,13 @@ def _rows(options: ShowRowsOptions) -> list[dict]:
 
 def _tokenizer(options: ShowRowsOptions, rows: list[dict]) -> PreTrainedTokenizerBase:
     name = options.tokenizer or options.model
-    return AutoTokenizer.from_pretrained(name) if name else train_tokenizer(rows, DEMO_VOCABULARY)
+    return load_tokenizer(name) if name else train_tokenizer(rows, DEMO_VOCABULARY)
 
 
 def _text(format: Format, example: Example) -> Text:
     """The whole text, coloured; decoded in two parts, as a character may be more than one token."""
     length = _prompt_length(example)
-    prompt, answer = (format.decode(ids) for ids in (example.input_ids[:length], example.input_ids[length:]))
+    prompt, answer = (visible(format.decode(ids)) for ids in (example.input_ids[:length], example.input_ids[length:]))
     return Text.assemble((prompt, PROMPT), (answer, SCORED))
 
 

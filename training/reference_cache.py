@@ -10,7 +10,6 @@ A process that is killed at any moment leaves the old file or none, never a part
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -25,11 +24,11 @@ from transformers import PreTrainedModel
 from npo_kernels import fused_npo_loss
 from training import distributed
 from training.data import IGNORE_INDEX, Example, data_hash
-from training.model import autocast, autocast_dtype, weights_hash
+from training.model import autocast, autocast_dtype, configuration_hash, weights_hash
 from training.progress import OnRows, nothing
 from training.scoring import PerToken, Scores, score
 from training.steps import Batches
-from training.store import fingerprint, renamed_when_done
+from training.store import renamed_when_done
 from training.templates import Format
 from training.tokenizer import tokenizer_hash
 from training.versions import versions
@@ -39,10 +38,6 @@ FORMAT = "2"
 # the arithmetic is cast to.
 STEP_ZERO_TOLERANCE = {None: 1e-3, torch.bfloat16: 0.5}
 LIBRARIES = ("npo_kernels", "torch", "transformers")
-NO_SETTINGS = {  # of a model's or an adapter's configuration: where it came from, not what it computes
-    *("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"),
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
-}
 
 
 class StaleReferenceError(ValueError):
@@ -57,7 +52,7 @@ def header(
     return {
         "format": FORMAT,
         "model": weights_hash(model),  # of base and adapters
-        "configuration": _configuration_hash(model),
+        "configuration": configuration_hash(model),
         "tokenizer": tokenizer_hash(format.tokenizer),
         "template": f"{format.template} {format.hash()}",
         "data": data_hash(examples),
@@ -182,22 +177,6 @@ def _damage(scores: Scores, examples: Sequence[Example], expected_hash: str | No
     if not all(torch.isfinite(t).all() for t in scores if t is not None):
         return "holds numbers that are not finite: the reference model may have diverged"
     return None
-
-
-def _configuration_hash(model: PreTrainedModel) -> str:
-    """What changes the numbers and is in no weight: rotary settings, caps, the scale of adapters, which are in use."""
-    configs = {"model": model.config, **getattr(model, "peft_config", {})}
-    settings = {
-        name: {k: v for k, v in config.to_dict().items() if not k.startswith("_") and k not in NO_SETTINGS}
-        for name, config in configs.items()
-    }
-    layers = [m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
-    in_use = sorted({f"{layer.active_adapters} disabled: {layer.disable_adapters}" for layer in layers})
-    return fingerprint(json.loads(json.dumps([settings, in_use], default=_plain)))
-
-
-def _plain(value: object) -> object:
-    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def _scores_hash(scores: Scores) -> str:

@@ -21,6 +21,11 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def folder_hash(folder: Path) -> str:
+    """Of the names and bytes of its files, not of what is in its folders."""
+    return fingerprint({path.name: file_hash(path) for path in folder.iterdir() if path.is_file()})
+
+
 @contextmanager
 def renamed_when_done(path: Path) -> Iterator[Path]:
     """A temporary sibling of `path` (file or folder) that takes its name only if the block ends without an error."""

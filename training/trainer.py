@@ -230,7 +230,8 @@ class Checkpoints:
         distributed.on_main(lambda: remove(*self._all()))
 
     def _all(self) -> list[Path]:
-        return sorted(self.folder.glob("checkpoint-*"))
+        """By their steps: a name of seven digits is before one of six, and the clock may have been set back."""
+        return sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 @contextmanager

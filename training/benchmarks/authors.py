@@ -6,7 +6,7 @@ on all rows of the authors to forget, and on those of a seeded sample of the aut
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 import torch
 
 from training import membership, metrics
-from training.benchmarks.base import MEMBERSHIP, Benchmark, Column, EvaluationOptions, register
+from training.benchmarks.base import ITSELF, MEMBERSHIP, Benchmark, Column, EvaluationOptions, options_in_key, register
 from training.benchmarks.tofu.authors import PAIRS_PER_AUTHOR, generate_authors, generate_holdout
 from training.benchmarks.tofu.data import load_rows
 from training.data import Row
@@ -146,13 +146,29 @@ class Authors(Benchmark):
             raise ValueError(f"{path}: expected an evaluation of --benchmark authors, got {', '.join(measures)}")
         return measures
 
+    def check(self, measures) -> None:
+        for which, rows in self.evaluated.items():
+            found = measures.get(which, {"rows": []})
+            if len(found["rows"]) != len(rows) or any(found[key] != rows[0][key] for key in ("question", "answer")):
+                raise ValueError(
+                    f"--start_log: expected measures of the {len(rows)} {which} rows that are evaluated, got "
+                    f"{len(found['rows'])} that are not theirs; evaluate the model with the same options"
+                )
+
+    def doubts(self, measures, retrained) -> list[str]:
+        attacked = _attacked(retrained) if "holdout" in retrained else None
+        return [ITSELF] * (measures["forget"] == retrained["forget"]) + membership.doubts(attacked)
+
+    def losses(self, measures, format, number: int):
+        rows = self.split.forget[:number]
+        return format.encode(rows), [row["nll"] for row in measures["forget"]["rows"][:number]]
+
     def samples(self, measures) -> list[dict[str, str]]:
         texts = ("question", "answer", "generation")
         return [{"set": which, **{key: measures[which][key] for key in texts}} for which in ("forget", "retain")]
 
     def key(self) -> str:
-        options = {k: str(v) for k, v in asdict(self.options).items() if k != "data_dir"}
-        return fingerprint([options, self.evaluated, self.holdout])
+        return fingerprint([options_in_key(self.options, ("data_dir",)), self.evaluated, self.holdout])
 
 
 def _attacked(measures: dict[str, Any]) -> tuple[membership.Attacks, membership.Attacks]:

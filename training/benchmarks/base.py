@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
-from training.store import fingerprint, write_json
+from training.store import fingerprint, folder_hash, write_json
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from training.templates import Format
 
 REFUSALS = Path(__file__).with_name("refusals.txt")
+ITSELF = (
+    "--retain_log has the numbers of the model that is evaluated, and a comparison of a model with itself finds no "
+    "difference, whatever it has learned; expected the log of a model that never saw the forget set"
+)
 
 
 class Column(NamedTuple):
@@ -188,6 +192,10 @@ class Benchmark(Protocol):
         """What does not stop the metrics, but should be known."""
         return []
 
+    def doubts(self, measures: Any, retrained: Any) -> list[str]:
+        """What makes the comparison with `retrained` doubtful, though it has numbers: whose measures may these be?"""
+        return []
+
     def open_unlearning(self, measures: Any, summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """{file name: content} as OpenUnlearning writes and reads evaluations, in its names of metrics."""
         raise ValueError(f"--format open_unlearning: {self.name} is no benchmark of OpenUnlearning")
@@ -198,6 +206,11 @@ class Benchmark(Protocol):
 
     def check(self, measures: Any) -> None:
         """ValueError where these are not measures of the rows that are evaluated with these options."""
+
+    def losses(self, measures: Any, format: "Format", number: int) -> tuple[list["Example"], list[float]]:
+        """At most `number` examples of which the measures have the negative log-likelihood, in nats, and that: what a
+        model that these are measures of would give. None: they have none."""
+        return [], []
 
     def read(self, path: Path) -> Any:
         """Measures that were written; ValueError where the file is not what it should be."""
@@ -213,11 +226,17 @@ class Benchmark(Protocol):
 
     def key(self) -> str:
         """A hash of all that the measures depend on, beside the model."""
-        return fingerprint([self.name, {k: str(v) for k, v in asdict(self.options).items()}])
+        return fingerprint([self.name, options_in_key(self.options)])
 
     def claims(self, start: Mapping[str, Any], histories: Mapping[str, Sequence[Sequence[Mapping]]]) -> list[Claim]:
         """Of the papers, those that a grid can tell about: summary before, {method: histories of its seeds}."""
         return []
+
+
+def options_in_key(options: "DataclassInstance", without: Iterable[str] = ()) -> dict[str, str]:
+    """As a key has them: a folder by what is in it, which may be another classifier tomorrow."""
+    given = {name: value for name, value in asdict(options).items() if name not in without}
+    return {k: folder_hash(v) if isinstance(v, Path) and v.is_dir() else str(v) for k, v in given.items()}
 
 
 BENCHMARKS: dict[str, type[Benchmark]] = {}

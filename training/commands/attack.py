@@ -24,6 +24,7 @@ from training.benchmarks import BENCHMARKS, Benchmark
 from training.commands.options import command_line
 from training.commands.run_folder import RunFolder, model_name
 from training.commands.session import device_name, measured, model_fingerprint
+from training.commands.told import tell_warnings
 from training.config import Precision, TrainConfig
 from training.loading import load_tokenizer
 from training.model import load_model, pick_device
@@ -88,6 +89,8 @@ def main(options: AttackOptions, benchmark: Benchmark) -> dict[str, Any] | None:
         def evaluate(attacked: PreTrainedModel, name: str) -> None:
             measures = measured(benchmark, attacked, format, out / "eval" / f"{name}.json", display)
             stages[name] = benchmark.summarize(measures, retrained)
+            if name == "unlearned":
+                tell_warnings(benchmark, measures, retrained)
 
         evaluate(model, "unlearned")
         if options.attack == "quantize":

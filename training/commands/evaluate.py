@@ -25,6 +25,7 @@ from training import distributed
 from training.benchmarks import BENCHMARKS, Benchmark
 from training.commands.options import command_line
 from training.commands.run_folder import RunFolder, public
+from training.commands.told import tell_warnings
 from training.config import Precision, Rounding
 from training.reports import tables
 from training.store import fingerprint, write_json, write_text
@@ -73,9 +74,7 @@ def main(options: EvaluateOptions, benchmark: Benchmark) -> dict[str, Any] | Non
         return None
     else:
         folder, measures = _evaluated(options, benchmark)
-    for each in (measures, retrained) if retrained else (measures,):
-        for text in benchmark.warnings(each):
-            Console(stderr=True).print(f"warning: {text}", markup=False, soft_wrap=True)
+    tell_warnings(benchmark, measures, retrained)
     result = benchmark.summarize(measures, retrained)
     if folder:
         _write_report(folder, benchmark, result)

@@ -28,6 +28,7 @@ from training.model import (
     add_adapters,
     autocast_dtype,
     check_length,
+    configuration_hash,
     in_bf16,
     load_model,
     merged,
@@ -269,7 +270,8 @@ def measured(
     benchmark: Benchmark, model: PreTrainedModel, format: Format, path: Path, display: Progress, name: str = ""
 ) -> Any:
     """The measures of a model, written to `path`; finished pieces of an interrupted evaluation are found beside it."""
-    key = fingerprint([benchmark.key(), format.hash(), weights_hash(model), str(autocast_dtype(model))])
+    arithmetic = [str(autocast_dtype(model)), str(model.config._attn_implementation)]
+    key = fingerprint([benchmark.key(), format.hash(), weights_hash(model), configuration_hash(model), *arithmetic])
     pieces = Pieces(name or path.stem, path.with_name(f".{path.stem}.pieces"), key)
     measures = benchmark.evaluate(model, format, pieces, display)
     distributed.on_main(lambda: benchmark.write(path, measures))
@@ -278,16 +280,21 @@ def measured(
 
 
 def model_fingerprint(model: str) -> str:
-    """sha256 of a folder's configuration and weights; a hub name stands for itself."""
+    """sha256 of a folder's configuration and weights, adapters and what they sit on included; a hub name stands for
+    itself."""
     folder = Path(model)
     if not folder.is_dir():
         return model
-    digest = hashlib.sha256()
+    digest, adapter = hashlib.sha256(), folder / "adapter_config.json"
+    configs = ("config.json", adapter.name)
     for path in sorted(
-        p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf") or p.name == "config.json"
+        p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf") or p.name in configs
     ):
         digest.update(path.name.encode())
         digest.update(bytes.fromhex(file_hash(path)))
+    if adapter.is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        digest.update(model_fingerprint(str(base)).encode())
     return digest.hexdigest()
 
 

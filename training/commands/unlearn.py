@@ -30,6 +30,7 @@ from training.commands.attack_options import AttackedOptions
 from training.commands.method_options import MethodOptions, list_of_methods, resolved, settings_of
 from training.commands.options import command_line
 from training.commands.session import Session, SessionOptions, measured
+from training.commands.told import tell_warnings
 from training.config import TrainConfig
 from training.data import Example, Row, data_hash
 from training.dual import DualWeight
@@ -43,13 +44,15 @@ from training.reference_cache import StaleReferenceError, check_step_zero, compu
 from training.relearning import relearn_, split
 from training.reports.run import write_unlearning_report
 from training.run import run
-from training.scoring import PerToken, Scores
+from training.scoring import PerToken, Scores, score
 from training.steps import Batches, plan_unlearning, scored_tokens
 from training.store import fingerprint
 from training.trainer import Trainer
 from training.unlearning import Frozen, UnlearningSteps, cached_per_token, kept_head
 
 PROG = "training.unlearn"
+CHECKED = 16  # rows that a start log is compared with the model on
+ROUNDING, PRECISION = 0.5, 0.01  # nats, and a share of the loss: what another precision or device may change
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,20 @@ class Unlearning:
         logs = [path and path.read_text(encoding="utf-8") for path in paths]
         return [data_hash(rows) for rows in self.rows.values()] + [self.benchmark.key(), fingerprint(logs)]
 
+    def check_start_log(self, model: PreTrainedModel) -> None:
+        """ValueError where the start log is of another model, whose numbers would stand for those before unlearning."""
+        format = self.session.format
+        examples, logged = self.benchmark.losses(self.start_log, format, CHECKED)
+        given = [-value for value in score(model, examples, format.pad_token_id).logps.tolist()]
+        off = [abs(a - b) - PRECISION * abs(b) for a, b in zip(given, logged, strict=True)]
+        if not all(value <= ROUNDING for value in off):
+            i = off.index(max(off))
+            raise ValueError(
+                f"--start_log: expected an evaluation of --model {self.session.model}; of forget row {i} it has a loss "
+                f"of {logged[i]:.4g} nats, and the model gives {given[i]:.4g}: it is of another model, template or "
+                "tokenizer; evaluate the model again, or leave the option out"
+            )
+
     def references(self, model: PreTrainedModel, display: Progress) -> dict[str, Scores]:
         """What is cached of the model before the first step: of the forget rows, and of those it is compared with."""
         folder, method = self.options.reference_cache or self.session.out / "reference", self.method
@@ -206,6 +223,8 @@ class Unlearning:
         else:
             measures = self.measured(model, self.measures(step), progress)
         summary = self.benchmark.summarize(measures, self.retain_log)
+        if step == 0:
+            tell_warnings(self.benchmark, measures, self.retain_log)
         weight = {} if dual is None else {"retain_weight": dual.weight}
         return {"epoch": step * self.options.epochs / len(self.plan.steps), **weight, **summary}
 
@@ -278,6 +297,8 @@ def main(options: UnlearnOptions, benchmark: Benchmark) -> dict[str, Any] | None
     if job.formats:
         linear_weights(model)  # or there is nothing to round
     batches = session.batches(model)
+    if job.start_log:
+        job.check_start_log(model)
     step_zero = None
     with progress() as display:
         scores = job.references(model, display)

@@ -1,17 +1,17 @@
 """MUSE as a benchmark: its splits, its requests one after another, its evaluation sets and metrics."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from training.benchmarks.base import MEMBERSHIP, Benchmark, Column, TradeOff, register
+from training.benchmarks.base import MEMBERSHIP, Benchmark, Column, TradeOff, options_in_key, register
 from training.benchmarks.muse.data import DEMO, FORGET_SETS, RAW, Corpus
 from training.benchmarks.muse.generate import news_files
 from training.benchmarks.muse.options import MuseOptions
 from training.benchmarks.muse.sets import Sets, load_sets
-from training.benchmarks.muse.summary import check_measures, exported, headline, read_measures, summary
+from training.benchmarks.muse.summary import check_measures, doubts, exported, headline, read_measures, summary
 from training.store import fingerprint
 
 NUM_SAMPLES = 2  # of each set whose generations a report shows
@@ -151,16 +151,26 @@ class MUSE(Benchmark):
             for row in measures[which][:NUM_SAMPLES]
         ]
 
+    def doubts(self, measures, retrained) -> list[str]:
+        return doubts(measures, retrained)
+
     def check(self, measures) -> None:
         check_measures(measures, self.sets)
+
+    def losses(self, measures, format, number: int):
+        from training.texts import documents
+
+        examples = documents(format, self.sets.forget_privleak[:number], self.options.max_tokens)
+        means = [row["loss"] for row in measures["forget_privleak"][:number]]
+        # of a text, all tokens are scored but the first
+        return examples, [mean * max(len(e.labels) - 1, 0) for mean, e in zip(means, examples, strict=True)]
 
     def read(self, path: Path) -> dict[str, Any]:
         return read_measures(path)
 
     def key(self) -> str:
         """Of the rows themselves and how they are evaluated: forget sets of one corpus are evaluated alike."""
-        chosen = {k: str(v) for k, v in asdict(self.options).items() if k not in NOT_MEASURED}
-        return fingerprint([self.name, chosen, self.sets._asdict()])
+        return fingerprint([self.name, options_in_key(self.options, NOT_MEASURED), self.sets._asdict()])
 
     def open_unlearning(self, measures, summary) -> dict[str, dict]:
         return exported(measures, summary)

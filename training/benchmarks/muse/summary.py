@@ -9,6 +9,7 @@ import numpy as np
 
 from training import membership, metrics
 from training.benchmarks import open_unlearning
+from training.benchmarks.base import ITSELF
 from training.benchmarks.muse.sets import Sets
 from training.store import fingerprint
 
@@ -53,6 +54,12 @@ def summary(measures: Measures, retrained: Measures | None = None) -> dict[str, 
         "forget_classifier_prob": metrics.mean(row.get("classifier_prob") for row in measures["forget_verbmem"]),
         **membership.summary(*_attacks(measures), retrained=None if retrained is None else _attacks(retrained)),
     }
+
+
+def doubts(measures: Measures, retrained: Measures) -> list[str]:
+    """What speaks against it that the second are measures of another model, which never saw the forget set."""
+    same = all(measures[which] == retrained[which] for which in ("forget_privleak", "holdout_privleak"))
+    return [ITSELF] * same + membership.doubts(_attacks(retrained))
 
 
 def headline(result: Mapping[str, Any]) -> str:

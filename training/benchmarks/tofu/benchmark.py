@@ -14,6 +14,7 @@ from training.benchmarks.base import (
     Column,
     EvaluationOptions,
     TradeOff,
+    options_in_key,
     read_refusals,
     register,
 )
@@ -22,7 +23,7 @@ from training.benchmarks.tofu.data import HUB, demo_splits, load_refusals, load_
 from training.benchmarks.tofu.eval_sets import LARGEST_PERTURBED, EvalRow, load_eval_sets
 from training.benchmarks.tofu.log import EvalLog, Layout, read_log, warnings, write_log
 from training.benchmarks.tofu.open_unlearning import exported
-from training.benchmarks.tofu.summary import by_set, headline, summary
+from training.benchmarks.tofu.summary import by_set, doubts, headline, summary
 from training.data import Row
 from training.require import require
 from training.store import fingerprint
@@ -152,6 +153,9 @@ class TOFU(Benchmark):
     def warnings(self, measures: EvalLog) -> list[str]:
         return warnings(measures)
 
+    def doubts(self, measures: EvalLog, retrained: EvalLog) -> list[str]:
+        return doubts(measures, retrained)
+
     def check(self, measures: EvalLog) -> None:
         for name, rows in self.sets.items():
             answers = measures.sets[name].texts("answer")
@@ -163,6 +167,11 @@ class TOFU(Benchmark):
                     "rows"
                 )
 
+    def losses(self, measures: EvalLog, format, number: int):
+        rows = [{"question": row.question, "answer": row.answer} for row in self.sets["forget"][:number]]
+        fields = measures.sets["forget"].fields
+        return (format.encode(rows), fields["gt_loss"][:number]) if "gt_loss" in fields else ([], [])
+
     def read(self, path: Path) -> EvalLog:
         return read_log(path)
 
@@ -171,9 +180,8 @@ class TOFU(Benchmark):
 
     def key(self) -> str:
         """Of the rows themselves: the folder that they come from may be another."""
-        sizes = {k: v for k, v in asdict(self.options).items() if k != "data_dir"}
         sets = {name: [asdict(row) for row in rows] for name, rows in self.sets.items()}
-        return fingerprint([{k: str(v) for k, v in sizes.items()}, sets, self.holdout])
+        return fingerprint([options_in_key(self.options, ("data_dir",)), sets, self.holdout])
 
     def claims(self, start: Mapping[str, Any], histories: Mapping[str, Sequence[Sequence[Mapping]]]) -> list[Claim]:
         from training.benchmarks.tofu import claims

@@ -41,6 +41,7 @@ PRODUCTS = {
 }
 # float32 losses are written; dividing them again leaves less than this
 ROUNDING = 1e-5
+LARGEST = float(np.log(np.finfo(np.float64).max))
 
 
 class LogError(ValueError):
@@ -147,6 +148,17 @@ def require_same_questions(log: EvalLog, retain_log: EvalLog) -> None:
             f"{where}: example {i} has {a[i]} and {b[i]} scored tokens, so the two models have another tokenizer or "
             "prompt template, and losses a token do not compare; give a retain log of the same tokenizer and template"
         )
+    for field in ("num_token_paraphrased", "num_token_perturb"):
+        a, b = (s.fields.get(field) for s in (ours, theirs))
+        if a and b and a != b:
+            i = next(i for i in range(len(a)) if a[i] != b[i])
+            raise LogError(
+                f"{where}: example {i} has the {field} {a[i]} and {b[i]}, so the truth ratios are of other paraphrased "
+                f"or perturbed answers and do not compare; {advice}"
+            )
+    a, b = (s.array(PERTURBED).shape[1] for s in (ours, theirs))
+    if a != b:
+        raise LogError(f"{where}: expected as many perturbed answers in both, got {a} and {b}; {advice}")
 
 
 def warnings(log: EvalLog) -> list[str]:
@@ -251,10 +263,10 @@ def _written(log: EvalLog, name: str) -> dict[str, Any]:
     fields = dict(examples.fields)
     perturbed = examples.array(PERTURBED)
     log_ratio = metrics.log_truth_ratio(examples.array("avg_paraphrased_loss"), perturbed, "geometric")
-    fields["truth_ratio"] = np.exp(log_ratio).tolist()
+    fields["truth_ratio"] = np.exp(np.minimum(log_ratio, LARGEST)).tolist()  # JSON has no infinity
     if name in OPTION_SETS:
-        chosen = metrics.option_probability(examples.array("avg_gt_loss"), perturbed)
-        fields["normalized_gt_loss"] = (-np.log(chosen)).tolist()
+        chosen = metrics.log_option_probability(examples.array("avg_gt_loss"), perturbed)
+        fields["normalized_gt_loss"] = (-chosen).tolist()
     return {field: {str(i): entry for i, entry in enumerate(entries)} for field, entries in fields.items()}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from training import membership, metrics
+from training.benchmarks.base import ITSELF
 from training.benchmarks.tofu.log import OPTION_SETS, PERTURBED, EvalLog, EvalSet, require_same_questions
 
 UTILITY_SETS = ("retain", "ra", "wf")
@@ -23,6 +24,7 @@ MEASURES = {  # of a set, and their headings
     "compression_ratio": "zlib",
     "classifier_prob": "fluent",
 }
+KNOWN = 0.9  # mean probability of answers that were probably learned
 PER_EXAMPLE_EXTRAS = (
     "exact_memorization",
     "extraction_strength",
@@ -88,7 +90,7 @@ def headline(result: Mapping[str, Any]) -> str:
     if result.get("mia_min_k") is not None:
         low, high = result["mia_min_k_low"], result["mia_min_k_high"]
         text += f" Membership by Min-K%: AUC {result['mia_min_k']:.3f} [{low:.3f}, {high:.3f}]"
-        text += f", PrivLeak {result['privleak']:.1f} %."
+        text += "." if result["privleak"] is None else f", PrivLeak {result['privleak']:.1f} %."
     return text
 
 
@@ -96,6 +98,22 @@ def forget_quality(log: EvalLog, retain_log: EvalLog) -> float:
     """p-value of the exact KS test between the geometric truth ratios of two logs of the same forget set."""
     require_same_questions(log, retain_log)
     return metrics.forget_quality(*(_log_ratio(x.sets["forget"], "geometric") for x in (log, retain_log)))
+
+
+def doubts(log: EvalLog, retain_log: EvalLog) -> list[str]:
+    """What speaks against it that the retain log is that of another model, which never saw the forget set."""
+    ours, theirs = log.sets["forget"], retain_log.sets["forget"]
+    found = []
+    if all(np.array_equal(ours.array(field), theirs.array(field)) for field in ("avg_paraphrased_loss", PERTURBED)):
+        found.append(ITSELF)
+    known = float(_probability("forget", theirs).mean())
+    if known >= KNOWN:
+        found.append(
+            f"--retain_log: its model gives the forget answers a probability of {known:.3f}, as one does that has "
+            "learned them, so that forget quality is high where nothing was forgotten; expected the log of a model "
+            "that never saw the forget set"
+        )
+    return found + membership.doubts(retain_log.membership)
 
 
 def _probability(name: str, examples: EvalSet) -> np.ndarray:

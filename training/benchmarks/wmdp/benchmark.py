@@ -11,7 +11,7 @@ from training.benchmarks.base import MEMBERSHIP, Benchmark, Column, EvaluationOp
 from training.benchmarks.wmdp.data import FORGOTTEN, HUB, SPLITS, Kept, Source, corpora, interleaved, source_named
 from training.benchmarks.wmdp.generate import generate_files
 from training.benchmarks.wmdp.questions import LETTERS, SUBJECTS, Question
-from training.benchmarks.wmdp.summary import MMLU, by_task, lm_eval_summary, summary
+from training.benchmarks.wmdp.summary import MMLU, by_task, doubts, lm_eval_summary, summary
 from training.config import Switch
 from training.data import Example, Row
 from training.store import fingerprint
@@ -151,6 +151,9 @@ class WMDP(Benchmark):
             raise ValueError("--retain_log: expected an evaluation with the same options of WMDP, got one with others")
         return summary(measures, self.options.topic_names, retrained)
 
+    def doubts(self, measures, retrained) -> list[str]:
+        return doubts(measures, retrained)
+
     def table(self, summary: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
         """Of the accuracies, a line a task; subjects after what they add up to."""
         names = [*(f"wmdp_{topic}" for topic in SUBJECTS), MMLU]
@@ -195,6 +198,13 @@ class WMDP(Benchmark):
                 f"--start_log: expected an evaluation of the same questions and documents, got one whose "
                 f"{', '.join(differ[:4])} are not these; evaluate the model with the same options of WMDP"
             )
+
+    def losses(self, measures, format, number: int):
+        from training.texts import documents
+
+        texts = self.documents.get("forget", [])[:number]
+        rows = measures["documents"].get("forget", [])[:number]
+        return documents(format, texts, self.options.max_tokens), [row["nll"] * row["tokens"] for row in rows]
 
     def read(self, path: Path) -> dict[str, Any]:
         measures = super().read(path)

@@ -12,6 +12,7 @@ from scipy.special import logsumexp
 from scipy.stats import binomtest
 
 from training import membership, metrics
+from training.benchmarks.base import ITSELF
 
 CHANCE = 0.25
 CONFIDENCE = 0.95
@@ -91,6 +92,12 @@ def summary(measures: Measures, topics: Sequence[str], retrained: Measures | Non
     if attacked := _attacks(measures):
         found |= membership.summary(*attacked, _attacks(retrained) if retrained else None)
     return found
+
+
+def doubts(measures: Measures, retrained: Measures) -> list[str]:
+    """What speaks against it that the second are measures of another model, which never saw the forget corpora."""
+    same = all(measures[part] == retrained[part] for part in ("tasks", "documents"))
+    return [ITSELF] * same + membership.doubts(_attacks(retrained))
 
 
 def lm_eval_summary(measures: Measures) -> dict[str, float | None]:

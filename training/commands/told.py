@@ -1,0 +1,18 @@
+"""What should be known of an evaluation, though it has its numbers."""
+
+from typing import Any
+
+from rich.console import Console
+
+from training import distributed
+from training.benchmarks.base import Benchmark
+
+
+def tell_warnings(benchmark: Benchmark, measures: Any, retrained: Any = None) -> None:
+    """On stderr, of the measures, of those of the retrained model, and of their comparison."""
+    found = benchmark.warnings(measures)
+    if retrained is not None:
+        found = found + benchmark.warnings(retrained) + benchmark.doubts(measures, retrained)
+    if distributed.is_main():
+        for text in dict.fromkeys(found):
+            Console(stderr=True).print(f"warning: {text}", markup=False, soft_wrap=True)

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from npo_kernels import fused_npo_loss
 from training import distributed
 from training.data import IGNORE_INDEX, Example, data_hash
+from training.interruption import check
 from training.model import autocast, autocast_dtype, weights_hash
 from training.progress import OnRows, nothing
 from training.scoring import PerToken, Scores, score
@@ -34,7 +35,7 @@ from training.templates import Format
 from training.tokenizer import tokenizer_hash
 from training.versions import versions
 
-FORMAT = "2"
+FORMAT = "3"
 # How far the policy may be from the reference before the first step, in nats of a sequence's log-probability, by what
 # the arithmetic is cast to.
 STEP_ZERO_TOLERANCE = {None: 1e-3, torch.bfloat16: 0.5}
@@ -47,6 +48,14 @@ NO_SETTINGS = {  # of a model's or an adapter's configuration: where it came fro
 
 class StaleReferenceError(ValueError):
     """The cache is absent, unreadable, damaged, or belongs to another model, tokenizer, data set or setting."""
+
+
+class AbsentReferenceError(StaleReferenceError):
+    """There is no cache."""
+
+
+class DamagedReferenceError(StaleReferenceError):
+    """The file is nobody's: truncated, or with other bits than were written."""
 
 
 def header(
@@ -108,9 +117,9 @@ def load_reference(
             found = file.metadata() or {}
             scores = Scores(**{name: file.get_tensor(name) for name in wanted})
     except FileNotFoundError as error:
-        raise StaleReferenceError(f"there is no reference cache {path.name}; compute it first") from error
-    except SafetensorError as error:
-        raise StaleReferenceError(
+        raise AbsentReferenceError(f"there is no reference cache {path.name}; compute it first") from error
+    except (SafetensorError, UnicodeDecodeError, RuntimeError) as error:
+        raise DamagedReferenceError(
             f"{path.name} is not a readable safetensors file with {' and '.join(wanted)} ({error}); compute it again"
         ) from error
     for name, expected in header(model, format, examples, packing=packing).items():
@@ -121,7 +130,7 @@ def load_reference(
             )
     damage = _damage(scores, examples, found.get("scores"))
     if damage:
-        raise StaleReferenceError(f"{path.name} {damage}; compute it again")
+        raise DamagedReferenceError(f"{path.name} {damage}; compute it again")
     return scores
 
 
@@ -153,6 +162,7 @@ def check_step_zero(
         largest = max(largest, out.stats.log_ratio.abs().max().item())
         summed += out.loss.item()
         on_rows(len(members), sum(len(forget[i].input_ids) for i in members))
+        check()
     model.train(was_training)
     loss = summed / len(forget)
     if not (largest < tolerance and abs(loss - expected) < tolerance):
@@ -202,8 +212,11 @@ def _plain(value: object) -> object:
 
 def _scores_hash(scores: Scores) -> str:
     digest = hashlib.sha256()
-    for tensor in scores:
+    for name, tensor in scores._asdict().items():
         if tensor is not None:
+            digest.update(
+                f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
+            )  # the bytes alone may be read otherwise
             digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

@@ -70,7 +70,12 @@ def main(options: AttackOptions, benchmark: Benchmark) -> dict[str, Any] | None:
     if options.dry_run:
         print(tables.settings_line(folder.settings))
         return None
-    device = pick_device(options.device)
+    with folder.alone():
+        return _attacked(options, benchmark, folder)
+
+
+def _attacked(options: AttackOptions, benchmark: Benchmark, folder: RunFolder) -> dict[str, Any]:
+    out, device = folder.path, pick_device(options.device)
     format = Format(AutoTokenizer.from_pretrained(options.model), options.template)
     retrained = benchmark.read(options.retain_log) if options.retain_log else None
     settings = {k: v for k, v in folder.settings.items() if k not in ("model", "device")}

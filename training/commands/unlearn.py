@@ -34,17 +34,25 @@ from training.config import TrainConfig
 from training.data import Example, Row, data_hash
 from training.dual import DualWeight
 from training.layers import LayerTap
+from training.locks import turn
 from training.methods import METHODS, Sizes, method_named, table
 from training.model import merged
 from training.progress import counted, progress
 from training.quantization import linear_weights, rounded
-from training.reference_cache import StaleReferenceError, check_step_zero, compute_reference, load_reference
+from training.reference_cache import (
+    AbsentReferenceError,
+    DamagedReferenceError,
+    StaleReferenceError,
+    check_step_zero,
+    compute_reference,
+    load_reference,
+)
 from training.relearning import relearn_, split
 from training.reports.run import write_unlearning_report
 from training.run import run
 from training.scoring import PerToken, Scores
 from training.steps import Batches, plan_unlearning, scored_tokens
-from training.store import fingerprint
+from training.store import check_writable, fingerprint
 from training.trainer import Trainer
 from training.unlearning import Frozen, UnlearningSteps, cached_per_token, kept_head
 
@@ -157,19 +165,28 @@ class Unlearning:
             on_rows = counted(display, f"Reference, {path.stem}", len(rows))
             return compute_reference(path, model, format, rows, packing=packing, on_rows=on_rows, per_token=per_token)
 
+        def cached(path: Path, rows: list[Example]) -> Scores | None:
+            """None where there is none, or a damaged one. That of another model is refused where runs share a folder:
+            it is somebody's."""
+            try:
+                return load_reference(path, model, format, rows, packing=packing, per_token=per_token)
+            except AbsentReferenceError:
+                return None
+            except StaleReferenceError as reason:
+                if self.options.reference_cache is not None and not isinstance(reason, DamagedReferenceError):
+                    raise ValueError(f"--reference_cache: {reason}; or choose another folder") from reason
+                self.session.say(f"computing the reference log-probabilities again: {reason}")
+                return None
+
         scores = {}
         for kind, file in files.items():
             path, rows = folder / file, self.rows[kind]
-            try:
-                found = None
-                if path.exists():
-                    found = load_reference(path, model, format, rows, packing=packing, per_token=per_token)
-            except StaleReferenceError as reason:
-                if self.options.reference_cache is not None:
-                    raise
-                self.session.say(f"computing the reference log-probabilities again: {reason}")
-                found = None
-            scores[kind] = found or computed(path, rows)
+            found = cached(path, rows)
+            if found is None:
+                check_writable(folder)
+                with turn(path, self.session.say):
+                    found = cached(path, rows) or computed(path, rows)  # by the run that had its turn before
+            scores[kind] = found
         return scores
 
     @property
@@ -269,9 +286,13 @@ def main(options: UnlearnOptions, benchmark: Benchmark) -> dict[str, Any] | None
         frozen, copied = method.needs_frozen_model(job.settings), job.per_token == "hidden" and not options.lora_rank
         session.describe(num_steps, job.rows, together=method.kinds, with_reference=frozen, with_head_copy=copied)
         return None
-    found = session.start(*job.depends_on)
-    if found is not None:
-        return found
+    with session.folder.alone():
+        return session.start(*job.depends_on) or _unlearned(job)
+
+
+def _unlearned(job: Unlearning) -> dict[str, Any]:
+    session, options, benchmark, method = job.session, job.options, job.benchmark, job.method
+    num_steps = len(job.plan.steps)
     model = session.load_model()
     session.check_lengths(model, [example for rows in job.rows.values() for example in rows])
     if job.formats:
@@ -293,7 +314,7 @@ def main(options: UnlearnOptions, benchmark: Benchmark) -> dict[str, Any] | None
     if options.relearn and distributed.count() > 1:
         raise ValueError("--relearn: expected one process; or `training.attack relearn` of the saved model")
     if steps.dual is not None:
-        trainer.accelerator.register_for_checkpointing(steps.dual)
+        trainer.states["dual"] = steps.dual
     history = run(
         trainer,
         steps,

@@ -47,10 +47,9 @@ class Checkpoints:
                 if distributed.is_main():
                     seal(private, PROGRESS, key=self.key, step=step, processes=distributed.count(), record=record)
         except StorageError as error:
-            before = (
-                f"going on will begin after step {_step(self._all()[-1])}" if self._all() else "there is none before"
-            )
-            raise StorageError(f"the checkpoint of step {step} was not saved: {error}; {before}") from error
+            newest = [int(path.name.removeprefix("checkpoint-")) for path in self._all()][-1:]
+            before = f"the newest one is of step {newest[0]}" if newest else "there is none before it"
+            raise StorageError(f"the checkpoint of step {step} was not saved, {before}: {error}") from error
         distributed.wait()
 
     def load(self, trainer: Trainer) -> tuple[int, Any, list[str]]:
@@ -61,9 +60,7 @@ class Checkpoints:
         Raises:
             DamagedError: there are some, and none is whole.
         """
-        found, path, problems = None, None, []
-        if distributed.is_main():
-            found, path, problems = self._newest()
+        found, path, problems = self._newest() if distributed.is_main() else (None, None, [])
         found, path, problems = distributed.from_main((found, path, problems))
         if found is None or path is None:
             if problems:
@@ -88,7 +85,7 @@ class Checkpoints:
         distributed.on_main(lambda: remove(*self._all()))
 
     def _newest(self) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
-        problems = []
+        problems: list[str] = []
         for path in reversed(self._all()):
             try:
                 found = check_seal(path, PROGRESS)
@@ -103,10 +100,6 @@ class Checkpoints:
 
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob("checkpoint-*"))
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("checkpoint-"))
 
 
 def save_state(trainer: Trainer, folder: Path) -> None:

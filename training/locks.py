@@ -35,7 +35,8 @@ def alone(folder: Path) -> Iterator[None]:
                 pass  # results of a read-only folder can be found; to write them will fail
         if distributed.any_of(taken):
             raise ValueError(
-                f"--out {folder} is in use by another run ({_owner(lock)}); wait until it ends, or choose another folder"
+                f"--out {folder} is in use by another run ({_owner(lock)}); wait until it ends, or choose another "
+                "folder"
             )
         yield
     finally:

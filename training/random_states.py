@@ -1,4 +1,4 @@
-"""The states of the random generators of a process: Python's, NumPy's, torch's, and that of the device it computes on."""
+"""The states of a process's random generators: Python's, NumPy's, torch's, and that of the device it computes on."""
 
 import json
 import random
@@ -18,8 +18,8 @@ from torch import Tensor
 class RandomStates(NamedTuple):
     python: Any  # (version, integers, next Gaussian)
     numpy: Any  # (name, keys, position, has a Gaussian, Gaussian)
-    torch: Tensor
-    device: Tensor | None  # None of a CPU, whose generator is torch's
+    cpu: Tensor
+    device: Tensor | None  # None where that is the CPU
 
     @classmethod
     def now(cls, device: torch.device) -> "RandomStates":
@@ -32,14 +32,14 @@ class RandomStates(NamedTuple):
             raise ValueError(f"random states: expected those of a process on {device.type}, got those of another one")
         random.setstate(self.python)
         np.random.set_state(self.numpy)
-        torch.set_rng_state(self.torch)
+        torch.set_rng_state(self.cpu)
         if self.device is not None:
             _get_and_set(device)[1](self.device)
 
     def save(self, path: Path) -> None:
         """A safetensors file; what is no array is JSON in its header."""
         name, keys, *rest = self.numpy
-        tensors = {"numpy": torch.from_numpy(keys.astype(np.int64)), "torch": self.torch}
+        tensors = {"numpy": torch.from_numpy(keys.astype(np.int64)), "cpu": self.cpu}
         if self.device is not None:
             tensors["device"] = self.device
         save_file(tensors, path, {"python": json.dumps(self.python), "numpy": json.dumps([name, *rest])})
@@ -52,7 +52,7 @@ class RandomStates(NamedTuple):
         version, integers, gauss = header["python"]
         name, *rest = header["numpy"]
         numpy = (name, arrays["numpy"].numpy().astype(np.uint32), *rest)
-        return cls((version, tuple(integers), gauss), numpy, arrays["torch"], arrays.get("device"))
+        return cls((version, tuple(integers), gauss), numpy, arrays["cpu"], arrays.get("device"))
 
 
 @contextmanager

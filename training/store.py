@@ -1,4 +1,4 @@
-"""What is on disk is whole: written beside its name and renamed, found by a key of all it depends on, checked when read.
+"""What is on disk is whole: written aside and renamed, found by a key of all it depends on, checked when it is read.
 
 Writing: a private folder beside the name, all bytes on the disk, then one rename. Two processes never share one, and
 what a killed one has left is removed by the next that writes the same name. Reading: a JSON record has the sha256 of

@@ -48,10 +48,14 @@ class _Signals:
                 signal.signal(number, self.receive)
         self.at_once.append(at_once)
 
-    def leave(self) -> None:
+    def leave(self) -> int:
+        """What has come and nobody will ask for any more."""
         self.at_once.pop()
+        number = self.number
         if not self.at_once:
             self.restore()
+            self.number = 0
+        return 0 if self.at_once and not self.at_once[-1] else number
 
     def restore(self) -> None:
         for number, handler in self.before.items():
@@ -83,12 +87,13 @@ def interruptible(at_once: bool = False) -> Iterator[None]:
         yield  # signals reach the main thread alone
         return
     _signals.enter(at_once and distributed.count() == 1)
+    number = 0
     try:
         yield
     finally:
-        _signals.leave()
-    if _signals.number and (not _signals.at_once or _signals.at_once[-1]):  # nobody will ask any more
-        raise Interrupted(_signals.number)
+        number = _signals.leave()
+    if number:
+        raise Interrupted(number)
 
 
 def check() -> None:

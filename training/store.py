@@ -71,7 +71,7 @@ def renamed_when_done(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, option: str = "") -> Iterator[None]:
     """Errors of a full disk or a read-only folder become a StorageError that says what to do."""
     try:
         yield
@@ -84,14 +84,15 @@ def writing(path: Path) -> Iterator[None]:
         advice = "make it writable, or choose another folder"
         if number in FULL:
             advice = "free space, and run the same command: it goes on from what is there"
+        what = f"{option} {path}".strip()
         raise StorageError(
-            f"{path} cannot be written: {os.strerror(number)}; what was there before is whole; {advice}"
+            f"{what} cannot be written: {os.strerror(number)}; what was there before is whole; {advice}"
         ) from error
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, option: str) -> None:
     """StorageError where nothing can be written there: said before the work, not after it."""
-    with writing(folder):
+    with writing(folder, option):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0")
@@ -100,8 +101,11 @@ def check_writable(folder: Path) -> None:
 def clear_leftovers(folder: Path, name: str = "*") -> None:
     """Remove what killed processes have left of writing `name`; what they had moved aside gets its name back."""
     for private in folder.glob(f".{name}.*.partial"):
-        if (private / LOCK).exists():  # or its owner is about to lock it
-            with suppress(Timeout, OSError), FileLock(private / LOCK, blocking=False):
+        with suppress(Timeout, OSError):
+            if not (private / LOCK).exists():
+                private.rmdir()  # if it is empty; an owner who was about to lock it takes another one
+                continue
+            with FileLock(private / LOCK, blocking=False):
                 _leave(private, private.with_name(private.name[1:].rsplit(".", 2)[0]))
 
 
@@ -127,7 +131,14 @@ def _leave(private: Path, path: Path) -> None:
     if not os.path.lexists(path):
         with suppress(FileNotFoundError):
             os.replace(private / ASIDE, path)
-    shutil.rmtree(private, ignore_errors=True)
+    with suppress(OSError):
+        for inside in private.iterdir():
+            if inside.is_dir() and not inside.is_symlink():
+                shutil.rmtree(inside, ignore_errors=True)
+            elif inside.name != LOCK:
+                inside.unlink()
+        (private / LOCK).unlink()  # last: without it nobody would know that this is a leftover
+        private.rmdir()
 
 
 def _to_disk(path: Path) -> None:
@@ -253,8 +264,10 @@ def check_seal(folder: Path, name: str = SEAL, hashes: Mapping[str, str] | None 
 
 
 def remove(*paths: Path) -> None:
+    """Folders at once: a process that is killed leaves no half of one."""
     for path in paths:
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            with _private_folder(path) as private:
+                os.replace(path, private / path.name)
         else:
             path.unlink(missing_ok=True)

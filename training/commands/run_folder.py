@@ -9,7 +9,7 @@ removes what the run has written; and so is the same one while it runs.
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from training import distributed
 from training.locks import alone
 from training.store import (
     DamagedError,
+    check_writable,
     clear_leftovers,
     file_hash,
     finished,
@@ -109,6 +110,8 @@ class RunFolder:
             self._check_nothing_needed_is_removed()
             distributed.on_main(lambda: remove(*(file for name in RUN_FILES for file in path.glob(name))))
         elif complete:
+            with suppress(OSError):  # a read-only folder can be read
+                distributed.on_main(lambda: self._clear_up(finished=True))
             return metrics
         elif another:
             raise ValueError(f"--out {path} holds a run with {another}; choose another folder, or remove it by --fresh")
@@ -154,10 +157,17 @@ class RunFolder:
         distributed.on_main(write)
         return metrics
 
+    def _clear_up(self, finished: bool = False) -> None:
+        """What a run has left that was killed, also as the last thing that it did."""
+        clear_leftovers(self.path)
+        if finished:
+            remove(*self.path.glob("checkpoint-*"))
+
     def _write_options(self, parts: Mapping[str, str]) -> None:
         given = {name: value for some in self.options for name, value in asdict(some).items() if value is not None}
         plain = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-        clear_leftovers(self.path)
+        check_writable(self.path, "--out")
+        self._clear_up()
         write_record(self.path / "run.json", {"key": self.key, "parts": dict(parts)})
         write_text(self.path / "options.yaml", yaml.safe_dump(plain, sort_keys=False))
 

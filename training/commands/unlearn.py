@@ -183,7 +183,7 @@ class Unlearning:
             path, rows = folder / file, self.rows[kind]
             found = cached(path, rows)
             if found is None:
-                check_writable(folder)
+                check_writable(folder, "--reference_cache" if self.options.reference_cache else "--out")
                 with turn(path, self.session.say):
                     found = cached(path, rows) or computed(path, rows)  # by the run that had its turn before
             scores[kind] = found

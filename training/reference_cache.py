@@ -12,7 +12,7 @@ A process that is killed at any moment leaves the old file or none, never a part
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,11 +26,12 @@ from npo_kernels import fused_npo_loss
 from training import distributed
 from training.data import IGNORE_INDEX, Example, data_hash
 from training.interruption import check
+from training.locks import turn
 from training.model import autocast, autocast_dtype, weights_hash
 from training.progress import OnRows, nothing
 from training.scoring import PerToken, Scores, score
 from training.steps import Batches
-from training.store import fingerprint, renamed_when_done
+from training.store import check_writable, fingerprint, renamed_when_done
 from training.templates import Format
 from training.tokenizer import tokenizer_hash
 from training.versions import versions
@@ -131,6 +132,58 @@ def load_reference(
     damage = _damage(scores, examples, found.get("scores"))
     if damage:
         raise DamagedReferenceError(f"{path.name} {damage}; compute it again")
+    return scores
+
+
+def found_or_computed(
+    path: Path,
+    model: PreTrainedModel,
+    format: Format,
+    examples: Sequence[Example],
+    *,
+    shared: bool,
+    counted: Callable[[str, int], OnRows],
+    say: Callable[[str], object],
+    packing: bool = False,
+    per_token: PerToken | None = None,
+) -> Scores:
+    """The cached scores, or those that are computed now: of several runs that need them by one, the others wait.
+
+    A damaged file is made again. One of another model or other rows is as well, unless its folder is `shared`: there it
+    is somebody's.
+
+    Args:
+        counted: of a name and a number of rows, what is told how many of them are done.
+        say: to the user.
+
+    Raises:
+        StaleReferenceError: the folder is shared, and the file is of something else.
+        StorageError: the folder cannot be written; said before anything is computed.
+    """
+    option = "--reference_cache" if shared else "--out"
+
+    def found(say: Callable[[str], object]) -> Scores | None:
+        scores = None
+        try:
+            scores = load_reference(path, model, format, examples, packing=packing, per_token=per_token)
+        except AbsentReferenceError:
+            pass
+        except StaleReferenceError as reason:
+            if shared and not isinstance(reason, DamagedReferenceError):
+                raise StaleReferenceError(f"{option} {path.parent}: {reason}; or choose another folder") from None
+            say(f"computing the reference log-probabilities again: {reason}")
+        return None if distributed.any_of(scores is None) else scores  # all processes compute, or none
+
+    scores = found(say)
+    if scores is None:
+        check_writable(path.parent, option)
+        with turn(path, say):
+            scores = found(lambda text: None)  # by the run that had its turn before
+            if scores is None:
+                on_rows = counted(f"Reference, {path.stem}", len(examples))
+                scores = compute_reference(
+                    path, model, format, examples, packing=packing, on_rows=on_rows, per_token=per_token
+                )
     return scores
 
 

@@ -208,7 +208,7 @@ def unhashed(content: Any, name: object) -> Any:
         return content
     record = {key: value for key, value in content.items() if key != HASH}
     if fingerprint(record) != content[HASH]:
-        raise DamagedError(f"{name} is damaged: it holds something else than was written")
+        raise DamagedError(f"{name} is damaged: it holds something else than was written; make it again")
     return record
 
 
@@ -256,10 +256,7 @@ def check_seal(folder: Path, name: str = SEAL, hashes: Mapping[str, str] | None 
             raise DamagedError(f"{folder} is damaged: {file} is absent")
         found = file_hash(path) if hashes is None else hashes.get(file, expected)
         if found != expected:
-            raise DamagedError(
-                f"{folder} is damaged: {file} has other bytes than were written; make the folder again, or where the "
-                f"change is meant, remove {name} from it"
-            )
+            raise DamagedError(f"{folder} is damaged: {file} has other bytes than were written")
     return record
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from training import distributed, reference_cache
 from training.model import load_model, weights_hash
-from training.reference_cache import StaleReferenceError, compute_reference, load_reference
+from training.progress import nothing
+from training.reference_cache import StaleReferenceError, compute_reference, found_or_computed, load_reference
 from training.scoring import score
 from training.templates import Format
 from training.tokenizer import train_tokenizer
@@ -231,6 +232,29 @@ def test_numbers_of_another_type_are_refused(tmp_path, corpus, model):
         save_file(tensors | {"hidden": other}, path, metadata)
         with pytest.raises(StaleReferenceError, match="other numbers than were written"):
             load_reference(path, model, corpus.format, corpus.forget, per_token="hidden")
+
+
+def test_what_is_found_is_taken_and_the_rest_computed(tmp_path, corpus, model, reference):
+    """Absent and damaged files are made; that of another model is, but not where the folder is somebody's as well."""
+    path, said = tmp_path / "cache" / "forget", []
+
+    def of(model, shared=False):
+        return found_or_computed(
+            path, model, corpus.format, corpus.forget, shared=shared, counted=lambda *_: nothing, say=said.append
+        )
+
+    wanted = model_scores(model, corpus)
+    assert torch.equal(of(model, shared=True).logps, wanted) and not said
+    stamp = path.stat().st_mtime_ns
+    assert torch.equal(of(model).logps, wanted) and path.stat().st_mtime_ns == stamp
+    path.write_bytes(path.read_bytes()[:-1])
+    assert torch.equal(of(model, shared=True).logps, wanted) and "computing the reference" in said.pop()
+    kept = path.read_bytes()
+    with pytest.raises(StaleReferenceError, match=r"--reference_cache .*cache: forget was computed with another model"):
+        of(reference, shared=True)
+    assert path.read_bytes() == kept
+    assert torch.equal(of(reference).logps, model_scores(reference, corpus))
+    assert len(said) == 1 and [p.name for p in path.parent.iterdir()] == ["forget"]
 
 
 def test_an_absent_file_is_named(tmp_path, corpus, model):

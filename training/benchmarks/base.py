@@ -205,7 +205,8 @@ class Benchmark(Protocol):
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as reason:
             raise ValueError(
-                f"{path}: expected an evaluation of --benchmark {self.name}, got no JSON: {reason}"
+                f"{path}: expected an evaluation of --benchmark {self.name}, got no JSON: {reason}; evaluate the "
+                "model again"
             ) from None
         return unhashed(content, path)
 

@@ -39,7 +39,7 @@ from training.pieces import Pieces
 from training.reports.run import model_card
 from training.run import Schedule
 from training.steps import Batches
-from training.store import check_seal, file_hash, fingerprint, renamed_when_done, seal
+from training.store import SEAL, DamagedError, check_seal, file_hash, fingerprint, renamed_when_done, seal
 from training.templates import Format
 
 # Settings that do not determine the result, or that the key has by their content.
@@ -295,7 +295,12 @@ def model_fingerprint(model: str) -> str:
     suffixes = (".safetensors", ".bin", ".gguf")
     files = sorted(p for p in folder.iterdir() if p.suffix in suffixes or p.name == "config.json")
     hashes = {path.name: file_hash(path) for path in files}
-    check_seal(folder, hashes=hashes)
+    try:
+        check_seal(folder, hashes=hashes)
+    except DamagedError as damage:
+        raise ValueError(
+            f"{damage}; make the model again, or, where the change is meant, remove {SEAL} from its folder"
+        ) from None
     digest = hashlib.sha256()
     for name, value in hashes.items():
         digest.update(name.encode())

@@ -12,7 +12,8 @@ The model is evaluated by the benchmark before, every --eval_steps and after. At
 it is evaluated once more with --rounded int4,nf4, its weights rounded, which --saf_format trains against, and with
 --relearn 0.2, after fine-tuning on a part of the forget set. --out gets model/,
 adapter/ (LoRA), the measures of every evaluation in eval/, metrics.json, config.json, report.md and figure.png. Ctrl-C
-saves; the same command goes on where it was, and ends with the bits of a run that was not interrupted (on a CPU).
+and SIGTERM save; the same command goes on where it was, and ends with the bits of a run that was not interrupted (on a
+CPU).
 """
 
 from dataclasses import dataclass, replace
@@ -34,25 +35,17 @@ from training.config import TrainConfig
 from training.data import Example, Row, data_hash
 from training.dual import DualWeight
 from training.layers import LayerTap
-from training.locks import turn
 from training.methods import METHODS, Sizes, method_named, table
 from training.model import merged
 from training.progress import counted, progress
 from training.quantization import linear_weights, rounded
-from training.reference_cache import (
-    AbsentReferenceError,
-    DamagedReferenceError,
-    StaleReferenceError,
-    check_step_zero,
-    compute_reference,
-    load_reference,
-)
+from training.reference_cache import check_step_zero, found_or_computed
 from training.relearning import relearn_, split
 from training.reports.run import write_unlearning_report
 from training.run import run
 from training.scoring import PerToken, Scores
 from training.steps import Batches, plan_unlearning, scored_tokens
-from training.store import check_writable, fingerprint
+from training.store import fingerprint
 from training.trainer import Trainer
 from training.unlearning import Frozen, UnlearningSteps, cached_per_token, kept_head
 
@@ -159,35 +152,21 @@ class Unlearning:
             files["forget"] = f"{self.benchmark.scenario}{suffix}.safetensors"
             for kind in {"idk", "alternate"}.intersection(method.needs):  # which are drawn depends on the plan
                 files[kind] = f"{kind}_{data_hash(self.rows[kind])[:12]}{suffix}.safetensors"
-        format, packing = self.session.format, self.session.batches(model).packing
-
-        def computed(path: Path, rows: list[Example]) -> Scores:
-            on_rows = counted(display, f"Reference, {path.stem}", len(rows))
-            return compute_reference(path, model, format, rows, packing=packing, on_rows=on_rows, per_token=per_token)
-
-        def cached(path: Path, rows: list[Example]) -> Scores | None:
-            """None where there is none, or a damaged one. That of another model is refused where runs share a folder:
-            it is somebody's."""
-            try:
-                return load_reference(path, model, format, rows, packing=packing, per_token=per_token)
-            except AbsentReferenceError:
-                return None
-            except StaleReferenceError as reason:
-                if self.options.reference_cache is not None and not isinstance(reason, DamagedReferenceError):
-                    raise ValueError(f"--reference_cache: {reason}; or choose another folder") from reason
-                self.session.say(f"computing the reference log-probabilities again: {reason}")
-                return None
-
-        scores = {}
-        for kind, file in files.items():
-            path, rows = folder / file, self.rows[kind]
-            found = cached(path, rows)
-            if found is None:
-                check_writable(folder, "--reference_cache" if self.options.reference_cache else "--out")
-                with turn(path, self.session.say):
-                    found = cached(path, rows) or computed(path, rows)  # by the run that had its turn before
-            scores[kind] = found
-        return scores
+        packing = self.session.batches(model).packing
+        return {
+            kind: found_or_computed(
+                folder / file,
+                model,
+                self.session.format,
+                self.rows[kind],
+                shared=self.options.reference_cache is not None,
+                counted=lambda name, total: counted(display, name, total),
+                say=self.session.say,
+                packing=packing,
+                per_token=per_token,
+            )
+            for kind, file in files.items()
+        }
 
     @property
     def per_token(self) -> PerToken | None:
@@ -270,6 +249,14 @@ class Unlearning:
     def measures(self, step: int) -> Path:
         return self.session.out / "eval" / f"step-{step:06d}.json"
 
+    def check_measures(self) -> None:
+        """ValueError where those of a run that goes on are damaged: the models that they are of are gone."""
+        for path in sorted(self.measures(0).parent.glob("step-*.json")):
+            try:
+                self.benchmark.read(path)
+            except ValueError as damage:
+                raise ValueError(f"{damage}; remove {self.session.out}, and the same command begins again") from None
+
     def samples(self, step: int) -> list[dict[str, str]]:
         return self.benchmark.samples(self.benchmark.read(self.measures(step)))
 
@@ -293,6 +280,7 @@ def main(options: UnlearnOptions, benchmark: Benchmark) -> dict[str, Any] | None
 def _unlearned(job: Unlearning) -> dict[str, Any]:
     session, options, benchmark, method = job.session, job.options, job.benchmark, job.method
     num_steps = len(job.plan.steps)
+    job.check_measures()
     model = session.load_model()
     session.check_lengths(model, [example for rows in job.rows.values() for example in rows])
     if job.formats:

@@ -69,7 +69,9 @@ def read_measures(path: Path) -> dict[str, Any]:
     try:
         measures = unhashed(json.loads(path.read_text(encoding="utf-8")), path)
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as reason:
-        raise ValueError(f"{path}: expected an evaluation of --benchmark muse, got no JSON ({reason})") from None
+        raise ValueError(
+            f"{path}: expected an evaluation of --benchmark muse, got no JSON ({reason}); evaluate the model again"
+        ) from None
     sets = measures if isinstance(measures, dict) else {}
     for which, needed in NEEDED.items():
         rows = sets.get(which)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
-from training.store import fingerprint, unhashed, write_record
+from training.store import fingerprint, unhashed, write_json, write_record
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -211,7 +211,8 @@ class Benchmark(Protocol):
         return unhashed(content, path)
 
     def write(self, path: Path, measures: Any) -> None:
-        write_record(path, measures)
+        write = write_record if isinstance(measures, dict) else write_json
+        write(path, measures)
 
     def key(self) -> str:
         """A hash of all that the measures depend on, beside the model."""

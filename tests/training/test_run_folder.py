@@ -53,6 +53,16 @@ def test_a_finished_run_is_found_and_what_it_left_is_cleared(tmp_path):
     ]
 
 
+def test_what_a_killed_run_has_left_is_cleared_in_the_folders_below_as_well(tmp_path):
+    """The pieces of an evaluation, half removed."""
+    for folder in (tmp_path, tmp_path / "eval"):
+        left = folder / ".step-000002.pieces.a1b2c3.partial"
+        (left / ".step-000002.pieces").mkdir(parents=True)
+        (left / ".lock").touch()
+    assert begun(tmp_path) is None
+    assert not list(tmp_path.rglob("*.partial"))
+
+
 @pytest.mark.parametrize("name", ["config.json", "metrics.json", "run.json"])
 @pytest.mark.parametrize("harm", ["cut", "changed"])
 def test_a_damaged_record_of_a_finished_run_is_refused(name, harm, tmp_path):

@@ -159,7 +159,8 @@ class RunFolder:
 
     def _clear_up(self, finished: bool = False) -> None:
         """What a run has left that was killed, also as the last thing that it did."""
-        clear_leftovers(self.path)
+        for folder in (self.path, *(path for path in self.path.glob("*") if path.is_dir())):  # eval/ among them
+            clear_leftovers(folder)
         if finished:
             remove(*self.path.glob("checkpoint-*"))
 

@@ -1,14 +1,11 @@
-"""The commands as a user runs them, on a folder of generated authors: results, kills, refusals, dry runs."""
+"""The commands as a user runs them, on a folder of generated authors: results, refusals, dry runs."""
 
 import json
-import multiprocessing
 import os
-import random
 import re
 import runpy
 import signal
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -375,41 +372,6 @@ def test_adapters_are_trained_and_merged(home, tmp_path):
     assert changed and before.keys() == after.keys()
     assert all("_proj" in name for name in changed)  # neither embeddings nor norms
     assert load_model(tmp_path / "model", torch.device("cpu")).num_parameters()
-
-
-def test_killed_at_random_and_run_again_it_ends_with_the_same_bits(home, tmp_path):
-    """SIGKILL while it loads, scores, trains, evaluates or saves, and Ctrl-C."""
-    context = multiprocessing.get_context("forkserver")  # children have the imports and no threads of this process
-    context.set_forkserver_preload(["training.commands.unlearn"])
-    settings = {"method": "dpo_rt", "batch_size": 2, "epochs": 3, "eval_rows": 4, "max_new_tokens": 2,
-                "save_steps": 2, "eval_steps": 10}  # fmt: skip
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-
-    def start(out):
-        process = context.Process(target=unlearn.main, args=options(home, out, **settings))
-        process.start()
-        return process
-
-    start(tmp_path / "warm_up").join()
-    started = time.monotonic()
-    process = start(whole)
-    process.join()
-    assert process.exitcode == 0
-    duration, rng, killed = time.monotonic() - started, random.Random(), 0
-    for blow in [signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGKILL, signal.SIGKILL]:
-        process = start(broken)
-        process.join(rng.uniform(0.1, 0.7) * duration)
-        if process.is_alive():
-            os.kill(process.pid, blow)
-            killed += 1
-        process.join()
-    assert killed
-    process = start(broken)
-    process.join()
-    assert process.exitcode == 0
-    for name in ("metrics.json", "model/model.safetensors"):
-        assert (whole / name).read_bytes() == (broken / name).read_bytes()
-    assert not list(broken.glob("checkpoint-*"))
 
 
 def test_dry_runs_say_what_would_be_run(home, tmp_path, capsys):

@@ -5,6 +5,7 @@
 #   make test        the test suite, without a GPU (Triton kernels run in the interpreter)
 #   make test-oldest the same with the oldest supported torch, Triton and Transformers, in .venv-oldest
 #   make aot         every kernel compiled for every target: registers, spills, tensor cores (a quarter of an hour)
+#   make faults      kills, full disks, damaged files: runs of training end as if nothing had been (a quarter of an hour)
 #   make lint        ruff check, ruff format --check and mypy
 #   make lock        the hashes of all packages that CI installs (LOCKED=1), anew from the constraints
 #   make audit       known vulnerabilities of these packages (needs a network)
@@ -25,7 +26,8 @@ OLDEST_STAMP := .venv-oldest/.installed
 REAL_STAMP   := .venv/.installed-real
 TOOLS_STAMP  := .venv-tools/.installed
 
-.PHONY: help demo experiment experiment-real test test-oldest aot lint lock audit format bench certify gpu-check env clean
+.PHONY: help demo experiment experiment-real test test-oldest faults aot lint lock audit format bench certify gpu-check env \
+    clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -44,6 +46,9 @@ test: $(STAMP)
 test-oldest: $(OLDEST_STAMP)
 test test-oldest:
 	OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+faults: $(STAMP)
+	NPO_FAULTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/faults -n $(WORKERS) --dist worksteal $(ARGS)
 
 aot: $(STAMP)
 	$(PY) -m tests.aot.compile_all $(ARGS)

@@ -6,13 +6,16 @@ that of one process on the whole batch, up to rounding, however ragged the share
 """
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import broadcast_object_list, gather, reduce
 from torch import Tensor
 
 from training.data import IGNORE_INDEX, Example
+
+Value = TypeVar("Value")
 
 
 def start(device: str) -> None:
@@ -77,3 +80,16 @@ def any_of(flag: bool) -> bool:
     if count() == 1:
         return flag
     return bool(total(torch.tensor(float(flag), device=PartialState().device)).item())
+
+
+def largest(number: int) -> int:
+    """Of all processes."""
+    return int(gather(torch.tensor([number], device=PartialState().device)).max())
+
+
+def from_main(value: Value) -> Value:
+    """What the main process has there, in all of them."""
+    values = [value]
+    if count() > 1:
+        broadcast_object_list(values)
+    return values[0]

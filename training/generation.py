@@ -15,6 +15,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from training.interruption import check, check_alone
 from training.model import autocast, check_length, skips_other_rows
 from training.progress import OnRows, nothing
 from training.templates import Format
@@ -81,6 +82,7 @@ def generate(
         for i, text in zip(members, written, strict=True):
             texts[i] = text
         on_rows(len(members), num_tokens)
+        check()
     model.train(was_training)
     return texts
 
@@ -113,7 +115,9 @@ class _Writer:
         filled = [[self.format.pad_token_id] * p + ids for p, ids in zip(padding, prompts, strict=True)]
         mask = [[0] * p + [1] * (longest - p) for p in padding]
         margins = _Margins()
-        criteria = [_StopTexts(self.format, self.stop, longest)] if self.stop else []
+        criteria: list[StoppingCriteria] = [_Interruptible()]
+        if self.stop:
+            criteria.append(_StopTexts(self.format, self.stop, longest))
         run = cast(Callable[..., Tensor], self.model.generate)  # a mix-in of causal models has it, not their base class
         with self._own_settings(), autocast(self.model) if self.flash else contextlib.nullcontext():
             output = run(
@@ -170,6 +174,14 @@ class _Margins(LogitsProcessor):
     def close(self, row: int, count: int) -> bool:
         """Whether they were at one of the first `count` steps."""
         return bool(self.steps) and bool(torch.stack(self.steps[:count])[:, row].any())
+
+
+class _Interruptible(StoppingCriteria):
+    """Stops no row; a signal ends a long batch here."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        check_alone()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class _StopTexts(StoppingCriteria):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from training import distributed
-from training.store import finished, remove, write_json
+from training.store import finished, remove, write_record
 
 BLOCK = 256  # items
 Item = TypeVar("Item")
@@ -51,7 +51,7 @@ class Pieces:
         return {"key": self.key, "values": json.loads(json.dumps(values))}  # as they would be read
 
     def _write(self, path: Path, record: dict) -> None:
-        distributed.on_main(lambda: write_json(path, record))
+        distributed.on_main(lambda: write_record(path, record))
 
     def clear(self) -> None:
         """When the whole evaluation is written."""

@@ -11,7 +11,7 @@ A process that is killed at any moment leaves the old file or none, never a part
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,16 +24,18 @@ from transformers import PreTrainedModel
 from npo_kernels import fused_npo_loss
 from training import distributed
 from training.data import IGNORE_INDEX, Example, data_hash
+from training.interruption import check
+from training.locks import turn
 from training.model import autocast, autocast_dtype, configuration_hash, weights_hash
 from training.progress import OnRows, nothing
 from training.scoring import PerToken, Scores, score
 from training.steps import Batches
-from training.store import renamed_when_done
+from training.store import check_writable, renamed_when_done
 from training.templates import Format
 from training.tokenizer import tokenizer_hash
 from training.versions import versions
 
-FORMAT = "2"
+FORMAT = "3"
 # How far the policy may be from the reference before the first step, in nats of a sequence's log-probability, by what
 # the arithmetic is cast to.
 STEP_ZERO_TOLERANCE = {None: 1e-3, torch.bfloat16: 0.5}
@@ -42,6 +44,14 @@ LIBRARIES = ("npo_kernels", "torch", "transformers")
 
 class StaleReferenceError(ValueError):
     """The cache is absent, unreadable, damaged, or belongs to another model, tokenizer, data set or setting."""
+
+
+class AbsentReferenceError(StaleReferenceError):
+    """There is no cache."""
+
+
+class DamagedReferenceError(StaleReferenceError):
+    """The file is nobody's: truncated, or with other bits than were written."""
 
 
 def header(
@@ -103,9 +113,9 @@ def load_reference(
             found = file.metadata() or {}
             scores = Scores(**{name: file.get_tensor(name) for name in wanted})
     except FileNotFoundError as error:
-        raise StaleReferenceError(f"there is no reference cache {path.name}; compute it first") from error
-    except SafetensorError as error:
-        raise StaleReferenceError(
+        raise AbsentReferenceError(f"there is no reference cache {path.name}; compute it first") from error
+    except (SafetensorError, UnicodeDecodeError, RuntimeError) as error:
+        raise DamagedReferenceError(
             f"{path.name} is not a readable safetensors file with {' and '.join(wanted)} ({error}); compute it again"
         ) from error
     for name, expected in header(model, format, examples, packing=packing).items():
@@ -116,7 +126,59 @@ def load_reference(
             )
     damage = _damage(scores, examples, found.get("scores"))
     if damage:
-        raise StaleReferenceError(f"{path.name} {damage}; compute it again")
+        raise DamagedReferenceError(f"{path.name} {damage}; compute it again")
+    return scores
+
+
+def found_or_computed(
+    path: Path,
+    model: PreTrainedModel,
+    format: Format,
+    examples: Sequence[Example],
+    *,
+    shared: bool,
+    counted: Callable[[str, int], OnRows],
+    say: Callable[[str], object],
+    packing: bool = False,
+    per_token: PerToken | None = None,
+) -> Scores:
+    """The cached scores, or those that are computed now: of several runs that need them by one, the others wait.
+
+    A damaged file is made again. One of another model or other rows is as well, unless its folder is `shared`: there it
+    is somebody's.
+
+    Args:
+        counted: of a name and a number of rows, what is told how many of them are done.
+        say: to the user.
+
+    Raises:
+        StaleReferenceError: the folder is shared, and the file is of something else.
+        StorageError: the folder cannot be written; said before anything is computed.
+    """
+    option = "--reference_cache" if shared else "--out"
+
+    def found(say: Callable[[str], object]) -> Scores | None:
+        scores = None
+        try:
+            scores = load_reference(path, model, format, examples, packing=packing, per_token=per_token)
+        except AbsentReferenceError:
+            pass
+        except StaleReferenceError as reason:
+            if shared and not isinstance(reason, DamagedReferenceError):
+                raise StaleReferenceError(f"{option} {path.parent}: {reason}; or choose another folder") from None
+            say(f"computing the reference log-probabilities again: {reason}")
+        return None if distributed.any_of(scores is None) else scores  # all processes compute, or none
+
+    scores = found(say)
+    if scores is None:
+        check_writable(path.parent, option)
+        with turn(path, say):
+            scores = found(lambda text: None)  # by the run that had its turn before
+            if scores is None:
+                on_rows = counted(f"Reference, {path.stem}", len(examples))
+                scores = compute_reference(
+                    path, model, format, examples, packing=packing, on_rows=on_rows, per_token=per_token
+                )
     return scores
 
 
@@ -148,6 +210,7 @@ def check_step_zero(
         largest = max(largest, out.stats.log_ratio.abs().max().item())
         summed += out.loss.item()
         on_rows(len(members), sum(len(forget[i].input_ids) for i in members))
+        check()
     model.train(was_training)
     loss = summed / len(forget)
     if not (largest < tolerance and abs(loss - expected) < tolerance):
@@ -181,8 +244,11 @@ def _damage(scores: Scores, examples: Sequence[Example], expected_hash: str | No
 
 def _scores_hash(scores: Scores) -> str:
     digest = hashlib.sha256()
-    for tensor in scores:
+    for name, tensor in scores._asdict().items():
         if tensor is not None:
+            digest.update(
+                f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
+            )  # the bytes alone may be read otherwise
             digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

@@ -9,8 +9,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from training import distributed
+from training.checkpoints import Checkpoints
+from training.interruption import Interrupted, interruptible
 from training.progress import progress
-from training.trainer import Checkpoints, Job, Metrics, Trainer
+from training.random_states import kept
+from training.trainer import Job, Metrics, Trainer
 
 Evaluate = Callable[[int, Progress], dict[str, Any]]  # after how many steps -> what to remember of the model
 
@@ -46,50 +49,95 @@ def run(
 ) -> list[dict[str, Any]]:
     """Train to the end, from the newest checkpoint if there is one. The history: an entry for each evaluation.
 
-    An entry is {"step", "train_loss": the mean over the steps since the entry before, **evaluate(step)}.
+    An entry is {"step", "train_loss": the mean over the steps since the entry before, **evaluate(step)}. What an
+    evaluation draws at random changes nothing outside of it.
+
+    Raises:
+        Interrupted: a signal came; what was done is saved, also during an evaluation, which is then made again.
     """
     console = console or Console(stderr=True)
-    first, record = checkpoints.load(trainer) if checkpoints else (0, None)
-    saved = time.monotonic()
-    num_tokens, note = 0, ""
-
-    def save(step: int) -> None:
-        nonlocal saved
-        if checkpoints:
-            checkpoints.save(trainer, step, record)
-        saved = time.monotonic()
-
-    with progress(console) as display:
-        if record is None:
-            record = {"history": [{"step": 0, "train_loss": None, **evaluate(0, display)}], "losses": []}
-        elif distributed.is_main():
-            console.print(f"{label}: going on after step {first} of {len(job)}")
-        history, losses = record["history"], record["losses"]
-        task = display.add_task(label, total=len(job), completed=first, unit="steps", note="")
-        started = time.monotonic()
-
-        def after_pass(count: int) -> None:
-            nonlocal num_tokens
-            num_tokens += count * distributed.count()
-            rate = num_tokens / (time.monotonic() - started)
-            display.update(task, note=f"{note}{rate:.0f} tokens/s")
-
-        def after_step(metrics: Metrics) -> None:
-            nonlocal note, started
-            losses.append(metrics.loss)
-            note = f"loss {metrics.loss:.3f}, "
-            display.update(task, advance=1)
-            values = metrics._asdict()
-            if schedule.evaluates(metrics.step):
-                mean, paused = sum(losses) / len(losses), time.monotonic()
-                history.append({"step": metrics.step, "train_loss": mean, **evaluate(metrics.step, display)})
-                started += time.monotonic() - paused  # the rate is that of training alone
-                losses.clear()
-                values |= history[-1]
-            trainer.log(values)
-            if distributed.any_of(schedule.saves(metrics.step, (time.monotonic() - saved) / 60)):
-                save(metrics.step)
-
-        trainer.train(job, first_step=first, after_step=after_step, after_pass=after_pass, save=save)
+    with interruptible(), progress(console) as display:
+        first, record, notes = checkpoints.load(trainer) if checkpoints else (0, None, [])
+        if distributed.is_main():
+            for note in notes:
+                console.print(note, markup=False, soft_wrap=True)
+            if record is not None:
+                console.print(f"{label}: going on after step {first} of {len(job)}")
+        running = _Run(trainer, job, schedule, evaluate, label, checkpoints, display, first, record)
+        try:
+            running.train()
+        except Interrupted as stopped:
+            if checkpoints and running.done > running.saved:
+                running.save()
+            raise Interrupted(stopped.number, running.done if running.started else None) from None
     trainer.finish_log()
-    return history
+    return running.history
+
+
+class _Run:
+    """What is done, what is saved, and when it was."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        job: Job,
+        schedule: Schedule,
+        evaluate: Evaluate,
+        label: str,
+        checkpoints: Checkpoints | None,
+        display: Progress,
+        first: int,
+        record: dict[str, Any] | None,
+    ):
+        self.trainer, self.job, self.schedule, self.checkpoints = trainer, job, schedule, checkpoints
+        self.evaluate, self.display, self.label = evaluate, display, label
+        record = record or {"history": [], "losses": []}
+        self.history: list[dict[str, Any]] = record["history"]
+        self.losses: list[float] = record["losses"]
+        self.first = self.done = self.saved = first
+        self.saved_at = self.begun_at = time.monotonic()
+        self.num_tokens, self.note = 0, ""
+
+    @property
+    def started(self) -> bool:
+        """Whether there is anything that goes on."""
+        return self.checkpoints is not None and bool(self.history)
+
+    def train(self) -> None:
+        if not self.history or (self.schedule.evaluates(self.done) and self.history[-1]["step"] < self.done):
+            self._evaluate()  # the first one, or one that was interrupted
+        self.task = self.display.add_task(self.label, total=len(self.job), completed=self.first, unit="steps", note="")
+        self.begun_at = time.monotonic()
+        self.trainer.train(self.job, first_step=self.first, after_step=self._after_step, after_pass=self._after_pass)
+
+    def save(self) -> None:
+        if self.checkpoints:
+            self.checkpoints.save(self.trainer, self.done, {"history": self.history, "losses": self.losses})
+        self.saved, self.saved_at = self.done, time.monotonic()
+
+    def _evaluate(self) -> None:
+        mean = sum(self.losses) / len(self.losses) if self.losses else None
+        paused = time.monotonic()
+        with kept(self.trainer.device):
+            values = self.evaluate(self.done, self.display)
+        self.history.append({"step": self.done, "train_loss": mean, **values})
+        self.losses.clear()
+        self.begun_at += time.monotonic() - paused  # the rate is that of training alone
+
+    def _after_pass(self, count: int) -> None:
+        self.num_tokens += count * distributed.count()
+        rate = self.num_tokens / (time.monotonic() - self.begun_at)
+        self.display.update(self.task, note=f"{self.note}{rate:.0f} tokens/s")
+
+    def _after_step(self, metrics: Metrics) -> None:
+        self.done = metrics.step
+        self.losses.append(metrics.loss)
+        self.note = f"loss {metrics.loss:.3f}, "
+        self.display.update(self.task, advance=1)
+        values = metrics._asdict()
+        if self.schedule.evaluates(metrics.step):
+            self._evaluate()
+            values |= self.history[-1]
+        self.trainer.log(values)
+        if distributed.any_of(self.schedule.saves(metrics.step, (time.monotonic() - self.saved_at) / 60)):
+            self.save()

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from npo_kernels import sequence_logprobs, token_logprobs, token_statistics
 from training import distributed
 from training.data import IGNORE_INDEX, Example, collate, next_labels, pack, row_of_position
+from training.interruption import check, check_alone
 from training.model import autocast, check_length
 from training.progress import OnRows, nothing
 
@@ -102,6 +103,7 @@ def score(
                 for i, piece in zip(mine, pieces, strict=True):
                     tokens[first[i] : first[i] + len(piece)] = piece
         on_rows(len(members), sum(len(examples[i].input_ids) for i in members))
+        check()
     model.train(was_training)
     scores = Scores(distributed.total(logps).cpu(), distributed.total(num_tokens).cpu())
     if per_token is None:
@@ -181,6 +183,7 @@ def gradient_norms(model: PreTrainedModel, examples: Sequence[Example]) -> list[
     norms = torch.zeros(len(examples), device=device)
     with torch.enable_grad():
         for i, row in enumerate(examples):
+            check_alone()
             labels = list(row.labels)
             last = max((t for t, label in enumerate(labels) if label != IGNORE_INDEX), default=0)
             labels[last] = IGNORE_INDEX

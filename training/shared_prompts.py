@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from npo_kernels import token_logprobs
 from training import distributed
 from training.data import IGNORE_INDEX, Example, next_labels
+from training.interruption import check_alone
 from training.model import autocast, check_length
 from training.progress import OnRows, nothing
 from training.scoring import Scores, score
@@ -50,6 +51,7 @@ def score_answers(
         for i, found in zip(members, _logps(model, batch, pad_id), strict=True):
             logps[i] = found
         on_rows(sum(len(row.counts) for row in batch), sum(len(row.input_ids) for row in batch))
+        check_alone()
     model.train(was_training)
     counts = torch.tensor([count for row in rows for count in row.counts], dtype=torch.int64)
     return Scores(torch.tensor(list(chain.from_iterable(logps))), counts)

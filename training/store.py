@@ -1,13 +1,36 @@
-"""Finished stages on disk: written to a temporary name and renamed, found again by a key of all they depend on."""
+"""What is on disk is whole: written aside and renamed, found by a key of all it depends on, checked when it is read.
 
+Writing: a private folder beside the name, all bytes on the disk, then one rename. Two processes never share one, and
+what a killed one has left is removed by the next that writes the same name. Reading: a JSON record has the sha256 of
+the rest of itself; the folder of a model or a checkpoint has a record with the sha256 of its files (`seal`).
+"""
+
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+
+HASH, SEAL = "sha256", "files.json"
+LOCK, ASIDE = ".lock", ".old"  # in a private folder, beside what is written
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class StorageError(OSError):
+    """A file cannot be written: the disk is full, or the folder is read-only."""
+
+
+class DamagedError(ValueError):
+    """A file is not what was written: truncated, or with other bits."""
 
 
 def fingerprint(value: Any) -> str:
@@ -26,16 +49,130 @@ def folder_hash(folder: Path) -> str:
     return fingerprint({path.name: file_hash(path) for path in folder.iterdir() if path.is_file()})
 
 
+# ------------------------------------------------------------------ writing
+
+
 @contextmanager
 def renamed_when_done(path: Path) -> Iterator[Path]:
-    """A temporary sibling of `path` (file or folder) that takes its name only if the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    remove(temporary)  # the rest of an interrupted run
-    yield temporary
-    if temporary.is_dir():
-        remove(path)  # a folder cannot be renamed over another; without it the stage is merely run again
-    os.replace(temporary, path)
+    """A temporary name for `path` (file or folder), which takes its own only if the block ends without an error.
+
+    Of two processes that write the same name, the last one wins. A folder that is replaced is first moved aside: where
+    a process is killed before the new one has the name, the old one comes back (`clear_leftovers`).
+
+    Raises:
+        StorageError: the disk is full or the folder is read-only; what was there before is unchanged.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(path.parent, path.name)
+        with _private_folder(path) as private:
+            temporary = private / path.name
+            yield temporary
+            _to_disk(temporary)
+            if os.path.lexists(path) and (temporary.is_dir() or path.is_dir()):
+                os.replace(path, private / ASIDE)  # a folder cannot be renamed over another
+            os.replace(temporary, path)
+            _sync(path.parent)
+
+
+@contextmanager
+def writing(path: Path, option: str = "") -> Iterator[None]:
+    """Errors of a full disk or a read-only folder become a StorageError that says what to do."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        number = _errno(error)
+        if number not in (*FULL, *CLOSED):
+            raise
+        advice = "make it writable, or choose another folder"
+        if number in FULL:
+            advice = "free space, and run the same command: it goes on from what is there"
+        what = f"{option} {path}".strip()
+        raise StorageError(
+            f"{what} cannot be written: {os.strerror(number)}; what was there before is whole; {advice}"
+        ) from error
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """StorageError where nothing can be written there: said before the work, not after it."""
+    with writing(folder, option):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+
+
+def clear_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes have left of writing `name`; what they had moved aside gets its name back."""
+    for private in folder.glob(f".{name}.*.partial"):
+        with suppress(Timeout, OSError):
+            if not (private / LOCK).exists():
+                private.rmdir()  # if it is empty; an owner who was about to lock it takes another one
+                continue
+            with FileLock(private / LOCK, blocking=False):
+                _leave(private, private.with_name(private.name[1:].rsplit(".", 2)[0]))
+
+
+@contextmanager
+def _private_folder(path: Path) -> Iterator[Path]:
+    """Beside `path`, locked while this process lives: the kernel unlocks it whatever ends the process."""
+    while True:
+        private = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        lock = FileLock(private / LOCK)
+        try:
+            lock.acquire()
+            break
+        except FileNotFoundError:  # taken for a leftover just before it was locked
+            continue
+    try:
+        yield private
+    finally:
+        _leave(private, path)
+        lock.release()
+
+
+def _leave(private: Path, path: Path) -> None:
+    if not os.path.lexists(path):
+        with suppress(FileNotFoundError):
+            os.replace(private / ASIDE, path)
+    with suppress(OSError):
+        for inside in private.iterdir():
+            if inside.is_dir() and not inside.is_symlink():
+                shutil.rmtree(inside, ignore_errors=True)
+            elif inside.name != LOCK:
+                inside.unlink()
+        (private / LOCK).unlink()  # last: without it nobody would know that this is a leftover
+        private.rmdir()
+
+
+def _to_disk(path: Path) -> None:
+    """A rename may reach the disk before what was written does."""
+    for folder, _, files in os.walk(path):
+        for name in files:
+            _sync(Path(folder, name))
+        _sync(Path(folder))
+    if path.is_file():
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system whose folders cannot be synchronised
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _errno(error: Exception) -> int | None:
+    """Also of libraries in Rust, which put it into the text."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,18 +198,78 @@ def write_texts(folder: Path, texts: Mapping[str, str], replace: bool = False) -
         write_text(folder / name, text)
 
 
-def finished(path: Path, key: str) -> dict | None:
-    """The JSON record at `path` if it was written under the same key; None where it is absent or of other settings."""
+# ------------------------------------------------------------------ records and seals
+
+
+def hashed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with the hash of what it will be when it is read."""
+    plain = json.loads(json.dumps({name: value for name, value in record.items() if name != HASH}))
+    return plain | {HASH: fingerprint(plain)}
+
+
+def unhashed(content: Any, name: object) -> Any:
+    """What was given to `hashed`, of what was read; as it is where it has no hash. DamagedError: it has another one."""
+    if not isinstance(content, dict) or HASH not in content:
+        return content
+    record = {key: value for key, value in content.items() if key != HASH}
+    if fingerprint(record) != content[HASH]:
+        raise DamagedError(f"{name} is damaged: it holds something else than was written; make it again")
+    return record
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    write_json(path, hashed(record))
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What `write_record` wrote; None where there is no file. DamagedError where it is not what was written."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return record if record.get("key") == key else None
+    except (ValueError, RecursionError) as reason:  # no JSON, or no text
+        raise DamagedError(f"{path} is damaged: {reason}") from None
+    if not isinstance(content, dict) or HASH not in content:
+        raise DamagedError(f"{path} is damaged, or of another version: it has no {HASH} of itself")
+    return unhashed(content, path)
+
+
+def finished(path: Path, key: str) -> dict[str, Any] | None:
+    """The record at `path` if it was written under the same key; None: absent, damaged, or of other settings."""
+    try:
+        record = read_record(path)
+    except DamagedError:
+        return None
+    return record if record is not None and record.get("key") == key else None
+
+
+def seal(folder: Path, name: str = SEAL, **record: Any) -> None:
+    """Write a record with the hashes of all files of the folder, the last of which it is."""
+    files = {str(p.relative_to(folder)): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    (folder / name).write_text(json.dumps(hashed({**record, "files": files}), indent=1), encoding="utf-8")
+
+
+def check_seal(folder: Path, name: str = SEAL, hashes: Mapping[str, str] | None = None) -> dict[str, Any] | None:
+    """The record of `seal`; None of a folder without one. DamagedError where a file is absent or another one.
+
+    `hashes` of files that were looked at already: these are compared, and of the others only that they are there.
+    """
+    record = read_record(folder / name)
+    for file, expected in (record or {}).get("files", {}).items():
+        path = folder / file
+        if not path.is_file():
+            raise DamagedError(f"{folder} is damaged: {file} is absent")
+        found = file_hash(path) if hashes is None else hashes.get(file, expected)
+        if found != expected:
+            raise DamagedError(f"{folder} is damaged: {file} has other bytes than were written")
+    return record
 
 
 def remove(*paths: Path) -> None:
+    """Folders at once: a process that is killed leaves no half of one."""
     for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path)
+        if path.is_dir() and not path.is_symlink():
+            with _private_folder(path) as private:
+                os.replace(path, private / path.name)
         else:
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The training loop: accumulation, clipping, the schedule, checkpoints, interruption.
+"""The training loop: accumulation, clipping, the schedule, interruption, and the state that a checkpoint has.
 
 On accelerate rather than transformers' Trainer: here a step's rows, their partners and the totals that means divide by
 are known before it starts (`training.steps`), so accumulation, processes and resumption are exact; a Trainer would
@@ -8,10 +8,8 @@ bfloat16 autocast the weights and the optimiser's state stay float32.
 
 import logging
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -26,9 +24,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from training import distributed
 from training.config import TrainConfig
 from training.durable import SharpnessAware
+from training.interruption import Interrupted, check, check_alone, interruptible
 from training.model import autocast
+from training.random_states import RandomStates
 from training.steps import Pass
-from training.store import finished, remove, write_json
 
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tied heads are saved once, and it warns each time
 
@@ -49,12 +48,12 @@ class Metrics(NamedTuple):
     num_tokens: int  # of this process, without padding
 
 
-class Interrupted(KeyboardInterrupt):
-    """Training was stopped by a signal; `step` steps are done, and saved where there are checkpoints."""
+class Stateful(Protocol):
+    """What changes on the way and is neither weight nor optimiser."""
 
-    def __init__(self, step: int):
-        super().__init__(f"interrupted after step {step}")
-        self.step = step
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> None: ...
 
 
 class DivergedError(ValueError):
@@ -102,9 +101,9 @@ class Trainer:
             # a data loader would say it; the losses bring their own normaliser, so nothing depends on it
             deepspeed = self.accelerator.state.deepspeed_plugin.deepspeed_config
             deepspeed |= {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": config.max_grad_norm}
+        self.module = model
         self.model, self.optimizer = self.accelerator.prepare(model, adamw)
-        self.accelerator.register_for_checkpointing(self.schedule)
-        self.accelerator.register_save_state_pre_hook(self._without_frozen)
+        self.states: dict[str, Stateful] = {"schedule": self.schedule}  # of numbers, as JSON has them
 
     def step(
         self, passes: list[Pass], number: int = 1, after_pass: Callable[[int], None] = lambda num_tokens: None
@@ -139,6 +138,7 @@ class Trainer:
                 self.accelerator.backward(part)
             loss += part.detach()
             after_pass(num_tokens)
+            check_alone()
         return loss
 
     def train(
@@ -148,18 +148,37 @@ class Trainer:
         first_step: int = 0,
         after_step: Callable[[Metrics], None] = lambda metrics: None,
         after_pass: Callable[[int], None] = lambda num_tokens: None,
-        save: Callable[[int], None] = lambda step: None,
     ) -> None:
-        """All steps of the job from `first_step` on. A signal ends it after the step at hand: saved, `Interrupted`."""
+        """All steps of the job from `first_step` on. A signal raises `Interrupted`; the step at hand is not begun then:
+        weights, optimiser, random generators and `states` are those after the last one that was finished."""
         self.model.train()
-        with interruptible() as stopped:
+        with interruptible():
             for step in range(first_step, len(job)):
-                with self.autocast():
-                    passes = job.passes(self.model, step)
-                after_step(self.step(passes, step + 1, after_pass))
-                if distributed.any_of(stopped.is_set()):
-                    save(step + 1)
-                    raise Interrupted(step + 1)
+                random_states, states = RandomStates.now(self.device), self.state_dicts()
+                try:
+                    with self.autocast():
+                        passes = job.passes(self.model, step)
+                    metrics = self.step(passes, step + 1, after_pass)
+                except Interrupted:
+                    random_states.restore(self.device)
+                    self.load_state_dicts(states)
+                    self.optimizer.zero_grad()
+                    raise
+                after_step(metrics)
+                check()
+
+    def state_dicts(self) -> dict[str, dict[str, Any]]:
+        return {name: state.state_dict() for name, state in self.states.items()}
+
+    def load_state_dicts(self, states: Mapping[str, dict[str, Any]]) -> None:
+        for name, state in self.states.items():
+            state.load_state_dict(states[name])
+
+    def trained(self) -> dict[str, Tensor]:
+        """What training changes of the model, by name: a weight with two names once, and nothing that is frozen."""
+        names = {name for name, _ in self.module.named_parameters()} | {name for name, _ in self.module.named_buffers()}
+        whole = self.module.state_dict()
+        return {name: tensor for name, tensor in whole.items() if name in names and name not in self.frozen}
 
     def log(self, values: dict[str, Any]) -> None:
         """The numbers among the values of a step, to the trackers."""
@@ -175,12 +194,6 @@ class Trainer:
         """The whole state dict, wherever its parts are; every process has to ask."""
         return self.accelerator.get_state_dict(self.model)
 
-    def _without_frozen(self, models: list, weights: list[dict[str, Tensor]], folder: str) -> None:
-        for state in weights:  # an adapter's checkpoint leaves the model it sits on out
-            for name in self.frozen:
-                state.pop(name, None)
-                state.pop(f"module.{name}", None)  # as DDP calls it
-
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; norms and biases do not, as in transformers' Trainer."""
@@ -188,72 +201,3 @@ def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[
     matrices, vectors = ([p for p in trained if (p.dim() > 1) == wanted] for wanted in (True, False))
     groups = ({"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
-
-
-class Checkpoints:
-    """Folders `checkpoint-STEP` in `folder`, of which only whole ones have that name, and only the newest is kept.
-
-    Each has the model's trained weights (safetensors), the optimiser's and the schedule's state and those of the random
-    generators, as accelerate saves them, and progress.json with the run's `key` and what it has recorded.
-    """
-
-    def __init__(self, folder: Path, key: str):
-        self.folder, self.key = folder, key
-
-    def save(self, trainer: Trainer, step: int, record: Any) -> None:
-        final = self.folder / f"checkpoint-{step:06d}"
-        temporary = self.folder / ".checkpoint.partial"
-        distributed.on_main(lambda: remove(temporary))
-        trainer.accelerator.save_state(str(temporary))
-        trainer.accelerator.wait_for_everyone()
-
-        def publish() -> None:
-            write_json(temporary / "progress.json", {"key": self.key, "step": step, "record": record})
-            older = [path for path in self._all() if path != final]
-            remove(final)
-            temporary.rename(final)
-            remove(*older)
-
-        distributed.on_main(publish)
-
-    def load(self, trainer: Trainer) -> tuple[int, Any]:
-        """(steps done, what was recorded) of the newest checkpoint of this run; (0, None) without one."""
-        for path in reversed(self._all()):
-            progress = finished(path / "progress.json", self.key)
-            if progress is not None:
-                strict = {} if not trainer.frozen else {"strict": False}
-                trainer.accelerator.load_state(str(path), **strict)
-                return progress["step"], progress["record"]
-        return 0, None
-
-    def clear(self) -> None:
-        distributed.on_main(lambda: remove(*self._all()))
-
-    def _all(self) -> list[Path]:
-        """By their steps: a name of seven digits is before one of six, and the clock may have been set back."""
-        return sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-@contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """An event that is set by Ctrl-C or SIGTERM, once; the second one acts as usual."""
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped  # signals reach the main thread alone
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def stop(number, frame) -> None:
-        stopped.set()
-        restore()
-
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield stopped
-    finally:
-        restore()

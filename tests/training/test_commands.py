@@ -1,14 +1,11 @@
-"""The commands as a user runs them, on a folder of generated authors: results, kills, refusals, dry runs."""
+"""The commands as a user runs them, on a folder of generated authors: results, refusals, dry runs."""
 
 import json
-import multiprocessing
 import os
-import random
 import re
 import runpy
 import signal
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -40,10 +37,11 @@ from training.commands import (
 )
 from training.commands.options import build, parse
 from training.commands.presets import PRESETS
+from training.interruption import Interrupted
 from training.methods import METHODS
 from training.model import load_model
 from training.templates import Format
-from training.trainer import Interrupted, Trainer
+from training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -129,11 +127,11 @@ def test_an_unfinished_run_is_not_thrown_away_by_another(home, tmp_path, monkeyp
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(Trainer, "step", stopped)
         unlearn.main(*options(home, tmp_path))
-    kept = [path.name for path in tmp_path.glob("checkpoint-*")]
-    assert kept == ["checkpoint-000004"]
+    kept = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert kept == ["checkpoint-000003"]
     with pytest.raises(ValueError, match="holds a run with other settings"):
         unlearn.main(*options(home, tmp_path, micro_batch_size=2))
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == kept
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == kept
     taken = []
 
     def counted(self, passes, number, after_pass):
@@ -142,7 +140,7 @@ def test_an_unfinished_run_is_not_thrown_away_by_another(home, tmp_path, monkeyp
 
     monkeypatch.setattr(Trainer, "step", counted)
     unlearn.main(*options(home, tmp_path, fresh=True))  # of an unfinished run it takes nothing away
-    assert taken == [5, 6]
+    assert taken == [4, 5, 6]
 
 
 def test_fresh_removes_what_runs_write_and_nothing_else(home, tmp_path):
@@ -169,6 +167,7 @@ def test_logs_and_rows_of_the_evaluation_belong_to_a_run(home, tmp_path):
     for name in ("log", "copy"):
         start[name].write_text(json.dumps(content))
     content["eval_log_forget.json"]["avg_paraphrased_loss"][0] += 1.0
+    del content["sha256"]  # of what it was
     start["other"].write_text(json.dumps(content))
     first = run(retain_log=start["log"], start_log=start["log"])
     assert first["history"][0]["forget_quality"] == pytest.approx(1.0)  # of a log against itself
@@ -373,41 +372,6 @@ def test_adapters_are_trained_and_merged(home, tmp_path):
     assert changed and before.keys() == after.keys()
     assert all("_proj" in name for name in changed)  # neither embeddings nor norms
     assert load_model(tmp_path / "model", torch.device("cpu")).num_parameters()
-
-
-def test_killed_at_random_and_run_again_it_ends_with_the_same_bits(home, tmp_path):
-    """SIGKILL while it loads, scores, trains, evaluates or saves, and Ctrl-C."""
-    context = multiprocessing.get_context("forkserver")  # children have the imports and no threads of this process
-    context.set_forkserver_preload(["training.commands.unlearn"])
-    settings = {"method": "dpo_rt", "batch_size": 2, "epochs": 3, "eval_rows": 4, "max_new_tokens": 2,
-                "save_steps": 2, "eval_steps": 10}  # fmt: skip
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-
-    def start(out):
-        process = context.Process(target=unlearn.main, args=options(home, out, **settings))
-        process.start()
-        return process
-
-    start(tmp_path / "warm_up").join()
-    started = time.monotonic()
-    process = start(whole)
-    process.join()
-    assert process.exitcode == 0
-    duration, rng, killed = time.monotonic() - started, random.Random(), 0
-    for blow in [signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGKILL, signal.SIGKILL]:
-        process = start(broken)
-        process.join(rng.uniform(0.1, 0.7) * duration)
-        if process.is_alive():
-            os.kill(process.pid, blow)
-            killed += 1
-        process.join()
-    assert killed
-    process = start(broken)
-    process.join()
-    assert process.exitcode == 0
-    for name in ("metrics.json", "model/model.safetensors"):
-        assert (whole / name).read_bytes() == (broken / name).read_bytes()
-    assert not list(broken.glob("checkpoint-*"))
 
 
 def test_dry_runs_say_what_would_be_run(home, tmp_path, capsys):

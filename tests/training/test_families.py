@@ -11,6 +11,7 @@ from npo_kernels.core import plan
 from tests.training.conftest import fit, llama
 from tests.training.test_unlearn import CONFIG, CPU, check_step, made_up, make_steps, step_gradients
 from training import dual as dual_module
+from training.checkpoints import Checkpoints
 from training.dual import DualWeight
 from training.methods import METHODS, Batch, Head, Reference, Rows, Settings
 from training.methods.distillation import teacher_entropy
@@ -19,7 +20,7 @@ from training.methods.representation import direction
 from training.model import build_model
 from training.scoring import score
 from training.steps import Batches, FinetuningSteps
-from training.trainer import Checkpoints, Trainer
+from training.trainer import Trainer
 
 H, V = 16, 60
 
@@ -267,7 +268,7 @@ def test_a_primal_dual_run_is_resumed_with_its_weight(corpus, model, reference, 
     def trainer_of(steps, start):
         torch.manual_seed(0)
         found = Trainer(start, steps.config, len(steps))
-        found.accelerator.register_for_checkpointing(steps.dual)
+        found.states["dual"] = steps.dual
         return found
 
     def fresh():
@@ -293,7 +294,7 @@ def test_a_primal_dual_run_is_resumed_with_its_weight(corpus, model, reference, 
         trainer.train(first, after_step=stop_after_two)
     rest, second = fresh()
     trainer = trainer_of(second, rest)
-    done, _ = checkpoints.load(trainer)
+    done, *_ = checkpoints.load(trainer)
     assert second.dual.weight == first.dual.weight != 1.0
     trainer.train(second, first_step=done)
     assert second.dual.weight == steps.dual.weight

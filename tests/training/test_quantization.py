@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from npo_kernels.hf import add_fused_unlearning_head
 from tests.training.conftest import fit
+from training.checkpoints import Checkpoints
 from training.commands import attack, evaluate, grid, unlearn
 from training.commands.options import build, parse
 from training.config import Rounding, TrainConfig
@@ -24,7 +25,7 @@ from training.model import add_adapters, build_model, set_precision
 from training.quantization import FORMATS, formats_named, linear_weights, nf4_levels, quantize_, rounded
 from training.run import Schedule, run
 from training.steps import Batches, FinetuningSteps
-from training.trainer import Checkpoints, DivergedError, Trainer
+from training.trainer import DivergedError, Trainer
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(epochs=2, lr=1e-2, batch_size=10, micro_batch_size=4, seed=1, saf_format="int4", saf_rho=0.3)

@@ -1,6 +1,7 @@
 """The cache gives back what was computed, and refuses everything else with the reason."""
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ from safetensors.torch import save_file
 
 from training import distributed, reference_cache
 from training.model import load_model, weights_hash
-from training.reference_cache import StaleReferenceError, compute_reference, load_reference
+from training.progress import nothing
+from training.reference_cache import StaleReferenceError, compute_reference, found_or_computed, load_reference
 from training.scoring import score
 from training.templates import Format
 from training.tokenizer import train_tokenizer
@@ -192,6 +194,69 @@ def test_a_truncated_file_is_refused(cache, corpus, model):
             load_reference(cache, model, corpus.format, corpus.forget)
 
 
+@pytest.mark.parametrize("per_token", [None, "hidden"])
+def test_no_changed_bit_is_read(per_token, tmp_path, corpus, model, tried):
+    """One at random places of the file, its header above all: refused, or the numbers are those that were written."""
+    path, examples, draw = tmp_path / "cache", corpus.forget[:2], random.Random(0)
+    compute_reference(path, model, corpus.format, examples, per_token=per_token)
+
+    def read():
+        return load_reference(path, model, corpus.format, examples, per_token=per_token)
+
+    whole, scores = path.read_bytes(), read()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    tensors = whole.index(b'"logps"')  # names, dtypes, shapes and places of the numbers
+    places = [*range(8), *range(tensors, header), *(draw.randrange(header, len(whole)) for _ in range(20))]
+    refused = 0
+    for place in places:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :])
+        try:
+            found = read()
+        except StaleReferenceError:
+            refused += 1
+        else:
+            for ours, theirs in zip(scores, found, strict=True):
+                assert ours is theirs is None or (ours.dtype == theirs.dtype and torch.equal(ours, theirs))
+    assert refused > 0.9 * len(places)
+    tried("changed bits of reference caches", len(places))
+
+
+def test_numbers_of_another_type_are_refused(tmp_path, corpus, model):
+    """The same bytes under another dtype or shape, as a changed header would have it."""
+    path = tmp_path / "cache"
+    compute_reference(path, model, corpus.format, corpus.forget, per_token="hidden")
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in ("logps", "num_tokens", "hidden")}
+    hidden = tensors["hidden"]
+    for other in (hidden.view(torch.int32), hidden.reshape(len(hidden), 2, -1)):
+        save_file(tensors | {"hidden": other}, path, metadata)
+        with pytest.raises(StaleReferenceError, match="other numbers than were written"):
+            load_reference(path, model, corpus.format, corpus.forget, per_token="hidden")
+
+
+def test_what_is_found_is_taken_and_the_rest_computed(tmp_path, corpus, model, reference):
+    """Absent and damaged files are made; that of another model is, but not where the folder is somebody's as well."""
+    path, said = tmp_path / "cache" / "forget", []
+
+    def of(model, shared=False):
+        return found_or_computed(
+            path, model, corpus.format, corpus.forget, shared=shared, counted=lambda *_: nothing, say=said.append
+        )
+
+    wanted = model_scores(model, corpus)
+    assert torch.equal(of(model, shared=True).logps, wanted) and not said
+    stamp = path.stat().st_mtime_ns
+    assert torch.equal(of(model).logps, wanted) and path.stat().st_mtime_ns == stamp
+    path.write_bytes(path.read_bytes()[:-1])
+    assert torch.equal(of(model, shared=True).logps, wanted) and "computing the reference" in said.pop()
+    kept = path.read_bytes()
+    with pytest.raises(StaleReferenceError, match=r"--reference_cache .*cache: forget was computed with another model"):
+        of(reference, shared=True)
+    assert path.read_bytes() == kept
+    assert torch.equal(of(reference).logps, model_scores(reference, corpus))
+    assert len(said) == 1 and [p.name for p in path.parent.iterdir()] == ["forget"]
+
+
 def test_an_absent_file_is_named(tmp_path, corpus, model):
     with pytest.raises(StaleReferenceError, match="no reference cache"):
         load_reference(tmp_path / "none.safetensors", model, corpus.format, corpus.forget)
@@ -280,4 +345,4 @@ def test_killed_while_writing_it_is_the_old_one_or_none(tmp_path):
     absent, whole = "['absent', 'absent']", {"[True, 'other']", "['other', True]"}
     assert len(states) == 12 and set(states) <= {absent, *whole}
     assert whole & set(states) and absent not in states[states.index(next(s for s in states if s in whole)) :]
-    assert any(".cache.partial" in files for files, _ in moments)  # some were killed in the middle of it
+    assert any(".cache." in files for files, _ in moments)  # some were killed in the middle of it

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
-from training.store import fingerprint, folder_hash, write_json
+from training.store import fingerprint, folder_hash, unhashed, write_json, write_record
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -215,14 +215,17 @@ class Benchmark(Protocol):
     def read(self, path: Path) -> Any:
         """Measures that were written; ValueError where the file is not what it should be."""
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as reason:
             raise ValueError(
-                f"{path}: expected an evaluation of --benchmark {self.name}, got no JSON: {reason}"
+                f"{path}: expected an evaluation of --benchmark {self.name}, got no JSON: {reason}; evaluate the "
+                "model again"
             ) from None
+        return unhashed(content, path)
 
     def write(self, path: Path, measures: Any) -> None:
-        write_json(path, measures)
+        write = write_record if isinstance(measures, dict) else write_json
+        write(path, measures)
 
     def key(self) -> str:
         """A hash of all that the measures depend on, beside the model."""

@@ -72,16 +72,21 @@ def main(options: AttackOptions, benchmark: Benchmark) -> dict[str, Any] | None:
     if options.dry_run:
         print(tables.settings_line(folder.settings))
         return None
-    device = pick_device(options.device)
-    format = Format(load_tokenizer(options.model), options.template)
+    with folder.alone():
+        return _attacked(options, options.model, benchmark, folder)
+
+
+def _attacked(options: AttackOptions, start: Path, benchmark: Benchmark, folder: RunFolder) -> dict[str, Any]:
+    out, device = folder.path, pick_device(options.device)
+    format = Format(load_tokenizer(start), options.template)
     retrained = benchmark.read(options.retain_log) if options.retain_log else None
     settings = {k: v for k, v in folder.settings.items() if k not in ("model", "device")}
-    depends_on = [str(settings), benchmark.key(), model_fingerprint(str(options.model)), format.hash(), device.type]
+    depends_on = [str(settings), benchmark.key(), model_fingerprint(str(start)), format.hash(), device.type]
     found = folder.begin(fingerprint([*depends_on, str(retrained)]), options.fresh)
     if found is not None:
         Console(stderr=True).print(f"{out} is finished: its results are those of this command", markup=False)
         return found
-    model = load_model(options.model, device, precision=options.precision)
+    model = load_model(start, device, precision=options.precision)
     stages: dict[str, dict[str, Any]] = {}
     history: list[dict[str, float]] = []
     with progress() as display:

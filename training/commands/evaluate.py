@@ -14,6 +14,7 @@ tr of the sets retain, ra, wf and forget, as in retain_prob.
 """
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,14 +67,25 @@ def main(options: EvaluateOptions, benchmark: Benchmark) -> dict[str, Any] | Non
     if options.format == "open_unlearning" and type(benchmark).open_unlearning is Benchmark.open_unlearning:
         benchmark.open_unlearning(None, {})  # says that there is no such format
     retrained = benchmark.read(options.retain_log) if options.retain_log else None
-    folder = None
+    folder: RunFolder | None = None
+    measures = None
     if options.from_log:
         measures = benchmark.read(options.from_log)
     elif options.dry_run:
         print(json.dumps(public(options, benchmark.options) | {"evaluated": benchmark.size()}, indent=2, default=str))
         return None
     else:
-        folder, measures = _evaluated(options, benchmark)
+        folder = RunFolder(options.out, options, benchmark.options)
+    with nullcontext() if folder is None else folder.alone():
+        if folder:
+            measures = _evaluated(options, benchmark, folder)
+        return _summarized(options, benchmark, folder, measures, retrained)
+
+
+def _summarized(
+    options: EvaluateOptions, benchmark: Benchmark, folder: RunFolder | None, measures: Any, retrained: Any
+) -> dict[str, Any]:
+    """The metrics, printed; written where a model was evaluated."""
     tell_warnings(benchmark, measures, retrained)
     result = benchmark.summarize(measures, retrained)
     if folder:
@@ -86,7 +98,7 @@ def main(options: EvaluateOptions, benchmark: Benchmark) -> dict[str, Any] | Non
     return result
 
 
-def _evaluated(options: EvaluateOptions, benchmark: Benchmark) -> tuple[RunFolder, Any]:
+def _evaluated(options: EvaluateOptions, benchmark: Benchmark, folder: RunFolder) -> Any:
     """The measures of a model, which --out then has; found there, if this very evaluation was made before."""
     # a log is read without all of this
     from training.commands.session import measured, model_fingerprint
@@ -103,7 +115,7 @@ def _evaluated(options: EvaluateOptions, benchmark: Benchmark) -> tuple[RunFolde
             "tokenizer included"
         )
     format = Format(load_tokenizer(model), options.template)
-    folder, log = RunFolder(options.out, options, benchmark.options), options.out / LOG_FILE
+    log = options.out / LOG_FILE
     retain_log = options.retain_log and options.retain_log.read_text(encoding="utf-8")
     depends_on = [
         benchmark.key(),
@@ -115,12 +127,12 @@ def _evaluated(options: EvaluateOptions, benchmark: Benchmark) -> tuple[RunFolde
         retain_log,
     ]
     if folder.begin(fingerprint(depends_on), options.fresh) is not None:
-        return folder, benchmark.read(log)
+        return benchmark.read(log)
     with progress() as display:
         loaded = load_model(model, device, precision=options.precision)
         if options.rounded != "off":
             quantize_(loaded, options.rounded)
-        return folder, measured(benchmark, loaded, format, log, display, name=str(log))
+        return measured(benchmark, loaded, format, log, display, name=str(log))
 
 
 def _write_report(folder: RunFolder, benchmark: Benchmark, result: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from training import distributed
 from training.benchmarks import Benchmark
 from training.commands.options import command_line
 from training.commands.session import Session, SessionOptions
-from training.data import data_hash
+from training.data import Example, data_hash
 from training.reports.run import write_finetuning_report
 from training.run import run
 from training.steps import FinetuningSteps
@@ -46,9 +46,12 @@ def main(options: FinetuneOptions, benchmark: Benchmark) -> dict[str, Any] | Non
     if options.dry_run:
         session.describe(num_steps, {"learned": examples}, together=("learned",))
         return None
-    found = session.start(data_hash(examples))
-    if found is not None:
-        return found
+    with session.folder.alone():
+        return session.start(data_hash(examples)) or _finetuned(session, examples, num_steps)
+
+
+def _finetuned(session: Session[FinetuneOptions], examples: list[Example], num_steps: int) -> dict[str, Any]:
+    options, benchmark = session.options, session.benchmark
     model = session.to_train(session.load_model())
     session.check_lengths(model, examples)
     steps = FinetuningSteps(examples, options, session.batches(model))

@@ -31,6 +31,7 @@ from training.commands.method_options import MethodOptions
 from training.commands.options import build, command_line, words_of
 from training.commands.run_folder import public
 from training.commands.session import SessionOptions, device_name
+from training.locks import alone
 from training.methods import METHODS, method_named
 from training.model import pick_device
 from training.reports.grid import write_grid_report
@@ -39,6 +40,7 @@ from training.store import remove
 from training.versions import versions
 
 PROG = "training.grid"
+DEFAULT_OUT = Path("runs/grid")
 FROM_NOTHING = ("tiny", "methods")  # presets whose models are made here
 # Of this command's options, those that fine-tuning takes as they are.
 OF_FINETUNING = (
@@ -104,7 +106,7 @@ class Start(NamedTuple):
 
 class Grid:
     def __init__(self, options: GridOptions, benchmark: Benchmark, console: Console | None = None):
-        self.out = options.out or Path("runs/grid")
+        self.out = options.out or DEFAULT_OUT
         self.options, self.benchmark = options, benchmark
         self.console = console or Console(stderr=True, quiet=not distributed.is_main())
         options.check_attacks()  # what is misspelt is said before hours of training
@@ -257,7 +259,7 @@ def _with_authors(options: GridOptions, benchmark: Benchmark) -> Benchmark:
     o = benchmark.options
     if not options.generate_authors or getattr(o, "data_dir", None) != HUB:
         return benchmark
-    folder = (options.out or Path("runs/grid")) / "data"
+    folder = (options.out or DEFAULT_OUT) / "data"
     made = authors.AuthorsOptions(out=folder, authors=options.generate_authors, fresh=options.fresh)
     distributed.on_main(lambda: authors.main(made))
     return type(benchmark)(replace(o, data_dir=str(folder)))
@@ -303,19 +305,32 @@ def command_of(settings: dict[str, Any]) -> str:
 
 def main(options: GridOptions, benchmark: Benchmark, console: Console | None = None) -> dict[str, Any] | None:
     """metrics.json; None after --dry_run."""
-    grid = Grid(options, benchmark if options.dry_run else _with_authors(options, benchmark), console)
     if options.dry_run:
-        print("\n".join(grid.plan()))
+        print("\n".join(Grid(options, benchmark, console).plan()))
         return None
+    with alone(options.out or DEFAULT_OUT):
+        return _run(options, _with_authors(options, benchmark), console)
+
+
+def _run(options: GridOptions, benchmark: Benchmark, console: Console | None) -> dict[str, Any]:
+    grid = Grid(options, benchmark, console)
     metrics = grid.run()
     device = device_name(pick_device(options.device))
     settings = public(options, benchmark.options)
     config = {"settings": settings, "command": command_of(settings), "device": device, "versions": versions()}
     report = grid.out / "config.json"
-    if report.exists() and json.loads(report.read_text(encoding="utf-8"))["settings"] != settings:
+    if report.exists() and _settings_of(report) != settings:
         grid.console.print(f"{grid.out}: report.md was of another choice of runs and is written anew; the runs stay")
     distributed.on_main(lambda: write_grid_report(grid.out, metrics, config, list(grid.benchmarks.values())))
     return metrics
+
+
+def _settings_of(config: Path) -> Any:
+    """None where it is damaged."""
+    try:
+        return json.loads(config.read_text(encoding="utf-8"))["settings"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 if __name__ == "__main__":

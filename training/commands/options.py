@@ -25,6 +25,8 @@ import yaml
 from training import distributed
 from training.benchmarks.base import BENCHMARKS, Benchmark
 from training.commands.presets import preset_values
+from training.interruption import Interrupted, interruptible
+from training.store import StorageError
 
 Options = TypeVar("Options")
 
@@ -135,23 +137,27 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def command_line(prog: str, kind: type[Options], description: str, main: Callable[..., object]) -> None:
-    """Parse, run, and end with a reason where the input does not fit or a signal came."""
+    """Parse, run, and end with a reason: exit code 2 where the input does not fit, 1 where nothing can be written,
+    130 and 143 where a signal came, as shells have it."""
     chosen = parse(kind, prog, description)
     distributed.start(getattr(chosen[0], "device", "cpu"))
     try:
-        main(*chosen)
+        with interruptible(at_once=True):
+            main(*chosen)
+    except StorageError as reason:
+        stop(prog, reason, code=1)
     except (ValueError, OSError, ImportError) as reason:  # those of logs and caches are ValueErrors
         stop(prog, reason)
     except KeyboardInterrupt as reason:
         if distributed.is_main():
             sys.stderr.write(f"python -m {prog}: {str(reason) or 'interrupted'}; the same command goes on from there\n")
-        raise SystemExit(130) from None
+        raise SystemExit(reason.exit_code if isinstance(reason, Interrupted) else 130) from None
 
 
-def stop(prog: str, reason: object) -> NoReturn:
-    """End the program: the reason on stderr, exit code 2, as argparse does it."""
+def stop(prog: str, reason: object, code: int = 2) -> NoReturn:
+    """End the program: the reason on stderr, exit code 2, as argparse does it, or another one."""
     sys.stderr.write(f"python -m {prog}: error: {reason}\n")
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def _groups(kind: type, benchmark: str | None) -> dict[str, Group]:

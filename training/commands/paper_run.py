@@ -28,9 +28,8 @@ def carry_out(
         print(json.dumps(asdict(options), indent=2, default=str))
         return None
     folder = RunFolder(path, options)
-    metrics = folder.begin(fingerprint([folder.settings, used]), options.fresh)
-    if metrics is None:
-        metrics = run(folder)
+    with folder.alone():
+        metrics = folder.begin(fingerprint([folder.settings, used]), options.fresh) or run(folder)
     if options.json:
         print(json.dumps(metrics["methods"]))
     else:

@@ -28,7 +28,7 @@ from training.pretrained.records import Records
 from training.progress import progress
 from training.quantization import rounded
 from training.relearning import relearn_, split
-from training.store import fingerprint, finished, write_json
+from training.store import fingerprint, finished, write_record
 from training.templates import Format
 
 TEMPLATE = "plain"  # a chat template puts twenty tokens of a system message before every question
@@ -267,4 +267,4 @@ class Study:
                     config = TrainConfig(lr=lr, packing="off", **RELEARNING)
                     relearn_(attacked, relearned, others, format.pad_token_id, config, follow=False)
                     measured(benchmark, attacked, format, log, display)
-                write_json(log.with_name("attack.json"), {"key": key, "lr": lr})
+                write_record(log.with_name("attack.json"), {"key": key, "lr": lr})

@@ -1,14 +1,15 @@
 """The folder of a run: what it holds, how a run begins and how it ends.
 
 run.json has a key of all that the result depends on, options.yaml the options (`--config` takes it). config.json
-(settings without paths, versions) is written last: with it the run is finished, and the same command finds it. Another
-command on the same folder is refused, whether or not the run is finished, until --fresh removes what the run has
-written.
+(settings without paths, versions, the hash of metrics.json) is written last: with it the run is finished, and the same
+command finds it. Another command on the same folder is refused, whether or not the run is finished, until --fresh
+removes what the run has written; and so is the same one while it runs.
 """
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,19 @@ from typing import Any
 import yaml
 
 from training import distributed
-from training.store import finished, remove, write_json, write_text
+from training.locks import alone
+from training.store import (
+    DamagedError,
+    check_writable,
+    clear_leftovers,
+    file_hash,
+    finished,
+    read_record,
+    remove,
+    write_json,
+    write_record,
+    write_text,
+)
 from training.versions import versions
 
 # What runs write into their folders.
@@ -66,48 +79,97 @@ class RunFolder:
     def settings(self) -> dict[str, Any]:
         return public(*self.options)
 
-    def begin(self, key: str, fresh: bool = False) -> dict[str, Any] | None:
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """From `begin` to `finish`. ValueError while another run has the folder, or where it is a file."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"--out {self.path}: expected a folder, got a file")
+        with alone(self.path):
+            yield
+
+    def begin(self, key: str, fresh: bool = False, parts: Mapping[str, str] | None = None) -> dict[str, Any] | None:
         """metrics.json of this very run if it is finished; None: it is to be run, from its checkpoint if there is one.
 
-        `fresh` removes what another run left, finished or not, and this run if it is finished.
+        `fresh` removes what another run left, finished or not, and this run if it is finished. `parts`: hashes of what
+        the key is of, which tell how another run differs.
 
         Raises:
-            ValueError: the folder holds another run or something that is no run, or `fresh` would remove what this one
-                needs.
+            ValueError: the folder holds another run or something that is no run, or a record that is damaged, or
+                `fresh` would remove what this one needs.
         """
         path, self.key = self.path, key
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"--out {path}: expected a folder, got a file")
-        if (path / "config.json").exists() and not (path / "run.json").exists():
-            raise ValueError(f"--out {path} holds a config.json that is of no run; choose another folder")
-        complete = finished(path / "config.json", key) is not None
-        left = (path / "config.json").exists() or any(path.glob("checkpoint-*"))
-        another = left and finished(path / "run.json", key) is None
+        complete, another, metrics = False, "", None
+        try:
+            complete, another, metrics = self._found(parts or {})
+        except DamagedError as reason:
+            if not fresh:
+                raise ValueError(f"--out: {reason}; --fresh runs it again, from the beginning") from None
+            another = str(reason)
         distributed.wait()  # every process has looked before one writes
         if fresh and (complete or another):
             self._check_nothing_needed_is_removed()
             distributed.on_main(lambda: remove(*(file for name in RUN_FILES for file in path.glob(name))))
         elif complete:
-            return json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+            with suppress(OSError):  # a read-only folder can be read
+                distributed.on_main(lambda: self._clear_up(finished=True))
+            return metrics
         elif another:
-            raise ValueError(
-                f"--out {path} holds a run with other settings, data or weights; choose another folder, or remove it "
-                "by --fresh"
-            )
-        distributed.on_main(self._write_options)
+            raise ValueError(f"--out {path} holds a run with {another}; choose another folder, or remove it by --fresh")
+        distributed.on_main(lambda: self._write_options(parts or {}))
         return None
+
+    def _found(self, parts: Mapping[str, str]) -> tuple[bool, str, dict[str, Any] | None]:
+        """(whether this run is finished, how another one that is there differs, its metrics)."""
+        path = self.path
+        if (path / "config.json").exists() and not (path / "run.json").exists():
+            raise ValueError(f"--out {path} holds a config.json that is of no run; choose another folder")
+        config, run = read_record(path / "config.json"), self._run_record()
+        if config is not None and config["key"] == self.key:
+            for name, expected in config["files"].items():
+                if not (path / name).is_file() or file_hash(path / name) != expected:
+                    raise DamagedError(f"{path / name} is damaged: absent, or with other bytes than were written")
+            return True, "", json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+        left = config is not None or any(path.glob("checkpoint-*"))
+        if not left or (run is not None and run["key"] == self.key):
+            return False, "", None
+        others = (run or {}).get("parts", {})
+        differ = [name for name, value in parts.items() if name in others and others[name] != value]
+        return False, "other settings, data or weights" + (f" (another {', '.join(differ)})" if differ else ""), None
+
+    def _run_record(self) -> dict[str, Any] | None:
+        """run.json; where it is damaged, the checkpoints say whose they are."""
+        try:
+            return read_record(self.path / "run.json")
+        except DamagedError:
+            if not any(finished(progress, self.key) for progress in self.path.glob("checkpoint-*/progress.json")):
+                raise
+            return {"key": self.key}
 
     def finish(self, metrics: dict[str, Any], **record: Any) -> dict[str, Any]:
         """Write metrics.json and config.json."""
         config = {"key": self.key, "settings": self.settings, "versions": versions(), **record}
-        distributed.on_main(lambda: write_json(self.path / "metrics.json", metrics))
-        distributed.on_main(lambda: write_json(self.path / "config.json", config))
+
+        def write() -> None:
+            path = self.path / "metrics.json"
+            write_json(path, metrics)
+            write_record(self.path / "config.json", config | {"files": {path.name: file_hash(path)}})
+
+        distributed.on_main(write)
         return metrics
 
-    def _write_options(self) -> None:
+    def _clear_up(self, finished: bool = False) -> None:
+        """What a run has left that was killed, also as the last thing that it did."""
+        for folder in (self.path, *(path for path in self.path.glob("*") if path.is_dir())):  # eval/ among them
+            clear_leftovers(folder)
+        if finished:
+            remove(*self.path.glob("checkpoint-*"))
+
+    def _write_options(self, parts: Mapping[str, str]) -> None:
         given = {name: value for some in self.options for name, value in asdict(some).items() if value is not None}
         plain = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-        write_json(self.path / "run.json", {"key": self.key})
+        check_writable(self.path, "--out")
+        self._clear_up()
+        write_record(self.path / "run.json", {"key": self.key, "parts": dict(parts)})
         write_text(self.path / "options.yaml", yaml.safe_dump(plain, sort_keys=False))
 
     def _check_nothing_needed_is_removed(self) -> None:

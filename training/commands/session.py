@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from npo_kernels.core import cpu
 from training import distributed, memory
 from training.benchmarks.base import BENCHMARKS, Benchmark
+from training.checkpoints import Checkpoints
 from training.commands.presets import PRESETS
 from training.commands.run_folder import RunFolder, model_name, public
 from training.config import TrainConfig
@@ -40,9 +41,8 @@ from training.pieces import Pieces
 from training.reports.run import model_card
 from training.run import Schedule
 from training.steps import Batches
-from training.store import file_hash, fingerprint, renamed_when_done, write_text
+from training.store import SEAL, DamagedError, check_seal, file_hash, fingerprint, renamed_when_done, seal
 from training.templates import Format
-from training.trainer import Checkpoints
 
 # Settings that do not determine the result, or that the key has by their content.
 NOT_IN_KEY = (
@@ -134,9 +134,15 @@ class Session(Generic[Given]):
         """metrics.json of this very run if it is finished (`RunFolder.begin`). `depends_on`: hashes of the data."""
         settings = {k: v for some in (self.options, self.benchmark.options) for k, v in asdict(some).items()}
         settings = {k: v for k, v in settings.items() if k not in NOT_IN_KEY}
-        model = model_fingerprint(self.model)
-        key = fingerprint([self.prog, str(settings), depends_on, self.format.hash(), model, self.device.type])
-        found = self.folder.begin(key, self.options.fresh)
+        parts = {
+            "command": self.prog,
+            "settings": fingerprint(str(settings)),
+            "data": fingerprint(depends_on),
+            "template": self.format.hash(),
+            "model": model_fingerprint(self.model),
+            "device": self.device.type,
+        }
+        found = self.folder.begin(fingerprint(parts), self.options.fresh, parts)
         if found is not None:
             self.say(f"{self.out} is finished: its results are those of this command")
         return found
@@ -195,7 +201,9 @@ class Session(Generic[Given]):
                 whole, state = merged(model, weights)
                 whole.save_pretrained(folder, state_dict=state)
                 self.format.save_pretrained(folder)
-                write_text(folder / "README.md", model_card(model_name(self.model), what, self.public()))
+                card = model_card(model_name(self.model), what, self.public())
+                (folder / "README.md").write_text(card, encoding="utf-8")
+                seal(folder)
 
         distributed.on_main(save)
 
@@ -281,17 +289,27 @@ def measured(
 
 def model_fingerprint(model: str) -> str:
     """sha256 of a folder's configuration and weights, adapters and what they sit on included; a hub name stands for
-    itself."""
+    itself.
+
+    ValueError where they are not those that a command of ours has written there (`training.store.seal`).
+    """
     folder = Path(model)
     if not folder.is_dir():
         return model
-    digest, adapter = hashlib.sha256(), folder / "adapter_config.json"
-    configs = ("config.json", adapter.name)
-    for path in sorted(
-        p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf") or p.name in configs
-    ):
-        digest.update(path.name.encode())
-        digest.update(bytes.fromhex(file_hash(path)))
+    adapter = folder / "adapter_config.json"
+    suffixes, configs = (".safetensors", ".bin", ".gguf"), ("config.json", adapter.name)
+    files = sorted(p for p in folder.iterdir() if p.suffix in suffixes or p.name in configs)
+    hashes = {path.name: file_hash(path) for path in files}
+    try:
+        check_seal(folder, hashes=hashes)
+    except DamagedError as damage:
+        raise ValueError(
+            f"{damage}; make the model again, or, where the change is meant, remove {SEAL} from its folder"
+        ) from None
+    digest = hashlib.sha256()
+    for name, value in hashes.items():
+        digest.update(name.encode())
+        digest.update(bytes.fromhex(value))
     if adapter.is_file():
         base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
         digest.update(model_fingerprint(str(base)).encode())

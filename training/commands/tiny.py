@@ -14,7 +14,7 @@ from typing import Annotated
 from training.benchmarks import BENCHMARKS, Benchmark
 from training.commands.options import command_line
 from training.model import build_model, special_ids_of
-from training.store import fingerprint, finished, renamed_when_done, write_json
+from training.store import clear_leftovers, fingerprint, finished, renamed_when_done, seal, write_record
 from training.tokenizer import train_tokenizer
 
 PROG = "training.tiny"
@@ -41,6 +41,7 @@ def main(options: TinyOptions, benchmark: Benchmark) -> Path:
     rows = [row for split in (options.split, *benchmark.world_splits) for row in benchmark.rows(split)]
     settings = {name: value for name, value in asdict(options).items() if name not in ("out", "fresh")}
     key = fingerprint([settings, rows])
+    clear_leftovers(out.parent, out.name)
     if finished(out / RECORD, key):
         return out
     ours = (out / RECORD).exists()
@@ -52,7 +53,8 @@ def main(options: TinyOptions, benchmark: Benchmark) -> Path:
     with renamed_when_done(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        write_json(folder / RECORD, {"key": key, "settings": settings})
+        write_record(folder / RECORD, {"key": key, "settings": settings})
+        seal(folder)
     print(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     return out
 

@@ -12,7 +12,8 @@ The model is evaluated by the benchmark before, every --eval_steps and after. At
 it is evaluated once more with --rounded int4,nf4, its weights rounded, which --saf_format trains against, and with
 --relearn 0.2, after fine-tuning on a part of the forget set. --out gets model/,
 adapter/ (LoRA), the measures of every evaluation in eval/, metrics.json, config.json, report.md and figure.png. Ctrl-C
-saves; the same command goes on where it was, and ends with the bits of a run that was not interrupted (on a CPU).
+and SIGTERM save; the same command goes on where it was, and ends with the bits of a run that was not interrupted (on a
+CPU).
 """
 
 from dataclasses import dataclass, replace
@@ -40,7 +41,7 @@ from training.methods import METHODS, Sizes, method_named, table
 from training.model import merged
 from training.progress import counted, progress
 from training.quantization import linear_weights, rounded
-from training.reference_cache import StaleReferenceError, check_step_zero, compute_reference, load_reference
+from training.reference_cache import check_step_zero, found_or_computed
 from training.relearning import relearn_, split
 from training.reports.run import write_unlearning_report
 from training.run import run
@@ -169,26 +170,21 @@ class Unlearning:
             files["forget"] = f"{self.benchmark.scenario}{suffix}.safetensors"
             for kind in {"idk", "alternate"}.intersection(method.needs):  # which are drawn depends on the plan
                 files[kind] = f"{kind}_{data_hash(self.rows[kind])[:12]}{suffix}.safetensors"
-        format, packing = self.session.format, self.session.batches(model).packing
-
-        def computed(path: Path, rows: list[Example]) -> Scores:
-            on_rows = counted(display, f"Reference, {path.stem}", len(rows))
-            return compute_reference(path, model, format, rows, packing=packing, on_rows=on_rows, per_token=per_token)
-
-        scores = {}
-        for kind, file in files.items():
-            path, rows = folder / file, self.rows[kind]
-            try:
-                found = None
-                if path.exists():
-                    found = load_reference(path, model, format, rows, packing=packing, per_token=per_token)
-            except StaleReferenceError as reason:
-                if self.options.reference_cache is not None:
-                    raise
-                self.session.say(f"computing the reference log-probabilities again: {reason}")
-                found = None
-            scores[kind] = found or computed(path, rows)
-        return scores
+        packing = self.session.batches(model).packing
+        return {
+            kind: found_or_computed(
+                folder / file,
+                model,
+                self.session.format,
+                self.rows[kind],
+                shared=self.options.reference_cache is not None,
+                counted=lambda name, total: counted(display, name, total),
+                say=self.session.say,
+                packing=packing,
+                per_token=per_token,
+            )
+            for kind, file in files.items()
+        }
 
     @property
     def per_token(self) -> PerToken | None:
@@ -273,6 +269,14 @@ class Unlearning:
     def measures(self, step: int) -> Path:
         return self.session.out / "eval" / f"step-{step:06d}.json"
 
+    def check_measures(self) -> None:
+        """ValueError where those of a run that goes on are damaged: the models that they are of are gone."""
+        for path in sorted(self.measures(0).parent.glob("step-*.json")):
+            try:
+                self.benchmark.read(path)
+            except ValueError as damage:
+                raise ValueError(f"{damage}; remove {self.session.out}, and the same command begins again") from None
+
     def samples(self, step: int) -> list[dict[str, str]]:
         return self.benchmark.samples(self.benchmark.read(self.measures(step)))
 
@@ -289,9 +293,14 @@ def main(options: UnlearnOptions, benchmark: Benchmark) -> dict[str, Any] | None
         frozen, copied = method.needs_frozen_model(job.settings), job.per_token == "hidden" and not options.lora_rank
         session.describe(num_steps, job.rows, together=method.kinds, with_reference=frozen, with_head_copy=copied)
         return None
-    found = session.start(*job.depends_on)
-    if found is not None:
-        return found
+    with session.folder.alone():
+        return session.start(*job.depends_on) or _unlearned(job)
+
+
+def _unlearned(job: Unlearning) -> dict[str, Any]:
+    session, options, benchmark, method = job.session, job.options, job.benchmark, job.method
+    num_steps = len(job.plan.steps)
+    job.check_measures()
     model = session.load_model()
     session.check_lengths(model, [example for rows in job.rows.values() for example in rows])
     if job.formats:
@@ -315,7 +324,7 @@ def main(options: UnlearnOptions, benchmark: Benchmark) -> dict[str, Any] | None
     if options.relearn and distributed.count() > 1:
         raise ValueError("--relearn: expected one process; or `training.attack relearn` of the saved model")
     if steps.dual is not None:
-        trainer.accelerator.register_for_checkpointing(steps.dual)
+        trainer.states["dual"] = steps.dual
     history = run(
         trainer,
         steps,

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.import_utils import is_gguf_available
 
 from training.loading import load_tokenizer
-from training.store import file_hash, fingerprint, finished, renamed_when_done, write_json
+from training.store import file_hash, fingerprint, finished, renamed_when_done, write_record
 from training.versions import versions
 
 RECORD = "model.json"
@@ -122,7 +122,7 @@ def real_model(name: str, cache: Path | None = None, fresh: bool = False, consol
                 "packages": list(model.packages),
                 "versions": versions(),
             }
-            write_json(partial / RECORD, record)
+            write_record(partial / RECORD, record)
     return folder
 
 

@@ -11,7 +11,7 @@ from training import membership, metrics
 from training.benchmarks import open_unlearning
 from training.benchmarks.base import ITSELF
 from training.benchmarks.muse.sets import Sets
-from training.store import fingerprint
+from training.store import fingerprint, unhashed
 
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus")
 MEMORISED = ("exact_memorization", "extraction_strength")
@@ -74,9 +74,11 @@ def headline(result: Mapping[str, Any]) -> str:
 def read_measures(path: Path) -> dict[str, Any]:
     """ValueError where the file is no evaluation of MUSE."""
     try:
-        measures = json.loads(path.read_text(encoding="utf-8"))
+        measures = unhashed(json.loads(path.read_text(encoding="utf-8")), path)
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as reason:
-        raise ValueError(f"{path}: expected an evaluation of --benchmark muse, got no JSON ({reason})") from None
+        raise ValueError(
+            f"{path}: expected an evaluation of --benchmark muse, got no JSON ({reason}); evaluate the model again"
+        ) from None
     sets = measures if isinstance(measures, dict) else {}
     for which, needed in NEEDED.items():
         rows = sets.get(which)

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from training import metrics
-from training.store import write_text
+from training.store import DamagedError, hashed, unhashed, write_text
 
 Layout = Literal["lists", "indexed"]
 
@@ -95,7 +95,10 @@ def read_log(path: Path) -> EvalLog:
             f"{path}: not JSON ({error}); a log is one JSON object, so this one may be cut off or not yet downloaded: "
             "fetch it again"
         ) from None
-    return parse_log(content, str(path))
+    try:
+        return parse_log(unhashed(content, path), str(path))
+    except DamagedError as damage:
+        raise LogError(f"{damage}; evaluate the model again") from None
 
 
 def parse_log(content: Any, name: str) -> EvalLog:
@@ -125,7 +128,7 @@ def write_log(path: Path, log: EvalLog) -> None:
     content: dict[str, Any] = {SETS[name]: _written(log, name) for name in SETS}
     if log.membership:
         content[MEMBERSHIP] = log.membership._asdict()
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(hashed(content), indent=1) + "\n")
 
 
 def require_same_questions(log: EvalLog, retain_log: EvalLog) -> None:

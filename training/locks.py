@@ -1,0 +1,85 @@
+"""One process at a time. The kernel gives a lock back whatever ends the process that has it."""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from training import distributed
+from training.interruption import check
+from training.store import StorageError, writing
+
+AGAIN = 0.2  # seconds between two looks at a lock that another process has
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """The folder of a run, created if need be, for this run alone: of several processes of it one takes the lock.
+
+    Raises:
+        ValueError: another run has it; says which process.
+    """
+    lock = FileLock(folder / ".lock", blocking=False)
+    taken = False
+    try:
+        if distributed.is_main():
+            try:
+                _acquire(lock)
+            except Timeout:
+                taken = True
+            except StorageError:
+                pass  # results of a read-only folder can be found; to write them will fail
+        if distributed.any_of(taken):
+            raise ValueError(
+                f"--out {folder} is in use by another run ({_owner(lock)}); wait until it ends, or choose another "
+                "folder"
+            )
+        yield
+    finally:
+        _give_back(lock)
+
+
+@contextmanager
+def turn(path: Path, say: Callable[[str], object]) -> Iterator[None]:
+    """Wait until no other run makes `path`, and say so. A run of several processes does not wait, and makes it itself:
+    those that talk to each other would give up on one that does not answer."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"), blocking=False)
+    waited = False
+    try:
+        while distributed.count() == 1:
+            try:
+                _acquire(lock)
+                break
+            except Timeout:
+                if not waited:
+                    say(f"waiting for {path}, which another run makes ({_owner(lock)})")
+                waited = True
+                check()
+                time.sleep(AGAIN)
+        yield
+    finally:
+        _give_back(lock)
+
+
+def _acquire(lock: FileLock) -> None:
+    path = Path(lock.lock_file)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+
+
+def _owner(lock: FileLock) -> str:
+    with suppress(OSError, UnicodeDecodeError):
+        return Path(lock.lock_file).read_text(encoding="utf-8").strip() or "unknown"
+    return "unknown"
+
+
+def _give_back(lock: FileLock) -> None:
+    if lock.is_locked:
+        Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it sees that, and makes a new file
+        lock.release()

@@ -29,11 +29,11 @@ _current: list["Launch"] = []  # the launch under way; what was noted of it is l
 _watchers: list[list["Launch"]] = []
 
 
-class OutOfBounds(AssertionError):
+class OutOfBoundsError(AssertionError):
     """An access outside of the argument that its pointer was made from."""
 
 
-class Race(AssertionError):
+class RaceError(AssertionError):
     """An address that one program of a launch stores to and another one loads or stores, in no order that holds."""
 
 
@@ -104,7 +104,7 @@ class Launch:
             self.fail(f"{kind} of {argument}: {wrong.size} of {offsets.size} elements are outside, {where}")
 
     def fail(self, message: str) -> None:
-        self.error = OutOfBounds(f"{self.kernel}, program {interpreter.interpreter_builder.grid_idx}: {message}")
+        self.error = OutOfBoundsError(f"{self.kernel}, program {interpreter.interpreter_builder.grid_idx}: {message}")
         raise self.error
 
     def check_races(self) -> None:
@@ -121,7 +121,7 @@ class Launch:
             shared = (stored[at] == where) & (owner[at] != who)
             if shared.any():
                 others = sorted({int(n) for n in owner[at[shared]]})
-                raise Race(f"{self.kernel}: {kind} of program {who} at {int(shared.sum())} addresses that "
+                raise RaceError(f"{self.kernel}: {kind} of program {who} at {int(shared.sum())} addresses that "
                            f"programs {others[:8]} store to")  # fmt: skip
 
 

@@ -4,6 +4,7 @@
 #   make experiment-real  the papers' claims on SmolLM2-135M and a part of TOFU (ARGS="--data_dir DIR"; --quick: on few rows)
 #   make test        the test suite, without a GPU (Triton kernels run in the interpreter)
 #   make test-oldest the same with the oldest supported torch, Triton and Transformers, in .venv-oldest
+#   make long-run    10,000 calls of changing shapes: memory, files, threads and caches stay as they are
 #   make aot         every kernel compiled for every target: registers, spills, tensor cores (a quarter of an hour)
 #   make lint        ruff check, ruff format --check and mypy
 #   make bench       the benchmarks of a CPU; ARGS="run --suite head" and others on a GPU
@@ -22,7 +23,7 @@ STAMP        := .venv/.installed
 OLDEST_STAMP := .venv-oldest/.installed
 REAL_STAMP   := .venv/.installed-real
 
-.PHONY: help demo experiment experiment-real test test-oldest aot lint format bench certify gpu-check env clean
+.PHONY: help demo experiment experiment-real test test-oldest long-run aot lint format bench certify gpu-check env clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -41,6 +42,9 @@ test: $(STAMP)
 test-oldest: $(OLDEST_STAMP)
 test test-oldest:
 	OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+long-run: $(STAMP)
+	NPO_LONG_RUN=10000 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_long_run.py -k leave_nothing_behind $(ARGS)
 
 aot: $(STAMP)
 	$(PY) -m tests.aot.compile_all $(ARGS)

@@ -58,8 +58,8 @@ def _guarding(create, guarded: list[Tensor], package: str):
 class Guarded:
     """The same around what a caller passes: NaN of his before it, behind it and between its rows, for ever NaN."""
 
-    def __init__(self, pad: int = 8):
-        self.pad = pad  # elements between two rows; 8: rows begin at multiples of 16 bytes, as descriptors want it
+    def __init__(self, pad: int = 16):
+        self.pad = pad  # elements between two rows, half of them before the first; 16: as tensor descriptors want it
         self.made: list[tuple[Tensor, Tensor]] = []  # (memory, what belongs to the caller of it)
 
     def __call__(self, t: Tensor | None) -> Tensor | None:

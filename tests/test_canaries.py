@@ -44,15 +44,15 @@ def test_nothing_is_written_outside(impl, dtype, needs, workspace_mb):
     check(impl, dtype, needs, workspace_mb, V=257)  # 128 is a label, and the first column of a slice
 
 
-SAME = [("torch", 3), ("torch", 8), ("triton", 3)]  # whose elements between two rows do not keep their alignment
+SAME = [("torch", 3), ("torch", 16), ("triton", 3)]  # elements between two rows; 3 of them keep no alignment
 
 
 @pytest.mark.parametrize(("impl", "pad"), SAME, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_views_of_a_larger_memory_give_the_bits_of_tensors_of_their_own(impl, pad, layout):
-    batch, needs = make_batch(torch.bfloat16, "all", layout, V=130), ("hidden", "weight", "bias")
+    batch, needs = make_batch(torch.bfloat16, "all", layout, H=12, V=70), ("hidden", "weight", "bias")
     arguments = Guarded(pad)
-    for objective in (support.npo, support.tokens) if impl == "triton" else OBJECTIVES:
+    for objective in OBJECTIVES[:1] if impl == "triton" else OBJECTIVES:
         inside = arguments.evaluate(objective, batch, needs, impl=impl)
         alone = support.evaluate(objective, batch, needs, impl=impl)
         assert all(torch.equal(inside[name], alone[name]) for name in alone)

@@ -65,7 +65,9 @@ def verdict(code: int, printed: str) -> str:
     """Of an exit code and what was printed."""
     if code == FOUND:
         found = re.findall(r"^=+ ((?:Invalid|Program hit|ERROR).*)$", printed, re.MULTILINE)
-        raise AssertionError("; ".join(found[:2] + found[-1:]) or f"{PROGRAM} ended with {code}: see log.txt")
+        raise AssertionError(
+            "; ".join(dict.fromkeys(found[:1] + found[-1:])) or f"{PROGRAM} ended with {code}: see log.txt"
+        )
     counted = re.findall(r"^(\d+ (?:passed|failed|skipped|error).*?) in ", printed, re.MULTILINE)
     if code != 0 or not counted:
         raise AssertionError(f"{counted[-1] if counted else 'no test ran'}, ended with {code}: see log.txt")

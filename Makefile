@@ -4,6 +4,7 @@
 #   make experiment-real  the papers' claims on SmolLM2-135M and a part of TOFU (ARGS="--data_dir DIR"; --quick: on few rows)
 #   make test        the test suite, without a GPU (Triton kernels run in the interpreter)
 #   make test-oldest the same with the oldest supported torch, Triton and Transformers, in .venv-oldest
+#   make long-run    10,000 calls of changing shapes: memory, files, threads and caches stay as they are
 #   make aot         every kernel compiled for every target: registers, spills, tensor cores (a quarter of an hour)
 #   make faults      kills, full disks, damaged files: runs of training end as if nothing had been (a quarter of an hour)
 #   make lint        ruff check, ruff format --check and mypy
@@ -26,8 +27,8 @@ OLDEST_STAMP := .venv-oldest/.installed
 REAL_STAMP   := .venv/.installed-real
 TOOLS_STAMP  := .venv-tools/.installed
 
-.PHONY: help demo experiment experiment-real test test-oldest faults aot lint lock audit format bench certify gpu-check env \
-    clean
+.PHONY: help demo experiment experiment-real test test-oldest fuzz faults long-run aot lint lock audit format bench certify \
+    gpu-check env clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -49,6 +50,9 @@ test test-oldest:
 
 faults: $(STAMP)
 	NPO_FAULTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/faults -n $(WORKERS) --dist worksteal $(ARGS)
+
+long-run: $(STAMP)
+	NPO_LONG_RUN=10000 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_long_run.py -k "behind or few_shapes" $(ARGS)
 
 aot: $(STAMP)
 	$(PY) -m tests.aot.compile_all $(ARGS)

@@ -6,6 +6,7 @@ What it allocates without a value holds NaN (or a large integer) until it is wri
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -52,3 +53,48 @@ def _guarding(create, guarded: list[Tensor], package: str):
         return inner.fill_(torch.nan if made.is_floating_point() else 2**30 if made.dtype != torch.bool else True)
 
     return wrapper
+
+
+class Guarded:
+    """The same around what a caller passes: NaN of his before it, behind it and between its rows, for ever NaN."""
+
+    def __init__(self, pad: int = 16):
+        self.pad = pad  # elements between two rows, half of them before the first; 16: as tensor descriptors want it
+        self.made: list[tuple[Tensor, Tensor]] = []  # (memory, what belongs to the caller of it)
+
+    def __call__(self, t: Tensor | None) -> Tensor | None:
+        """The values of t, as a view of a larger memory."""
+        if t is None or t.ndim == 0:
+            return t
+        fill = torch.nan if t.is_floating_point() else 2**30
+        rows = t.shape[:-1].numel() if t.ndim > 1 else 1
+        memory = torch.full((rows + 2, t.shape[-1] + self.pad), fill, dtype=t.dtype, device=t.device)
+        view = memory[1:-1, self.pad // 2 : self.pad // 2 + t.shape[-1]]
+        outside = torch.ones(memory.shape, dtype=torch.bool, device=t.device)
+        outside[1:-1, self.pad // 2 : self.pad // 2 + t.shape[-1]] = False
+        self.made.append((memory, outside))
+        view.copy_(t.detach().reshape(rows, -1))
+        return view[0] if t.ndim == 1 else view.unflatten(0, t.shape[:-1])
+
+    def leaves(self, batch, needs=()):
+        """A batch whose every tensor is such a view, those in `needs` requiring grad."""
+        names = ("hidden", "weight", "bias", "labels", "ref_logps", "cu_seqlens")
+        views = {name: self(getattr(batch, name)) for name in names}
+        for name in needs:
+            views[name].requires_grad_()
+        return replace(batch, **views)
+
+    def evaluate(self, objective, batch, needs=(), **options) -> dict[str, Tensor]:
+        """The loss and the gradients named in `needs`."""
+        batch = self.leaves(batch, needs)
+        loss = objective(batch, **options)
+        grads = torch.autograd.grad(loss, [batch.tensors[name] for name in needs]) if needs else ()
+        return {"loss": loss.detach(), **dict(zip(needs, grads, strict=True))}
+
+    def check(self) -> None:
+        """Nothing has been written between them."""
+        assert self.made
+        for memory, outside in self.made:
+            left = memory[outside]
+            whole = left.isnan() if memory.is_floating_point() else left == 2**30
+            assert whole.all(), f"{int((~whole).sum())} elements around an argument of {tuple(memory.shape)}"

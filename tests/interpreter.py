@@ -1,4 +1,5 @@
-"""Triton's interpreter, made to round and to sum as every GPU does, and to spend its time on the kernels.
+"""Triton's interpreter, made to round and to sum as every GPU does, to find accesses out of bounds, and to spend its
+time on the kernels.
 
 It runs kernels on the CPU when TRITON_INTERPRET=1 is set before they are decorated. What is corrected here belongs to
 the interpreter alone: with it a test would measure the interpreter instead of the kernels.
@@ -11,12 +12,15 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from tests import bounds
+
 
 def adjust() -> None:
     """Once, before the first launch."""
     _round_bfloat16_to_nearest()
     _sum_products_in_one_order()
     _remember_what_to_patch()
+    bounds.watch()
     _launch_with_room_on_the_stack()
 
 

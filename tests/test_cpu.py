@@ -155,6 +155,42 @@ def test_the_setting_is_restored(inside):
         SETTING.fp32_precision = before
 
 
+def test_products_of_float32_wait_for_the_setting_of_other_threads(native):
+    """They would be rounded. And native products wait for them; each kind goes on beside its own."""
+    a, inside, leave, done = torch.rand(3, 4), threading.Event(), threading.Event(), []
+
+    def hold(kind):
+        with kind():
+            inside.set()
+            assert leave.wait(10)
+
+    def multiply(dtype):
+        matmul.project(a.to(dtype), a.to(dtype), torch.empty(3, 3))
+        done.append(dtype)
+
+    for kind, first, second in (
+        (cpu.bfloat16_products, torch.bfloat16, torch.float32), (cpu.float32_products, torch.float32, torch.bfloat16),
+        (cpu.bfloat16_products, torch.bfloat16, torch.float16), (cpu.float32_products, torch.float16, torch.bfloat16),
+    ):  # fmt: skip
+        inside.clear(), leave.clear(), done.clear()
+        holder, free, waiting = (
+            threading.Thread(target=hold, args=(kind,)), *(threading.Thread(target=multiply, args=(dtype,))
+                                                            for dtype in (first, second)),
+        )  # fmt: skip
+        holder.start()
+        assert inside.wait(10)
+        free.start()
+        free.join(10)
+        waiting.start()
+        waiting.join(0.05)
+        assert done == [first] and waiting.is_alive()
+        leave.set()
+        for thread in (holder, waiting):
+            thread.join(10)
+        assert done == [first, second]
+    assert not cpu._turns.queue and not any(cpu._turns.inside.values())
+
+
 def test_the_setting_is_bfloat16_during_the_products_of_logits_alone(native, monkeypatch):
     seen, mm = [], torch.mm
 

@@ -39,6 +39,7 @@ STAGES = (
     Stage("roofline", "time, rate and gaps of every launch; host syncs", 12, 5),
     Stage("step", "NPO and retain steps of whole models against logits and a live reference", 60, 15),
     Stage("suite", "tests/gpu, the longest last", 100, 15),
+    Stage("sanitizer", "a test of each mode under compute-sanitizer, where it is installed", 40, 15),
 )
 
 

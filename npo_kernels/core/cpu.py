@@ -11,8 +11,9 @@ anchored exponentials pass. Those of bfloat16 have the range of float32.
 
 import os
 import threading
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import torch
@@ -64,6 +65,36 @@ def arithmetic(dtype: torch.dtype) -> str:
     return f"{name} products native" if why is None else f"{name} products in float32 copies ({why})"
 
 
+class Turns:
+    """Work of two kinds by many threads: side by side with its own kind, never with the other. First come, first
+    served, so that neither kind can keep the other out.
+    """
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.queue: deque[object] = deque()
+        self.inside = {False: 0, True: 0}
+
+    @contextmanager
+    def of(self, kind: bool) -> Iterator[None]:
+        ticket = object()
+        with self.changed:
+            self.queue.append(ticket)
+            try:
+                self.changed.wait_for(lambda: self.queue[0] is ticket and not self.inside[not kind])
+                self.inside[kind] += 1
+            finally:  # an interrupt, too
+                self.queue.remove(ticket)
+                self.changed.notify_all()
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.inside[kind] -= 1
+                self.changed.notify_all()
+
+
+_turns = Turns()
 _lock = threading.Lock()
 _inside, _before = 0, ""
 
@@ -73,21 +104,28 @@ def bfloat16_products() -> Iterator[None]:
     """Around float32 products of copies of bfloat16 operands: oneDNN rounds them back, which changes nothing, and
     multiplies with bfloat16 instructions, which sum in float32; the result is float32.
 
-    `torch.backends.mkldnn.matmul.fp32_precision` belongs to the process: the float32 products that other threads take
-    meanwhile are rounded too, and `torch.get_float32_matmul_precision` raises there. So it is set around single
-    products. The first thread in sets it and the last one out restores what it was, also when a product raises.
+    `torch.backends.mkldnn.matmul.fp32_precision` belongs to the process. So it is set around single products, and those
+    of this package that are not to be rounded wait meanwhile (`float32_products`). What no lock of ours reaches are the
+    float32 products of a caller's other threads, which are rounded too, and `torch.get_float32_matmul_precision`, which
+    raises there. The first thread in sets it and the last one out restores what it was, also when a product raises.
     """
     global _inside, _before
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    with _lock:
-        if _inside == 0:
-            _before = setting.fp32_precision
-            setting.fp32_precision = "bf16"
-        _inside += 1
-    try:
-        yield
-    finally:
+    with _turns.of(True):
         with _lock:
-            _inside -= 1
             if _inside == 0:
-                setting.fp32_precision = _before
+                _before = setting.fp32_precision
+                setting.fp32_precision = "bf16"
+            _inside += 1
+        try:
+            yield
+        finally:
+            with _lock:
+                _inside -= 1
+                if _inside == 0:
+                    setting.fp32_precision = _before
+
+
+def float32_products() -> AbstractContextManager[None]:
+    """Around every other float32 product on a CPU: not while another thread has the setting of `bfloat16_products`."""
+    return nullcontext() if refusal(torch.bfloat16) else _turns.of(False)

@@ -12,6 +12,8 @@
 end: on a CPU with bfloat16 instructions each of its results is rounded once before it is added in float32.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -25,9 +27,10 @@ COPIED = 2**21  # elements of a head that are upcast at a time: 8 MiB
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None, accumulate: bool = True) -> Tensor:
     """a @ b in float32; added to `out` in place where one is given, or written to it."""
     if a.dtype == b.dtype == torch.float32:
-        if out is not None and accumulate:
-            return out.addmm_(a, b)
-        return torch.mm(a, b, out=out)
+        with _unrounded(a):
+            if out is not None and accumulate:
+                return out.addmm_(a, b)
+            return torch.mm(a, b, out=out)
     if a.is_cuda:
         if out is None:
             return torch.mm(a, b, out_dtype=torch.float32)
@@ -58,7 +61,8 @@ def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
     if x.is_cuda and x.dtype != torch.float32:
         out.copy_(matmul(x, weight.t()))
     elif x.dtype == torch.float32:
-        torch.mm(x, weight.t(), out=out)
+        with _unrounded(x):
+            torch.mm(x, weight.t(), out=out)
     else:
         rows, step = x.float(), max(1, COPIED // max(1, x.shape[1]))
         for v in range(0, weight.shape[0], step):
@@ -66,11 +70,13 @@ def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def _multiply_copies(a: Tensor, b: Tensor, out: Tensor, native: bool) -> None:
-    if native:
-        with cpu.bfloat16_products():
-            torch.mm(a, b, out=out)
-    else:
+    with cpu.bfloat16_products() if native else _unrounded(a):
         torch.mm(a, b, out=out)
+
+
+def _unrounded(a: Tensor) -> AbstractContextManager[None]:
+    """Around a float32 product."""
+    return nullcontext() if a.is_cuda else cpu.float32_products()
 
 
 def project_bytes(x: Tensor, rows: int, columns: int) -> int:

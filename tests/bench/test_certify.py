@@ -17,7 +17,7 @@ from bench.certify import report, runner, schedule
 from bench.certify.command import exit_code
 from bench.certify.journal import BROKEN, CRASHED, FAILED, MISSING, NOT_MEASURED, PASSED, TIMED_OUT, Journal
 from bench.certify.schedule import BUDGETS, RESERVE, STAGES, Stage, allotment, chosen
-from bench.certify.stages import checks
+from bench.certify.stages import checks, sanitizer
 from bench.certify.tests import run_tests
 from bench.certify.unit import Context, Unit
 from bench.providers import UnsupportedError
@@ -219,9 +219,51 @@ def test_every_claim_is_a_test():
     """pytest finds each by the name that the stage has for it."""
     wanted = [f"tests/gpu/{test}" for test, _ in checks.CLAIMS.values()]
     wanted += [test for tests in checks.by_mode().values() for test in tests]
+    wanted += [*sanitizer.modes(), *(f"tests/gpu/{test}" for test in sanitizer.OPERATORS)]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *wanted]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "printed", "found"),
+    [
+        (0, ".. \n2 passed, 1 warning in 3.20s\n========= ERROR SUMMARY: 0 errors\n", "2 passed, 1 warning"),
+        (9, "========= Invalid __global__ read of size 2 bytes\n=========  at kl_logits_kernel+0x10\n"
+            "2 passed in 3.20s\n========= ERROR SUMMARY: 1 error\n",
+         AssertionError("Invalid __global__ read of size 2 bytes; ERROR SUMMARY: 1 error")),
+        (1, "1 failed, 1 passed in 3.20s\n", AssertionError("1 failed, 1 passed, ended with 1: see log.txt")),
+        (255, "========= Error: No attachable process found\n",
+         AssertionError("no test ran, ended with 255: see log.txt")),
+        (0, "2 skipped in 0.10s\n", UnsupportedError("2 skipped")),
+    ],
+)  # fmt: skip
+def test_what_the_sanitizer_found_fails_its_unit(code, printed, found):
+    if isinstance(found, str):
+        assert sanitizer.verdict(code, printed) == found
+    else:
+        with pytest.raises(type(found)) as raised:
+            sanitizer.verdict(code, printed)
+        assert str(raised.value) == str(found)
+
+
+def test_the_sanitizer_is_looked_for_and_runs_the_tests(certify, tmp_path, monkeypatch):
+    """One that passes on what it is given, after its own options; and none at all."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(sanitizer, "TOOLKIT", str(tmp_path))
+    units = [Unit("memcheck", partial(sanitizer.check, tests=["nothing"]), 1)]
+    outcomes, *_ = certify(absent=units)
+    assert [(o.status, o.detail) for o in outcomes["absent"]] == [(MISSING, "compute-sanitizer is not installed")]
+    stand_in = tmp_path / "cuda" / "bin" / sanitizer.PROGRAM
+    stand_in.parent.mkdir(parents=True)
+    stand_in.write_text('#!/bin/sh\necho "7 passed in $PYTORCH_NO_CUDA_MEMORY_CACHING s: $*"\n')
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.setenv("PATH", "/bin:/usr/bin")
+    context = Context(tmp_path, toy=True, deadline=0)
+    assert sanitizer.check(context, ["tests/gpu"]) == "7 passed"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Literal, Unpack, overload
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses.fake_tensor import FakeTensor
 
 from npo_kernels.call.arguments import CallOptions, checked
 from npo_kernels.call.call import Call
@@ -160,5 +160,5 @@ def fused_token_loss(
 
 def _forms_gradients(call: Call) -> bool:
     """Whether the loss runs inside the forward of its gradients."""
-    plain = call.execution.impl == "reference" or torch.compiler.is_compiling() or is_fake(call.hidden)
+    plain = call.execution.impl == "reference" or torch.compiler.is_compiling() or isinstance(call.hidden, FakeTensor)
     return call.execution.needs.any and not plain

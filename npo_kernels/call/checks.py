@@ -67,7 +67,7 @@ def check_batch(
                 "a packed batch (T, H) needs cu_seqlens (B+1,)"
             )
     else:
-        _check_cu_seqlens(cu_seqlens, hidden)
+        check_cu_seqlens(cu_seqlens)
         if hidden.dim() != 2:
             raise ValueError(
                 f"hidden: expected a packed batch (T, H) with cu_seqlens, got {describe(hidden)}; "
@@ -104,7 +104,8 @@ def _refuse_empty_head(name: str, weight: Tensor) -> None:
         )
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor) -> None:
+    """Its dtype and rank; its values are read in `npo_kernels.core.value_checks`."""
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens: expected int32, got {describe(cu_seqlens)}; use cu_seqlens.int()")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:

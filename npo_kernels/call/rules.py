@@ -19,6 +19,11 @@ from npo_kernels.core.row_moments import WITH_ARGMAX
 Rule = Callable[[str, Any], None]
 
 FLOAT32 = torch.finfo(torch.float32)
+# Dtypes of factors: those that torch compares on every device. The others hold no factors anybody would count with.
+REAL = (
+    torch.float32, torch.float64, torch.bfloat16, torch.float16,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+)  # fmt: skip
 # Tensor classes of torch's own that are called as any tensor is: one without values, one that is still on its way from
 # another rank, and those that torch traces with. DTensors have a rule.
 _AS_ANY_TENSOR = ("FakeTensor", "AsyncCollectiveTensor", "FunctionalTensor", "DTensor")
@@ -56,9 +61,9 @@ def head_tensor(name: str, value: Any) -> None:
     if kind is not Tensor and kind is not nn.Parameter:
         _check_class(name, value)
     if value.layout != torch.strided or value.is_quantized or value.is_nested:
-        kind = "quantized" if value.is_quantized else "nested" if value.is_nested else str(value.layout)
+        came = "quantized" if value.is_quantized else "nested" if value.is_nested else str(value.layout)
         way = "dequantize()" if value.is_quantized else "to_padded_tensor(0.0)" if value.is_nested else "to_dense()"
-        raise TypeError(f"{name}: expected a dense torch.Tensor, got a {kind} one: convert it with .{way}")
+        raise TypeError(f"{name}: expected a dense torch.Tensor, got a {came} one: convert it with .{way}")
 
 
 def _check_class(name: str, value: Any) -> None:
@@ -104,8 +109,7 @@ def normalizer(name: str, value: Any) -> None:
         number(positive, "a positive number or a 0-d tensor")(name, value)
         return
     values(name, value)
-    real = value.is_floating_point() or (not value.is_complex() and value.dtype != torch.bool)
-    if value.dim() != 0 or not real:
+    if value.dim() != 0 or value.dtype not in REAL:
         raise ValueError(f"{name}: expected a positive number or a 0-d tensor, got {describe(value)}")
     _constant(name, value, "count sequences under torch.no_grad()")
 
@@ -124,8 +128,8 @@ def ref_logps(name: str, value: Any) -> None:
 def weights(name: str, value: Any) -> None:
     """Factors of any real dtype; whether they are negative is read where that is free."""
     tensor(name, value)
-    if value.is_complex():
-        raise TypeError(f"{name}: expected real factors, got {describe(value)}")
+    if value.dtype not in (*REAL, torch.bool):
+        raise TypeError(f"{name}: expected real factors, as float32 say, got {describe(value)}")
     _constant(name, value, "compute the influence of a sequence under torch.no_grad()")
 
 

@@ -10,7 +10,7 @@ import reprlib
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses.fake_tensor import FakeTensor
 
 from npo_kernels.core.layout import flatten
 
@@ -33,7 +33,7 @@ def readable(tensor: Tensor) -> bool:
     return (
         (tensor.device.type == "cpu" or _debug)
         and not torch._C._functorch.is_batchedtensor(tensor)
-        and not is_fake(tensor)
+        and not isinstance(tensor, FakeTensor)
     )
 
 

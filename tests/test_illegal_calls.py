@@ -369,6 +369,7 @@ def test_set_debug_takes_a_bool(tried):
 
 def test_explain_names_what_it_cannot_explain(tried):
     good = good_arguments(fused_npo_loss)
+    assert explain(fused_npo_loss, **good).mode == explain(fused_npo_loss, *[*good.values()][:3]).mode == "no_grad"
     wrong = [value for _, value in illegal.no_number("function")]
     for value in (*wrong, None, print, fused_linear_kl, functools.partial(print), lambda: 0):
         assert "function: expected one of fused_npo_loss" in message_of(lambda v=value: explain(v, **good), ValueError)

@@ -94,7 +94,8 @@ def add_fused_unlearning_head(model: Model) -> Model:
         ValueError: a head that is not a plain linear layer: an adapter on it (LoRA), or quantised weights. A call
             raises the same, and NotImplementedError where the model does to its logits what has no fused form.
     """
-    inner: Any = model.get_base_model() if isinstance(model, nn.Module) and hasattr(model, "get_base_model") else model
+    base = getattr(model, "get_base_model", None) if isinstance(model, nn.Module) else None  # of PEFT
+    inner: Any = model if base is None else base()
     causal = isinstance(inner, nn.Module) and hasattr(inner, "get_output_embeddings") and hasattr(inner, "config")
     if not causal:
         hint = "; add the head before wrapping, to the model inside" if hasattr(model, "module") else ""

@@ -5,8 +5,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
-from npo_kernels.call.arguments import CallOptions, check_each, describe, rules_of
+from npo_kernels.call.arguments import Arguments, CallOptions
 from npo_kernels.call.prepare import prepare
+from npo_kernels.call.rules import short
 from npo_kernels.core.plan import Plan
 from npo_kernels.logprobs import sequence_logprobs, token_logprobs
 from npo_kernels.losses import fused_npo_loss, fused_simnpo_loss
@@ -34,11 +35,11 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Plan:
     while isinstance(function, functools.partial):
         partial: functools.partial[Any] = function
         function, args, kwargs = partial.func, (*partial.args, *args), {**partial.keywords, **kwargs}
-    if function not in EXPLAINED:
+    if not any(function is one for one in EXPLAINED):
         names = ", ".join(f.__name__ for f in EXPLAINED)
-        raise ValueError(f"function: expected one of {names}, got {getattr(function, '__name__', describe(function))}")
+        raise ValueError(f"function: expected one of {names}, got {getattr(function, '__name__', short(function))}")
     signature = inspect.signature(function)
-    check_each(function.__name__, rules_of(function.__name__, signature), args, kwargs)
+    Arguments.of(function.__name__, signature).check(args, kwargs)
     bound = signature.bind_partial(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments

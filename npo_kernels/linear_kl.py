@@ -8,6 +8,7 @@ from torch import Tensor
 from npo_kernels import reference
 from npo_kernels.call.arguments import Direction, Impl, Reduction, checked
 from npo_kernels.call.call import KLCall
+from npo_kernels.call.checks import check_kept
 from npo_kernels.call.prepare import prepare_kl
 from npo_kernels.core.value_checks import check_kl_labels
 from npo_kernels.ops.linear_kl import KLLossCall, linear_kl, linear_kl_loss
@@ -75,6 +76,8 @@ def fused_linear_kl(
         mask=mask, labels=labels, target_shift=target_shift, direction=direction, bias=bias, ref_bias=ref_bias,
         logit_scale=logit_scale, softcap=softcap, impl=impl, workspace_mb=workspace_mb,
     )  # fmt: skip
+    if reduction == "none" or call.execution.impl == "reference":
+        check_kept(call)
     if reduction == "none":
         kl = reference_kl(call) if call.execution.impl == "reference" else linear_kl(call).kl
         return kl.reshape(hidden.shape[:-1])

@@ -8,6 +8,7 @@ from torch import Tensor
 from npo_kernels import reference
 from npo_kernels.call.arguments import CallOptions, checked
 from npo_kernels.call.call import Call
+from npo_kernels.call.checks import check_kept
 from npo_kernels.call.prepare import prepare
 from npo_kernels.core.value_checks import check_values
 from npo_kernels.ops.logprobs import LogpsCall, token_logps
@@ -76,6 +77,7 @@ def token_logprobs(
     and errors as in `sequence_logprobs`.
     """
     call = prepare(hidden, lm_head_weight, labels, options)
+    check_kept(call)
     if call.execution.impl == "reference":
         tokens = reference_tokens(call)
     else:
@@ -85,6 +87,7 @@ def token_logprobs(
 
 def sequence_logps(call: Call) -> tuple[Tensor, Tensor]:
     """(logps, num_tokens) of a checked call."""
+    check_kept(call)
     if call.execution.impl == "reference":
         return reference.sum_by_sequence(reference_tokens(call), call.positions().offsets), reference_counts(call)
     results = token_logps(LogpsCall(call, per_token=False))
@@ -96,6 +99,7 @@ def scored_tokens(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     Where `num_rows` is not their number, token_logps are NaN.
     """
+    check_kept(call)
     if call.execution.impl == "reference":
         targets, offsets = call.positions()
         index = (targets != call.ignore_index).nonzero().squeeze(1)

@@ -9,6 +9,7 @@ from torch import Tensor
 from npo_kernels import reference
 from npo_kernels.call.arguments import CallOptions, checked
 from npo_kernels.call.call import Call
+from npo_kernels.call.checks import check_kept
 from npo_kernels.call.prepare import prepare
 from npo_kernels.core.layout import DEAD_ROW
 from npo_kernels.core.row_moments import NAMES
@@ -61,6 +62,7 @@ def token_statistics(
         NotImplementedError: when the gradient is differentiated again.
     """
     call = prepare(hidden, lm_head_weight, labels, options)
+    check_kept(call)
     if call.execution.impl == "reference":
         values = reference_statistics(call)
     else:

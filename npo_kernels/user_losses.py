@@ -6,10 +6,12 @@ from typing import Literal, Unpack, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from npo_kernels.call.arguments import CallOptions, check_loss_fn, checked
+from npo_kernels.call.arguments import CallOptions, checked
 from npo_kernels.call.call import Call
 from npo_kernels.call.prepare import prepare
+from npo_kernels.call.rules import check_loss_fn
 from npo_kernels.core.value_checks import check_exact_rows
 from npo_kernels.logprobs import scored_tokens, sequence_logps
 from npo_kernels.ops.token_loss import check_scalar, of_sequences, of_tokens, token_loss
@@ -85,7 +87,7 @@ def fused_logprob_loss(
     else:
         logps, counts = sequence_logps(call)
         loss = loss_fn(logps, counts)
-        check_scalar(loss)
+        check_scalar(loss, hidden.device)
     return (loss, LogprobStats(logps.detach(), counts)) if return_stats else loss
 
 
@@ -150,7 +152,7 @@ def fused_token_loss(
         if call.num_rows is not None and not torch.compiler.is_compiling():
             check_exact_rows(counts.sum(), min(call.num_rows, call.labels.numel()))
         loss = loss_fn(token_logps, sequence, counts)
-        check_scalar(loss)
+        check_scalar(loss, hidden.device)
         if return_stats:
             stats = TokenStats(logps.detach(), counts, token_logps.detach(), sequence)
     return (loss, stats) if return_stats else loss
@@ -158,4 +160,5 @@ def fused_token_loss(
 
 def _forms_gradients(call: Call) -> bool:
     """Whether the loss runs inside the forward of its gradients."""
-    return call.execution.impl != "reference" and call.execution.needs.any and not torch.compiler.is_compiling()
+    plain = call.execution.impl == "reference" or torch.compiler.is_compiling() or isinstance(call.hidden, FakeTensor)
+    return call.execution.needs.any and not plain

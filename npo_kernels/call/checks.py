@@ -1,4 +1,4 @@
-"""What arguments have to be to each other; `npo_kernels.call.arguments` has what each has to be by itself.
+"""What arguments have to be to each other; `npo_kernels.call.rules` has what each has to be by itself.
 
 Every refusal says what came, what is expected and what to do. Nothing here reads values, so nothing waits for a device:
 `npo_kernels.core.value_checks` reads them where that is free.
@@ -7,18 +7,30 @@ Every refusal says what came, what is expected and what to do. Nothing here read
 import torch
 from torch import Tensor
 
-from npo_kernels.call.arguments import describe
+from npo_kernels.call.call import Call, KLCall
+from npo_kernels.call.rules import describe
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _refuse_dtensor(name: str, value: Tensor | None) -> None:
+def _refuse_dtensor(name: str, value: Tensor | None, way: str = "") -> None:
     if type(value).__name__ == "DTensor":
         raise TypeError(
             f"{name} is a DTensor: call the loss inside the wrapped model's forward, where the parameter is a plain "
-            "tensor, or unshard the module first (FSDP2: lm_head.unshard()); a head whose vocabulary is spread over "
-            "ranks that hold the same batch takes process_group=lm_head_weight.device_mesh.get_group()"
+            f"tensor, or unshard the module first (FSDP2: lm_head.unshard()){way}"
         )
+
+
+def _check_dtype(name: str, value: Tensor, impl: str) -> None:
+    """Of hidden states and heads."""
+    if value.dtype in DTYPES or (impl == "reference" and value.dtype == torch.float64):
+        return
+    hint = ""
+    if value.dtype == torch.float64:
+        hint = " (float64 is for impl='reference')"
+    elif value.dtype.itemsize == 1 and "weight" in name:
+        hint = ": dequantise a quantised head, or keep it out of quantisation"
+    raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {describe(value)}{hint}")
 
 
 def check_batch(
@@ -30,13 +42,14 @@ def check_batch(
     impl: str,
 ) -> None:
     """Types, ranks, shapes, dtypes and devices of the tensors all functions share."""
-    for name, value in (("hidden", hidden), ("lm_head_weight", lm_head_weight), ("labels", labels), ("bias", bias)):
-        _refuse_dtensor(name, value)
-
-    dtypes = (*DTYPES, torch.float64) if impl == "reference" else DTYPES
-    if hidden.dtype not in dtypes:
-        hint = " (float64 is for impl='reference')" if hidden.dtype == torch.float64 else ""
-        raise TypeError(f"hidden: expected float32, bfloat16 or float16, got {describe(hidden)}{hint}")
+    spread = (
+        "; a head whose vocabulary is spread over ranks that hold the same batch takes "
+        "process_group=lm_head_weight.device_mesh.get_group()"
+    )
+    for name, value in (("lm_head_weight", lm_head_weight), ("bias", bias)):
+        _refuse_dtensor(name, value, spread)
+    _check_dtype("hidden", hidden, impl)
+    _check_dtype("lm_head_weight", lm_head_weight, impl)
     if lm_head_weight.dtype != hidden.dtype:
         raise TypeError(
             f"lm_head_weight is {describe(lm_head_weight)} but hidden is {describe(hidden)}: cast one of them "
@@ -54,7 +67,7 @@ def check_batch(
                 "a packed batch (T, H) needs cu_seqlens (B+1,)"
             )
     else:
-        _check_cu_seqlens(cu_seqlens, hidden)
+        check_cu_seqlens(cu_seqlens)
         if hidden.dim() != 2:
             raise ValueError(
                 f"hidden: expected a packed batch (T, H) with cu_seqlens, got {describe(hidden)}; "
@@ -91,7 +104,8 @@ def _refuse_empty_head(name: str, weight: Tensor) -> None:
         )
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, hidden: Tensor) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor) -> None:
+    """Its dtype and rank; its values are read in `npo_kernels.core.value_checks`."""
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens: expected int32, got {describe(cu_seqlens)}; use cu_seqlens.int()")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
@@ -120,11 +134,12 @@ def check_kl(
             if t is not None and t.device != hidden.device:
                 raise ValueError(f"{name} is on {t.device} but hidden is on {hidden.device}: move them to one device")
         _refuse_empty_head(f"{side}lm_head_weight", w)
-        dtypes = (*DTYPES, torch.float64) if impl == "reference" else DTYPES
-        if x.dtype not in dtypes or w.dtype != x.dtype:
+        _check_dtype(f"{side}hidden", x, impl)
+        _check_dtype(f"{side}lm_head_weight", w, impl)
+        if w.dtype != x.dtype:
             raise TypeError(
-                f"{side}hidden is {describe(x)} and {side}lm_head_weight {describe(w)}: expected one dtype of "
-                "float32, bfloat16 or float16; cast one of them, or call under torch.autocast"
+                f"{side}lm_head_weight is {describe(w)} but {side}hidden is {describe(x)}: expected one dtype; cast "
+                "one of them, or call under torch.autocast, which casts both"
             )
         if w.dim() != 2 or x.dim() < 2 or x.shape[-1] != w.shape[1]:
             raise ValueError(f"{side}hidden (..., H) and {side}lm_head_weight (V, H): got {describe(x)}, {describe(w)}")
@@ -132,7 +147,8 @@ def check_kl(
             raise ValueError(f"{side}bias: expected ({w.shape[0]},) {w.dtype}, got {describe(b)}")
     if ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(
-            f"V={weight.shape[0]} of the model, V={ref_weight.shape[0]} of the reference: KL needs one vocabulary"
+            f"lm_head_weight has V={weight.shape[0]}, ref_lm_head_weight has V={ref_weight.shape[0]}: KL needs one "
+            "vocabulary; cut the rows that only one of them has (padding)"
         )
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(f"ref_hidden {describe(ref_hidden)}: expected the positions of hidden {describe(hidden)}")
@@ -153,6 +169,23 @@ def check_kl(
             f"target_shift={target_shift} lowers the reference's logit at the label, got labels=None: pass labels, "
             f"{tuple(hidden.shape[:-1])} int64, or leave target_shift out"
         )
+
+
+def check_kept(call: Call | KLCall) -> None:
+    """Of a call whose gradients are formed in the backward: autograd keeps its tensors until then."""
+    if torch.compiler.is_compiling() or not call.execution.needs.any:
+        return
+    named = {"hidden": call.hidden, "lm_head_weight": call.head.weight, "bias": call.head.bias}
+    if isinstance(call, KLCall):
+        reference = call.ref_head
+        named |= {"ref_hidden": call.ref_hidden, "ref_lm_head_weight": reference.weight, "ref_bias": reference.bias}
+        named |= {"mask": call.counted, "labels": call.labels}
+    for name, value in named.items():
+        if value is not None and value.is_inference():
+            raise ValueError(
+                f"{name}: expected a tensor that autograd can keep for the backward, got {describe(value)} made under "
+                "torch.inference_mode(): make it under torch.no_grad(), or clone() it outside"
+            )
 
 
 def check_normalizer(reduction: str, normalizer: float | Tensor | None) -> None:

@@ -22,11 +22,11 @@ def prepare(hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, options: Cal
     `options` is complete: `npo_kernels.call.arguments.checked` has put the defaults in.
     """
     impl = options["impl"]
+    if impl == "reference" and options["process_group"] is not None:
+        raise ValueError("impl='reference' takes the whole head: gather it, or use impl='torch' with process_group")
     weight, bias, shard = local_head(lm_head_weight, options["bias"], options["process_group"])
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     check_batch(hidden, weight, labels, bias, options["cu_seqlens"], impl)
-    if shard is not None and impl == "reference":
-        raise ValueError("impl='reference' takes the whole head: gather it, or use impl='torch' with process_group")
     hidden = _rows_contiguous(hidden)
     hidden = hidden.reshape(labels.numel(), hidden.shape[-1])
     head = _head(weight, bias, options["logit_scale"], options["softcap"])

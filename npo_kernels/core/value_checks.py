@@ -6,9 +6,11 @@ nothing waits for the device, and a wrong value makes the result NaN.
 
 import math
 import os
+import reprlib
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from npo_kernels.core.layout import flatten
 
@@ -16,14 +18,23 @@ _debug = os.environ.get("NPO_KERNELS_DEBUG", "0") not in ("", "0")
 
 
 def set_debug(enabled: bool) -> None:
-    """Check the values of labels, cu_seqlens, ref_logps and normalizer on every device, at the price of syncs."""
+    """Check the values of labels, cu_seqlens, ref_logps and normalizer on every device, at the price of syncs.
+
+    Raises TypeError for anything but True and False.
+    """
     global _debug
-    _debug = bool(enabled)
+    if not isinstance(enabled, bool):
+        raise TypeError(f"enabled: expected True or False, got {type(enabled).__name__} {reprlib.repr(enabled)}")
+    _debug = enabled
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether reading its values is free, or asked for; under vmap there is no one value."""
-    return (tensor.device.type == "cpu" or _debug) and not torch._C._functorch.is_batchedtensor(tensor)
+    """Whether reading its values is free, or asked for; under vmap there is no one value, and a fake has none."""
+    return (
+        (tensor.device.type == "cpu" or _debug)
+        and not torch._C._functorch.is_batchedtensor(tensor)
+        and not isinstance(tensor, FakeTensor)
+    )
 
 
 def check_values(

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from npo_kernels.call.checks import check_cu_seqlens
+from npo_kernels.call.rules import integer, tensor
+
 
 @dataclass(frozen=True)
 class HeadBatch:
@@ -43,12 +46,14 @@ def take_batch(kwargs: dict[str, Any]) -> HeadBatch:
         raise ValueError(
             "fused_unlearning scores labels and got none: pass labels=, or shift_labels= if already shifted"
         )
+    tensor("labels" if shift else "shift_labels", labels)
+    integer("ignore_index", ignore_index)
     if labels.dim() != 2:
         raise ValueError(f"labels: expected (B, S), or (1, T) for a packed batch, got {tuple(labels.shape)}")
     cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
     position_ids, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
     if cu_seqlens is not None:
-        _check_packed(labels, mask)
+        _check_packed(labels, cu_seqlens, mask)
         if position_ids is None:  # without them attention would reach into the neighbours
             kwargs["position_ids"] = _positions(cu_seqlens, labels.shape[1])[None]
         cu_seqlens = cu_seqlens.int()
@@ -59,7 +64,13 @@ def take_batch(kwargs: dict[str, Any]) -> HeadBatch:
     return HeadBatch(labels, shift, cu_seqlens, ignore_index)
 
 
-def _check_packed(labels: Tensor, mask: object) -> None:
+def _check_packed(labels: Tensor, cu_seqlens: Tensor, mask: object) -> None:
+    tensor("cu_seqlens", cu_seqlens)
+    check_cu_seqlens(cu_seqlens)
+    if cu_seqlens.device != labels.device:
+        raise ValueError(
+            f"cu_seqlens is on {cu_seqlens.device} but labels is on {labels.device}: move them to one device"
+        )
     if labels.shape[0] != 1:
         raise ValueError(
             f"cu_seqlens is for a packed batch (1, T), got labels {tuple(labels.shape)}: drop cu_seqlens of a padded "

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
+from npo_kernels.call.rules import short
 from npo_kernels.hf.batch import take_batch
 from npo_kernels.hf.head import CausalLM, alone, computing, head_of, plain_linears, probed
 from npo_kernels.logprobs import sequence_logprobs, token_logprobs
@@ -93,12 +94,14 @@ def add_fused_unlearning_head(model: Model) -> Model:
         ValueError: a head that is not a plain linear layer: an adapter on it (LoRA), or quantised weights. A call
             raises the same, and NotImplementedError where the model does to its logits what has no fused form.
     """
-    inner: nn.Module = getattr(model, "get_base_model", lambda: model)()
-    if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "config"):
+    base = getattr(model, "get_base_model", None) if isinstance(model, nn.Module) else None  # of PEFT
+    inner: Any = model if base is None else base()
+    causal = isinstance(inner, nn.Module) and hasattr(inner, "get_output_embeddings") and hasattr(inner, "config")
+    if not causal:
         hint = "; add the head before wrapping, to the model inside" if hasattr(model, "module") else ""
-        raise TypeError(f"expected a causal language model of transformers, got {type(model).__name__}{hint}")
+        raise TypeError(f"model: expected a causal language model of transformers, got {short(model)}{hint}")
     if getattr(inner.config, "is_encoder_decoder", False):
-        raise TypeError(f"{type(inner).__name__} is an encoder-decoder: expected a decoder-only language model")
+        raise TypeError(f"model: {type(inner).__name__} is an encoder-decoder: expected a decoder-only language model")
     plain_linears(head_of(cast(CausalLM, inner)))
     if not hasattr(inner, "_unfused_class"):
         cls: type = type(inner)
@@ -140,7 +143,7 @@ def _fused_forward(
 ) -> FusedUnlearningOutput:
     """The model's forward up to the head's input, then `function` inside the head."""
     if not callable(function):
-        raise TypeError(f"fused_unlearning: expected True or a function such as fused_npo_loss, got {function!r}")
+        raise TypeError(f"fused_unlearning: expected True or a function such as fused_npo_loss, got {short(function)}")
     _check_arguments(kwargs)
     batch = take_batch(kwargs)
     head = head_of(model)

@@ -151,7 +151,7 @@ def _value_and_grad(loss_of: LossOfTokens, scored: ScoredTokens) -> tuple[Tensor
     leaf = scored.token_logps
     with torch.enable_grad():
         loss = loss_of(scored)
-        check_scalar(loss)
+        check_scalar(loss, leaf.device)
         _check_only_leaf(loss, leaf)
         if not loss.requires_grad:  # a loss that does not depend on them, or depends on all of them ignored
             return loss.detach(), torch.zeros_like(leaf)
@@ -159,7 +159,8 @@ def _value_and_grad(loss_of: LossOfTokens, scored: ScoredTokens) -> tuple[Tensor
     return loss.detach(), torch.zeros_like(leaf) if grad is None else grad
 
 
-def check_scalar(loss: Tensor) -> None:
+def check_scalar(loss: Tensor, device: torch.device) -> None:
+    """A result of `loss_fn` from which a gradient can reach log-probabilities on `device`."""
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         came = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn: expected it to return a 0-d tensor, got {came}; reduce it with .mean() or .sum()")
@@ -167,6 +168,10 @@ def check_scalar(loss: Tensor) -> None:
         raise ValueError(
             f"loss_fn: expected it to return a floating-point tensor, got {loss.dtype}, which carries no gradient to "
             "the log-probabilities; compute the loss in float32"
+        )
+    if loss.device != device:
+        raise ValueError(
+            f"loss_fn: expected it to return a tensor on {device}, as its arguments are, got {loss.device}"
         )
 
 

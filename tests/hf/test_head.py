@@ -441,6 +441,30 @@ def test_arguments_that_have_no_meaning_here(model, batch):
             model(**{**batch, "fused_unlearning": True, **change})
 
 
+def test_illegal_arguments_are_named_before_the_model_runs(model, batch, tried):
+    packed = {key: value for key, value in packed_batch().items() if key != "attention_mask"}
+    offsets = torch.tensor([0, 7, 10, 19], dtype=torch.int32)
+    wrong = {
+        "labels": [batch["labels"].tolist(), batch["labels"].to_sparse(), batch["labels"][0], "labels", 1.0],
+        "shift_labels": [batch["labels"].tolist(), 3],
+        "ignore_index": ["-100", -100.0, None, True, 2**70],
+        "fused_unlearning": ["npo", 1, [0.0] * 1000, torch.ones(())],
+        "cu_seqlens": [offsets.tolist(), offsets.float() + 0.5, offsets[None], offsets[:0], offsets.to("meta"), 19],
+    }
+    for name, values in wrong.items():
+        for value in values:
+            base = packed if name == "cu_seqlens" else batch
+            with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b") as caught:
+                model(**{**base, "fused_unlearning": True, name: value})
+            assert len(str(caught.value)) < 400
+            assert "npo_kernels" in str(caught.traceback[-1].path), (name, value)
+    for value in (None, "model", model.config, type(model), torch.nn.Linear(2, 2), [model]):
+        with pytest.raises(TypeError, match=r"^model: expected a causal language model") as caught:
+            add_fused_unlearning_head(value)
+        assert len(str(caught.value)) < 400
+    tried("illegal calls", sum(map(len, wrong.values())) + 6)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Packed batches
 # ---------------------------------------------------------------------------------------------------------------------

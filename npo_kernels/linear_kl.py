@@ -46,9 +46,9 @@ def fused_linear_kl(
 
     Args:
         hidden, lm_head_weight, bias: the model's, float32, bfloat16 or float16.
-        ref_hidden, ref_lm_head_weight, ref_bias: the reference's, no gradient; V must be the model's, H need not. A token
-            that a bias of -inf rules out in both counts for nothing; ruled out in one alone, where the other does not, an
-            infinite KL comes as inf or as a number beyond any other.
+        ref_hidden, ref_lm_head_weight, ref_bias: the reference's, no gradient; V must be the model's, H need not. A
+            token that a bias of -inf rules out in both counts for nothing. Ruled out in one alone, an infinite KL comes
+            as inf or as a number beyond any other.
         mask: bool, the positions that count (labels != -100, say); None counts all.
         labels: int64, the token of each position, already shifted (labels[t] is what position t predicts). Needed where
             target_shift is not 0, and read at the positions of the mask only, so -100 may stand outside.

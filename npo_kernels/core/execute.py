@@ -78,7 +78,7 @@ def expectation(task: Task, plan: Plan, x: Tensor) -> tuple[Statistics, Tensor]:
     """The frozen-head forward: statistics, and E W (N, H) in float32, which is all its backward needs. Two products."""
     target = task.rows.target
     z = target_logits(task, x, target)
-    # below a target of -inf, a slice without a possible token would hold exp(-inf - -inf) = NaN; one slice of all has some
+    # below a target of -inf, a slice of ruled out tokens alone would hold exp(-inf - -inf); a slice of all has others
     anchor = z if len(plan.slices) == 1 else z.clamp(min=torch.finfo(torch.float32).min)
     sums, product = [], None
     for begin, end, room in slab_rooms(task.backend, x, plan.slices):

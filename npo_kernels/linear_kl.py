@@ -47,7 +47,9 @@ def fused_linear_kl(
 
     Args:
         hidden, lm_head_weight, bias: the model's, float32, bfloat16 or float16.
-        ref_hidden, ref_lm_head_weight, ref_bias: the reference's, no gradient; V must be the model's, H need not.
+        ref_hidden, ref_lm_head_weight, ref_bias: the reference's, no gradient; V must be the model's, H need not. A
+            token that a bias of -inf rules out in both counts for nothing. Ruled out in one alone, an infinite KL comes
+            as inf or as a number beyond any other.
         mask: bool, the positions that count (labels != -100, say); None counts all.
         labels: int64, the token of each position, already shifted (labels[t] is what position t predicts). Needed where
             target_shift is not 0, and read at the positions of the mask only, so -100 may stand outside.
@@ -81,7 +83,8 @@ def fused_linear_kl(
     if reduction == "none":
         kl = reference_kl(call) if call.execution.impl == "reference" else linear_kl(call).kl
         return kl.reshape(hidden.shape[:-1])
-    count = call.counted.sum().clamp(min=1) if reduction == "mean" else torch.ones((), device=hidden.device)
+    # float32 by name: 1 / an integer would have the default dtype of the process
+    count = call.counted.sum().clamp(min=1).float() if reduction == "mean" else hidden.new_ones((), dtype=torch.float32)
     if call.execution.impl == "reference":
         return reference_kl(call).sum() / count
     return linear_kl_loss(KLLossCall(call, 1.0 / count)).loss

@@ -89,7 +89,7 @@ def linear_kl(
         ref_z = ref_z.scatter_add(-1, picked, lowering)
     logp, ref_logp = z.log_softmax(-1), ref_z.log_softmax(-1)
     p, q = (logp, ref_logp) if reverse else (ref_logp, logp)
-    return (p.exp() * (p - q)).sum(-1)
+    return (p.exp() * torch.where(p.isneginf(), 0.0, p - q)).sum(-1)  # 0 log 0 = 0
 
 
 def logits(x: Tensor, head: Head) -> Tensor:

@@ -78,8 +78,9 @@ def expectation(task: Task, plan: Plan, x: Tensor) -> tuple[Statistics, Tensor]:
     """The frozen-head forward: statistics, and E W (N, H) in float32, which is all its backward needs. Two products."""
     target = task.rows.target
     z = target_logits(task, x, target)
-    anchor, sums = z, []
-    product = None
+    # below a target of -inf, a slice of ruled out tokens alone would hold exp(-inf - -inf); a slice of all has others
+    anchor = z if len(plan.slices) == 1 else z.clamp(min=torch.finfo(torch.float32).min)
+    sums, product = [], None
     for begin, end, room in slab_rooms(task.backend, x, plan.slices):
         slab, part, raised = task.backend.exp_logits(x, task.head, target, anchor, (begin, end), out=room)
         if product is not None:  # an anchor raised by this slice rescales what the earlier ones left

@@ -39,9 +39,10 @@ def pair_of(call: KLCall, needs: Needs, upstream_later: bool = False) -> Pair:
     ends = torch.arange(2, device=call.hidden.device) * call.hidden.shape[0]  # a copy from the host would wait
     rows = compact(torch.where(call.counted, 0, DEAD_ROW), ends, 1, DEAD_ROW, num_rows=None)
     rows = replace(rows, target=torch.full_like(rows.target, ELSEWHERE))
-    task = Task(call.hidden, call.head, rows, needs, backend_of(call.execution.impl), None, upstream_later)
+    head, ref_head = call.head.with_finite_bias(), call.ref_head.with_finite_bias()
+    task = Task(call.hidden, head, rows, needs, backend_of(call.execution.impl), None, upstream_later)
     lowered = None if call.labels is None else Lowered(call.labels[rows.index], call.target_shift)
-    return Pair(task, task.gather(), call.ref_hidden[rows.index], call.ref_head, lowered, call.reverse)
+    return Pair(task, task.gather(), call.ref_hidden[rows.index], ref_head, lowered, call.reverse)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

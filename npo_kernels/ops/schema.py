@@ -114,8 +114,10 @@ class Operator(Generic[Arguments, Results]):
         def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             ctx.set_materialize_grads(False)  # no zeros of the size of dWeight for results nobody differentiates
             flat = saved.flatten(save(self.arguments.build(inputs), self.results.build(output)))
-            ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in flat))
-            ctx.constants = [None if isinstance(value, Tensor) else value for value in flat]
+            # autograd refuses to save tensors of inference_mode (a teacher's hidden states), which nobody can write to
+            saves = [isinstance(value, Tensor) and not value.is_inference() for value in flat]
+            ctx.save_for_backward(*(value if saved else None for value, saved in zip(flat, saves, strict=True)))
+            ctx.constants = [None if saved else value for value, saved in zip(flat, saves, strict=True)]
 
         def run_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
             flat = [c if t is None else t for t, c in zip(ctx.saved_tensors, ctx.constants, strict=True)]

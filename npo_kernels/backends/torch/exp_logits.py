@@ -96,7 +96,7 @@ def _exponentials(
     direct = slab is not None and dtype == torch.float32
     block = x.new_empty(0 if direct else n, min(blocks.BLOCK_V, end - begin), dtype=torch.float32)
     parts = x.new_empty(-(-(end - begin) // blocks.BLOCK_V), n, dtype=torch.float32)
-    anchor = anchor.clone()
+    anchor = anchor.clamp(min=torch.finfo(torch.float32).min)  # a target of -inf: exp(-inf - -inf) would be NaN
     step = blocks.cached_rows(x)
     for number, b in enumerate(range(begin, end, blocks.BLOCK_V)):
         stop = min(b + blocks.BLOCK_V, end)

@@ -1,0 +1,39 @@
+"""Random legal calls of every public function, on every implementation, against a float64 oracle: a few hundred a run.
+
+`make fuzz` draws others for as long as it is told to, and shrinks what fails; `kept.py` has what failed once.
+"""
+
+import hypothesis
+import pytest
+
+from tests.fuzz.calls import FUNCTIONS, calls
+from tests.fuzz.check import check
+from tests.fuzz.kept import KEPT
+
+pytestmark = pytest.mark.usefixtures("poisoned_allocations", "small_blocks")
+CALLS = {"torch": 26, "triton": 6, "reference": 6}  # of each function; the interpreter is slow
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("impl", CALLS)
+def test_drawn_calls(impl, function, tried):
+    checked = []
+
+    @hypothesis.settings(max_examples=CALLS[impl])
+    @hypothesis.given(calls(function, impl))
+    def run(call):
+        checked.append(call)
+        hypothesis.note(f"check({call}, {impl!r})")
+        check(call, impl)
+
+    run()
+    tried(f"fuzzed calls, {impl}", len(checked))
+
+
+@pytest.mark.parametrize("impl", CALLS)
+@pytest.mark.parametrize("call", KEPT, ids=repr)
+def test_calls_that_failed_once(call, impl, tried):
+    if (call.dtype == "float64") != (impl == "reference"):
+        pytest.skip("float64 is for the reference alone, and the reference rounds logits to 16 bits")
+    check(call, impl)
+    tried(f"kept calls, {impl}")

@@ -5,6 +5,7 @@
 #   make test        the test suite, without a GPU (Triton kernels run in the interpreter)
 #   make test-oldest the same with the oldest supported torch, Triton and Transformers, in .venv-oldest
 #   make aot         every kernel compiled for every target: registers, spills, tensor cores (a quarter of an hour)
+#   make fuzz        random calls against float64 for as long as you like (ARGS="--minutes 60 --impl torch --function npo")
 #   make lint        ruff check, ruff format --check and mypy
 #   make bench       the benchmarks of a CPU; ARGS="run --suite head" and others on a GPU
 #   make certify     a GPU: its tests, the targets beside the peers, tiles, rooflines, in seven minutes (ARGS="--plan": how)
@@ -22,7 +23,7 @@ STAMP        := .venv/.installed
 OLDEST_STAMP := .venv-oldest/.installed
 REAL_STAMP   := .venv/.installed-real
 
-.PHONY: help demo experiment experiment-real test test-oldest aot lint format bench certify gpu-check env clean
+.PHONY: help demo experiment experiment-real test test-oldest fuzz aot lint format bench certify gpu-check env clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -41,6 +42,9 @@ test: $(STAMP)
 test-oldest: $(OLDEST_STAMP)
 test test-oldest:
 	OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz $(ARGS)
 
 aot: $(STAMP)
 	$(PY) -m tests.aot.compile_all $(ARGS)

@@ -66,7 +66,7 @@ def _units(call: Call, like: Tensor, rounding: Rounding) -> Tensor:
     """Some rounding units of float32, of the sign and size that `rounding` draws."""
     wide = torch.float64 if call.dtype == "float64" else torch.float32
     unit = torch.finfo(call.working_dtype).eps / torch.finfo(wide).eps
-    return (rounding(torch.ones_like(like)) - 1).detach() * 4 / unit
+    return (rounding(torch.ones_like(like)) - 1).detach() * 8 / unit
 
 
 def _tokens(call: Call, t: dict[str, Tensor], rounding: Rounding | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -75,6 +75,8 @@ def _tokens(call: Call, t: dict[str, Tensor], rounding: Rounding | None) -> tupl
     labels, sequence = (torch.tensor([row[i] for row in rows], dtype=torch.int64) for i in (1, 2))
     z = _logits(call, t, rounding)
     tokens = _log_softmax_at(z, labels)
+    if rounding is not None and call.working_dtype == torch.float16:  # whose smallest exponential is 2^-24
+        tokens = tokens + ((z - z.detach()) * _units(call, z, rounding)).sum(1)
     member = sequence == torch.arange(B)[:, None]  # (B, N)
     return tokens, sequence, torch.where(member, tokens, 0.0).sum(1), member.sum(1)
 
@@ -99,7 +101,7 @@ def _spread(call: Call, t: dict[str, Tensor], values: Tensor, empty: float = 0) 
 def _ratio_loss(call: Call, t: dict[str, Tensor], logps: Tensor, ratio: Tensor, counts: Tensor) -> Outputs:
     weights = t["weights"].to(logps.dtype) if "weights" in t else torch.ones_like(logps)
     counted = (counts > 0) & (weights != 0)
-    losses = 2 / call.beta * F.softplus(call.beta * torch.where(counted, ratio, 0.0), threshold=1e9)
+    losses = -2 / call.beta * F.logsigmoid(-call.beta * torch.where(counted, ratio, 0.0))
     losses = torch.where(counted, torch.where(counted, weights, 0.0) * losses, 0.0)
     if call.reduction == "none":
         value = losses
@@ -176,6 +178,9 @@ def _kl(call: Call, t: dict[str, Tensor], rounding: Rounding | None) -> Outputs:
     if call.reverse:
         p, q = q, p
     values = (p.exp() * (p - q)).sum(1)
+    if rounding is not None:  # the gradient is a difference of probabilities, each off by a unit of its own
+        sizes = torch.maximum(p, q).exp().detach()
+        values = values + ((z - z.detach()) * sizes * _units(call, z, rounding)).sum(1)
     if call.reduction == "none":
         return {"value": _spread(call, t, values)}
     return {"value": values.sum() / (max(1, values.shape[0]) if call.reduction == "mean" else 1)}

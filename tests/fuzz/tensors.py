@@ -109,8 +109,10 @@ def _per_sequence(call: Call, labels: Tensor, g: torch.Generator) -> dict[str, T
         if call.garbage:
             ref = torch.where((counts > 0) & (factors > 0), ref, torch.inf * noise)
         made["ref_logps"] = ref.to(getattr(torch, call.ref_dtype))
-    return {name: t if t.dim() == 0 else _first_repeated(t, call.others_as) if not call.garbage else t
-            for name, t in made.items()}
+    return {
+        name: t if t.dim() == 0 else _first_repeated(t, call.others_as) if not call.garbage else t
+        for name, t in made.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

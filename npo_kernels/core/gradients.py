@@ -65,8 +65,8 @@ class HeadGradients:
         `peaks` are one more term for each row: its coefficient, and its column.
         """
         self.first, self.empty = self.empty, False
-        # float16 ends at 6e-8: a unit is taken out of the operand and put back in float32, such that its largest entry is
-        # at the other end: then rows of little weight, next to others, lose the fewest digits
+        # float16 ends at 6e-8: a unit is taken out of the operand and put back in float32. It moves the largest entry
+        # to the other end, so that rows of little weight, next to others, lose the fewest digits
         self.unit = None
         if self.dtype == torch.float16 and row_coef.numel():
             largest = row_coef.abs().amax() * torch.linalg.vector_norm(x, torch.inf).float().clamp(min=1)

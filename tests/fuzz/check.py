@@ -1,7 +1,7 @@
 """One call, checked: values, gradients, statistics, and that nothing else has changed.
 
-What may be lost is measured with the oracle's own code, for each entry of a value and each row of a gradient: what plain
-PyTorch with float32 logits loses, and what inputs and gradients of logits that are a rounding unit away would change. On
+What may be lost is measured with the oracle's own code, for each entry of a value and each row of a gradient: what
+plain PyTorch with float32 logits loses, and what inputs and gradients of logits a rounding unit away would change. On
 top come a few rounding units of the result.
 """
 

@@ -180,6 +180,8 @@ def _kl(call: Call, t: dict[str, Tensor], rounding: Rounding | None) -> Outputs:
     values = (p.exp() * (p - q)).sum(1)
     if rounding is not None:  # the gradient is a difference of probabilities, each off by a unit of its own
         sizes = torch.maximum(p, q).exp().detach()
+        if call.reverse:  # times the difference of its logarithm and the KL
+            sizes = sizes * (1 + values.detach()[:, None] + (p - q).detach().abs())
         values = values + ((z - z.detach()) * sizes * _units(call, z, rounding)).sum(1)
     if call.reduction == "none":
         return {"value": _spread(call, t, values)}

@@ -17,7 +17,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so befo
 import hypothesis
 
 from tests import interpreter, patches
-from tests.fuzz.calls import FUNCTIONS, Call, calls
+from tests.fuzz.calls import FUNCTIONS, Call, calls, random_call, smaller
 from tests.fuzz.check import check
 
 BATCH = {"torch": 100, "triton": 15, "reference": 100}  # calls of one function before the next one has its turn
@@ -59,7 +59,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def search(
     impl: str, function: str, largest: int, seed: int, done: Counter, end: float
 ) -> tuple[Call, BaseException] | None:
-    """The smallest call that fails among a batch of random ones, and how."""
+    """The smallest call that fails among a batch of random ones, and how. Every other batch is hypothesis's own."""
+    if seed % 2:
+        return search_evenly(impl, function, largest, random.Random(seed), done, end)
     last: list[tuple[Call, BaseException]] = []
 
     @hypothesis.seed(seed)
@@ -88,6 +90,33 @@ def search(
         run()
     except Exception as error:
         return last[-1] if last else (Call(function=function), error)
+    return None
+
+
+def search_evenly(
+    impl: str, function: str, largest: int, rng: random.Random, done: Counter, end: float
+) -> tuple[Call, BaseException] | None:
+    """The same with large and small calls alike."""
+
+    def fails(call: Call) -> bool:
+        return error_of(call, impl) is not None
+
+    for _ in range(BATCH[impl]):
+        call = random_call(function, impl, rng.getrandbits(32), largest)
+        if time.monotonic() >= end:
+            break
+        done[impl] += 1
+        if fails(call):
+            call = smaller(call, fails)
+            return call, error_of(call, impl) or AssertionError("not every time")
+    return None
+
+
+def error_of(call: Call, impl: str) -> Exception | None:
+    try:
+        check(call, impl)
+    except Exception as error:
+        return error
     return None
 
 

@@ -4,7 +4,9 @@
 is all that is needed to run it again (`tests/fuzz/kept.py`).
 """
 
-from dataclasses import dataclass, fields
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate, combinations
 
 import torch
@@ -95,44 +97,41 @@ class Call:
 # ---------------------------------------------------------------------------------------------------------------------
 
 LAYOUTS = ("contiguous", "transposed", "every other", "of wider rows", "behind an offset", "expanded", "negated")
-_layouts = st.sampled_from((*["contiguous"] * 4, *LAYOUTS[1:]))
+_LAYOUTS = (*["contiguous"] * 4, *LAYOUTS[1:])
 
 
 def _mostly(usual, *others):
     """As often the first as one of the others."""
-    return st.just(usual) | st.sampled_from(others)
+    return (usual,) * len(others) + others
 
 
-def calls(function: str, impl: str, largest: int = 12) -> st.SearchStrategy[Call]:
-    """Legal calls of a function; sequences of up to `largest` positions."""
+def _choices(function: str, impl: str) -> dict[str, tuple]:
+    """The values of each field but the lengths, equally likely."""
     dtypes = ("float64", "float32") if impl == "reference" else ("float32", "bfloat16", "float16")
-    sizes = st.sampled_from((2, 1, 7, 16, 33)) | st.integers(1, 80)
-    some = st.lists(st.integers(2, largest), min_size=1, max_size=4)
-    lengths = some | some | st.lists(st.integers(0, largest), max_size=5)
+    sizes = (2, 1, 7, 16, 33, *range(1, 80, 12))
     drawn = {
-        "function": st.just(function),
-        "dtype": st.sampled_from(dtypes),
-        "lengths": lengths.map(tuple),
-        "packed": st.booleans(),
+        "function": (function,),
+        "dtype": dtypes,
+        "packed": (False, True),
         "H": sizes,
-        "V": st.sampled_from((3, 1, 2, 9, 63, 64, 65, 72, 73, 128, 130, 201)) | st.integers(1, 260),
-        "seed": st.integers(0, 2**31),
-        "needs": st.sampled_from((PARTS, *combinations(PARTS, 2), *combinations(PARTS, 1), ())),
-        "upstream": st.sampled_from((0.7, 1.0, -3.0, 2.0**-12)),
-        "bias": st.booleans(),
+        "V": (3, 1, 2, 9, 63, 64, 65, 72, 73, 128, 130, 201, *range(1, 260, 9)),
+        "seed": tuple(range(1000)),
+        "needs": (PARTS, *combinations(PARTS, 2), *combinations(PARTS, 1), ()),
+        "upstream": (0.7, 1.0, -3.0, 2.0**-12),
+        "bias": (False, True),
         "logit_scale": _mostly(1.0, 0.4, -1.3, 1e-3, 20.0),
         "softcap": _mostly(None, 3.0, 30.0, 0.5, 1e4),
         "spread": _mostly(1.0, 0.1, 3.0, 30.0, 1e4),
         "certain": _mostly(0.0, 10.0, 80.0, -40.0, -200.0, 1e4),
         "shift": _mostly(True, False),
-        "ignored": st.sampled_from((0.0, 0.3, 0.3, 0.3, 0.9, 1.0)),
-        "ignore_index": st.sampled_from((-100, -1, 0, 2, 2**40)),
+        "ignored": (0.0, 0.3, 0.3, 0.3, 0.9, 1.0),
+        "ignore_index": (-100, -1, 0, 2, 2**40),
         "labels": _mostly("any", "one", "ends"),
-        "garbage": st.booleans(),
-        "hidden_as": _layouts,
-        "weight_as": _layouts,
-        "others_as": _layouts,
-        "workspace": st.sampled_from((None, "tiny", "least", 0.2)),
+        "garbage": (False, True),
+        "hidden_as": _LAYOUTS,
+        "weight_as": _LAYOUTS,
+        "others_as": _LAYOUTS,
+        "workspace": (None, "tiny", "least", 0.2),
     }
     if impl != "reference":
         drawn["autocast"] = _mostly(None, None, None, "bfloat16", "float16")
@@ -141,26 +140,42 @@ def calls(function: str, impl: str, largest: int = 12) -> st.SearchStrategy[Call
     if function in ("npo", "simnpo"):
         drawn |= {
             "beta": _mostly(0.1, 1.0, 4.5, 1e-6, 1e3),
-            "reduction": st.sampled_from(("mean", "sum", "none")),
+            "reduction": ("mean", "sum", "none"),
             "normalizer": _mostly(None, 3, 2.5, "float32", "int64", "float64"),
             "weights": _mostly(None, "float32", "int64", "bfloat16", "zeros"),
         }
     if function == "npo":
-        drawn |= {"ref": st.sampled_from(("far", "near", "beyond")), "ref_dtype": _mostly("float32", "float64")}
+        drawn |= {"ref": ("far", "near", "beyond"), "ref_dtype": _mostly("float32", "float64")}
     if function == "simnpo":
         drawn["gamma"] = _mostly(0.0, 0.5, -4.0, 1e3)
     if function == "statistics":
-        drawn["which"] = st.just(STATISTICS) | st.lists(st.sampled_from(STATISTICS), unique=True).map(tuple)
+        drawn["which"] = _mostly(STATISTICS, *combinations(STATISTICS, 2), ())
     if function == "kl":
         drawn |= {
-            "reduction": st.sampled_from(("mean", "sum", "none")),
-            "reverse": st.booleans(),
+            "reduction": ("mean", "sum", "none"),
+            "reverse": (False, True),
             "target_shift": _mostly(0.0, 3.0, -1.0, 1e3),
-            "masked": st.booleans(),
+            "masked": (False, True),
             "H_ref": sizes,
-            "ref_bias": st.booleans(),
+            "ref_bias": (False, True),
         }
-    return st.builds(Call, **drawn).map(_legal)
+    return drawn
+
+
+def calls(function: str, impl: str, largest: int = 12) -> st.SearchStrategy[Call]:
+    """Legal calls of a function, sequences of up to `largest` positions; hypothesis likes small ones, and shrinks."""
+    some = st.lists(st.integers(2, largest), min_size=1, max_size=4)
+    lengths = some | some | st.lists(st.integers(0, largest), max_size=5)
+    drawn = {name: st.sampled_from(values) for name, values in _choices(function, impl).items()}
+    return st.builds(Call, lengths=lengths.map(tuple), **drawn).map(_legal)
+
+
+def random_call(function: str, impl: str, seed: int, largest: int = 12) -> Call:
+    """The same, each value as likely as any other."""
+    rng = random.Random(seed)
+    number, least = rng.choice(((1, 2), (2, 2), (3, 0), (4, 1), (5, 0), (3, 3), (0, 0)))
+    drawn = {name: rng.choice(values) for name, values in _choices(function, impl).items()}
+    return _legal(Call(lengths=tuple(rng.randint(least, largest) for _ in range(number)), **drawn))
 
 
 def _legal(call: Call) -> Call:
@@ -172,5 +187,21 @@ def _legal(call: Call) -> Call:
         changes["normalizer"] = None
     if call.function == "kl" and not call.masked:
         changes["garbage"] = False
-    values = {f.name: getattr(call, f.name) for f in fields(call)}
-    return Call(**{**values, **changes})
+    return replace(call, **changes)
+
+
+def smaller(call: Call, fails: Callable[[Call], bool]) -> Call:
+    """The call with as many defaults as still fail, and as few and short sequences."""
+    changed = True
+    while changed:
+        candidates = [
+            replace(call, **{f.name: f.default}) for f in fields(call) if f.name not in ("function", "lengths")
+        ]
+        for i, length in enumerate(call.lengths):
+            rest = call.lengths[:i], call.lengths[i + 1 :]
+            candidates += [
+                replace(call, lengths=(*rest[0], *new, *rest[1])) for new in ((), (length // 2,), (length - 1,))
+            ]
+        found = next((c for c in candidates if c != call and min(c.lengths, default=0) >= 0 and fails(c)), None)
+        changed, call = found is not None, found or call
+    return call

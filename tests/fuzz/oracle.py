@@ -78,7 +78,10 @@ def _tokens(call: Call, t: dict[str, Tensor], rounding: Rounding | None) -> tupl
     if rounding is not None and call.working_dtype == torch.float16:  # whose smallest exponential is 2^-24
         tokens = tokens + ((z - z.detach()) * _units(call, z, rounding)).sum(1)
     member = sequence == torch.arange(B)[:, None]  # (B, N)
-    return tokens, sequence, torch.where(member, tokens, 0.0).sum(1), member.sum(1)
+    logps = torch.where(member, tokens, 0.0).sum(1)
+    if rounding is not None:  # a sum of many
+        logps = logps * (1 + _units(call, logps, rounding))
+    return tokens, sequence, logps, member.sum(1)
 
 
 def _log_softmax_at(z: Tensor, labels: Tensor) -> Tensor:

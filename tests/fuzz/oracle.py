@@ -112,7 +112,7 @@ def _ratio_loss(call: Call, t: dict[str, Tensor], logps: Tensor, ratio: Tensor, 
         value = losses.sum()
     else:
         divisor = max(1, int((counts > 0).sum())) if call.normalizer is None else call.normalizer
-        value = losses.sum() / (3 if isinstance(divisor, str) else divisor)
+        value = losses.sum() / (7 if isinstance(divisor, str) else divisor)
     stats = {"logps": logps, "num_tokens": counts}
     usual = ratio.isfinite()  # what a reference of NaN makes of the ratio is nobody's promise
     stats |= {"log_ratio": torch.where(usual, ratio, 0.0)}

@@ -102,7 +102,7 @@ def _per_sequence(call: Call, labels: Tensor, g: torch.Generator) -> dict[str, T
         if call.garbage and factors.is_floating_point():
             made["weights"] = torch.where(counts == 0, torch.nan, factors)
     if isinstance(call.normalizer, str):
-        made["normalizer"] = torch.tensor(3, dtype=getattr(torch, call.normalizer))
+        made["normalizer"] = torch.tensor(7, dtype=getattr(torch, call.normalizer))
     if call.function == "npo":
         guess = -counts * torch.tensor(float(call.V)).log()
         ref = {"far": guess + 10 * noise, "near": guess + noise / 10, "beyond": guess - 1000 * noise}[call.ref]

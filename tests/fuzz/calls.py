@@ -140,7 +140,7 @@ def _choices(function: str, impl: str) -> dict[str, tuple]:
     if function in ("npo", "simnpo"):
         drawn |= {
             "beta": _mostly(0.1, 1.0, 4.5, 1e-6, 1e3),
-            "reduction": ("mean", "sum", "none"),
+            "reduction": ("mean", "mean", "mean", "sum", "none"),  # which alone has a normalizer
             "normalizer": _mostly(None, 7, 2.5, "float32", "int64", "float64"),
             "weights": _mostly(None, "float32", "int64", "bfloat16", "zeros"),
         }

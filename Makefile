@@ -6,6 +6,7 @@
 #   make test-oldest the same with the oldest supported torch, Triton and Transformers, in .venv-oldest
 #   make long-run    10,000 calls of changing shapes: memory, files, threads and caches stay as they are
 #   make aot         every kernel compiled for every target: registers, spills, tensor cores (a quarter of an hour)
+#   make fuzz        random calls against float64 for as long as you like (ARGS="--minutes 60 --impl torch --function npo")
 #   make faults      kills, full disks, damaged files: runs of training end as if nothing had been (a quarter of an hour)
 #   make lint        ruff check, ruff format --check and mypy
 #   make lock        the hashes of all packages that CI installs (LOCKED=1), anew from the constraints
@@ -47,6 +48,9 @@ test: $(STAMP)
 test-oldest: $(OLDEST_STAMP)
 test test-oldest:
 	OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz $(ARGS)
 
 faults: $(STAMP)
 	NPO_FAULTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/faults -n $(WORKERS) --dist worksteal $(ARGS)

@@ -127,7 +127,8 @@ def fused_simnpo_loss(
     `fused_npo_loss`, without `ref_logps`.
     """
     call = prepare(hidden, lm_head_weight, labels, options)
-    offset = torch.full((call.num_sequences,), -float(gamma), dtype=torch.float32, device=hidden.device)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    offset = torch.full((call.num_sequences,), -float(gamma), dtype=dtype, device=hidden.device)
     return _ratio_loss(call, offset, beta, True, options, return_stats)
 
 
@@ -150,7 +151,7 @@ def _ratio_loss(
         if not torch.compiler.is_compiling():
             check_factors(offset, normalizer if isinstance(normalizer, Tensor) else None, weights, counts)
         ratio = formulas.log_ratio(logps, counts, offset.to(logps.dtype), length_normalized)
-        scale = formulas.sequence_scale(counts, reduction, normalizer, weights).to(logps.dtype)
+        scale = formulas.sequence_scale(counts, reduction, normalizer, weights, logps.dtype).to(logps.dtype)
         loss = formulas.reduce(scale, ratio, logps, beta)
         loss = loss if reduction == "none" else loss.sum()
     else:

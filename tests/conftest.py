@@ -10,11 +10,12 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before anything imports one
 
 import collections
-import sys
 from importlib.util import find_spec
 
 import hypothesis
 import pytest
+
+from tests import patches
 
 if find_spec("triton") is not None:
     import triton
@@ -40,43 +41,17 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 
 
-def _poisoned(create):
-    """`create`, but what npo_kernels allocates with it holds NaN (or a large integer) until it is written."""
-
-    def wrapper(*args, **kwargs):
-        made = create(*args, **kwargs)
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        if type(made) is torch.Tensor and caller.split(".")[0] == "npo_kernels":
-            made.detach().fill_(torch.nan if made.is_floating_point() else 2**30)
-        return made
-
-    return wrapper
-
-
 @pytest.fixture
 def poisoned_allocations():
-    """A result that a kernel forgets to write is NaN instead of whatever the allocator left there."""
-    with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-            patch.setattr(owner, name, _poisoned(getattr(owner, name)))
+    """`tests.patches.poisoned_allocations` for a test."""
+    with patches.poisoned_allocations():
         yield
 
 
 @pytest.fixture
 def small_blocks():
-    """The torch path cut into blocks that small tests have several of, ragged ones included."""
-    from npo_kernels.backends.torch import blocks, rows
-    from npo_kernels.core import execute, gradients, matmul
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "BLOCK_V", 64)
-        patch.setattr(blocks, "BLOCK_N", 16)
-        patch.setattr(blocks, "CACHED_ROWS", 5)
-        for name, value in {"BLOCK_K": 24, "BLOCK_M": 24, "COPIED": 700}.items():
-            patch.setattr(matmul, name, value)
-        for module in (execute, gradients):
-            patch.setattr(module, "GRAD_SLICE", 72)
-        patch.setattr(rows, "SCALED_ROWS", 72)
+    """`tests.patches.small_blocks` for a test."""
+    with patches.small_blocks():
         yield
 
 

@@ -39,16 +39,20 @@ def ratio_weight(log_ratio: Tensor, beta: float) -> Tensor:
 
 
 def sequence_scale(
-    num_tokens: Tensor, reduction: str, normalizer: Tensor | float | None, weights: Tensor | None = None
+    num_tokens: Tensor,
+    reduction: str,
+    normalizer: Tensor | float | None,
+    weights: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """(B,) float32 c_s such that the reduced loss is sum_s c_s loss_s.
+    """(B,) c_s such that the reduced loss is sum_s c_s loss_s, in a dtype: float64 for a float64 oracle.
 
     A sequence without a scored token has c_s = 0. "mean" divides by the number of the others, or by
     `normalizer` when one is given (the count over an accumulated or distributed batch). `weights` (B,) are factors of
     the c_s. A normalizer that is not a finite positive number makes every c_s NaN, a weight that is not finite or below
     0 its own.
     """
-    scored = (num_tokens > 0).float()
+    scored = (num_tokens > 0).to(dtype)
     scale = scored
     if reduction == "mean":
         if normalizer is None:

@@ -9,6 +9,8 @@ from npo_kernels.core.matmul import matmul
 from npo_kernels.core.plan import GRAD_SLICE
 from npo_kernels.core.task import BIAS_COLUMNS, Task
 
+LARGEST_FLOAT16 = 15  # no operand of a product is above 2^15; float16 ends at 2^16
+
 
 @dataclass
 class Gradients:
@@ -63,11 +65,12 @@ class HeadGradients:
         `peaks` are one more term for each row: its coefficient, and its column.
         """
         self.first, self.empty = self.empty, False
-        # float16 ends at 6e-8: the largest coefficient is taken out of the operand and put back in float32
+        # float16 ends at 6e-8: a unit is taken out of the operand and put back in float32. It moves the largest entry
+        # to the other end, so that rows of little weight, next to others, lose the fewest digits
         self.unit = None
         if self.dtype == torch.float16 and row_coef.numel():
-            largest = row_coef.abs().amax()
-            self.unit = torch.where(largest > 0, _power_of_two(largest), 1.0)
+            largest = row_coef.abs().amax() * torch.linalg.vector_norm(x, torch.inf).float().clamp(min=1)
+            self.unit = torch.where(largest > 0, _power_of_two(largest) * 2**-LARGEST_FLOAT16, 1.0)
             row_coef, target_coef = row_coef / self.unit, target_coef / self.unit
             peaks = None if peaks is None else (peaks[0] / self.unit, peaks[1])
         wanted = self.weight is not None or self.bias is not None

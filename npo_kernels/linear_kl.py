@@ -52,7 +52,8 @@ def fused_linear_kl(
             as inf or as a number beyond any other.
         mask: bool, the positions that count (labels != -100, say); None counts all.
         labels: int64, the token of each position, already shifted (labels[t] is what position t predicts). Needed where
-            target_shift is not 0, and read at the positions of the mask only, so -100 may stand outside.
+            target_shift is not 0, not read where it is 0, and read at the positions of the mask only, so -100 may stand
+            outside.
         target_shift: how much lower the reference's logit at the label is before its softmax, UNDIAL's gamma: taken off
             the final logit, after logit_scale and softcap. Any finite number; a negative one raises the logit.
         direction: "forward" is KL(reference || model), "reverse" is KL(model || reference).

@@ -36,6 +36,8 @@ Model = TypeVar("Model", bound=nn.Module)
 # Of token_logprobs or a loss, of sequence_logprobs or a loss with statistics, of token_statistics.
 Result = Tensor | tuple[Tensor, Tensor | LossStats | LogprobStats] | dict[str, Tensor]
 Function = Callable[..., Result]  # called as sequence_logprobs is
+# What a model and the arguments of its forward say.
+GIVEN = {"hidden", "lm_head_weight", "labels", "bias", "logit_scale", "softcap", "shift", "cu_seqlens", "ignore_index"}
 
 
 @dataclass
@@ -144,6 +146,7 @@ def _fused_forward(
     """The model's forward up to the head's input, then `function` inside the head."""
     if not callable(function):
         raise TypeError(f"fused_unlearning: expected True or a function such as fused_npo_loss, got {short(function)}")
+    _check_function(function)
     _check_arguments(kwargs)
     batch = take_batch(kwargs)
     head = head_of(model)
@@ -185,6 +188,18 @@ def _named(function: Function, result: Result) -> dict[str, Any]:
     if kind is token_statistics:
         return {"statistics": result}
     return dict(zip(("loss", "stats"), result, strict=True)) if isinstance(result, tuple) else {"loss": result}
+
+
+def _check_function(function: Function) -> None:
+    """What a partial fixes of the batch and the head would be lost without a word: the model gives those."""
+    while isinstance(function, functools.partial):
+        fixed = sorted(GIVEN & function.keywords.keys())
+        if fixed:
+            raise ValueError(
+                f"fused_unlearning: {fixed[0]} is the model's own or an argument of its forward, got a partial with "
+                f"{fixed[0]}={short(function.keywords[fixed[0]])}: leave it out of the partial"
+            )
+        function = function.func
 
 
 def _check_arguments(kwargs: dict[str, Any]) -> None:

@@ -26,6 +26,9 @@ KEPT = (
     Call(function="kl", lengths=(28,), spread=30.0, reverse=True, masked=False),
     # A loss of 3e-34: what the sum of 39 tokens is off by is its relative error.
     Call(lengths=(39,), V=117, seed=23, bias=True, certain=10.0, beta=1.0),
+    # A normalizer that was dropped, which the calls of a run had not shown.
+    Call(function="npo", lengths=(4, 4), normalizer=7),
+    Call(function="simnpo", lengths=(4, 4), normalizer=7),
     # A saturated softcap: 1 - tanh^2 is off by a unit of 1.
     Call(
         function="logprob", lengths=(14, 11, 13), V=2, seed=28711517, softcap=0.5, spread=3.0, shift=False, ignored=0.3

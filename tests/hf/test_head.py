@@ -16,6 +16,7 @@ from torch import nn
 from npo_kernels import (
     fused_logprob_loss,
     fused_npo_loss,
+    fused_simnpo_loss,
     fused_token_loss,
     sequence_logprobs,
     token_logprobs,
@@ -463,6 +464,14 @@ def test_illegal_arguments_are_named_before_the_model_runs(model, batch, tried):
             add_fused_unlearning_head(value)
         assert len(str(caught.value)) < 400
     tried("illegal calls", sum(map(len, wrong.values())) + 6)
+
+
+@pytest.mark.parametrize("name", ["bias", "logit_scale", "softcap", "labels", "shift", "cu_seqlens", "ignore_index"])
+def test_a_partial_fixes_nothing_that_the_model_gives(model, batch, name):
+    """It would be lost without a word, also from a partial of a partial."""
+    npo = partial(partial(fused_simnpo_loss, **{name: None}), beta=2.0)
+    with pytest.raises(ValueError, match=rf"fused_unlearning: {name} is the model's own .*leave it out"):
+        model(**batch, fused_unlearning=npo)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The tables of docs/reports_*.md: every row has a thread, and the test it names exists."""
+"""The tables of docs/reports_*.md: every row has a thread. And every test that a page of docs/ names exists."""
 
 import ast
 import re
@@ -38,9 +38,13 @@ def test_every_row_has_a_thread_and_a_test_that_exists(page, tried):
         found, tests = THREAD.findall(report), TEST.findall(row.split("|")[-2])
         assert found or SAME.match(report), f"no thread: {row}"
         assert tests, f"no test: {row}"
-        for path, name in tests:
-            assert (ROOT / path).is_file() and name in functions_of(ROOT / path), f"no such test: {path}::{name}"
         if not all(path.startswith("tests/gpu/") for path, _ in tests):
             threads.update(found)
     assert len(threads) > 10
     tried("reports of other projects", len(threads))
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_every_test_that_is_named_exists(page):
+    for path, name in TEST.findall(page.read_text(encoding="utf-8")):
+        assert (ROOT / path).is_file() and name in functions_of(ROOT / path), f"no such test: {path}::{name}"

@@ -256,13 +256,20 @@ def check_seal(folder: Path, name: str = SEAL, hashes: Mapping[str, str] | None 
     """
     record = read_record(folder / name)
     for file, expected in (record or {}).get("files", {}).items():
-        path = folder / file
+        path = inside(folder, file)
         if not path.is_file():
             raise DamagedError(f"{folder} is damaged: {file} is absent")
         found = file_hash(path) if hashes is None else hashes.get(file, expected)
         if found != expected:
             raise DamagedError(f"{folder} is damaged: {file} has other bytes than were written")
     return record
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file of a folder that a record names. DamagedError where the name leads out of it."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DamagedError(f"{folder} is damaged: expected the names of files in it, got {name!r}")
+    return folder / name
 
 
 def remove(*paths: Path) -> None:

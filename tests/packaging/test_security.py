@@ -16,6 +16,7 @@ from bench.records import record
 from bench.wheels import compress, members
 from training.loading import load_causal_lm, load_classifier, load_config, load_tokenizer
 from training.reports import tables
+from training.store import SEAL, DamagedError, check_seal, file_hash, seal, write_record
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
@@ -162,6 +163,18 @@ def test_an_archive_stays_in_its_folder(tmp_path):
     with tarfile.open(archive) as file, pytest.raises(tarfile.OutsideDestinationError):
         file.extractall(tmp_path / "a" / "b", filter="data")
     assert not (tmp_path / "outside.py").exists()
+
+
+@pytest.mark.parametrize("name", ["../outside", "model/../../outside", "/etc/hostname"])
+def test_a_record_of_hashes_names_no_file_outside_of_its_folder(tmp_path, name):
+    folder, outside = tmp_path / "model", tmp_path / "outside"
+    folder.mkdir()
+    outside.write_text("x")
+    seal(folder)
+    assert check_seal(folder) == {"files": {}}
+    write_record(folder / SEAL, {"files": {name: file_hash(outside)}})
+    with pytest.raises(DamagedError, match="expected the names of files in it"):
+        check_seal(folder)
 
 
 def test_a_record_names_no_file_outside_of_the_folder(tmp_path, monkeypatch):

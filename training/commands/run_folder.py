@@ -24,6 +24,7 @@ from training.store import (
     clear_leftovers,
     file_hash,
     finished,
+    inside,
     read_record,
     remove,
     write_json,
@@ -126,8 +127,9 @@ class RunFolder:
         config, run = read_record(path / "config.json"), self._run_record()
         if config is not None and config["key"] == self.key:
             for name, expected in config["files"].items():
-                if not (path / name).is_file() or file_hash(path / name) != expected:
-                    raise DamagedError(f"{path / name} is damaged: absent, or with other bytes than were written")
+                file = inside(path, name)
+                if not file.is_file() or file_hash(file) != expected:
+                    raise DamagedError(f"{file} is damaged: absent, or with other bytes than were written")
             return True, "", json.loads((path / "metrics.json").read_text(encoding="utf-8"))
         left = config is not None or any(path.glob("checkpoint-*"))
         if not left or (run is not None and run["key"] == self.key):

@@ -20,12 +20,15 @@ from npo_kernels import fused_npo_loss
 from tests.training.conftest import llama
 from tests.training.test_eval_log import FORGET, indexed, make_log
 from tests.training.test_trainer import assert_equal, trained
+from training import checkpoints
 from training.benchmarks.authors import Authors, AuthorsOptions
 from training.benchmarks.muse.benchmark import MUSE, MuseOptions
 from training.benchmarks.tofu.benchmark import TOFU, TofuOptions
+from training.benchmarks.tofu.eval_sets import eval_splits, load_eval_sets
 from training.benchmarks.tofu.log import LogError, parse_log, read_log, write_log
 from training.benchmarks.tofu.summary import headline, summary
 from training.benchmarks.wmdp.benchmark import WMDP, WmdpOptions
+from training.checkpoints import Checkpoints
 from training.commands.evaluate import EvaluateOptions, main
 from training.commands.options import build
 from training.commands.session import measured, model_fingerprint
@@ -38,8 +41,8 @@ from training.pieces import Pieces
 from training.reference_cache import check_step_zero, compute_reference
 from training.shared_prompts import score_answers
 from training.steps import Batches, FinetuningSteps
-from training.store import write_json
-from training.trainer import Checkpoints, Trainer
+from training.store import seal, write_json
+from training.trainer import Trainer
 
 CPU = torch.device("cpu")
 TRAINING = Path(__file__).parents[2] / "training"
@@ -53,12 +56,11 @@ ITSELF = "has the numbers of the model that is evaluated"
 
 
 @pytest.fixture
-def logs(tmp_path, tried):
+def logs(tmp_path):
     """Files of a log, of the same in the other layout, and of one of another model."""
     contents = {"log": make_log(), "copy": indexed(make_log()), "other": make_log(seed=1)}
     for name, content in contents.items():
         write_json(tmp_path / f"{name}.json", content)
-    tried("reports of other projects", 1)
     return SimpleNamespace(**{name: tmp_path / f"{name}.json" for name in contents})
 
 
@@ -95,8 +97,29 @@ def test_a_retain_log_of_a_model_that_learned_the_forget_set_is_told(logs, capsy
     assert "gives the forget answers a probability of 0.951" in told and told.count("warning") == 1
 
 
+def test_rows_without_paraphrased_answers_are_refused_before_a_model_is_loaded(tmp_path):
+    """As those of forget01, which is not forget01_perturbed."""
+    for split in eval_splits(1).values():
+        row = {"question": "q", "answer": "a", "paraphrased_answer": "b", "perturbed_answer": ["c"]}
+        write_json(tmp_path / f"{split}.json", row)
+        text = (tmp_path / f"{split}.json").read_text()
+        (tmp_path / f"{split}.json").write_text(text.replace("\n", ""))
+    assert len(load_eval_sets(tmp_path, 1)["forget"]) == 1
+    (tmp_path / "forget01_perturbed.json").write_text(json.dumps({"question": "q", "answer": "a"}))
+    with pytest.raises(ValueError, match=r"forget01_perturbed, row 1: expected .*paraphrased_answer is not there"):
+        load_eval_sets(tmp_path, 1)
+
+
+def test_forget_quality_is_that_of_the_forget_set_whatever_the_other_sets_are():
+    """A model that has learned all is told from the retrained one, also where they agree on what is retained."""
+    log, other = make_log(), make_log(seed=1)
+    quality = summary(parse_log(log, "log"), parse_log(other, "retain"))["forget_quality"]
+    agreeing = {name: log[name] if name != FORGET else other[name] for name in log}
+    assert summary(parse_log(log, "log"), parse_log(agreeing, "retain"))["forget_quality"] == quality < 1
+
+
 @pytest.mark.parametrize("field", ["num_token_paraphrased", "num_token_perturb", "average_perturb_loss"])
-def test_truth_ratios_of_other_answers_do_not_compare(field, tried):
+def test_truth_ratios_of_other_answers_do_not_compare(field):
     """The questions are the same, and what the truth is compared with is not: another configuration of the data."""
     other = copy.deepcopy(make_log(seed=1))
     if field == "num_token_paraphrased":
@@ -108,7 +131,6 @@ def test_truth_ratios_of_other_answers_do_not_compare(field, tried):
         other[FORGET][field] = [row[:3] for row in other[FORGET][field]]
     with pytest.raises(LogError, match="perturbed answers"):
         summary(parse_log(make_log(), "log"), parse_log(other, "retain"))
-    tried("reports of other projects", 1)
 
 
 def attacked(model, forget, holdout):
@@ -123,7 +145,7 @@ def attacked(model, forget, holdout):
 
 
 @pytest.mark.parametrize("mistaken", [1, 0], ids=["nearly all", "all"])
-def test_privleak_against_a_model_that_recognises_the_forget_set_is_told(mistaken, tried):
+def test_privleak_against_a_model_that_recognises_the_forget_set_is_told(mistaken):
     """Its AUC is near 1, so that a share of what is left of it is in the thousands, or of nothing."""
     forgotten, apart = attacked(0, [9.0] * 10, [1.0] * 10), [1.0] * 9 + [2.0 if mistaken else 1.0]
     retrained = attacked(1, apart, [1.9] * 5 + [3.0] * 5)
@@ -138,10 +160,9 @@ def test_privleak_against_a_model_that_recognises_the_forget_set_is_told(mistake
     alike = attacked(1, [1.0, 3.0] * 5, [1.0, 3.0] * 5)
     assert summary(forgotten, alike)["privleak"] == pytest.approx(100.0)
     assert TOFU(TofuOptions(data_dir="demo")).doubts(forgotten, alike) == []
-    tried("reports of other projects", 1)
 
 
-def test_every_benchmark_doubts_a_model_that_is_compared_with_itself(tried):
+def test_every_benchmark_doubts_a_model_that_is_compared_with_itself():
     scores = [{"loss": x, "min_k": x, "document": "d", "nll": x} for x in (1.0, 2.0)]
     muse = {"forget_privleak": scores, "holdout_privleak": scores}
     wmdp = {"tasks": {"wmdp_bio": scores}, "documents": {"forget": scores, "holdout": scores}}
@@ -157,7 +178,6 @@ def test_every_benchmark_doubts_a_model_that_is_compared_with_itself(tried):
         assert ITSELF in itself
         (knows,) = benchmark.doubts(measures, other)
         assert "AUC of Min-K% 1.000" in knows
-    tried("reports of other projects", 3)
 
 
 # ---------------------------------------------------------------- precision, and ruined models
@@ -191,7 +211,7 @@ def exact_log_ratios(model, format, groups):
     return log_truth_ratio(means[:, 0], means[:, 1:], "geometric")
 
 
-def test_truth_ratios_in_half_precision_are_those_in_float64(tmp_path, corpus, model, tried):
+def test_truth_ratios_in_half_precision_are_those_in_float64(tmp_path, corpus, model):
     """Of weights that were saved in float16, and in bfloat16 arithmetic: none is stuck at 1."""
     torch.manual_seed(0)
     spread(model).half().save_pretrained(tmp_path)
@@ -206,11 +226,10 @@ def test_truth_ratios_in_half_precision_are_those_in_float64(tmp_path, corpus, m
     np.testing.assert_allclose(lower, exact, atol=0.1 * np.std(exact))
     with pytest.raises(ValueError, match="--precision: expected one of auto, fp32, bf16, got 'fp16'"):
         TrainConfig(precision="fp16")
-    tried("reports of other projects", 1)
 
 
 @pytest.mark.filterwarnings("error")
-def test_the_log_of_a_ruined_model_is_json(tmp_path, tried):
+def test_the_log_of_a_ruined_model_is_json(tmp_path):
     """Gradient ascent ends at losses whose ratios are beyond any float; JSON has neither Infinity nor NaN."""
     content = make_log()
     for fields in content.values():
@@ -226,7 +245,6 @@ def test_the_log_of_a_ruined_model_is_json(tmp_path, tried):
     result = summary(read_log(tmp_path / "log.json"), parse_log(make_log(seed=1), "retain"))
     assert all(math.isfinite(value) for value in result.values() if value is not None)
     assert 0 < result["forget_quality"] < 0.05
-    tried("reports of other projects", 1)
 
 
 # ---------------------------------------------------------------- evaluations of different models
@@ -246,7 +264,7 @@ def key_of_measured(monkeypatch, benchmark, model, format, path):
     return keys[0]
 
 
-def test_interrupted_evaluations_of_two_models_are_two(small, corpus, model, tmp_path, monkeypatch, tried):
+def test_interrupted_evaluations_of_two_models_are_two(small, corpus, model, tmp_path, monkeypatch):
     """With the same weights too: what is in no weight, and the arithmetic, are in the key."""
 
     def key():
@@ -264,10 +282,9 @@ def test_interrupted_evaluations_of_two_models_are_two(small, corpus, model, tmp
         model.model.norm.weight[0] += 1e-6
     keys.append(key())
     assert len(set(keys)) == 5
-    tried("reports of other projects", 1)
 
 
-def test_the_folder_of_a_model_is_what_is_in_it(tmp_path, tried):
+def test_the_folder_of_a_model_is_what_is_in_it(tmp_path):
     """Weights, configuration; an adapter's scale, and the model that it sits on."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     for folder, config in (
@@ -286,10 +303,9 @@ def test_the_folder_of_a_model_is_what_is_in_it(tmp_path, tried):
     assert len(set(seen)) == 5
     (base / "README.md").write_text("not the model")
     assert model_fingerprint(str(base)) == seen[3]
-    tried("reports of other projects", 1)
 
 
-def test_a_classifier_is_what_is_in_its_folder(tmp_path, tried):
+def test_a_classifier_is_what_is_in_its_folder(tmp_path):
     """The same path, with another classifier in it; and the same one at another path."""
     keys = []
     for name, size in (("a", 8), ("a", 16), ("b", 16)):
@@ -298,7 +314,6 @@ def test_a_classifier_is_what_is_in_its_folder(tmp_path, tried):
         both = TOFU(TofuOptions(data_dir="demo", **chosen)), MUSE(MuseOptions(data_dir="demo", **chosen))
         keys.append(tuple(benchmark.key() for benchmark in both))
     assert keys[0][0] != keys[1][0] and keys[0][1] != keys[1][1] and keys[1] == keys[2]
-    tried("reports of other projects", 1)
 
 
 BENCHMARKS = {
@@ -312,7 +327,7 @@ BENCHMARKS = {
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_a_start_log_is_of_the_model_that_unlearns(name, corpus, tried):
+def test_a_start_log_is_of_the_model_that_unlearns(name, corpus):
     """Another model's evaluation of the same rows would stand for what was known before unlearning."""
     benchmark = BENCHMARKS[name]()
     model = llama(corpus)
@@ -324,33 +339,25 @@ def test_a_start_log_is_of_the_model_that_unlearns(name, corpus, tried):
     Unlearning.check_start_log(job, model)
     with pytest.raises(ValueError, match=r"--start_log: .* of --model runs/full/model; of forget row"):
         Unlearning.check_start_log(job, spread(llama(corpus, seed=1)))
-    tried("reports of other projects", 1)
 
 
 # ---------------------------------------------------------------- training
 
 
-def test_checkpoints_are_in_the_order_of_their_steps(tmp_path, tried):
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path, monkeypatch):
     """Neither their names as text nor the times of their files say which is the newest."""
+    loaded = []
+    monkeypatch.setattr(checkpoints, "load_state", lambda trainer, folder: loaded.append(folder.name))
+    monkeypatch.setattr(checkpoints, "save_state", lambda trainer, folder: None)
     for age, step in enumerate((999_999, 1_000_000, 5)):
         folder = tmp_path / f"checkpoint-{step:06d}"
         folder.mkdir()
-        write_json(folder / "progress.json", {"key": "key", "step": step, "record": None})
+        seal(folder, checkpoints.PROGRESS, key="key", step=step, processes=1, record=None)
         os.utime(folder, (2e9 - age, 2e9 - age))  # the clock went back
-    loaded = []
-
-    def save_state(path):
-        Path(path).mkdir()
-
-    accelerator = SimpleNamespace(
-        load_state=lambda path: loaded.append(Path(path).name), save_state=save_state, wait_for_everyone=lambda: None
-    )
-    trainer = SimpleNamespace(accelerator=accelerator, frozen=[])
-    checkpoints = Checkpoints(tmp_path, "key")
-    assert checkpoints.load(trainer) == (1_000_000, None) and loaded == ["checkpoint-1000000"]
-    checkpoints.save(trainer, 1_000_001, None)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1000001"]
-    tried("reports of other projects", 1)
+    kept = Checkpoints(tmp_path, "key")
+    assert kept.load(None) == (1_000_000, None, []) and loaded == ["checkpoint-1000000"]
+    kept.save(None, 1_000_001, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1000000", "checkpoint-1000001"}
 
 
 def test_no_decision_depends_on_the_clock_of_the_day(tried):
@@ -362,17 +369,16 @@ def test_no_decision_depends_on_the_clock_of_the_day(tried):
 
 
 @pytest.mark.parametrize("micro", [None, 2])
-def test_the_learning_rate_moves_once_a_step(micro, corpus, model, tried):
+def test_the_learning_rate_moves_once_a_step(micro, corpus, model):
     """Not once a micro-batch, nor once a process."""
     config = TrainConfig(epochs=1, lr=1e-2, batch_size=8, micro_batch_size=micro, warmup_steps=2)
     job = FinetuningSteps(corpus.retain[:40], config, Batches(0, CPU, False))
     rates = []
     Trainer(model, config, len(job)).train(job, after_step=lambda metrics: rates.append(metrics.lr))
     assert rates == pytest.approx([0.0, 0.5e-2, 1e-2, 1e-2 * 2 / 3, 1e-2 / 3])
-    tried("reports of other projects", 1)
 
 
-def test_what_comes_before_training_draws_no_random_numbers(tmp_path, corpus, model, small, tried):
+def test_what_comes_before_training_draws_no_random_numbers(tmp_path, corpus, model, small):
     """Or dropout would depend on whether references were cached, and on how often the model is evaluated."""
     model.train()
     state = torch.get_rng_state()
@@ -381,10 +387,9 @@ def test_what_comes_before_training_draws_no_random_numbers(tmp_path, corpus, mo
     small.evaluate(model, corpus.format, Pieces("model"), Progress(disable=True))
     complete(model, corpus.format, "Who?", 4)
     assert torch.equal(torch.get_rng_state(), state) and model.training
-    tried("reports of other projects", 1)
 
 
-def test_npo_is_of_probabilities_and_not_of_logits(tried):
+def test_npo_is_of_probabilities_and_not_of_logits():
     """What is added to all logits of a position changes no probability, and so no loss."""
     generator = torch.Generator().manual_seed(0)
     hidden, head, shift = (torch.randn(*shape, generator=generator) for shape in ((3, 7, 16), (50, 16), (16,)))
@@ -397,10 +402,9 @@ def test_npo_is_of_probabilities_and_not_of_logits(tried):
     ]
     for loss in losses[1:]:
         torch.testing.assert_close(loss, losses[0], rtol=1e-4, atol=1e-5)
-    tried("reports of other projects", 1)
 
 
-def test_a_run_that_goes_on_at_the_end_of_an_epoch_takes_the_next_one(corpus, tmp_path, tried):
+def test_a_run_that_goes_on_at_the_end_of_an_epoch_takes_the_next_one(corpus, tmp_path):
     """A data loader that is at its end has nothing left to give, and the run would be over with half of its steps."""
     whole = trained(corpus)
     with pytest.raises(RuntimeError, match="killed"):
@@ -409,4 +413,3 @@ def test_a_run_that_goes_on_at_the_end_of_an_epoch_takes_the_next_one(corpus, tm
     resumed = trained(corpus, tmp_path)
     assert [entry["step"] for entry in resumed[1]] == list(range(7))
     assert_equal(resumed, whole)
-    tried("reports of other projects", 1)

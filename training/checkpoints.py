@@ -7,6 +7,7 @@ then in their own formats, as accelerate saves and loads them: those have pickle
 """
 
 import json
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,9 @@ class Checkpoints:
             remove(*(other for other in self._all() if _step(other) > _step(path)))
         return found["step"], found["record"], notes
 
+    def exist(self) -> bool:
+        return bool(self._all())
+
     def clear(self) -> None:
         distributed.on_main(lambda: remove(*self._all()))
 
@@ -100,7 +104,8 @@ class Checkpoints:
 
     def _all(self) -> list[Path]:
         """By their steps: a name of seven digits is before one of six, and the clock may have been set back."""
-        return sorted(self.folder.glob("checkpoint-*"), key=_step)
+        found = (path for path in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
+        return sorted(found, key=_step)
 
 
 def save_state(trainer: Trainer, folder: Path) -> None:

@@ -41,19 +41,22 @@ class _Signals:
         self.before: dict[int, signal._HANDLER] = {}
 
     def enter(self, at_once: bool) -> None:
-        if not self.at_once:
+        outermost = not self.at_once
+        if outermost:
             self.number = 0
             self.before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.at_once.append(at_once)  # before a signal can come
+        if outermost:
             for number in self.before:
                 signal.signal(number, self.receive)
-        self.at_once.append(at_once)
 
     def leave(self) -> int:
-        """What has come and nobody will ask for any more."""
+        """The signal that has come, where no block outside of this one asks for it."""
+        if len(self.at_once) == 1:
+            self.restore()  # before there is no block that a signal would be of
         self.at_once.pop()
         number = self.number
         if not self.at_once:
-            self.restore()
             self.number = 0
         return 0 if self.at_once and not self.at_once[-1] else number
 

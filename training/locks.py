@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from training import distributed
 from training.interruption import check
-from training.store import StorageError, writing
+from training.store import UNSUPPORTED, StorageError, writing
 
 AGAIN = 0.2  # seconds between two looks at a lock that another process has
 
@@ -69,17 +69,29 @@ def _acquire(lock: FileLock) -> None:
     path = Path(lock.lock_file)
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        try:
+            lock.acquire()
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            return  # nothing keeps two runs apart there
+        _owner_file(lock).write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
 
 
 def _owner(lock: FileLock) -> str:
     with suppress(OSError, UnicodeDecodeError):
-        return Path(lock.lock_file).read_text(encoding="utf-8").strip() or "unknown"
+        return _owner_file(lock).read_text(encoding="utf-8").strip() or "unknown"
     return "unknown"
+
+
+def _owner_file(lock: FileLock) -> Path:
+    """Beside the lock, whose own content may be filelock's, where a file system has no locks."""
+    path = Path(lock.lock_file)
+    return path.with_name(f".owner{path.name}")
 
 
 def _give_back(lock: FileLock) -> None:
     if lock.is_locked:
+        _owner_file(lock).unlink(missing_ok=True)
         Path(lock.lock_file).unlink(missing_ok=True)  # who waits for it sees that, and makes a new file
         lock.release()

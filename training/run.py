@@ -31,10 +31,14 @@ class Schedule:
         return step == self.num_steps or (self.evaluate_every > 0 and step % self.evaluate_every == 0)
 
     def saves(self, step: int, minutes: float) -> bool:
-        """`minutes`: since the last checkpoint. What was done is saved by the run's end."""
+        """`minutes`: since the last checkpoint. The last step is saved when all is done."""
         by_steps = self.save_every > 0 and step % self.save_every == 0
         by_time = self.save_every_minutes > 0 and minutes >= self.save_every_minutes
         return step < self.num_steps and (by_steps or by_time)
+
+    @property
+    def saves_at_all(self) -> bool:
+        return self.save_every > 0 or self.save_every_minutes > 0
 
 
 def run(
@@ -109,6 +113,8 @@ class _Run:
         self.task = self.display.add_task(self.label, total=len(self.job), completed=self.first, unit="steps", note="")
         self.begun_at = time.monotonic()
         self.trainer.train(self.job, first_step=self.first, after_step=self._after_step, after_pass=self._after_pass)
+        if self.schedule.saves_at_all and self.done > self.saved:
+            self.save()  # what comes after training, such as attacks, may be stopped as well
 
     def save(self) -> None:
         if self.checkpoints:

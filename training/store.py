@@ -23,6 +23,7 @@ HASH, SEAL = "sha256", "files.json"
 LOCK, ASIDE = ".lock", ".old"  # in a private folder, beside what is written
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)  # by this file system
 
 
 class StorageError(OSError):
@@ -125,6 +126,10 @@ def _private_folder(path: Path) -> Iterator[Path]:
             break
         except FileNotFoundError:  # taken for a leftover just before it was locked
             continue
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            break  # without locks nobody clears leftovers either
     try:
         yield private
     finally:
@@ -161,7 +166,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system whose folders cannot be synchronised
+        if error.errno not in UNSUPPORTED:  # a file system whose folders cannot be synchronised
             raise
     finally:
         os.close(descriptor)
@@ -221,6 +226,16 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
     write_json(path, hashed(record))
 
 
+def check_json(path: Path) -> None:
+    """DamagedError where the file is no JSON, or has another hash than its content."""
+    try:
+        unhashed(json.loads(path.read_text(encoding="utf-8")), path)
+    except DamagedError:
+        raise
+    except (ValueError, RecursionError) as reason:
+        raise DamagedError(f"{path} is damaged: {reason}") from None
+
+
 def read_record(path: Path) -> dict[str, Any] | None:
     """What `write_record` wrote; None where there is no file. DamagedError where it is not what was written."""
     try:
@@ -252,15 +267,14 @@ def seal(folder: Path, name: str = SEAL, **record: Any) -> None:
 def check_seal(folder: Path, name: str = SEAL, hashes: Mapping[str, str] | None = None) -> dict[str, Any] | None:
     """The record of `seal`; None of a folder without one. DamagedError where a file is absent or another one.
 
-    `hashes` of files that were looked at already: these are compared, and of the others only that they are there.
+    `hashes`: of files that were looked at already.
     """
     record = read_record(folder / name)
     for file, expected in (record or {}).get("files", {}).items():
         path = inside(folder, file)
         if not path.is_file():
             raise DamagedError(f"{folder} is damaged: {file} is absent")
-        found = file_hash(path) if hashes is None else hashes.get(file, expected)
-        if found != expected:
+        if ((hashes or {}).get(file) or file_hash(path)) != expected:
             raise DamagedError(f"{folder} is damaged: {file} has other bytes than were written")
     return record
 

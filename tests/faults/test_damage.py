@@ -65,7 +65,9 @@ def stopped(subjects, tmp_path_factory):
 @pytest.mark.parametrize("name", ["unlearn", "finetune", "evaluate"])
 def test_damage_of_a_stopped_run(name, how, chunk, subjects, stopped, rng, tmp_path, tried):
     """Any of its files: checkpoint, cache, records, logs, pieces."""
-    files = sorted(p.relative_to(stopped[name]) for p in stopped[name].rglob("*") if p.is_file() and p.name != ".lock")
+    files = sorted(
+        p.relative_to(stopped[name]) for p in stopped[name].rglob("*") if p.is_file() and p.suffix != ".lock"
+    )
     failures = []
     for number, file in enumerate(files[chunk::CHUNKS]):
         case = copied(stopped[name], tmp_path / f"{number}")

@@ -77,29 +77,23 @@ def main(options: EvaluateOptions, benchmark: Benchmark) -> dict[str, Any] | Non
     else:
         folder = RunFolder(options.out, options, benchmark.options)
     with nullcontext() if folder is None else folder.alone():
+        found = False
         if folder:
-            measures = _evaluated(options, benchmark, folder)
-        return _summarized(options, benchmark, folder, measures, retrained)
-
-
-def _summarized(
-    options: EvaluateOptions, benchmark: Benchmark, folder: RunFolder | None, measures: Any, retrained: Any
-) -> dict[str, Any]:
-    """The metrics, printed; written where a model was evaluated."""
-    tell_warnings(benchmark, measures, retrained)
-    result = benchmark.summarize(measures, retrained)
-    if folder:
-        _write_report(folder, benchmark, result)
-    if options.format == "open_unlearning":
-        for name, content in benchmark.open_unlearning(measures, result).items():
-            distributed.on_main(partial(write_json, options.out / name, content))
+            measures, found = _evaluated(options, benchmark, folder)
+        tell_warnings(benchmark, measures, retrained)
+        result = benchmark.summarize(measures, retrained)
+        if folder and not found:
+            _write_report(folder, benchmark, result)
+        if options.format == "open_unlearning":
+            for name, content in benchmark.open_unlearning(measures, result).items():
+                distributed.on_main(partial(write_json, options.out / name, content))
     if folder is None or distributed.is_main():
         _print(options, benchmark, result)
     return result
 
 
-def _evaluated(options: EvaluateOptions, benchmark: Benchmark, folder: RunFolder) -> Any:
-    """The measures of a model, which --out then has; found there, if this very evaluation was made before."""
+def _evaluated(options: EvaluateOptions, benchmark: Benchmark, folder: RunFolder) -> tuple[Any, bool]:
+    """(the measures of a model, which --out then has; whether they were found there, made by this very command)."""
     # a log is read without all of this
     from training.commands.session import measured, model_fingerprint
     from training.loading import load_tokenizer
@@ -127,12 +121,12 @@ def _evaluated(options: EvaluateOptions, benchmark: Benchmark, folder: RunFolder
         retain_log,
     ]
     if folder.begin(fingerprint(depends_on), options.fresh) is not None:
-        return benchmark.read(log)
+        return benchmark.read(log), True
     with progress() as display:
         loaded = load_model(model, device, precision=options.precision)
         if options.rounded != "off":
             quantize_(loaded, options.rounded)
-        return measured(benchmark, loaded, format, log, display, name=str(log))
+        return measured(benchmark, loaded, format, log, display, name=str(log)), False
 
 
 def _write_report(folder: RunFolder, benchmark: Benchmark, result: dict[str, Any]) -> None:
@@ -141,6 +135,7 @@ def _write_report(folder: RunFolder, benchmark: Benchmark, result: dict[str, Any
     sections = [f"# Evaluation of {model}", benchmark.headline(result), table, benchmark.legend]
     text = "\n\n".join(section for section in sections if section) + "\n"
     distributed.on_main(lambda: write_text(folder.path / "report.md", text))
+    folder.results = (LOG_FILE,)
     folder.finish(result)
 
 

@@ -33,11 +33,12 @@ from training.store import (
 )
 from training.versions import versions
 
-# What runs write into their folders.
+# What runs write into their folders, in the order in which it is removed: without config.json no run is finished, and
+# run.json says whose the rest is.
 RUN_FILES = (
-    *("run.json", "options.yaml", "config.json", "metrics.json", "report.md", "eval_log_aggregated.json"),
+    *("config.json", "options.yaml", "metrics.json", "report.md", "eval_log_aggregated.json"),
     *("figure.png", "beta.png", "collapse.png", "lengths.png", "model", "adapter", "eval", "reference"),
-    *("checkpoint-*", ".*.partial", ".*.pieces", "*_EVAL.json", "*_SUMMARY.json"),
+    *("checkpoint-*", ".*.partial", ".*.pieces", "*_EVAL.json", "*_SUMMARY.json", "run.json"),
 )
 # Options that are paths, or that say nothing of the result: they are not in config.json.
 NO_PATHS = (
@@ -75,6 +76,7 @@ class RunFolder:
     def __init__(self, path: Path, *options: Any):
         self.path, self.options = path, options
         self.key = ""
+        self.results: tuple[str, ...] = ()  # files beside metrics.json whose hashes config.json has
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -111,8 +113,7 @@ class RunFolder:
             self._check_nothing_needed_is_removed()
             distributed.on_main(lambda: remove(*(file for name in RUN_FILES for file in path.glob(name))))
         elif complete:
-            with suppress(OSError):  # a read-only folder can be read
-                distributed.on_main(lambda: self._clear_up(finished=True))
+            distributed.on_main(self._clear_up_finished)
             return metrics
         elif another:
             raise ValueError(f"--out {path} holds a run with {another}; choose another folder, or remove it by --fresh")
@@ -154,7 +155,8 @@ class RunFolder:
         def write() -> None:
             path = self.path / "metrics.json"
             write_json(path, metrics)
-            write_record(self.path / "config.json", config | {"files": {path.name: file_hash(path)}})
+            files = {name: file_hash(self.path / name) for name in (path.name, *self.results)}
+            write_record(self.path / "config.json", config | {"files": files})
 
         distributed.on_main(write)
         return metrics
@@ -165,6 +167,10 @@ class RunFolder:
             clear_leftovers(folder)
         if finished:
             remove(*self.path.glob("checkpoint-*"))
+
+    def _clear_up_finished(self) -> None:
+        with suppress(OSError):  # a read-only folder can be read
+            self._clear_up(finished=True)
 
     def _write_options(self, parts: Mapping[str, str]) -> None:
         given = {name: value for some in self.options for name, value in asdict(some).items() if value is not None}

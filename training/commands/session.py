@@ -201,9 +201,9 @@ class Session(Generic[Given]):
                 whole, state = merged(model, weights)
                 whole.save_pretrained(folder, state_dict=state)
                 self.format.save_pretrained(folder)
+                seal(folder)  # but for the card, which anybody may edit
                 card = model_card(model_name(self.model), what, self.public())
                 (folder / "README.md").write_text(card, encoding="utf-8")
-                seal(folder)
 
         distributed.on_main(save)
 

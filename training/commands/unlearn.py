@@ -47,7 +47,7 @@ from training.reports.run import write_unlearning_report
 from training.run import run
 from training.scoring import PerToken, Scores, score
 from training.steps import Batches, plan_unlearning, scored_tokens
-from training.store import fingerprint
+from training.store import DamagedError, check_json, fingerprint
 from training.trainer import Trainer
 from training.unlearning import Frozen, UnlearningSteps, cached_per_token, kept_head
 
@@ -271,10 +271,10 @@ class Unlearning:
 
     def check_measures(self) -> None:
         """ValueError where those of a run that goes on are damaged: the models that they are of are gone."""
-        for path in sorted(self.measures(0).parent.glob("step-*.json")):
+        for path in sorted(self.measures(0).parent.glob("step-*.json")) if self.session.checkpoints.exist() else ():
             try:
-                self.benchmark.read(path)
-            except ValueError as damage:
+                check_json(path)
+            except DamagedError as damage:
                 raise ValueError(f"{damage}; remove {self.session.out}, and the same command begins again") from None
 
     def samples(self, step: int) -> list[dict[str, str]]:

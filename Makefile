@@ -23,7 +23,7 @@ ARGS    ?=
 OLDEST_PYTHON ?= $(shell python3.12 -c 'import ensurepip' 2>/dev/null && echo python3.12 || echo $(PYTHON))
 
 PY           := .venv/bin/python
-STAMP        := .venv/.installed
+STAMP        := .venv/.installed$(if $(LOCKED),-locked)
 OLDEST_STAMP := .venv-oldest/.installed
 REAL_STAMP   := .venv/.installed-real
 TOOLS_STAMP  := .venv-tools/.installed
@@ -69,11 +69,13 @@ lint: $(STAMP)
 # A package of CI is a file of this sha256, whatever an index answers.
 LOCK = --generate-hashes --allow-unsafe --strip-extras --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
     --no-emit-trusted-host --quiet
+# Where pip's indexes have torch's CPU build, which it prefers; one with CUDA brings packages that no constraint names.
 lock: $(TOOLS_STAMP)
 	.venv-tools/bin/pip-compile $(LOCK) --output-file requirements-ci.txt constraints.txt
+	@grep -q '^torch==.*+cpu' requirements-ci.txt || { echo "expected torch's CPU build in the lock, got another"; exit 1; }
 
 audit: $(TOOLS_STAMP)
-	.venv-tools/bin/pip-audit --requirement requirements-ci.txt --require-hashes --disable-pip $(ARGS)
+	.venv-tools/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip $(ARGS)
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .
@@ -111,6 +113,7 @@ $(STAMP) $(OLDEST_STAMP):
 INSTALL = PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) PIP_DISABLE_PIP_VERSION_CHECK=1 \
 	    $(@D)/bin/python -m pip install -e '.[dev]'
 ifdef LOCKED
+$(STAMP): requirements-ci.txt
 $(STAMP): INSTALL = PIP_DISABLE_PIP_VERSION_CHECK=1 $(@D)/bin/python -m pip install --require-hashes -r requirements-ci.txt && \
 	    $(@D)/bin/python -m pip install --no-deps --no-build-isolation --no-index -e .
 endif

@@ -136,7 +136,7 @@ def no_number(name: str) -> Iterator[tuple[str, Any]]:
 def no_float(name: str) -> Iterator[tuple[str, Any]]:
     yield from no_number(name)
     yield from {"True": True, "False": False}.items()
-    if name != "workspace_mb":  # of which there may be as much as anybody likes
+    if name != "workspace_mb":  # no factor of a loss: there may be as much as anybody likes
         yield from {"beyond float32": 1e39, "minus that": -1e39}.items()
 
 

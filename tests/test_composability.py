@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from npo_kernels import explain, fused_logprob_loss, fused_npo_loss, sequence_logprobs
@@ -150,3 +151,26 @@ def counted(function, runs):
         return function(*args, **kwargs)
 
     return run
+
+
+class Own(nn.Parameter):
+    """As libraries have them, to remember something of a parameter."""
+
+
+def test_a_subclass_of_parameter_compiles_without_a_break():
+    hidden, labels = torch.randn(2, 5, 8), torch.randint(20, (2, 5))
+    weight = Own(torch.randn(20, 8))
+    loss = partial(fused_npo_loss, labels=labels, ref_logps=torch.zeros(2))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(hidden, weight), loss(hidden, weight))
+
+
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+def test_fakes_inside_of_a_transformation_are_no_real_tensors(mode):
+    tensors = torch.randn(2, 5, 8), torch.randn(20, 8), torch.randint(20, (2, 5)), torch.zeros(2)
+
+    def loss(hidden, weight, labels, ref_logps):
+        return fused_npo_loss(hidden, weight, labels, ref_logps=ref_logps, num_rows=8)
+
+    graph = make_fx(torch.func.functionalize(loss), tracing_mode=mode)(*tensors)
+    torch.testing.assert_close(graph(*tensors), loss(*tensors))

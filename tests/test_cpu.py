@@ -4,7 +4,10 @@ This machine may have no bfloat16 instructions. PyTorch multiplies bfloat16 all 
 forced on small shapes. What oneDNN does with `fp32_precision` on a CPU that has them is not seen here.
 """
 
+import os
+import signal
 import threading
+import time
 from types import MappingProxyType
 
 import pytest
@@ -255,3 +258,23 @@ def test_gradients_of_several_upstreams_at_once():
     (many,) = torch.autograd.grad(support.npo(batch, impl="torch"), batch.weight, upstream, is_grads_batched=True)
     (one,) = torch.autograd.grad(support.npo(batch, impl="torch"), batch.weight)
     assert torch.equal(many, upstream[:, None, None] * one)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_waits_for_no_thread_of_its_parent(monkeypatch):
+    """A thread that is inside of a product at the fork is not in the child."""
+    monkeypatch.setitem(cpu._turns.inside, True, 1)
+    child = os.fork()
+    if not child:
+        with cpu._turns.of(False):
+            os._exit(0)
+    for _ in range(100):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child waits")
+    assert status == 0

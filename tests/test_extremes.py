@@ -243,6 +243,17 @@ def test_a_large_sum_of_one_label_does_not_overflow_float16_before_it_is_scaled(
     torch.testing.assert_close(grad.float(), expected[:, None].expand(4, 2), rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize("weight", [1e-30, 1e-37, 1e-42])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_that_are_next_to_nothing_are_0_and_not_nan(impl, weight):
+    """What takes them into the range of float16 would be 0 itself."""
+    batch = make_batch(torch.float16).leaves(("hidden", "weight"))
+    weights = torch.full_like(batch.ref_logps, weight)
+    loss = batch(fused_npo_loss, ref_logps=batch.ref_logps, weights=weights, impl=impl)
+    for grad in torch.autograd.grad(loss, (batch.hidden, batch.weight)):
+        assert grad.isfinite().all()
+
+
 def npo_of_a_large_batch(batch, **options):
     return batch(fused_npo_loss, ref_logps=batch.ref_logps, normalizer=4096, **options)
 

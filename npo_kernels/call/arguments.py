@@ -152,6 +152,7 @@ def _check_modes(tensors: dict[str, Tensor]) -> None:
         of: Any = mode or tensors[fake[0]]
         allowed = getattr(of, "fake_mode", of).allow_non_fake_inputs
         real = [name for name, value in tensors.items() if type(value) in (Tensor, torch.nn.Parameter)]
+        real = [name for name in real if not _is_wrapped(tensors[name])]
         if real and not allowed:
             beside = f"the FakeTensor {fake[0]}" if fake else "an active FakeTensorMode"
             raise TypeError(
@@ -164,6 +165,11 @@ def _check_modes(tensors: dict[str, Tensor]) -> None:
                 f"{name}: expected a tensor with a memory, got a ZeroTensor {describe(value)} of torch's autograd: "
                 "clone() it"
             )
+
+
+def _is_wrapped(value: Tensor) -> bool:
+    """By functorch or functionalization, in a class of C++: what is inside may be a fake."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(value) or torch._is_functional_tensor(value)
 
 
 def _plain_autograd(name: str, value: Tensor) -> None:
@@ -197,7 +203,7 @@ class CallOptions(TypedDict, total=False):
     softcap: Annotated[float | None, Option(None, optional(rules.number(rules.positive, "a positive number or None")))]
     impl: Annotated[Impl, Option("auto", rules.choice(*get_args(Impl)))]
     workspace_mb: Annotated[
-        float | None, Option(None, optional(rules.number(rules.positive, "a positive number of MiB or None")))
+        float | None, Option(None, optional(rules.number(rules.any_positive, "a positive number of MiB or None")))
     ]
     num_rows: Annotated[int | None, Option(None, optional(rules.num_rows))]
     process_group: Annotated["dist.ProcessGroup | None", Option(None, optional(rules.process_group))]

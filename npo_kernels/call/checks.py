@@ -172,8 +172,8 @@ def check_kl(
 
 
 def check_kept(call: Call | KLCall) -> None:
-    """Of a call whose gradients are formed in the backward: autograd keeps its tensors until then."""
-    if torch.compiler.is_compiling() or not call.execution.needs.any:
+    """Of a call of the reference: autograd keeps its tensors for the backward. Operators keep any (`ops.schema`)."""
+    if call.execution.impl != "reference" or torch.compiler.is_compiling() or not call.execution.needs.any:
         return
     named = {"hidden": call.hidden, "lm_head_weight": call.head.weight, "bias": call.head.bias}
     if isinstance(call, KLCall):

@@ -6,13 +6,14 @@ beginning of a value only: a list may be long. Which argument has which rule is 
 
 import inspect
 import reprlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedTensorMixin
 
 from npo_kernels.core.row_moments import WITH_ARGMAX
 
@@ -32,7 +33,7 @@ _AS_ANY_TENSOR = ("FakeTensor", "AsyncCollectiveTensor", "FunctionalTensor", "DT
 def describe(value: Any) -> str:
     """What came, in a line: shape, dtype and device of a tensor, the beginning of anything else."""
     if isinstance(value, Tensor):
-        if is_lazy(value):
+        if isinstance(value, UninitializedTensorMixin):
             return f"{type(value).__name__} without a shape"
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
     text = " ".join(reprlib.repr(value).split())
@@ -70,7 +71,7 @@ def _check_class(name: str, value: Any) -> None:
     """Any subclass whose operations are those of a tensor; not one that answers them itself (quantised, masked)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {describe(value)}")
-    if is_lazy(value):
+    if isinstance(value, UninitializedTensorMixin):
         raise TypeError(
             f"{name}: expected a tensor with a shape, got {describe(value)}: run the lazy module once, which makes it"
         )
@@ -149,6 +150,11 @@ def _constant(name: str, value: Tensor, way: str) -> None:
 def positive(x: float) -> bool:
     """In float32, in which the losses are computed."""
     return FLOAT32.tiny <= x <= FLOAT32.max
+
+
+def any_positive(x: float) -> bool:
+    """Of what is no factor in a loss."""
+    return 0 < x <= sys.float_info.max
 
 
 def finite(x: float) -> bool:

@@ -99,6 +99,18 @@ _lock = threading.Lock()
 _inside, _before = 0, ""
 
 
+def _after_fork() -> None:
+    """In the child no other thread goes on: what they had begun ends here."""
+    global _turns, _lock, _inside
+    if _inside:
+        torch.backends.mkldnn.matmul.fp32_precision = _before  # type: ignore[attr-defined]
+    _turns, _lock, _inside = Turns(), threading.Lock(), 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 @contextmanager
 def bfloat16_products() -> Iterator[None]:
     """Around float32 products of copies of bfloat16 operands: oneDNN rounds them back, which changes nothing, and

@@ -9,6 +9,7 @@ from npo_kernels.core.matmul import matmul
 from npo_kernels.core.plan import GRAD_SLICE
 from npo_kernels.core.task import BIAS_COLUMNS, Task
 
+SMALLEST = torch.finfo(torch.float32).tiny
 LARGEST_FLOAT16 = 15  # no operand of a product is above 2^15; float16 ends at 2^16
 
 
@@ -70,7 +71,8 @@ class HeadGradients:
         self.unit = None
         if self.dtype == torch.float16 and row_coef.numel():
             largest = row_coef.abs().amax() * torch.linalg.vector_norm(x, torch.inf).float().clamp(min=1)
-            self.unit = torch.where(largest > 0, _power_of_two(largest) * 2**-LARGEST_FLOAT16, 1.0)
+            unit = (_power_of_two(largest) * 2**-LARGEST_FLOAT16).clamp(min=SMALLEST)  # not 0, of tiny gradients
+            self.unit = torch.where(largest > 0, unit, 1.0)
             row_coef, target_coef = row_coef / self.unit, target_coef / self.unit
             peaks = None if peaks is None else (peaks[0] / self.unit, peaks[1])
         wanted = self.weight is not None or self.bias is not None

@@ -114,7 +114,8 @@ class Operator(Generic[Arguments, Results]):
         def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             ctx.set_materialize_grads(False)  # no zeros of the size of dWeight for results nobody differentiates
             flat = saved.flatten(save(self.arguments.build(inputs), self.results.build(output)))
-            # autograd refuses to save tensors of inference_mode (a teacher's hidden states), which nobody can write to
+            # autograd refuses to save tensors of inference_mode (a teacher's hidden states): they have no version, by
+            # which it would notice that they were written to meanwhile
             saves = [isinstance(value, Tensor) and not value.is_inference() for value in flat]
             ctx.save_for_backward(*(value if saved else None for value, saved in zip(flat, saves, strict=True)))
             ctx.constants = [None if saved else value for value, saved in zip(flat, saves, strict=True)]

@@ -26,8 +26,9 @@ SOURCES = [
 ]
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 CALLS = {
-    "eval", "exec", "os.system", "os.popen", "torch.load", "torch.save", "yaml.load", "yaml.unsafe_load",
-    "yaml.full_load", "np.load", "numpy.load", "extractall",
+    "eval", "exec", "__import__", "os.system", "os.popen", "torch.load", "torch.save", "torch.hub.load", "torch.jit.load",
+    "yaml.load", "yaml.unsafe_load", "yaml.full_load", "numpy.load", "pandas.read_pickle", "subprocess.getoutput",
+    "subprocess.getstatusoutput",
 }  # fmt: skip
 LOADERS = {"training/loading.py", "training/pretrained/models.py"}  # the second reads a file whose hash it knows
 
@@ -38,16 +39,30 @@ def dotted(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
+def full_names(tree: ast.Module) -> dict[str, str]:
+    """{name in this source: what it was imported as}"""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        if isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
 def found_in(source: str, file: str) -> list[str]:
     """What a source does that it should not."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    found, imported = [], full_names(tree)
+    for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             found += [f"import {name}" for name in names if name.split(".")[0] in MODULES]
         if not isinstance(node, ast.Call):
             continue
-        name, given = dotted(node.func), {keyword.arg: keyword.value for keyword in node.keywords}
+        first, _, rest = dotted(node.func).partition(".")
+        name = ".".join(filter(None, (imported.get(first, first), rest)))
+        given = {keyword.arg: keyword.value for keyword in node.keywords}
         if name in CALLS or name.split(".")[-1] == "extractall":
             found.append(name)
         if name.split(".")[0] == "subprocess" and "shell" in given:
@@ -70,6 +85,12 @@ def test_no_source_reads_pickles_or_runs_what_it_reads():
     "source",
     [
         "import pickle",
+        "from torch import load\nload(path)",
+        "import numpy as np\nnp.load(path, allow_pickle=True)",
+        "from subprocess import run\nrun(line, shell=True)",
+        "from os import system\nsystem(line)",
+        "torch.hub.load(name)",
+        "__import__(name)",
         "from joblib import load",
         "torch.load(path, weights_only=False)",
         "yaml.load(text, Loader)",

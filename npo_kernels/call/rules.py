@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from npo_kernels.core.row_moments import WITH_ARGMAX
 
@@ -33,7 +33,7 @@ _AS_ANY_TENSOR = ("FakeTensor", "AsyncCollectiveTensor", "FunctionalTensor", "DT
 def describe(value: Any) -> str:
     """What came, in a line: shape, dtype and device of a tensor, the beginning of anything else."""
     if isinstance(value, Tensor):
-        if isinstance(value, UninitializedTensorMixin):
+        if isinstance(value, UninitializedParameter | UninitializedBuffer):
             return f"{type(value).__name__} without a shape"
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
     text = " ".join(reprlib.repr(value).split())
@@ -71,7 +71,7 @@ def _check_class(name: str, value: Any) -> None:
     """Any subclass whose operations are those of a tensor; not one that answers them itself (quantised, masked)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {describe(value)}")
-    if isinstance(value, UninitializedTensorMixin):
+    if isinstance(value, UninitializedParameter | UninitializedBuffer):
         raise TypeError(
             f"{name}: expected a tensor with a shape, got {describe(value)}: run the lazy module once, which makes it"
         )

@@ -26,9 +26,9 @@ SOURCES = [
 ]
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 CALLS = {
-    "eval", "exec", "__import__", "os.system", "os.popen", "torch.load", "torch.save", "torch.hub.load", "torch.jit.load",
-    "yaml.load", "yaml.unsafe_load", "yaml.full_load", "numpy.load", "pandas.read_pickle", "subprocess.getoutput",
-    "subprocess.getstatusoutput",
+    "eval", "exec", "__import__", "os.system", "os.popen", "torch.load", "torch.save", "torch.hub.load",
+    "torch.jit.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "numpy.load", "pandas.read_pickle",
+    "subprocess.getoutput", "subprocess.getstatusoutput",
 }  # fmt: skip
 LOADERS = {"training/loading.py", "training/pretrained/models.py"}  # the second reads a file whose hash it knows
 
@@ -60,8 +60,8 @@ def found_in(source: str, file: str) -> list[str]:
             found += [f"import {name}" for name in names if name.split(".")[0] in MODULES]
         if not isinstance(node, ast.Call):
             continue
-        first, _, rest = dotted(node.func).partition(".")
-        name = ".".join(filter(None, (imported.get(first, first), rest)))
+        first, dot, rest = dotted(node.func).partition(".")
+        name = imported.get(first, first) + dot + rest
         given = {keyword.arg: keyword.value for keyword in node.keywords}
         if name in CALLS or name.split(".")[-1] == "extractall":
             found.append(name)

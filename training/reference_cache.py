@@ -51,7 +51,7 @@ class AbsentReferenceError(StaleReferenceError):
 
 
 class DamagedReferenceError(StaleReferenceError):
-    """The file is nobody's: truncated, or with other bits than were written."""
+    """The file is truncated, or has other bits than were written."""
 
 
 def header(

@@ -1,8 +1,8 @@
 """What is on disk is whole: written aside and renamed, found by a key of all it depends on, checked when it is read.
 
 Writing: a private folder beside the name, all bytes on the disk, then one rename. Two processes never share a private
-folder, and what a killed one has left is removed by the next that writes the same name. Reading: a JSON record has the sha256 of
-the rest of itself; the folder of a model or a checkpoint has a record with the sha256 of its files (`seal`).
+folder, and what a killed one has left is removed by the next that writes the same name. Reading: a JSON record has the
+sha256 of the rest of itself; the folder of a model or a checkpoint has a record with the sha256 of its files (`seal`).
 """
 
 import errno

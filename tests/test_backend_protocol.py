@@ -393,4 +393,6 @@ def test_both_backends_take_the_arguments_of_the_protocol(impl):
     """By name and in order; the types are mypy's to check."""
     for name, member in members().items():
         declared = list(inspect.signature(member).parameters)[1:]
-        assert list(inspect.signature(getattr(backend_of(impl), name)).parameters) == declared, name
+        taken = inspect.signature(getattr(backend_of(impl), name)).parameters
+        assert list(taken)[: len(declared)] == declared, name
+        assert all(taken[more].default is not inspect.Parameter.empty for more in list(taken)[len(declared) :]), name

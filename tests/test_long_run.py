@@ -7,7 +7,8 @@ import random
 import subprocess
 import sys
 import threading
-from contextlib import nullcontext
+from collections.abc import Sized
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -97,8 +98,9 @@ def kept() -> dict[str, int]:
             where = f"{module.__name__}.{name}"
             if hasattr(value, "cache_info"):
                 found[where] = value.cache_info().currsize
-            elif hasattr(value, "__len__") and not isinstance(value, (str, type)) and not name.startswith("__"):
-                found[where] = len(value)
+            elif isinstance(value, Sized) and not isinstance(value, (str, type)) and not name.startswith("__"):
+                with suppress(TypeError):  # of a generic type, such as dict[str, int]
+                    found[where] = len(value)
             elif isinstance(value, Operator):
                 for attribute, part in vars(value.op).items():
                     if hasattr(part, "__len__"):
@@ -117,13 +119,16 @@ def test_calls_leave_nothing_behind(tried):
     draw, torch_state = random.Random(0), torch.random.get_rng_state()
     for _ in range(WARM_UP):
         call(draw)
-    before = kept()
-    blocks, resident = memory()
-    for _ in range(CALLS - WARM_UP):
-        call(draw)
-    more_blocks, more_resident = (b - a for a, b in zip((blocks, resident), memory(), strict=True))
+    before, half = kept(), (CALLS - WARM_UP) // 2
+    found = [memory()]
+    for _ in range(2):
+        for _ in range(half):
+            call(draw)
+        found.append(memory())
     assert kept() == before
-    assert more_blocks < (CALLS - WARM_UP) / 2 and more_resident < 2**21, (more_blocks, more_resident)
+    # what each call leaves is left in both halves; tables of Python that grow now and then grow in one of them
+    more_blocks, more_resident = (min(b - a, c - b) for a, b, c in zip(*found, strict=True))
+    assert more_blocks < half / 2 and more_resident < 2**21, found
     assert any(name.startswith("npo_kernels") for name in before)
     torch.random.set_rng_state(torch_state)
     tried("calls in a row", CALLS)

@@ -144,7 +144,7 @@ def test_what_is_saved_does_not_say_that_it_is_quantised(corpus, monkeypatch, tm
     made.quantization_method, made.is_quantized = "gguf", True
     made.config.quantization_config = {"quant_method": "gguf"}
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", lambda folder, **_: made)
-    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda folder, **_: corpus.tokenizer)
+    monkeypatch.setattr(models, "load_tokenizer", lambda folder, **_: corpus.tokenizer)
     count = models.convert(tmp_path / "model.gguf", tmp_path / "out")
     monkeypatch.undo()
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())

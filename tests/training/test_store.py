@@ -240,7 +240,7 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
             pass
         1 / 0  # noqa: B018
     with alone(tmp_path / "out"):
-        assert names(tmp_path / "out") == [".lock"]
+        assert names(tmp_path / "out") == [".lock", ".owner.lock"]
     assert names(tmp_path / "out") == []
 
 

@@ -287,10 +287,17 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def remove(*paths: Path) -> None:
-    """Folders at once: a process that is killed leaves no half of one."""
+    """Folders at once: a process that is killed leaves no half of one. Where the disk is too full for that, piece by
+    piece, which makes room."""
     for path in paths:
-        if path.is_dir() and not path.is_symlink():
-            with _private_folder(path) as private:
-                os.replace(path, private / path.name)
-        else:
-            path.unlink(missing_ok=True)
+        with writing(path):
+            if not path.is_dir() or path.is_symlink():
+                path.unlink(missing_ok=True)
+                continue
+            try:
+                with _private_folder(path) as private:
+                    os.replace(path, private / path.name)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                shutil.rmtree(path)

@@ -112,8 +112,8 @@ def test_rows_that_changed(where, subjects, tmp_path, tried):
     ).split()
     first = run_to_end([*command, "--out", "out"], tmp_path / "case" / "run")
     succeeded(first)
-    last = max(k for k, event in enumerate(first.events) if event.startswith("unlink run/out/checkpoint-"))
-    run_to_end([*command, "--out", "stopped"], tmp_path / "case" / "run", Fault(last // 2, "before"))
+    saved = [k for k, event in enumerate(first.events) if "run/out/checkpoint-" in event]
+    run_to_end([*command, "--out", "stopped"], tmp_path / "case" / "run", Fault(saved[0] + 1, "before"))
     changed(data)
     out = "stopped" if where == "checkpoint" else "new"
     ended = run_to_end([*command, "--out", out], tmp_path / "case" / "run")

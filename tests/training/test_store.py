@@ -258,3 +258,14 @@ def test_one_run_waits_for_what_another_one_makes(tmp_path, monkeypatch):
     with turn(path, said.append):
         assert path.read_text() == "made"
     assert len(said) == 1 and "which another run makes" in said[0] and names(path.parent) == ["forget"]
+
+
+def test_what_is_removed_makes_room_where_there_is_none_for_a_lock(tmp_path, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "weights").write_text("x")
+    monkeypatch.setattr(store.FileLock, "acquire", full)
+    remove(tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()

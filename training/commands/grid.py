@@ -36,7 +36,7 @@ from training.methods import METHODS, method_named
 from training.model import pick_device
 from training.reports.grid import write_grid_report
 from training.require import require
-from training.store import remove
+from training.store import check_writable, remove
 from training.versions import versions
 
 PROG = "training.grid"
@@ -314,6 +314,7 @@ def main(options: GridOptions, benchmark: Benchmark, console: Console | None = N
 
 def _run(options: GridOptions, benchmark: Benchmark, console: Console | None) -> dict[str, Any]:
     grid = Grid(options, benchmark, console)
+    distributed.on_main(lambda: check_writable(grid.out, "--out"))
     metrics = grid.run()
     device = device_name(pick_device(options.device))
     settings = public(options, benchmark.options)

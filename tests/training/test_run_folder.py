@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from training import store
 from training.commands import options as options_module
+from training.commands import run_folder
 from training.commands.options import command_line
 from training.commands.run_folder import RunFolder
 from training.commands.session import model_fingerprint
@@ -135,3 +137,19 @@ def test_a_command_ends_with_a_reason_and_a_code(main, code, said, capsys, monke
     with pytest.raises(SystemExit) as end:
         command_line("training.some", Options, "", main)
     assert end.value.code == code and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("done", range(4))
+def test_fresh_may_be_killed_while_it_removes(tmp_path, monkeypatch, done):
+    """And the same command works again, whatever is left."""
+    finished(tmp_path)
+
+    def killed(*paths):
+        store.remove(*paths[:done])
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(run_folder, "remove", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        begun(tmp_path, "another", fresh=True)
+    monkeypatch.undo()
+    assert begun(tmp_path, "another", fresh=True) is None

@@ -77,6 +77,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(kill_at, lora, corpus, tmp_path)
     assert_equal(trained(corpus, tmp_path, lora=lora), whole)
 
 
+def test_the_last_step_is_saved_for_what_comes_after_it(corpus, tmp_path):
+    """The model's files and the attacks, which may be stopped as well: no step is done again."""
+    whole = trained(corpus, tmp_path, save_every=2)
+    assert names(tmp_path)[-1] == f"checkpoint-{whole[1][-1]['step']:06d}"
+    assert_equal(trained(corpus, tmp_path, kill_at=whole[1][-1]["step"], save_every=2), whole)  # nothing is evaluated
+
+
 def test_a_checkpoint_of_adapters_leaves_the_model_out(corpus, tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
         trained(corpus, tmp_path, 3, lora=True, save_every=2)

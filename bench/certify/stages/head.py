@@ -53,11 +53,13 @@ def peaks(context: Context) -> str:
 
 
 def growth(axis: str, context: Context) -> str:
-    """Exponents of time and memory of the kernel in force."""
+    """Exponents of time and memory of the kernel in force; over V beside plain PyTorch, which has the memory there."""
     provider = "npo_kernels/torch" if context.toy else OURS  # interpreted kernels would take a minute
-    options = context.options("scaling", providers=(provider,), reps=1 if context.toy else 5, seconds=2)
+    providers = (provider, "plain/eager") if axis == "V" else (provider,)
+    options = context.options("scaling", providers=providers, reps=1 if context.toy else 5, seconds=2)
     found = context.emit(in_one_process(options, axis))
-    fitted = {r["metric"].removeprefix("exponent_"): r["value"] for r in found if r["metric"].startswith("exponent_")}
+    mine = [r for r in found if r["provider"] == provider and r["metric"].startswith("exponent_")]
+    fitted = {r["metric"].removeprefix("exponent_"): r["value"] for r in mine}
     if "ms" not in fitted:
         raise RuntimeError(next((r["error"] for r in found if r["error"]), "fewer than three sizes were measured"))
     return ", ".join(f"exponent of {metric} {value:.3f}" for metric, value in fitted.items())

@@ -9,19 +9,25 @@ from bench.measure import time_case
 from bench.suites import tofu
 from bench.targets import OURS
 
-USABLE = ("trl/chunked", "liger/dpo", "liger/kto", "liger/scaled", "liger/flce-none")
-SECONDS = 7  # of all turns of a head
+USABLE = ("plain/eager", "trl/chunked", "liger/scaled", "liger/flce-none")
+# These run torch.compile on themselves, which can take longer than a unit may: they come last, apart from the others.
+PREFERENCE = ("liger/dpo", "liger/kto")
+SECONDS = 5  # of all turns of a head
 
 
 def units(context: Context) -> list[Unit]:
     cases, _ = tofu.cases(context.options("tofu"))
-    return [Unit(case.name, partial(head, number), SECONDS + 3) for number, case in enumerate(cases)]
+    return [
+        Unit(f"{case.name}{name}", partial(head, number, peers), seconds)
+        for name, peers, seconds in (("", USABLE, SECONDS + 3), (", preference losses", PREFERENCE, 15))
+        for number, case in enumerate(cases)
+    ]
 
 
-def head(number: int, context: Context) -> str:
+def head(number: int, peers: tuple[str, ...], context: Context) -> str:
     ended = Journal(context.out / "journal.jsonl").ended("peers")
     broken = {unit.removeprefix("try ") for unit, outcome in ended.items() if outcome.status in BROKEN}
-    peers = [name for name in USABLE if name not in broken]
-    options = context.options("tofu", providers=(OURS, "plain/eager", *peers), seconds=SECONDS)
+    names = (OURS, *(name for name in peers if name not in broken))
+    options = context.options("tofu", providers=names, seconds=SECONDS)
     cases, source = tofu.cases(options)
     return said(context.emit(time_case(options, cases[number], note=f"lengths: {source}")), "fwd_bwd")

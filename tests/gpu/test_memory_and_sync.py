@@ -80,17 +80,18 @@ def test_forward_and_backward_replay_as_a_cuda_graph(function, layout):
     """tests/test_launches.py says without a GPU what a graph cannot hold."""
     hidden, weight, labels, ref_logps = make(B=4, S=129, V=32_000)
     options = {"num_rows": labels.numel(), "impl": "triton"}
-    batch = hidden, weight, labels
     if layout == "packed":
         options["cu_seqlens"] = torch.arange(5, device="cuda", dtype=torch.int32) * labels.shape[1]
-        batch = hidden.flatten(0, 1), weight, labels.flatten()
 
     def step():
+        batch = hidden, weight, labels
+        if layout == "packed":  # here: autograd runs a backward on the stream of its forward, which is to be captured
+            batch = hidden.flatten(0, 1), weight, labels.flatten()
         if function is fused_npo_loss:
             loss = fused_npo_loss(*batch, ref_logps=ref_logps, **options)
         else:
             loss = sequence_logprobs(*batch, **options)[0].square().mean()
-        return loss.detach(), *torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+        return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -15,9 +15,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. `triton.cdiv` is made for kernels too: a call of it from the host takes longer than the rest of
-    a grid.
-    """
+    """a / b, rounded up. `triton.cdiv` also works inside kernels, which makes a call of it from the host slow."""
     return -(-a // b)
 
 

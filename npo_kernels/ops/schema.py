@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import is_dataclass
 from itertools import count
+from operator import attrgetter, itemgetter
 from types import GenericAlias
 from typing import Any, Generic, TypeVar, get_type_hints
 
@@ -30,10 +31,10 @@ SECOND_DERIVATIVE = (
 class Schema(Generic[Record]):
     """The flat list that stands for a record.
 
-    `flatten` and `build` are compiled once, from the fields: every call of an operator runs them several times.
+    `flatten` and `build` are made once, from the fields: every call of an operator runs them several times.
     """
 
-    flatten: Callable[[Record], list[Any]]  # the values of a record
+    flatten: Callable[[Record], Sequence[Any]]  # the values of a record
     build: Callable[[Sequence[Any]], Record]  # the record of such values
 
     def __init__(self, record: type[Record]):
@@ -45,19 +46,16 @@ class Schema(Generic[Record]):
             self.fields.append((name, nested))
             leaves = {"": annotation} if nested is None else {f".{leaf}": a for leaf, a in nested.leaves.items()}
             self.leaves |= {name + leaf: a for leaf, a in leaves.items()}
-        self.flatten = eval(f"lambda record: [{', '.join(f'record.{leaf}' for leaf in self.leaves)}]")
-        records: dict[str, Any] = {}
-        self.build = eval(f"lambda flat: {self._construction(records, count())}", records)
+        values = attrgetter(*self.leaves)
+        self.flatten = values if len(self.leaves) > 1 else lambda record: (values(record),)
+        self.build = self._builder(count())
 
-    def _construction(self, records: dict[str, Any], numbers: "count[int]") -> str:
-        """An expression that makes the record of the next values of `flat`; the classes that it calls are added."""
-        name = f"record{len(records)}"
-        records[name] = self.record
-        values = [
-            f"flat[{next(numbers)}]" if nested is None else nested._construction(records, numbers)
-            for _, nested in self.fields
+    def _builder(self, positions: Iterator[int]) -> Callable[[Sequence[Any]], Record]:
+        """A function that makes the record of the values at the next positions of a flat list."""
+        parts = [
+            itemgetter(next(positions)) if nested is None else nested._builder(positions) for _, nested in self.fields
         ]
-        return f"{name}({', '.join(values)})"
+        return lambda flat: self.record(*[part(flat) for part in parts])
 
 
 def is_record(annotation: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What a call would do: the plan, asked for without running anything."""
+"""`explain`: the plan of a call, without running it."""
 
 import functools
 import inspect

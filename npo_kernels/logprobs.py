@@ -1,4 +1,4 @@
-"""Sequence and token log-probabilities: the primitives under every loss, differentiable, no logits kept."""
+"""Sequence and token log-probabilities, differentiable and without logits. All losses are built on them."""
 
 from typing import Unpack
 
@@ -95,9 +95,9 @@ def sequence_logps(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def scored_tokens(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(token_logps (N,), sequence (N,) int64, logps (B,), num_tokens (B,)) of a checked call, its tokens in order.
+    """(token_logps (N,), sequence (N,) int64, logps (B,), num_tokens (B,)) of a checked call, tokens in order.
 
-    Where `num_rows` is not their number, token_logps are NaN.
+    If `num_rows` is given and is not their exact number, token_logps are NaN.
     """
     check_kept(call)
     if call.execution.impl == "reference":
@@ -114,14 +114,14 @@ def scored_tokens(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def reference_counts(call: Call) -> Tensor:
-    """(B,) int64 number of scored positions of each sequence."""
+    """(B,) int64, number of scored positions of each sequence."""
     targets, offsets = call.positions()
     scored = torch.nn.functional.pad((targets != call.ignore_index).cumsum(0), (1, 0))
     return scored[offsets.clamp(0, targets.shape[0])].diff()
 
 
 def reference_tokens(call: Call) -> Tensor:
-    """(T,) log-probabilities of the oracle."""
+    """(T,) token log-probabilities of impl="reference"."""
     head = call.head
     check_values(call.labels, call.cu_seqlens, call.shift, head.weight.shape[0], call.ignore_index, call.num_rows)
     return reference.token_logps(

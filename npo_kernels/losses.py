@@ -1,4 +1,4 @@
-"""The papers' losses: sequence log-probabilities and the formulas of `npo_kernels.core.formulas` put together."""
+"""NPO and SimNPO on last hidden states: sequence log-probabilities and the formulas of `npo_kernels.core.formulas`."""
 
 from dataclasses import dataclass
 from typing import Literal, Unpack, overload
@@ -157,7 +157,7 @@ def _ratio_loss(
     else:
         if isinstance(normalizer, Tensor):
             normalizer = normalizer.to(offset.device, torch.float32, non_blocking=True)
-        elif normalizer is not None:  # full, not tensor: a fill on the device instead of a copy from the host
+        elif normalizer is not None:  # torch.full fills on the device; torch.tensor would copy from the host
             normalizer = torch.full((), normalizer, dtype=torch.float32, device=offset.device)
         offset = offset.float().contiguous()
         weights = None if weights is None else weights.float().contiguous()

@@ -1,4 +1,4 @@
-"""`token_statistics`: entropy, maximum, mean and variance of the next-token distributions, no logits kept."""
+"""`token_statistics`: entropy, maximum, mean and variance of the next-token distributions, without logits."""
 
 from collections.abc import Sequence
 from typing import Literal, Unpack
@@ -74,14 +74,14 @@ def token_statistics(
 
 
 def _argmax(saved: operators.SavedMoments, total: int, ignore_index: int) -> Tensor:
-    """(T,) int64."""
+    """(T,) int64, ignore_index where nothing is scored."""
     found = saved.argmax.new_full((total + 1,), ignore_index)
-    found[torch.where(saved.target != DEAD_ROW, saved.positions, total)] = saved.argmax  # filling rows write past it
+    found[torch.where(saved.target != DEAD_ROW, saved.positions, total)] = saved.argmax  # padding rows: the extra entry
     return found[:-1]
 
 
 def reference_statistics(call: Call) -> dict[str, Tensor]:
-    """Of the oracle, (T,) each."""
+    """Statistics of impl="reference", (T,) each."""
     head = call.head
     batch = call.labels, call.cu_seqlens, call.shift
     check_values(*batch, head.weight.shape[0], call.ignore_index, call.num_rows)

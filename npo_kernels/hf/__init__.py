@@ -1,10 +1,10 @@
-"""The losses inside the forward of a Hugging Face model: `add_fused_unlearning_head`.
+"""Fused losses inside the forward of a Hugging Face model: `add_fused_unlearning_head`.
 
     model = add_fused_unlearning_head(AutoModelForCausalLM.from_pretrained(...))  # before any wrapper
     out = model(input_ids, attention_mask=mask, labels=labels, fused_unlearning=True)
     out.logps, out.num_tokens  # (B,), (B,)
 
-`npo_kernels.hf.model` has the rest.
+`npo_kernels.hf.model` has the details.
 """
 
 from npo_kernels.hf.model import FusedUnlearningOutput, add_fused_unlearning_head

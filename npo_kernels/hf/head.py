@@ -1,8 +1,9 @@
-"""The output head of a Hugging Face model: what it is, and what the model does to its logits.
+"""The output head of a Hugging Face model, and what the model does to its logits.
 
-No table of architectures: the model's own forward runs with a stand-in for its head, which keeps the hidden states
-that it is called with and returns a few numbers instead of logits. What has become of them at the end is what the
-model does to logits, whatever its configuration calls it: logit_scale, logits_scaling, lm_head_multiplier, softcaps.
+There is no table of architectures. The model's own forward runs with a probe in place of its head. The probe records
+the hidden states that it is called with and returns a few test values instead of logits. Comparing these with the
+model's output reveals what the model does to its logits, whatever its configuration calls it: logit_scale,
+logits_scaling, lm_head_multiplier, softcaps.
 """
 
 import functools
@@ -16,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-# What logits are replaced by: a slope at 0, the limit, and points in between that have to agree with both.
+# Test values: the first gives the slope at 0, the second the limit; the others must agree with both.
 PROBE = (1e-6, 1e30, -40.0, -3.0, 0.5, 7.0, 60.0)
 
-Forward = Callable[[Tensor], object]  # of a linear layer
-Fused = Callable[[Tensor, Tensor, Tensor | None], object]  # (hidden, weight, bias) -> what the head returns instead
+Forward = Callable[[Tensor], object]  # forward of a linear layer
+Fused = Callable[[Tensor, Tensor, Tensor | None], object]  # (hidden, weight, bias) -> result in place of the logits
 
 
 class CausalLM(Protocol):
-    """What is asked of a causal language model of transformers."""
+    """The part of the interface of a transformers causal language model that is used here."""
 
     config: Any  # its fields depend on the architecture
 
@@ -34,17 +35,17 @@ class CausalLM(Protocol):
 
 
 class ModulesToSaveWrapper(Protocol):
-    """PEFT's wrapper of a layer that is trained itself: the layer, and a copy for each adapter."""
+    """PEFT's wrapper of a fully trained layer: the original layer, and a copy per adapter."""
 
     original_module: nn.Module
     modules_to_save: nn.ModuleDict
 
 
 class HeadProbe(nn.Module):
-    """Stands in for the head during the model's forward: (B, S, H) -> (1, 1, V) numbers on the CPU, no logits.
+    """Replaces the head during the model's forward: returns (1, 1, V) test values on the CPU instead of logits.
 
-    On the CPU, so that reading them at the end waits for no device; V of them, so that a model that cuts or masks
-    the vocabulary is noticed. Calls from other threads get the logits of the head itself.
+    They are on the CPU so that reading the result forces no device sync. There are V of them so that a model that cuts
+    or masks the vocabulary is detected. Calls from other threads get the logits of the real head.
     """
 
     head: nn.Module
@@ -58,7 +59,7 @@ class HeadProbe(nn.Module):
         self.logits[..., : len(PROBE)] = torch.tensor(PROBE[:vocab_size], dtype=torch.float64)
 
     def __getattr__(self, name: str) -> Any:
-        """A model may look at its head's weight, for the dtype."""
+        """Attributes of the real head: a model may read its weight, for example for the dtype."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -68,10 +69,10 @@ class HeadProbe(nn.Module):
         if threading.get_ident() != self.thread:
             return cast(Tensor, self.head(hidden))
         self.hidden = hidden
-        return self.logits.clone()  # models scale in place
+        return self.logits.clone()  # the model may scale them in place
 
     def logit_function(self, logits: Tensor | None) -> tuple[float, float | None]:
-        """(logit_scale, softcap) that turned the stand-in into what came out: softcap tanh(scale z / softcap).
+        """(logit_scale, softcap) such that the model's output is softcap tanh(scale z / softcap) of the test values z.
 
         Raises:
             NotImplementedError: the model does something else to its logits.
@@ -103,10 +104,10 @@ _locks_guard = threading.Lock()
 
 
 def head_of(model: CausalLM) -> nn.Module:
-    """The output head, also while another thread has put a probe in its place.
+    """The output head of a model, even while another thread has replaced it by a probe.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model has no output head.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -116,7 +117,7 @@ def head_of(model: CausalLM) -> nn.Module:
 
 @contextmanager
 def alone(head: nn.Module) -> Iterator[None]:
-    """One thread at a time: a fused call stands in for the head of its model, which all threads see."""
+    """Lock for a fused call, one thread at a time: it replaces the head of the model, which all threads share."""
     with _locks_guard:
         lock = _locks.setdefault(head, threading.RLock())
     with lock:
@@ -125,7 +126,7 @@ def alone(head: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def probed(model: CausalLM, head: nn.Module) -> Iterator[HeadProbe]:
-    """The model with a probe for a head."""
+    """Context in which a probe replaces the head of the model."""
     probe = HeadProbe(head, plain_linears(head)[0].out_features)
     model.set_output_embeddings(probe)
     try:
@@ -136,11 +137,10 @@ def probed(model: CausalLM, head: nn.Module) -> Iterator[HeadProbe]:
 
 @contextmanager
 def computing(head: nn.Module, function: Fused) -> Iterator[None]:
-    """The head computing `function(hidden, weight, bias)` when it is called.
+    """Context in which calling the head computes `function(hidden, weight, bias)`.
 
-    It is still called as a module: FSDP2 gathers its weight in a hook, so does DeepSpeed ZeRO-3 in forward and
-    backward, accelerate moves it to the device, and PEFT picks the copy that is trained. Other threads that call it
-    meanwhile get its logits.
+    The head is still called as a module, so that hooks run: FSDP2 and DeepSpeed ZeRO-3 gather its weight, accelerate
+    moves it to the device, and PEFT picks the trained copy. Calls from other threads get the logits.
     """
     linears = plain_linears(head)
     for linear in linears:
@@ -160,7 +160,7 @@ def computing(head: nn.Module, function: Fused) -> Iterator[None]:
 
 
 def _forward_of(linear: nn.Linear, function: Fused, elsewhere: Forward) -> Forward:
-    """`function` in this thread, `elsewhere` in the others."""
+    """A forward that calls `function` in this thread and `elsewhere` in other threads."""
     thread = threading.get_ident()
 
     def forward(hidden: Tensor) -> object:
@@ -172,10 +172,10 @@ def _forward_of(linear: nn.Linear, function: Fused, elsewhere: Forward) -> Forwa
 
 
 def plain_linears(head: nn.Module) -> list[nn.Linear]:
-    """The linear layers that a call of the head may run: itself, or the copies in PEFT's ModulesToSaveWrapper.
+    """The linear layers that a call of the head may run: the head itself, or the copies in PEFT's ModulesToSaveWrapper.
 
     Raises:
-        ValueError: the head is no plain x W' + b; the message names the way out.
+        ValueError: the head is not a plain linear layer; the message says what to do.
     """
     names = {cls.__name__ for cls in type(head).__mro__}
     if "BaseTunerLayer" in names:

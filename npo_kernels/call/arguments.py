@@ -128,7 +128,7 @@ class Arguments(NamedTuple):
         if len(args) > self.positional:
             raise TypeError(
                 f"{self.function}() takes {len(names)} positional arguments ({', '.join(names)}), got {len(args)}: "
-                f"pass {list(self.rules)[len(names)]} and the like by name"
+                f"pass {list(self.rules)[len(names)]} and all further arguments by name"
             )
         twice = next(name for name in names[: len(args)] if name in kwargs)
         raise TypeError(f"{self.function}() got '{twice}' twice, by position and by name: leave one out")

@@ -142,9 +142,13 @@ def check_kl(
                 "one of them, or call under torch.autocast, which casts both"
             )
         if w.dim() != 2 or x.dim() < 2 or x.shape[-1] != w.shape[1]:
-            raise ValueError(f"{side}hidden (..., H) and {side}lm_head_weight (V, H): got {describe(x)}, {describe(w)}")
+            raise ValueError(
+                f"{side}hidden and {side}lm_head_weight: expected (..., H) and (V, H) with one H, got {describe(x)} and "
+                f"{describe(w)}; pass the last hidden states of the model that the head belongs to"
+            )
         if b is not None and (b.shape != w.shape[:1] or b.dtype != w.dtype):
-            raise ValueError(f"{side}bias: expected ({w.shape[0]},) {w.dtype}, got {describe(b)}")
+            wanted = f"({w.shape[0]},) {str(w.dtype).removeprefix('torch.')}"
+            raise ValueError(f"{side}bias: expected {wanted}, as {side}lm_head_weight has it, got {describe(b)}")
     if ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(
             f"lm_head_weight has V={weight.shape[0]}, ref_lm_head_weight has V={ref_weight.shape[0]}: KL needs one "

@@ -79,12 +79,15 @@ class HeadProbe(nn.Module):
         """
         z = self.logits
         if self.hidden is None:
-            raise NotImplementedError("the model's forward did not call its output head: it has no fused form here")
+            raise NotImplementedError(
+                "the model's forward did not call its output head, so no fused head can take its place: use "
+                "npo_kernels.sequence_logprobs on the last hidden states"
+            )
         if not isinstance(logits, Tensor) or logits.shape != z.shape:
             came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise NotImplementedError(
-                f"the model turned logits (..., {z.shape[-1]}) into {came}: a head whose logits are cut or rearranged "
-                "has no fused form here; use npo_kernels.sequence_logprobs on its hidden states"
+                f"the model turned logits (..., {z.shape[-1]}) into {came}: a fused head does not support logits that "
+                "are cut or rearranged; use npo_kernels.sequence_logprobs on the last hidden states"
             )
         logits = logits.detach().to("cpu", torch.float64)
         scale = (logits.flatten()[0] / z.flatten()[0]).item()
@@ -93,8 +96,9 @@ class HeadProbe(nn.Module):
         expected = z * scale if softcap is None else softcap * torch.tanh(z * (scale / (softcap or 1.0)))
         if not torch.allclose(logits, expected, rtol=1e-5, atol=1e-12):
             raise NotImplementedError(
-                f"the model turned logits {z.flatten()[2:7].tolist()} into {logits.flatten()[2:7].tolist()}: a scale "
-                "and a tanh softcap have a fused form, this has not; use npo_kernels.sequence_logprobs"
+                f"the model turned logits {z.flatten()[2:7].tolist()} into {logits.flatten()[2:7].tolist()}: a fused "
+                "head supports a scale and a tanh softcap only; use npo_kernels.sequence_logprobs on the last hidden "
+                "states"
             )
         return scale, softcap
 

@@ -56,7 +56,7 @@ def of_sequences(loss_fn: Callable[[Tensor, Tensor], Tensor]) -> LossOfTokens:
 
 
 def of_tokens(loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> LossOfTokens:
-    """Adapt loss_fn(token_logps (N,), sequence (N,), num_tokens (B,)), where N is exactly the number of scored tokens."""
+    """Adapt loss_fn(token_logps (N,), sequence (N,), num_tokens (B,)) for exactly the N scored tokens."""
 
     def loss(scored: ScoredTokens) -> Tensor:
         rows = scored.rows

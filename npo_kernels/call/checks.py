@@ -143,8 +143,8 @@ def check_kl(
             )
         if w.dim() != 2 or x.dim() < 2 or x.shape[-1] != w.shape[1]:
             raise ValueError(
-                f"{side}hidden and {side}lm_head_weight: expected (..., H) and (V, H) with the same H, got {describe(x)} "
-                f"and {describe(w)}; pass the last hidden states of the model that the head belongs to"
+                f"{side}hidden and {side}lm_head_weight: expected (..., H) and (V, H) with the same H, got "
+                f"{describe(x)} and {describe(w)}; pass the last hidden states of the model that the head belongs to"
             )
         if b is not None and (b.shape != w.shape[:1] or b.dtype != w.dtype):
             wanted = f"({w.shape[0]},) {str(w.dtype).removeprefix('torch.')}"

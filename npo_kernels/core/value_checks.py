@@ -61,8 +61,8 @@ def check_values(
         )
     if num_rows is not None and int(scored.sum()) > num_rows:
         raise ValueError(
-            f"num_rows={num_rows} but {int(scored.sum())} positions are scored: expected their number, or a bound; leave "
-            "num_rows out to have them counted"
+            f"num_rows={num_rows} but {int(scored.sum())} positions are scored: expected their number, or a bound; "
+            "leave num_rows out to have them counted"
         )
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from npo_kernels import fused_npo_loss, fused_simnpo_loss, sequence_logprobs, token_logprobs
+from npo_kernels.core import plan, task
 from tests.launches import Launches, counted
 from tests.support import DEVICE, ON_GPU
 
@@ -68,6 +69,16 @@ def test_npo(batch, count):
     assert len(forward.names) == NPO, str(forward)
     assert len(backward.names) == 2, str(backward)  # dHidden and dWeight times the upstream gradient
     assert not forward.syncs and not backward.syncs
+
+
+@pytest.mark.parametrize(("hidden_size", "slices"), [(576, 1), (4096, 6)])
+def test_dweight_of_a_small_head_takes_one_slice(count, monkeypatch, hidden_size, slices):
+    """At SmolLM2's vocabulary, with the slices that a GPU has: product, labels added and rounded once a slice."""
+    monkeypatch.setattr(task, "grad_slices", lambda H, device: plan.grad_slices(hidden_size, torch.device("cuda")))
+    (hidden, _, labels), options = make("padded")
+    weight = torch.zeros(49152, H, dtype=torch.bfloat16, requires_grad=True)
+    forward, _ = count(partial(fused_npo_loss, hidden, weight, labels, ref_logps=torch.zeros(B), **options))
+    assert len(forward.names) == NPO + 3 * (slices - 1), str(forward)
 
 
 @pytest.mark.parametrize(

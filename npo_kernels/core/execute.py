@@ -180,8 +180,9 @@ def slab_gradients(task: Task, plan: Plan, x: Tensor, weigh: Weigh) -> tuple[Sta
             finish_hidden_grad(task, product, (row_coef, target_coef), target, rows.index[chunk], hidden_grad)
             del product
         head_grads.take_rows(some, row_coef, target_coef, target)
-        for begin in range(0, head.weight.shape[0], GRAD_SLICE):
-            end = min(begin + GRAD_SLICE, head.weight.shape[0])
+        width = GRAD_SLICE * plan.grad_slices
+        for begin in range(0, head.weight.shape[0], width):
+            end = min(begin + width, head.weight.shape[0])
             head_grads.add(slab[:, begin:end], begin, end)
     del room, slab  # before a float32 gradient is rounded
     return concatenate(chunk_stats), Gradients(hidden_grad, *head_grads.result())

@@ -113,7 +113,9 @@ class HeadGradients:
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dWeight, dBias, unit)."""
         weight, bias = self.weight, None
-        if self.weight is not None and self.weight.dtype != self.dtype:
+        if self.weight is not None and self.weight.dtype != self.dtype and self.row_unit is None:
+            weight = self.weight.to(self.dtype)
+        elif self.weight is not None and self.weight.dtype != self.dtype:
             weight = torch.empty_like(self.weight, dtype=self.dtype)
             for i in range(0, weight.shape[0], GRAD_SLICE):
                 rows = slice(i, i + GRAD_SLICE)

@@ -35,8 +35,11 @@ MIB = 2**20
 # Room for the fastest mode at the shapes in use: at H=4096, V=128256 one bfloat16 chunk of 8192 rows takes 2.1 GB, and
 # so does the float32 accumulator of dWeight that more chunks need. On a CPU: 512 rows at V=128256, in any dtype.
 DEFAULT_WORKSPACE_MB = {"cuda": 4608, "cpu": 352}
-# Columns of dWeight that are float32 at a time where its dtype has 16 bits.
+# Columns of dWeight that are float32 at a time where its dtype has 16 bits: so many, or a multiple.
 GRAD_SLICE = 8192
+# Elements of such a multiple on a GPU: 128 MiB, one GRAD_SLICE at H=4096. On a smaller head narrow slices would cost
+# more in launches than in work.
+GRAD_SLICE_ELEMENTS = GRAD_SLICE * 4096
 # Columns of the narrowest vocabulary slice: products of fewer are slow on every device.
 NARROWEST = 256
 # Of each row: position, label and sequence in int64, statistics, coefficients, and their like while they are made.
@@ -69,6 +72,7 @@ class Plan:
     workspace_bytes: int  # beyond inputs, results and gradients
     why: str
     blocks: str = ""  # how the backend cuts its kernels, in words
+    grad_slices: int = 1  # slab: GRAD_SLICEs of dWeight that are finished at a time
 
     def __str__(self) -> str:
         cut = f"{len(self.chunks)} chunk(s)" if self.mode == "slab" else f"{len(self.slices)} vocabulary slice(s)"
@@ -84,6 +88,11 @@ def workspace_bytes(workspace_mb: float | None) -> int | None:
 def default_workspace(device: torch.device) -> int:
     """Bytes that a call without a bound may take, if its smallest plan does not need more."""
     return DEFAULT_WORKSPACE_MB.get(device.type, 1024) * MIB
+
+
+def grad_slices(hidden_size: int, device: torch.device) -> int:
+    """GRAD_SLICEs of dWeight that a call finishes at a time if they fit. A CPU keeps to one, which is in its caches."""
+    return 1 if device.type == "cpu" else max(1, GRAD_SLICE_ELEMENTS // (GRAD_SLICE * max(1, hidden_size)))
 
 
 def make_plan(
@@ -104,6 +113,7 @@ def make_plan(
     bound: bool = False,  # refuse to exceed the limit
     held_bytes: int = 0,  # in any mode: rows that are copied out of the batch, buffers of the caller
     summed: bool = False,  # partial sums are taken of the vocabulary slices
+    grad_slices: int = 1,  # GRAD_SLICEs of dWeight to finish at a time, if they fit
     scratch: Scratch = NO_SCRATCH,
     blocks: str = "",
 ) -> Plan:
@@ -130,10 +140,13 @@ def make_plan(
     smallest = []
 
     if need_head and gradient_in_forward:
-        used = held + N * slab_bytes + max(scratch.projecting, grad_bytes * min(V, GRAD_SLICE))
+        most = min(grad_slices, -(-V // GRAD_SLICE))
+        fitting = (limit - held - N * slab_bytes) // (grad_bytes * GRAD_SLICE) if grad_bytes else most
+        several = max(1, min(most, fitting))
+        used = held + N * slab_bytes + max(scratch.projecting, grad_bytes * min(V, several * GRAD_SLICE))
         if used <= limit:
             chunk = ((0, 0 if host_starts is None else len(host_starts) - 1),)
-            return _say(Plan("slab", chunk, everything, False, used, "all rows fit at once", blocks))
+            return _say(Plan("slab", chunk, everything, False, used, "all rows fit at once", blocks, several))
         smallest.append(used)
         if host_starts is not None and separable:
             held_by_chunks = held + scratch.projecting + grad_bytes * V
@@ -144,7 +157,7 @@ def make_plan(
                 chunks = _pack(host_starts, capacity)
                 used = held_by_chunks + slab_bytes * max(host_starts[b] - host_starts[a] for a, b in chunks)
                 why = f"chunks of whole sequences of at most {capacity} rows fit"
-                return _say(Plan("slab", chunks, everything, True, used, why, blocks))
+                return _say(Plan("slab", chunks, everything, True, used, why, blocks, most))
 
     # vocabulary slices: all rows at once, as many columns as fit
     held += N * row_bytes

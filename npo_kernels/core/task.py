@@ -10,7 +10,7 @@ from npo_kernels.core.backend import Backend
 from npo_kernels.core.layout import Rows
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.matmul import result_bytes
-from npo_kernels.core.plan import Plan, Scratch, default_workspace, make_plan
+from npo_kernels.core.plan import Plan, Scratch, default_workspace, grad_slices, make_plan
 from npo_kernels.core.vocab_parallel import Shard, clip
 
 # The bias is treated as the weight of a constant feature 1. The feature is repeated 8 times, because matrix products
@@ -105,6 +105,7 @@ class Task:
             bound=workspace_bytes is not None,
             separable=separable,
             summed=summed,
+            grad_slices=grad_slices(hidden_size, self.hidden.device),
             held_bytes=beside + held,
             scratch=scratch,
             blocks=blocks,

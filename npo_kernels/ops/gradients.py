@@ -9,7 +9,7 @@ from npo_kernels.backends.choose import backend_of
 from npo_kernels.core.gradients import Gradients
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.task import Needs
-from npo_kernels.ops.schema import as_written, no_second_derivative
+from npo_kernels.ops.schema import operator
 
 
 class GradientTensors(NamedTuple):
@@ -93,18 +93,13 @@ class SavedGradients(NamedTuple):
                 None if weight is None else weight.detach(),
                 None if bias is None else bias.detach(),
             )
-        unit = self.kept.unit if self.kept.unit.numel() else None
-        return (
-            None if hidden is None else scale_gradient(hidden, None, upstream, self.dtype, self.impl),
-            None if weight is None else scale_gradient(weight, unit, upstream, self.dtype, self.impl),
-            None if bias is None else scale_gradient(bias, None, upstream, self.dtype, self.impl),
-        )
+        return scale_gradients(ScaleCall(self, upstream)).wanted(self.needs)
 
     def _may_be_given_away(self, upstream: Tensor) -> bool:
         """Whether the kept gradients can be returned without a copy: upstream is exactly 1 and the graph is not kept.
 
         Only on a CPU, where reading upstream is free and a copy of dWeight costs a tenth of the whole loss. An operator
-        must not return its inputs, so this is decided outside of `scale_gradient`, for real tensors only.
+        must not return its inputs, so this is decided outside of `scale_gradients`, for real tensors only.
         """
         keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
         return (
@@ -120,16 +115,33 @@ class SavedGradients(NamedTuple):
         )
 
 
-@torch.library.custom_op("npo_kernels::scale_gradient", mutates_args=())
-def scale_gradient(grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
-    """`Backend.scale_gradient`; never in place, because the graph may be kept."""
-    with as_written(grad):
-        return backend_of(impl).scale_gradient(grad, unit, upstream, dtype)
+class ScaleCall(NamedTuple):
+    """Arguments of `scale_gradients`."""
+
+    saved: SavedGradients
+    upstream: Tensor  # ()
 
 
-@scale_gradient.register_fake
-def _(grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
-    return grad.new_empty(grad.shape, dtype=dtype)
+@operator("scale_gradients")
+def scale_gradients(call: ScaleCall) -> GradientTensors:
+    """`Backend.scale_gradient` of each gradient that is needed; never in place, because the graph may be kept.
+
+    One operator handles all of them: on a small head, an operator takes longer on the host than its kernel on the GPU.
+    """
+    (grads, unit), needs, dtype, impl = call.saved
+    backend, empty = backend_of(impl), grads.hidden.new_empty
+    of_rows = unit if unit.numel() else None
+    return GradientTensors(
+        backend.scale_gradient(grads.hidden, None, call.upstream, dtype) if needs.hidden else empty(0, dtype=dtype),
+        backend.scale_gradient(grads.weight, of_rows, call.upstream, dtype) if needs.weight else empty(0, dtype=dtype),
+        backend.scale_gradient(grads.bias, None, call.upstream, dtype) if needs.bias else empty(0, dtype=dtype),
+    )
 
 
-scale_gradient.register_autograd(no_second_derivative)
+@scale_gradients.register_fake
+def _(call: ScaleCall) -> GradientTensors:
+    grads, dtype = call.saved.kept.grads, call.saved.dtype
+    return GradientTensors(*(grad.new_empty(grad.shape, dtype=dtype) for grad in grads))
+
+
+scale_gradients.refuse_second_derivative()

@@ -7,8 +7,9 @@ in their place. So an argument is declared once, and nobody counts positions.
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import is_dataclass
+from itertools import count
 from types import GenericAlias
 from typing import Any, Generic, TypeVar, get_type_hints
 
@@ -27,7 +28,13 @@ SECOND_DERIVATIVE = (
 
 
 class Schema(Generic[Record]):
-    """The flat list that stands for a record."""
+    """The flat list that stands for a record.
+
+    `flatten` and `build` are compiled once, from the fields: every call of an operator runs them several times.
+    """
+
+    flatten: Callable[[Record], list[Any]]  # the values of a record
+    build: Callable[[Sequence[Any]], Record]  # the record of such values
 
     def __init__(self, record: type[Record]):
         self.record = record
@@ -38,23 +45,19 @@ class Schema(Generic[Record]):
             self.fields.append((name, nested))
             leaves = {"": annotation} if nested is None else {f".{leaf}": a for leaf, a in nested.leaves.items()}
             self.leaves |= {name + leaf: a for leaf, a in leaves.items()}
+        self.flatten = eval(f"lambda record: [{', '.join(f'record.{leaf}' for leaf in self.leaves)}]")
+        records: dict[str, Any] = {}
+        self.build = eval(f"lambda flat: {self._construction(records, count())}", records)
 
-    def flatten(self, record: Record) -> list[Any]:
-        """The values of a record."""
-        flat = []
-        for name, nested in self.fields:
-            value = getattr(record, name)
-            flat += [value] if nested is None else nested.flatten(value)
-        return flat
-
-    def build(self, flat: Sequence[Any]) -> Record:
-        """The record of such values."""
-        values, i = [], 0
-        for _, nested in self.fields:
-            width = 1 if nested is None else len(nested.leaves)
-            values.append(flat[i] if nested is None else nested.build(flat[i : i + width]))
-            i += width
-        return self.record(*values)
+    def _construction(self, records: dict[str, Any], numbers: "count[int]") -> str:
+        """An expression that makes the record of the next values of `flat`; the classes that it calls are added."""
+        name = f"record{len(records)}"
+        records[name] = self.record
+        values = [
+            f"flat[{next(numbers)}]" if nested is None else nested._construction(records, numbers)
+            for _, nested in self.fields
+        ]
+        return f"{name}({', '.join(values)})"
 
 
 def is_record(annotation: Any) -> bool:
@@ -84,9 +87,15 @@ class Operator(Generic[Arguments, Results]):
         returns = GenericAlias(tuple, tuple(self.results.leaves.values()))
         vars(run_flat)["__signature__"] = inspect.Signature(parameters, return_annotation=returns)  # torch reads it
         self.op = torch.library.custom_op(f"npo_kernels::{name}", run_flat, mutates_args=())
+        self.function: type[torch.autograd.Function] | None = None  # the operator and its backward
 
     def __call__(self, arguments: Arguments) -> Results:
-        return self.results.build(self.op(*self.arguments.flatten(arguments)))
+        flat = self.arguments.flatten(arguments)
+        # The autograd that torch makes for an operator converts the whole schema once an argument, twice: for one of 23
+        # arguments a third of a millisecond. Where nothing traces or transforms the call, a Function does the same.
+        if self.function is None or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return self.results.build(self.op(*flat))
+        return self.results.build(self.function.apply(*flat))  # type: ignore[no-untyped-call]
 
     def register_fake(self, fake: Callable[[Arguments], Results]) -> None:
         """The shapes and dtypes of the results, for tensors without values."""
@@ -127,6 +136,17 @@ class Operator(Generic[Arguments, Results]):
 
         self.op.register_autograd(run_backward, setup_context=setup)
 
+        class Differentiable(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *flat: Any) -> tuple[Tensor, ...]:
+                output: tuple[Tensor, ...] = self.op(*flat)
+                setup(ctx, flat, output)
+                return output
+
+            backward = staticmethod(run_backward)
+
+        self.function = Differentiable
+
     def refuse_second_derivative(self) -> None:
         """Of an operator that forms gradients: an error, instead of zeros."""
         self.op.register_autograd(no_second_derivative)
@@ -142,7 +162,9 @@ def as_written(tensor: Tensor) -> Iterator[None]:
     """No autocast: it has done its work on the inputs, and here it would round the float32 sums. And the device of the
     tensor is the current one, on which Triton launches.
     """
-    with torch.autocast(tensor.device.type, enabled=False), torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]
+    kind = tensor.device.type
+    off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    with off, torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]
         yield
 
 

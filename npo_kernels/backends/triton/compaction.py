@@ -1,7 +1,6 @@
 """Launches of the compaction kernels."""
 
 import torch
-import triton
 from torch import Tensor
 
 from csrc_triton.compaction import count_scored_kernel, gather_rows_kernel, write_rows_kernel
@@ -24,7 +23,7 @@ def compact(
     total, num_sequences = labels.numel(), labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     total = total if num_sequences else 0  # without sequences, no position belongs to one
     rows = total if num_rows is None else min(num_rows, total)
-    blocks = triton.cdiv(total, BLOCK_POSITIONS)
+    blocks = launch.cdiv(total, BLOCK_POSITIONS)
     index, target, sequence = (torch.empty(rows, dtype=torch.int64, device=labels.device) for _ in range(3))
     starts = torch.empty(num_sequences + 1, dtype=torch.int64, device=labels.device)
     num_tokens = torch.empty(num_sequences, dtype=torch.int64, device=labels.device)

@@ -1,7 +1,6 @@
 """Launches of the product with the exponential epilogue, and of the repair of its anchors."""
 
 import torch
-import triton
 from torch import Tensor
 
 from csrc_triton.exp_logits import exp_logits_kernel, exp_logits_persistent_kernel
@@ -21,7 +20,7 @@ def scratch(x: Tensor, rows: int, vocab_size: int, capped: bool) -> Scratch:
 
     The workspace that cuBLAS allocates once per process (about 32 MiB) is not counted.
     """
-    per_row = 12 * triton.cdiv(vocab_size, launch.block_v(x)) + SORT_BYTES
+    per_row = 12 * launch.cdiv(vocab_size, launch.block_v(x)) + SORT_BYTES
     return Scratch(per_row=per_row, sums=per_row * rows)
 
 
@@ -71,11 +70,11 @@ def _exponentials(
 ) -> tuple[Tensor, Tensor]:
     """(partial sums (splits, n), anchor). Row blocks whose anchor was raised are computed a second time."""
     rows, tile = x.shape[0], launch.tile_for(x)
-    splits = triton.cdiv(columns[1] - columns[0], tile.split)
+    splits = launch.cdiv(columns[1] - columns[0], tile.split)
     parts, maxima = torch.empty(2, splits, rows, dtype=torch.float32, device=x.device)
     launch_exp_logits(x, head, target, anchor, columns, slab, parts, maxima)
     raised = torch.empty_like(anchor)
-    row_blocks = triton.cdiv(rows, tile.block_n)
+    row_blocks = launch.cdiv(rows, tile.block_n)
     dirty = torch.empty(row_blocks, dtype=torch.int32, device=x.device)
     if rows:
         reanchor_kernel[(row_blocks,)](
@@ -113,7 +112,7 @@ def launch_exp_logits(
     x, part = launch.rows_contiguous(x), head.columns(*columns)
     weight = launch.rows_contiguous(part.weight)
     tile = launch.tile_for(x)
-    splits = triton.cdiv(x.shape[0], tile.block_n) * triton.cdiv(weight.shape[0], tile.split)
+    splits = launch.cdiv(x.shape[0], tile.block_n) * launch.cdiv(weight.shape[0], tile.split)
     vectors = part.bias, target, anchor, dirty, slab, parts, maxima
     sizes = x.shape[0], weight.shape[0], x.shape[1], columns[0]
     scalars = 0 if slab is None else slab.stride(0), head.logit_scale, head.softcap or 0.0

@@ -14,6 +14,13 @@ from npo_kernels.backends.tiles import find_tile, hidden_bucket, tile_row
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. `triton.cdiv` is made for kernels too: a call of it from the host takes longer than the rest of
+    a grid.
+    """
+    return -(-a // b)
+
+
 def architecture(device: torch.device) -> str:
     """The architecture whose row of the tile table a device takes."""
     return tile_row(device).architecture
@@ -51,7 +58,7 @@ def slab_dtype(x: Tensor) -> torch.dtype:
 def empty_slab(x: Tensor, columns: tuple[int, int]) -> Tensor:
     """A slab whose rows start at multiples of 128 bytes, which the products that read it are fastest with."""
     width, unit = columns[1] - columns[0], 128 // slab_dtype(x).itemsize
-    padded = triton.cdiv(width, unit) * unit
+    padded = cdiv(width, unit) * unit
     return torch.empty(x.shape[0], padded, dtype=slab_dtype(x), device=x.device)[:, :width]
 
 
@@ -104,15 +111,14 @@ def tile_constants(tile: Tile, x: Tensor) -> dict[str, Any]:
 
 def hidden_block(hidden_size: int) -> int:
     """Elements of a row that a program of the (N, H) kernels takes."""
-    fitting: int = triton.next_power_of_2(hidden_size)
-    return min(BLOCK_HIDDEN, fitting)
+    return min(BLOCK_HIDDEN, 1 << (hidden_size - 1).bit_length())
 
 
 def hidden_grid(shape: torch.Size) -> tuple[int, int]:
     """Of the (N, H) kernels: rows x blocks of H."""
-    return shape[0], triton.cdiv(shape[1], hidden_block(shape[1]))
+    return shape[0], cdiv(shape[1], hidden_block(shape[1]))
 
 
 def row_grid(rows: int) -> tuple[int]:
     """Of the (N,) kernels: blocks of rows."""
-    return (triton.cdiv(rows, BLOCK_ROWS),)
+    return (cdiv(rows, BLOCK_ROWS),)

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from csrc_triton.row_moments import moment_gradient_kernel, row_moments_kernel, row_moments_persistent_kernel
@@ -18,7 +17,7 @@ from npo_kernels.core.row_moments import GradientRows, Moments
 
 def moment_scratch(x: Tensor, rows: int, vocab_size: int, capped: bool) -> Scratch:
     """The moments of the splits, in float32 and (while they are merged) in float64, and the sorted targets."""
-    per_row = 28 * 6 * triton.cdiv(vocab_size, launch.block_v(x)) + 4 * x.shape[1] + 2 * SORT_BYTES + 200
+    per_row = 28 * 6 * launch.cdiv(vocab_size, launch.block_v(x)) + 4 * x.shape[1] + 2 * SORT_BYTES + 200
     return Scratch(per_row=per_row, sums=per_row * rows)
 
 
@@ -26,7 +25,7 @@ def row_moments(x: Tensor, head: Head, target: Tensor) -> Moments:
     """`Moments` (splits, n) of the whole vocabulary; writes nothing of size V."""
     x, weight = launch.rows_contiguous(x), launch.rows_contiguous(head.weight)
     tile = launch.tile_for(x)
-    splits = triton.cdiv(weight.shape[0], tile.split)
+    splits = launch.cdiv(weight.shape[0], tile.split)
     maximum, total, first, second, logits = torch.empty(5, splits, x.shape[0], dtype=torch.float32, device=x.device)
     argmax = torch.empty(splits, x.shape[0], dtype=torch.int64, device=x.device)
     moments = Moments(maximum, argmax, total, first, second, logits)
@@ -72,7 +71,7 @@ def moment_gradient(
 
 def _grid(x: Tensor, weight: Tensor) -> tuple[int]:
     tile = launch.tile_for(x)
-    return (triton.cdiv(x.shape[0], tile.block_n) * triton.cdiv(weight.shape[0], tile.split),)
+    return (launch.cdiv(x.shape[0], tile.block_n) * launch.cdiv(weight.shape[0], tile.split),)
 
 
 def _constants(x: Tensor, head: Head, pieces: int) -> dict[str, Any]:

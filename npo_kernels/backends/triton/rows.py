@@ -1,7 +1,6 @@
 """Launches of the kernels for rows and sequences: sums, the loss, and the gradient terms of size N x H."""
 
 import torch
-import triton
 from torch import Tensor
 
 from csrc_triton.gradient_rows import (
@@ -133,7 +132,7 @@ def scale_gradient(grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: t
     grad, unit = grad.contiguous(), None if unit is None else unit.contiguous()
     out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     if grad.numel():
-        scale_gradient_kernel[(triton.cdiv(grad.numel(), BLOCK_SCALED),)](
+        scale_gradient_kernel[(launch.cdiv(grad.numel(), BLOCK_SCALED),)](
             grad, unit, upstream, out, grad.numel(), grad[0].numel(), HAS_UNIT=unit is not None, BLOCK=BLOCK_SCALED,
             num_warps=ROW_WARPS,
         )  # fmt: skip

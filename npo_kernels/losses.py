@@ -83,8 +83,8 @@ def fused_npo_loss(
         NotImplementedError: when the gradient is differentiated again.
     """
     call = prepare(hidden, lm_head_weight, labels, options)
-    way = "pass the summed log-probability of each sequence"
-    check_per_sequence("ref_logps", ref_logps, call.num_sequences, hidden.device, way)
+    remedy = "pass the summed log-probability of each sequence"
+    check_per_sequence("ref_logps", ref_logps, call.num_sequences, hidden.device, remedy)
     return _ratio_loss(call, ref_logps.detach(), beta, False, options, return_stats)
 
 
@@ -143,8 +143,8 @@ def _ratio_loss(
     beta, reduction, normalizer, weights = float(beta), options["reduction"], options["normalizer"], options["weights"]
     check_normalizer(reduction, normalizer)
     if weights is not None:
-        way = "pass a factor for each sequence"
-        check_per_sequence("weights", weights, call.num_sequences, offset.device, way)
+        remedy = "pass a factor for each sequence"
+        check_per_sequence("weights", weights, call.num_sequences, offset.device, remedy)
         weights = weights.detach()
     if call.execution.impl == "reference" or reduction == "none":
         logps, counts = sequence_logps(call)

@@ -93,7 +93,7 @@ def choose_row(gpu: Gpu, tables: Sequence[Table]) -> Row:
     there is none of these either, the row that needs the least shared memory.
     """
     known = set.intersection(*({architecture for architecture, *_ in table} for table in tables))
-    for own in (gpu.architecture, first_of_kind(gpu.architecture)):
+    for own in (gpu.architecture, architecture_of_row(gpu.architecture)):
         if own in known:
             return Row(own, own)
     vendor = [architecture for architecture in known if _is_vendors(architecture, gpu.architecture)]
@@ -121,7 +121,7 @@ def capability(architecture: str) -> tuple[int, int]:
     return int(digits[:-1]), int(digits[-1])
 
 
-def first_of_kind(architecture: str) -> str:
+def architecture_of_row(architecture: str) -> str:
     """The architecture that shares its row with this one.
 
     From sm_90 on it is the first of the same major capability. sm_89 uses the row of sm_86, whose limits it has;

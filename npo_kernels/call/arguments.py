@@ -32,7 +32,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # {argument name in other libraries: {argument of this function: hint}}: shown if the function has that argument.
-_ELSEWHERE = {
+_HINTS = {
     "attention_mask": {
         "cu_seqlens": "mask positions by setting their label to ignore_index (packed batches take cu_seqlens alone)",
         "mask": "mask takes the positions that count, as bool",
@@ -135,7 +135,7 @@ class Arguments(NamedTuple):
 
     def _hint(self, name: str) -> str:
         """A hint for an argument that does not exist: what to write instead."""
-        for instead, hint in _ELSEWHERE.get(name, {}).items():
+        for instead, hint in _HINTS.get(name, {}).items():
             if instead in self.rules:
                 return hint
         close = difflib.get_close_matches(name, self.rules, n=1, cutoff=0.7)

@@ -13,11 +13,11 @@ from npo_kernels.call.rules import describe
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _refuse_dtensor(name: str, value: Tensor | None, way: str = "") -> None:
+def _refuse_dtensor(name: str, value: Tensor | None, remedy: str = "") -> None:
     if type(value).__name__ == "DTensor":
         raise TypeError(
             f"{name} is a DTensor: call the loss inside the wrapped model's forward, where the parameter is a plain "
-            f"tensor, or unshard the module first (FSDP2: lm_head.unshard()){way}"
+            f"tensor, or unshard the module first (FSDP2: lm_head.unshard()){remedy}"
         )
 
 
@@ -201,9 +201,9 @@ def check_normalizer(reduction: str, normalizer: float | Tensor | None) -> None:
         raise ValueError(f"normalizer replaces the count of reduction='mean', got reduction={reduction!r}")
 
 
-def check_per_sequence(name: str, value: Tensor, num_sequences: int, device: torch.device, way: str) -> None:
+def check_per_sequence(name: str, value: Tensor, num_sequences: int, device: torch.device, remedy: str) -> None:
     """Check that a tensor has one number per sequence, on the device of the batch."""
     if value.shape != (num_sequences,):
-        raise ValueError(f"{name}: expected one per sequence, ({num_sequences},), got {describe(value)}; {way}")
+        raise ValueError(f"{name}: expected one per sequence, ({num_sequences},), got {describe(value)}; {remedy}")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device} but hidden is on {device}: move it there")

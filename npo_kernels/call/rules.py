@@ -62,9 +62,9 @@ def head_tensor(name: str, value: Any) -> None:
     if kind is not Tensor and kind is not nn.Parameter:
         _check_class(name, value)
     if value.layout != torch.strided or value.is_quantized or value.is_nested:
-        came = "quantized" if value.is_quantized else "nested" if value.is_nested else str(value.layout)
-        way = "dequantize()" if value.is_quantized else "to_padded_tensor(0.0)" if value.is_nested else "to_dense()"
-        raise TypeError(f"{name}: expected a dense torch.Tensor, got a {came} one: convert it with .{way}")
+        received = "quantized" if value.is_quantized else "nested" if value.is_nested else str(value.layout)
+        remedy = "dequantize()" if value.is_quantized else "to_padded_tensor(0.0)" if value.is_nested else "to_dense()"
+        raise TypeError(f"{name}: expected a dense torch.Tensor, got a {received} one: convert it with .{remedy}")
 
 
 def _check_class(name: str, value: Any) -> None:
@@ -134,11 +134,11 @@ def weights(name: str, value: Any) -> None:
     _constant(name, value, "compute the influence of a sequence under torch.no_grad()")
 
 
-def _constant(name: str, value: Tensor, way: str) -> None:
+def _constant(name: str, value: Tensor, remedy: str) -> None:
     """Refuse a tensor that requires grad where no gradient is computed: it would be lost silently."""
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{name}: expected a constant, got {describe(value)} that requires grad: {way}, or detach() it"
+            f"{name}: expected a constant, got {describe(value)} that requires grad: {remedy}, or detach() it"
         )
 
 

@@ -59,7 +59,7 @@ class Backend(Protocol):
         """
 
     def gather_rows(self, hidden: Tensor, rows: Rows) -> Tensor:
-        """(N, H) hidden[rows.index] of hidden (T, H); 0 for padding rows (`layout.DEAD_ROW`), even if hidden is NaN."""
+        """(N, H) hidden[rows.index] of hidden (T, H); 0 for padding rows (`layout.PADDING_ROW`)."""
 
     def target_logits(self, x: Tensor, head: Head, target: Tensor) -> Tensor:
         """(n,) z[i, target_i]; NaN where target_i == V, unspecified where it is negative.
@@ -182,7 +182,7 @@ class Backend(Protocol):
     ) -> None:
         """out[index] = target_coef[:, None] * weight[target] - row_coef[:, None] * product, rounded once.
 
-        A negative target has no target term, and a padding row (`layout.DEAD_ROW`) writes nothing.
+        A negative target has no target term, and a padding row (`layout.PADDING_ROW`) writes nothing.
         """
 
     def group_targets(self, target: Tensor) -> Any:

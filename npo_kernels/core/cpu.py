@@ -21,7 +21,7 @@ from torch import Tensor
 # Names of bfloat16 instruction sets in torch.cpu.get_capabilities(), on x86 and ARM.
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 # A value of ONEDNN_MAX_CPU_ISA permits bfloat16 instructions if it contains one of these.
-ALLOWING = ("BF16", "FP16", "AMX", "AVX10")
+BFLOAT16_ISAS = ("BF16", "FP16", "AMX", "AVX10")
 LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 
 
@@ -45,7 +45,7 @@ def _no_instructions() -> str | None:
         return f"ATEN_CPU_CAPABILITY is {highest}"
     for name in LIMITS:
         limit = os.environ.get(name, "").upper()
-        if limit not in ("", "ALL", "DEFAULT") and not any(part in limit for part in ALLOWING):
+        if limit not in ("", "ALL", "DEFAULT") and not any(part in limit for part in BFLOAT16_ISAS):
             return f"{name} is {limit}"
     return None
 
@@ -64,7 +64,7 @@ def arithmetic(dtype: torch.dtype) -> str:
     return f"{name} products native" if why is None else f"{name} products in float32 copies ({why})"
 
 
-class Turns:
+class KindLock:
     """A lock with two kinds of holders: any number of one kind may hold it at once, but never both kinds.
 
     Requests are served in order, so that neither kind can starve the other.
@@ -76,7 +76,7 @@ class Turns:
         self.inside = {False: 0, True: 0}
 
     @contextmanager
-    def of(self, kind: bool) -> Iterator[None]:
+    def hold(self, kind: bool) -> Iterator[None]:
         ticket = object()
         with self.changed:
             self.queue.append(ticket)
@@ -94,17 +94,17 @@ class Turns:
                 self.changed.notify_all()
 
 
-_turns = Turns()
+_kind_lock = KindLock()
 _lock = threading.Lock()
 _inside, _before = 0, ""
 
 
 def _after_fork() -> None:
     """Reset the state in a forked child, where the other threads, which may hold a lock, no longer exist."""
-    global _turns, _lock, _inside
+    global _kind_lock, _lock, _inside
     if _inside:
         torch.backends.mkldnn.matmul.fp32_precision = _before  # type: ignore[attr-defined]
-    _turns, _lock, _inside = Turns(), threading.Lock(), 0
+    _kind_lock, _lock, _inside = KindLock(), threading.Lock(), 0
 
 
 if hasattr(os, "register_at_fork"):
@@ -125,7 +125,7 @@ def bfloat16_products() -> Iterator[None]:
     """
     global _inside, _before
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    with _turns.of(True):
+    with _kind_lock.hold(True):
         with _lock:
             if _inside == 0:
                 _before = setting.fp32_precision
@@ -142,4 +142,4 @@ def bfloat16_products() -> Iterator[None]:
 
 def float32_products() -> AbstractContextManager[None]:
     """Context for all other float32 products on a CPU: waits while a thread is inside `bfloat16_products`."""
-    return nullcontext() if refusal(torch.bfloat16) else _turns.of(False)
+    return nullcontext() if refusal(torch.bfloat16) else _kind_lock.hold(False)

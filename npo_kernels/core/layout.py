@@ -14,9 +14,9 @@ from torch import Tensor
 
 # Target of a padding row: one beyond the last scored position, if `num_rows` is larger than their number. It is not
 # scored and gets no gradient.
-DEAD_ROW = -1
+PADDING_ROW = -1
 # Target of a row whose label is in another rank's shard of the vocabulary (`vocab_parallel`).
-ELSEWHERE = -2
+OTHER_RANK = -2
 
 
 class Positions(NamedTuple):
@@ -55,7 +55,7 @@ class Rows:
     """The N scored positions in order; each sequence is a contiguous range of rows."""
 
     index: Tensor  # (N,) int64 position of each row in the flat batch
-    target: Tensor  # (N,) int64 label in [0, V); V: poisoned (the row gives NaN); DEAD_ROW: padding row; ELSEWHERE
+    target: Tensor  # (N,) int64 label in [0, V); V: poisoned (the row gives NaN); PADDING_ROW: padding row; OTHER_RANK
     sequence: Tensor  # (N,) int64 sequence of each row; B for padding rows
     starts: Tensor  # (B+1,) int64: the rows [starts[s], starts[s+1]) belong to sequence s
     num_tokens: Tensor  # (B,) int64 number of rows of each sequence
@@ -92,7 +92,7 @@ def compact(targets: Tensor, offsets: Tensor, vocab_size: int, ignore_index: int
     label = targets[index] if total else torch.zeros_like(index)
     broken = no_offsets | (count[-1] > num_rows)
     out_of_range = (label < 0) | (label >= vocab_size) | broken
-    target = torch.where(live, label.masked_fill(out_of_range, vocab_size), DEAD_ROW)
+    target = torch.where(live, label.masked_fill(out_of_range, vocab_size), PADDING_ROW)
     sequence = torch.bucketize(index, offsets[1:], right=True)
     sequence = torch.where(no_offsets, offsets.shape[0] - 2, sequence)
     sequence = torch.where(live, sequence, offsets.shape[0] - 1)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from npo_kernels.core.execute import finish_hidden_grad, slab_rooms
+from npo_kernels.core.execute import finish_hidden_grad, slab_buffers
 from npo_kernels.core.gradients import Gradients, HeadGradients
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.matmul import matmul
@@ -84,13 +84,13 @@ class Pair:
         coefs = -row_weight * head.logit_scale, torch.zeros_like(row_weight)  # KL has no target terms
         head_grads.take_rows(self.x, *coefs, target=None)
         parts, models = [], (self.x, head, self.ref_x, self.ref_head)
-        for begin, end, room in slab_rooms(task.backend, self.x, plan.slices):
-            slab, part = task.backend.kl_logits(*models, divergence, (begin, end), out=room)
+        for begin, end, buffer in slab_buffers(task.backend, self.x, plan.slices):
+            slab, part = task.backend.kl_logits(*models, divergence, (begin, end), out=buffer)
             parts.append(part)
             if product is not None:
                 matmul(slab, head.weight[begin:end], out=product)
             head_grads.add(slab, begin, end)
-        del room, slab
+        del buffer, slab
         hidden_grad = None
         if product is not None:
             # contiguous, even if the hidden states are not

@@ -23,7 +23,7 @@ from npo_kernels.core import cpu
 
 BLOCK_K = 1024  # depth that `matmul` copies to float32 at a time, to bound the memory of the copies
 BLOCK_M = 1024  # rows of a 16-bit result of `matmul`
-COPIED = 2**21  # elements of a head that `project` copies to float32 at a time: 8 MiB
+COPY_ELEMENTS = 2**21  # elements of a head that `project` copies to float32 at a time: 8 MiB
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None, accumulate: bool = True) -> Tensor:
@@ -66,7 +66,7 @@ def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
         with _unrounded(x):
             torch.mm(x, weight.t(), out=out)
     else:
-        rows, step = x.float(), max(1, COPIED // max(1, x.shape[1]))
+        rows, step = x.float(), max(1, COPY_ELEMENTS // max(1, x.shape[1]))
         for v in range(0, weight.shape[0], step):
             _multiply_copies(rows, weight[v : v + step].float().t(), out[:, v : v + step], cpu.native(x))
 
@@ -86,7 +86,7 @@ def project_bytes(x: Tensor, rows: int, columns: int) -> int:
     if x.is_cuda or x.dtype == torch.float32:
         return 0
     hidden_size = x.shape[1]
-    return 4 * (rows * hidden_size + min(max(COPIED, hidden_size), columns * hidden_size))
+    return 4 * (rows * hidden_size + min(max(COPY_ELEMENTS, hidden_size), columns * hidden_size))
 
 
 def upcast_bytes(like: Tensor, depth: int, width: int) -> int:

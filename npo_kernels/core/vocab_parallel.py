@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from npo_kernels.core.layout import DEAD_ROW, ELSEWHERE, Rows
+from npo_kernels.core.layout import OTHER_RANK, PADDING_ROW, Rows
 from npo_kernels.core.row_moments import Moments
 from npo_kernels.core.softmax_stats import Statistics
 
@@ -50,16 +50,16 @@ class Shard:
         return dist.get_rank(self.process_group)
 
     def localize(self, rows: Rows) -> Rows:
-        """The rows with targets relative to this rank's first vocabulary entry; ELSEWHERE for those of other ranks."""
+        """The rows with targets relative to this rank's first vocabulary entry; OTHER_RANK for those of other ranks."""
         size, begin = self.sizes[self.rank], sum(self.sizes[: self.rank])
         target = rows.target - begin
-        target = torch.where((target >= 0) & (target < size), target, ELSEWHERE)
+        target = torch.where((target >= 0) & (target < size), target, OTHER_RANK)
         target = torch.where(rows.target == self.vocab_size, size, target)  # poisoned on every rank
-        return replace(rows, target=torch.where(rows.target == DEAD_ROW, DEAD_ROW, target))
+        return replace(rows, target=torch.where(rows.target == PADDING_ROW, PADDING_ROW, target))
 
     def sum_owned(self, z: Tensor, target: Tensor) -> Tensor:
         """(n,) target logit of each row, from the rank that owns its label."""
-        z = torch.where(target == ELSEWHERE, 0.0, z)
+        z = torch.where(target == OTHER_RANK, 0.0, z)
         dist.all_reduce(z, group=self.process_group)
         return z
 

@@ -84,10 +84,10 @@ class HeadProbe(nn.Module):
                 "npo_kernels.sequence_logprobs on the last hidden states"
             )
         if not isinstance(logits, Tensor) or logits.shape != z.shape:
-            came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            received = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise NotImplementedError(
-                f"the model turned logits (..., {z.shape[-1]}) into {came}: a fused head does not support logits that "
-                "are cut or rearranged; use npo_kernels.sequence_logprobs on the last hidden states"
+                f"the model turned logits (..., {z.shape[-1]}) into {received}: a fused head does not support logits "
+                "that are cut or rearranged; use npo_kernels.sequence_logprobs on the last hidden states"
             )
         logits = logits.detach().to("cpu", torch.float64)
         scale = (logits.flatten()[0] / z.flatten()[0]).item()
@@ -120,7 +120,7 @@ def head_of(model: CausalLM) -> nn.Module:
 
 
 @contextmanager
-def alone(head: nn.Module) -> Iterator[None]:
+def locked(head: nn.Module) -> Iterator[None]:
     """Lock for a fused call, one thread at a time: it replaces the head of the model, which all threads share."""
     with _locks_guard:
         lock = _locks.setdefault(head, threading.RLock())
@@ -140,7 +140,7 @@ def probed(model: CausalLM, head: nn.Module) -> Iterator[HeadProbe]:
 
 
 @contextmanager
-def computing(head: nn.Module, function: Fused) -> Iterator[None]:
+def head_computes(head: nn.Module, function: Fused) -> Iterator[None]:
     """Context in which calling the head computes `function(hidden, weight, bias)`.
 
     The head is still called as a module, so that hooks run: FSDP2 and DeepSpeed ZeRO-3 gather its weight, accelerate

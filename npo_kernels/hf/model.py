@@ -26,7 +26,7 @@ from transformers.utils.generic import ModelOutput
 
 from npo_kernels.call.rules import short
 from npo_kernels.hf.batch import take_batch
-from npo_kernels.hf.head import CausalLM, alone, computing, head_of, plain_linears, probed
+from npo_kernels.hf.head import CausalLM, head_computes, head_of, locked, plain_linears, probed
 from npo_kernels.logprobs import sequence_logprobs, token_logprobs
 from npo_kernels.losses import LossStats
 from npo_kernels.statistics import token_statistics
@@ -37,7 +37,9 @@ Model = TypeVar("Model", bound=nn.Module)
 Result = Tensor | tuple[Tensor, Tensor | LossStats | LogprobStats] | dict[str, Tensor]
 Function = Callable[..., Result]  # called like sequence_logprobs
 # Arguments of the function that come from the model and its forward, so that a partial must not fix them.
-GIVEN = {"hidden", "lm_head_weight", "labels", "bias", "logit_scale", "softcap", "shift", "cu_seqlens", "ignore_index"}
+FROM_MODEL = {
+    "hidden", "lm_head_weight", "labels", "bias", "logit_scale", "softcap", "shift", "cu_seqlens", "ignore_index",
+}  # fmt: skip
 
 
 @dataclass
@@ -151,7 +153,7 @@ def _fused_forward(
     batch = take_batch(kwargs)
     head = head_of(model)
     plain_linears(head)  # raises if it is not a plain linear layer
-    with alone(head):
+    with locked(head):
         with probed(model, head) as probe:
             outputs = forward(**{**kwargs, "use_cache": False, "return_dict": True})
         scale, softcap = probe.logit_function(outputs.logits)
@@ -161,7 +163,7 @@ def _fused_forward(
                 batch.rows(hidden), weight, batch.labels, bias=bias, logit_scale=scale, softcap=softcap, **batch.options
             )
 
-        with computing(head, fused):
+        with head_computes(head, fused):
             result: Result = head(probe.hidden)
     found = _named(function, result)
     aux_loss = getattr(outputs, "aux_loss", None)
@@ -191,9 +193,9 @@ def _named(function: Function, result: Result) -> dict[str, Any]:
 
 
 def _check_function(function: Function) -> None:
-    """Refuse a partial that fixes an argument in GIVEN: the model passes it, which would silently override it."""
+    """Refuse a partial that fixes an argument in FROM_MODEL: the model passes it, which would silently override it."""
     while isinstance(function, functools.partial):
-        fixed = sorted(GIVEN & function.keywords.keys())
+        fixed = sorted(FROM_MODEL & function.keywords.keys())
         if fixed:
             raise ValueError(
                 f"fused_unlearning: {fixed[0]} is the model's own or an argument of its forward, got a partial with "

@@ -87,7 +87,7 @@ class SavedGradients(NamedTuple):
     def times(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of hidden, weight and bias in the dtype of the inputs; None where not needed."""
         hidden, weight, bias = self.kept.grads.wanted(self.needs)
-        if self._may_be_given_away(upstream):  # detached, because as outputs of the forward they are part of the graph
+        if self._can_skip_copy(upstream):  # detached, because as outputs of the forward they are part of the graph
             return (
                 None if hidden is None else hidden.detach(),
                 None if weight is None else weight.detach(),
@@ -95,7 +95,7 @@ class SavedGradients(NamedTuple):
             )
         return scale_gradients(ScaleCall(self, upstream)).wanted(self.needs)
 
-    def _may_be_given_away(self, upstream: Tensor) -> bool:
+    def _can_skip_copy(self, upstream: Tensor) -> bool:
         """Whether the kept gradients can be returned without a copy: upstream is exactly 1 and the graph is not kept.
 
         Only on a CPU, where reading upstream is free and a copy of dWeight costs a tenth of the whole loss. An operator

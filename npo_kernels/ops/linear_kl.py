@@ -12,7 +12,7 @@ from torch import Tensor
 from npo_kernels.backends.choose import backend_of
 from npo_kernels.call.call import KLCall
 from npo_kernels.core.gradients import Gradients
-from npo_kernels.core.layout import DEAD_ROW, ELSEWHERE, compact
+from npo_kernels.core.layout import OTHER_RANK, PADDING_ROW, compact
 from npo_kernels.core.linear_kl import Pair
 from npo_kernels.core.softmax_stats import Lowered, Normalizers
 from npo_kernels.core.task import Needs, Task
@@ -37,8 +37,8 @@ def pair_of(call: KLCall, needs: Needs, upstream_later: bool = False) -> Pair:
     if call.labels is not None:
         check_kl_labels(call.labels, call.counted, call.head.weight.shape[0])
     ends = torch.arange(2, device=call.hidden.device) * call.hidden.shape[0]  # no copy from the host, which would sync
-    rows = compact(torch.where(call.counted, 0, DEAD_ROW), ends, 1, DEAD_ROW, num_rows=None)
-    rows = replace(rows, target=torch.full_like(rows.target, ELSEWHERE))
+    rows = compact(torch.where(call.counted, 0, PADDING_ROW), ends, 1, PADDING_ROW, num_rows=None)
+    rows = replace(rows, target=torch.full_like(rows.target, OTHER_RANK))
     head, ref_head = call.head.with_finite_bias(), call.ref_head.with_finite_bias()
     task = Task(call.hidden, head, rows, needs, backend_of(call.execution.impl), None, upstream_later)
     lowered = None if call.labels is None else Lowered(call.labels[rows.index], call.target_shift)

@@ -9,7 +9,7 @@ from torch import Tensor
 from npo_kernels.backends.choose import backend_of
 from npo_kernels.call.call import Call, Execution
 from npo_kernels.core import execute
-from npo_kernels.core.layout import DEAD_ROW, Rows
+from npo_kernels.core.layout import PADDING_ROW, Rows
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.softmax_stats import Statistics
 from npo_kernels.core.task import Task
@@ -62,7 +62,7 @@ def token_logps(arguments: LogpsCall) -> TokenLogps:
     tokens = stats.logp.new_empty(0)
     if arguments.per_token:
         tokens = stats.logp.new_zeros(call.hidden.shape[0])
-        tokens.index_add_(0, rows.index, torch.where(rows.target != DEAD_ROW, stats.logp, 0.0))
+        tokens.index_add_(0, rows.index, torch.where(rows.target != PADDING_ROW, stats.logp, 0.0))
     logps = task.backend.sequence_sums(stats.logp, rows.sequence, rows.starts)
     saved = SavedRows(rows.index, rows.target, rows.sequence, rows.starts, rows.num_tokens, stats, product)
     return TokenLogps(tokens, logps, saved)

@@ -17,7 +17,7 @@ from npo_kernels.core.layout import Rows
 from npo_kernels.core.softmax_stats import Statistics, gradient_coefficients
 from npo_kernels.core.value_checks import check_exact_rows
 from npo_kernels.ops.gradients import GradientTensors, Kept, SavedGradients, kept
-from npo_kernels.ops.schema import as_written
+from npo_kernels.ops.schema import without_autocast
 from npo_kernels.ops.task import task_of
 
 
@@ -111,7 +111,7 @@ class TokenLoss(torch.autograd.Function):
             results = TokenLossResults(loss, stats.logp, scored.sequence, sums, rows.num_tokens)
             return gradient_coefficients(stats, grad, task.head)
 
-        with as_written(hidden):
+        with without_autocast(hidden):
             task = task_of(call, upstream_later=True)
             # not separable: a loss function may combine sequences, so it gets all of them at once
             plan = task.plan(call.execution.workspace_bytes, gradient_in_forward=True, separable=False)
@@ -162,8 +162,10 @@ def _value_and_grad(loss_of: LossOfTokens, scored: ScoredTokens) -> tuple[Tensor
 def check_scalar(loss: Tensor, device: torch.device) -> None:
     """Check that the result of `loss_fn` is a 0-d floating-point tensor on `device`, the device of its arguments."""
     if not isinstance(loss, Tensor) or loss.dim() != 0:
-        came = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn: expected it to return a 0-d tensor, got {came}; reduce it with .mean() or .sum()")
+        received = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"loss_fn: expected it to return a 0-d tensor, got {received}; reduce it with .mean() or .sum()"
+        )
     if not loss.is_floating_point():
         raise ValueError(
             f"loss_fn: expected it to return a floating-point tensor, got {loss.dtype}, which carries no gradient to "

@@ -11,7 +11,7 @@ from torch import Tensor
 from npo_kernels.backends.choose import backend_of
 from npo_kernels.call.call import Call, Execution
 from npo_kernels.core.execute import gradients_of_slabs, target_logits
-from npo_kernels.core.layout import DEAD_ROW, ELSEWHERE, Rows
+from npo_kernels.core.layout import OTHER_RANK, PADDING_ROW, Rows
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.plan import Plan
 from npo_kernels.core.row_moments import NAMES, RowMoments, gradient_rows, join, statistics
@@ -58,7 +58,7 @@ def token_statistics(call: Call) -> StatisticsResults:
     values, moments = statistics(whole, target_logits(task, x, rows.target), vocab_size)
     total = call.hidden.shape[0]
     scattered = values.new_zeros(len(NAMES), total + 1)
-    scattered[:, torch.where(rows.target != DEAD_ROW, rows.index, total)] = values  # padding rows: the extra column
+    scattered[:, torch.where(rows.target != PADDING_ROW, rows.index, total)] = values  # padding rows: the extra column
     packed = torch.stack(moments[:-1])
     saved = SavedMoments(rows.index, rows.target, rows.sequence, rows.starts, packed, moments.argmax)
     return StatisticsResults(scattered[:, :-1].clone(), saved)
@@ -107,9 +107,9 @@ def token_statistics_backward(upstream: UpstreamStatistics) -> GradientTensors:
     vocab_size = head.weight.shape[0]
     if shard is not None:
         column = moments.argmax - sum(shard.sizes[: shard.rank])
-        column = torch.where((column >= 0) & (column < vocab_size), column, ELSEWHERE)
+        column = torch.where((column >= 0) & (column < vocab_size), column, OTHER_RANK)
         moments, vocab_size = moments._replace(argmax=column), shard.vocab_size
-    grad = torch.where(rows.target != DEAD_ROW, upstream.grad[:, rows.index], 0.0)
+    grad = torch.where(rows.target != PADDING_ROW, upstream.grad[:, rows.index], 0.0)
     parts, coefs = gradient_rows(moments, grad, rows.target, head, vocab_size)
     x = task.gather()
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from npo_kernels.core import layout
-from npo_kernels.core.layout import DEAD_ROW, Rows
+from npo_kernels.core.layout import PADDING_ROW, Rows
 
 
 def compact(
@@ -22,4 +22,4 @@ def compact(
 def gather_rows(hidden: Tensor, rows: Rows) -> Tensor:
     """(N, H) hidden[rows.index]; padding rows are 0. There are none if the number of rows is known on the host."""
     x = hidden[rows.index]
-    return x if rows.host_starts is not None else x.masked_fill_((rows.target == DEAD_ROW).unsqueeze(1), 0)
+    return x if rows.host_starts is not None else x.masked_fill_((rows.target == PADDING_ROW).unsqueeze(1), 0)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from npo_kernels.backends.torch import blocks
 from npo_kernels.core.formulas import RatioLoss
-from npo_kernels.core.layout import DEAD_ROW, Rows
+from npo_kernels.core.layout import PADDING_ROW, Rows
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.softmax_stats import Statistics, gradient_coefficients
 
@@ -38,7 +38,7 @@ def finish_hidden_grad(
         here = torch.where(target[rows] >= 0, target_coef[rows], 0.0)
         grad = here.unsqueeze(1) * head.weight[label[rows]].float() - row_coef[rows].unsqueeze(1) * product[rows]
         # padding rows have index 0, which may belong to a real row: add zero instead of overwriting it
-        live = (target[rows] != DEAD_ROW).unsqueeze(1)
+        live = (target[rows] != PADDING_ROW).unsqueeze(1)
         out.index_add_(0, index[rows], torch.where(live, grad, 0.0).to(out.dtype))
 
 
@@ -87,7 +87,7 @@ def coefficients(
     """(row_coef (n,), target_coef (n,)) from the upstream gradients of the log-probabilities."""
     grad = torch.zeros_like(stats.logp)
     if grad_tokens is not None:
-        grad += torch.where(rows.target != DEAD_ROW, grad_tokens[rows.index], 0.0)
+        grad += torch.where(rows.target != PADDING_ROW, grad_tokens[rows.index], 0.0)
     if grad_logps is not None:  # padding rows read the zero after the last sequence
         grad += F.pad(grad_logps, (0, 1))[rows.sequence]
     return gradient_coefficients(stats, grad, head)

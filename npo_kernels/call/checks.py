@@ -147,8 +147,8 @@ def check_kl(
                 f"{describe(x)} and {describe(w)}; pass the last hidden states of the model that the head belongs to"
             )
         if b is not None and (b.shape != w.shape[:1] or b.dtype != w.dtype):
-            wanted = f"({w.shape[0]},) {str(w.dtype).removeprefix('torch.')}"
-            raise ValueError(f"{side}bias: expected {wanted}, as {side}lm_head_weight has it, got {describe(b)}")
+            like = f"({w.shape[0]},) {str(w.dtype).removeprefix('torch.')}"
+            raise ValueError(f"{side}bias: expected {like}, as {side}lm_head_weight has it, got {describe(b)}")
     if ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(
             f"lm_head_weight has V={weight.shape[0]}, ref_lm_head_weight has V={ref_weight.shape[0]}: KL needs one "

@@ -1,9 +1,12 @@
-"""An extension of Griffe, which reads the sources for the pages in docs/api: whole signatures of the public functions.
+"""An extension of Griffe, which reads the sources for the pages in docs/api.
 
-`**options: Unpack[CallOptions]` is replaced by the keywords that the TypedDict declares, with their types and defaults,
-as `npo_kernels.call.arguments.checked` does for `help`. Overloads, which differ in `return_stats` alone, are dropped.
+- Whole signatures of the public functions: `**options: Unpack[CallOptions]` is replaced by the keywords that the
+  TypedDict declares, with their types and defaults, as `npo_kernels.call.arguments.checked` does for `help`. Overloads,
+  which differ in `return_stats` alone, are dropped.
+- The options of dataclasses: what `Annotated[type, "help"]` has for the command line is the description of the field.
 """
 
+import ast
 from typing import Any
 
 import griffe
@@ -11,9 +14,7 @@ import griffe
 
 class FullSignatures(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
-        if pkg.path != "npo_kernels":
-            return
-        for function in _functions(pkg):
+        for function in _functions(pkg) if pkg.path == "npo_kernels" else []:
             function.overloads = []
             options = _unpacked(function.parameters[-1]) if len(function.parameters) else None
             if options:
@@ -22,6 +23,18 @@ class FullSignatures(griffe.Extension):
                     function.parameters.add(parameter)
             for parameter in function.parameters:
                 parameter.annotation = _spelled_out(pkg, parameter.annotation)
+
+    def on_class(self, *, cls: griffe.Class, **kwargs: Any) -> None:
+        """Describe the fields in an `Args` section; a table of these has the defaults as well."""
+        described = []
+        for attribute in cls.members.values():
+            annotation = getattr(attribute, "annotation", None)
+            if isinstance(annotation, griffe.ExprSubscript) and str(annotation.left) == "Annotated":
+                attribute.annotation, text = annotation.slice.elements
+                if isinstance(text, str):
+                    described.append(f"    {attribute.name}: {ast.literal_eval(text)}")
+        if described and cls.docstring:
+            cls.docstring.value += "\n\nArgs:\n" + "\n".join(described)
 
 
 def _functions(module: griffe.Module) -> list[griffe.Function]:
@@ -52,11 +65,7 @@ def _keywords(pkg: griffe.Module, options: str) -> list[griffe.Parameter]:
 
 def _literal(default: Any) -> Any:
     """A string in quotes: Griffe takes a string in an annotation for a name."""
-    return (
-        f'"{default}"'
-        if isinstance(default, str) and default.isidentifier() and default not in ("None", "True", "False")
-        else default
-    )
+    return f'"{default}"' if isinstance(default, griffe.ExprName) else default
 
 
 def _spelled_out(pkg: griffe.Module, annotation: Any) -> Any:

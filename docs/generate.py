@@ -40,8 +40,8 @@ def methods_page() -> str:
         families.setdefault(method.family or method.name, []).append(method)
     parts = [
         "# Methods",
-        f"`training` has {len(METHODS)} methods in {len(families)} families. `--method NAME` of `training.unlearn` and\n"
-        "`--methods NAMES` of `training.grid` select them. A method minimises",
+        f"`training` has {len(METHODS)} methods in {len(families)} families. `--method NAME` of\n"
+        "`training.unlearn` and `--methods NAMES` of `training.grid` select them. A method minimises",
         "    forget_weight * (forget term) + retain_weight * (retain term)",
         "The forget term is the formula below. [methods/README.md](../training/methods/README.md) describes where\n"
         "published code differs from the papers, and what was reconstructed. [Extending](extending.md) shows how to\n"

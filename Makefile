@@ -9,6 +9,7 @@
 #   make fuzz        random calls against float64, for 10 minutes (ARGS="--minutes 60 --impl torch --function npo")
 #   make faults      training survives kills, full disks and damaged files with the same result (15 minutes)
 #   make lint        ruff check, ruff format --check and mypy
+#   make docs        the documentation site, in build/site; make docs-serve shows it while you write
 #   make lock        update requirements-ci.txt, the hashes of all packages that CI installs with LOCKED=1
 #   make audit       known vulnerabilities of the pinned packages (needs a network)
 #   make bench       the CPU benchmarks (on a GPU: ARGS="run --suite head" and others)
@@ -28,8 +29,8 @@ OLDEST_STAMP := .venv-oldest/.installed
 REAL_STAMP   := .venv/.installed-real
 TOOLS_STAMP  := .venv-tools/.installed
 
-.PHONY: help demo experiment experiment-real test test-oldest fuzz faults long-run aot lint lock audit format bench certify \
-    gpu-check env clean
+.PHONY: help demo experiment experiment-real test test-oldest fuzz faults long-run aot lint docs docs-serve docs-generate \
+    lock audit format bench certify gpu-check env clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -65,6 +66,15 @@ lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# The variable silences a notice that mkdocs-material prints on every build.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+docs-serve: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve $(ARGS)
+# The pages that are generated from the registry of methods and the committed results.
+docs-generate: $(STAMP)
+	$(PY) -m docs.generate
 
 # Every package that CI installs is pinned by its sha256, whatever a package index serves.
 LOCK = --generate-hashes --allow-unsafe --strip-extras --no-annotate --no-header --no-emit-index-url --no-emit-find-links \

@@ -3,11 +3,11 @@
     from npo_kernels import fused_npo_loss
     loss = fused_npo_loss(hidden, model.lm_head.weight, labels, ref_logps=ref_logps, beta=0.1)
 
-`fused_npo_loss` and `fused_simnpo_loss` are the losses of the papers. `fused_logprob_loss` takes any loss function of
-sequence log-probabilities, `fused_token_loss` any loss function of token log-probabilities. `sequence_logprobs` and
-`token_logprobs` return the log-probabilities themselves; use the former to cache `ref_logps`. `fused_linear_kl` is the
-KL retain term. `token_statistics` returns entropy and similar statistics. `explain` shows the mode and the memory of a
-call without running it.
+`fused_npo_loss` and `fused_simnpo_loss` are the losses of the papers. `fused_logprob_loss` takes any loss of sequence
+log-probabilities, and `fused_token_loss` any loss of token log-probabilities. `sequence_logprobs` and `token_logprobs`
+are the primitives, and compute the cached `ref_logps`. `fused_linear_kl` is the KL retain term. `token_statistics`
+returns the entropy and other statistics of the predictions. `explain` returns the mode and the memory that a call would
+use.
 """
 
 from npo_kernels.core.value_checks import set_debug

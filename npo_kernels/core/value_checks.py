@@ -18,11 +18,21 @@ _debug = os.environ.get("NPO_KERNELS_DEBUG", "0") not in ("", "0")
 
 
 def set_debug(enabled: bool) -> None:
-    """Check the values of labels, cu_seqlens, num_rows, ref_logps, weights and normalizer on every device.
+    """Check the values of labels, cu_seqlens, num_rows, ref_logps, normalizer and weights on every device.
 
-    This forces device syncs. It is off by default: then only CPU tensors are checked, and wrong values on a GPU make
-    the result NaN. The environment variable NPO_KERNELS_DEBUG=1 sets it at import. Raises TypeError if `enabled` is
-    not a bool.
+    On a GPU each check is a device sync. Without it, a wrong value gives NaN there. The environment variable
+    NPO_KERNELS_DEBUG=1 enables the checks from the start of the process.
+
+    Args:
+        enabled: True or False.
+
+    Raises:
+        TypeError: anything but True or False.
+
+    Examples:
+        >>> from npo_kernels import set_debug
+        >>> set_debug(True)
+        >>> set_debug(False)
     """
     global _debug
     if not isinstance(enabled, bool):

@@ -40,7 +40,7 @@ def reanchor_kernel(
         part = tl.load(max_ptr + tl.cast(split, tl.int64) * N + rows, mask=inside, other=float("-inf"))
         maximum = tl.maximum(maximum, part)
     anchor = tl.load(anchor_ptr + rows, mask=inside, other=0.0)
-    # a comparison, not a maximum: the NaN anchor of a poisoned row must stay
+    # a comparison instead of tl.maximum, so that the NaN anchor of a poisoned row stays NaN
     raise_row = inside & (maximum - headroom > anchor)
     tl.store(raised_ptr + rows, tl.where(raise_row, maximum - headroom, anchor), mask=inside)
     tl.store(dirty_ptr + row_block, tl.max(raise_row.to(tl.int32), axis=0))

@@ -21,7 +21,7 @@ def token_logps(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """(T,) log softmax(z)[target], 0 where target == ignore_index; z = softcap * tanh(scale * (x W^T + b) / softcap).
+    """(T,) log softmax(z)[target], with z from `logits`; 0 where target == ignore_index.
 
     The dtype is float64 for float64 input and float32 otherwise. A target outside [0, V) gives NaN.
     """

@@ -45,8 +45,8 @@ class Backend(Protocol):
 
     def compact(
         self,
-        labels: Tensor,  # (B, S), or (T,) with
-        cu_seqlens: Tensor | None,  # (B+1,) int32 or int64
+        labels: Tensor,  # (B, S) if padded, (T,) if packed
+        cu_seqlens: Tensor | None,  # (B+1,) int32 or int64 if packed
         shift: bool,
         vocab_size: int,
         ignore_index: int,

@@ -52,7 +52,7 @@ class HeadProbe(nn.Module):
 
     def __init__(self, head: nn.Module, vocab_size: int):
         super().__init__()
-        vars(self)["head"] = head  # not a submodule: its parameters are not this module's
+        vars(self)["head"] = head  # bypasses nn.Module: the head must not become a submodule of the probe
         self.thread = threading.get_ident()
         self.hidden: Tensor | None = None
         self.logits = torch.ones(1, 1, vocab_size, dtype=torch.float64)

@@ -6,7 +6,7 @@
     out = model(input_ids, attention_mask=mask, labels=labels, fused_unlearning=True)
     out.logps, out.num_tokens  # (B,), (B,)
 
-    npo = partial(fused_npo_loss, ref_logps=ref_logps, beta=0.1)  # gradients formed in the forward
+    npo = partial(fused_npo_loss, ref_logps=ref_logps, beta=0.1)  # computes the gradients in the forward
     model(input_ids, attention_mask=mask, labels=labels, fused_unlearning=npo).loss.backward()
 
 The loss is computed inside the forward so that wrappers work: DDP prepares its reducer there, and FSDP2 and ZeRO-3

@@ -46,7 +46,7 @@ def pair_of(call: KLCall, needs: Needs, upstream_later: bool = False) -> Pair:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A weighted sum, gradients formed in the forward
+# The weighted sum, with its gradients computed in the forward
 # ---------------------------------------------------------------------------------------------------------------------
 
 

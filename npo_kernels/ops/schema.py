@@ -126,7 +126,7 @@ class Operator(Generic[Arguments, Results]):
         saved: Schema[Saved] = Schema(next(iter(get_type_hints(backward).values())))
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            ctx.set_materialize_grads(False)  # no zeros of the size of dWeight for results nobody differentiates
+            ctx.set_materialize_grads(False)  # do not allocate zeros for results without gradient
             flat = saved.flatten(save(self.arguments.build(inputs), self.results.build(output)))
             # autograd refuses to save inference tensors (a teacher's hidden states), which have no version counter to
             # detect in-place changes; they are kept on ctx instead

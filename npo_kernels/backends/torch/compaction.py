@@ -7,8 +7,8 @@ from npo_kernels.core.layout import PADDING_ROW, Rows
 
 
 def compact(
-    labels: Tensor,  # (B, S), or (T,) with
-    cu_seqlens: Tensor | None,  # (B+1,)
+    labels: Tensor,  # (B, S) if padded, (T,) if packed
+    cu_seqlens: Tensor | None,  # (B+1,) if packed
     shift: bool,
     vocab_size: int,
     ignore_index: int,

@@ -69,7 +69,7 @@ lint: $(STAMP)
 
 # The variable silences a notice that mkdocs-material prints on every build.
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 docs-serve: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve $(ARGS)
 # The pages that are generated from the registry of methods and the committed results.

@@ -108,7 +108,7 @@ def test_the_wheel_needs_only_torch(wheel):
     required = [line for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
     assert [line.split()[1].split(">")[0] for line in required] == ["torch"]
     extras = {line.split()[1] for line in lines if line.startswith("Provides-Extra:")}
-    assert extras >= {"hf", "training", "bench", "flash", "liger", "quant"}
+    assert extras >= {"hf", "train", "bench", "triton", "flash", "hub", "real", "liger", "quant"}
     assert "License-Expression: Apache-2.0" in lines
 
 

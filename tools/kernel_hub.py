@@ -19,6 +19,8 @@ import json
 import shutil
 from pathlib import Path
 
+from tools.release import version
+
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "npo-kernels"
 MODULE = "npo_kernels"
@@ -96,7 +98,9 @@ def portable(path: str, text: str) -> str:
             package, _, rest = node.module.partition(".")
             if package in (MODULE, "csrc_triton"):
                 target = dots + (rest if package == MODULE else node.module)
-                lines[node.lineno - 1] = replaced(lines[node.lineno - 1], f"from {node.module} ", f"from {target} ", path)
+                lines[node.lineno - 1] = replaced(
+                    lines[node.lineno - 1], f"from {node.module} ", f"from {target} ", path
+                )
         elif isinstance(node, ast.Call) and node.args and operator_name(node.args[0]):
             name = ast.get_source_segment(text, node.args[0])
             assert name is not None
@@ -119,13 +123,6 @@ def replaced(line: str, old: str, new: str, path: str) -> str:
     if line.count(old) != 1:
         raise ValueError(f"{path}: expected {old!r} once in {line!r}, found it {line.count(old)} times")
     return line.replace(old, new)
-
-
-def version() -> str:
-    """Read from the source: building needs no torch."""
-    tree = ast.parse((ROOT / MODULE / "__init__.py").read_text(encoding="utf-8"))
-    values = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__version__"]
-    return str(ast.literal_eval(values[0]))
 
 
 def metadata(backend: str, identity: str, files: dict[str, str]) -> dict[str, object]:

@@ -131,7 +131,11 @@ def test_the_metadata_has_the_hash_of_every_file(kernel):
         ("losses.py", "from npo_kernels import reference\n", "from . import reference\n"),
         ("call/checks.py", "def f():\n    from npo_kernels.core import x\n", "def f():\n    from ..core import x\n"),
         ("backends/triton/rows.py", "from csrc_triton.tiles import T\n", "from ...csrc_triton.tiles import T\n"),
-        ("csrc_triton/rows.py", "from csrc_triton.common import (\n  f)\n", "from ..csrc_triton.common import (\n  f)\n"),
+        (
+            "csrc_triton/rows.py",
+            "from csrc_triton.common import (\n  f)\n",
+            "from ..csrc_triton.common import (\n  f)\n",
+        ),
         ("core/x.py", "from torch import Tensor\n", "from torch import Tensor\n"),
         (
             "ops/x.py",

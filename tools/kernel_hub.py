@@ -1,12 +1,13 @@
-"""`python -m tools.kernel_hub [--out DIR]`: the library as a kernel that the package `kernels` can load from a folder or a hub.
+"""`python -m tools.kernel_hub [--out DIR]`: the library as a kernel that the package `kernels` loads from a folder.
 
     DIR/README.md, LICENSE             the card, and the licence
     DIR/build.toml, torch-ext/         what `kernel-builder` builds from
-    DIR/build/torch-cpu, torch-cuda    what `kernels.get_local_kernel(DIR)` loads: the package, metadata.json with hashes
+    DIR/build/torch-cpu, torch-cuda    what `kernels.get_local_kernel(DIR)` loads: the package and its metadata.json
 
-A loader imports a kernel under a name of its own, next to other versions of it. So a copy differs from the checkout in two
-ways: imports of `npo_kernels` and `csrc_triton` are relative, and operators of torch have a namespace that is unique to the
-build. `npo_kernels.hf` and `npo_kernels.env` are left out: a kernel may import nothing but torch, Triton and itself.
+A loader imports a kernel under a name of its own, possibly beside other versions of it. So the copy differs from the
+checkout in two ways: imports of `npo_kernels` and `csrc_triton` are relative, and torch operators are registered in a
+namespace that is unique to the build. `npo_kernels.hf` and `npo_kernels.env` are left out: a kernel may import only
+torch, Triton and itself.
 
 Layout and metadata: https://huggingface.co/docs/kernels/kernel-requirements (0.17).
 """
@@ -27,7 +28,7 @@ MODULE = "npo_kernels"
 BACKENDS = ("cpu", "cuda")  # those that the tests have run on; the contents are equal
 LEFT_OUT = ("hf/", "env.py")
 PREFIX = f"{MODULE}::"  # of an operator's name
-OPS = '''"""The operators of this build. Their namespace is unique to it, so several versions can be loaded side by side."""
+OPS = '''"""The operators of this build, in a namespace of their own: several builds can be loaded in one process."""
 
 import torch
 
@@ -57,8 +58,8 @@ tags:
 
 # npo-kernels {version}
 
-Fused lm-head, log-softmax, sequence log-probabilities and losses for unlearning language models (NPO, SimNPO): Triton kernels on
-a GPU, PyTorch in bounded memory elsewhere. No logits of the whole vocabulary are formed.
+Fused lm-head, log-softmax, sequence log-probabilities and losses for unlearning language models (NPO, SimNPO): Triton
+kernels on a GPU, PyTorch in bounded memory elsewhere. The full logits are never formed.
 
 ```python
 from kernels import get_local_kernel
@@ -67,8 +68,9 @@ npo = get_local_kernel(folder)  # this folder; or get_kernel("OWNER/{name}", ver
 loss = npo.fused_npo_loss(hidden, lm_head_weight, labels, ref_logps=ref_logps, beta=0.1)
 ```
 
-Needs Python 3.11 and torch 2.11 or newer, and `kernels` 0.17 or newer; on a GPU, Triton, which torch's CUDA wheels bring. All
-functions of the package are here except `npo_kernels.hf`, which needs Transformers: install `{name}` for it.
+Needs Python 3.11, torch 2.11 and `kernels` 0.17, or newer. On a GPU it also needs Triton, which torch's CUDA wheels
+install. All functions of the package are included except `npo_kernels.hf`, which needs Transformers: for it, install
+`{name}`.
 """
 
 

@@ -1,8 +1,8 @@
 """`python -m tools.release check [--tag v0.1.0]` and `python -m tools.release notes`: what a release must agree on.
 
-`check`: the version of `npo_kernels.__version__` stands in CITATION.cff and recipe/recipe.yaml and has a dated section in
-CHANGELOG.md; the tag, where one is given, is "v" and this version. `notes` prints that section.
-Only the standard library: the release workflow runs it before anything is installed.
+`check`: CITATION.cff and recipe/recipe.yaml have the version of `npo_kernels.__version__`, CHANGELOG.md has a dated
+section for it, and the tag, if one is given, is "v" followed by it. `notes` prints that section.
+Only the standard library is needed: the release workflow runs this before it installs anything.
 """
 
 import argparse

@@ -58,7 +58,7 @@ def test_what_disagrees_is_named(checkout, file, old, new, line):
 
 def test_a_file_without_a_version_is_named(checkout):
     edit(checkout / "CITATION.cff", "version: 0", "edition: 0")
-    with pytest.raises(ValueError, match="CITATION.cff: expected one match"):
+    with pytest.raises(ValueError, match=r"CITATION\.cff: expected one match"):
         release.problems(checkout)
 
 

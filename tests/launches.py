@@ -102,7 +102,7 @@ def counted(monkeypatch) -> Iterator[Launches]:
         return run
 
     @contextmanager
-    def as_written(tensor, original=schema.as_written):
+    def without_autocast(tensor, original=schema.without_autocast):
         # inside an operator of this package no mode is active; in an autograd.Function this one is
         with original(tensor):
             if _get_current_dispatch_mode() is None:
@@ -119,6 +119,6 @@ def counted(monkeypatch) -> Iterator[Launches]:
         for module in (execute, gradients, linear_kl):
             patch.setattr(module, "matmul", alone(module.matmul, "matmul"))  # one product on a GPU, blocks on a CPU
         for module in (schema, token_loss):
-            patch.setattr(module, "as_written", as_written)
+            patch.setattr(module, "without_autocast", without_autocast)
         with launches:
             yield launches

@@ -1,4 +1,4 @@
-"""Launches of two projections at once: the sums and the gradient of KL of a model and a reference."""
+"""Launches of the kernels for KL of a model and a reference, and its gradient."""
 
 import torch
 from torch import Tensor
@@ -25,15 +25,15 @@ def kl_scratch(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head) -> Scratch:
 
 
 def pair_tile(x: Tensor, ref_x: Tensor) -> Tile:
-    """Of both kernels: z then has the same bits in both."""
+    """The tile of both KL kernels: with one tile, the logits are bitwise equal in both."""
     bits, depth = 8 * max(x.itemsize, ref_x.itemsize), max(x.shape[1], ref_x.shape[1])
     return find_tile(PAIR_TILES, launch.architecture(x.device), bits, depth)
 
 
 def softmax_sums(x: Tensor, head: Head, beside: Tensor, lowered: Lowered | None) -> tuple[Tensor, Tensor]:
-    """(maxima, sums of the exponentials below them), (splits, n) float32, of the logits of a whole head.
+    """(maxima, sums of exp(z - maximum)), (splits, n) float32 each, over the whole vocabulary.
 
-    `beside`: the rows of the other model, as `kl_logits` will get them, which takes the same tile.
+    `beside` are the rows of the other model; they matter only for the tile, which must be that of `kl_logits`.
     """
     x, weight = launch.rows_contiguous(x), launch.rows_contiguous(head.weight)
     rows, tile = x.shape[0], pair_tile(x, beside)
@@ -75,13 +75,13 @@ def kl_logits(
     columns: tuple[int, int],
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(slab, partial sums of KL): the gradient of a vocabulary slice, times the derivative of the softcap."""
+    """(slab, partial sums of KL); the slab is the gradient of the slice times the derivative of the softcap."""
     slab = launch.empty_slab(x, columns) if out is None else out
     return slab, _kl(x, head, ref_x, ref_head, divergence, columns, slab)
 
 
 def kl_sums(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head, divergence: Divergence) -> Tensor:
-    """The partial sums of KL of the whole vocabulary, with nothing of size V kept."""
+    """Partial sums of KL over the whole vocabulary; keeps nothing of size V."""
     return _kl(x, head, ref_x, ref_head, divergence, (0, head.weight.shape[0]), slab=None)
 
 

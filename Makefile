@@ -9,6 +9,7 @@
 #   make fuzz        random calls against float64 for as long as you like (ARGS="--minutes 60 --impl torch --function npo")
 #   make faults      kills, full disks, damaged files: runs of training end as if nothing had been (a quarter of an hour)
 #   make lint        ruff check, ruff format --check and mypy
+#   make docs        the documentation site, in build/site; make docs-serve shows it while you write
 #   make lock        the hashes of all packages that CI installs (LOCKED=1), anew from the constraints
 #   make audit       known vulnerabilities of these packages (needs a network)
 #   make bench       the benchmarks of a CPU; ARGS="run --suite head" and others on a GPU
@@ -28,8 +29,8 @@ OLDEST_STAMP := .venv-oldest/.installed
 REAL_STAMP   := .venv/.installed-real
 TOOLS_STAMP  := .venv-tools/.installed
 
-.PHONY: help demo experiment experiment-real test test-oldest fuzz faults long-run aot lint lock audit format bench certify \
-    gpu-check env clean
+.PHONY: help demo experiment experiment-real test test-oldest fuzz faults long-run aot lint docs docs-serve docs-generate \
+    lock audit format bench certify gpu-check env clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -65,6 +66,15 @@ lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# The variable silences a notice of mkdocs-material's on every build.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+docs-serve: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve $(ARGS)
+# The pages that are made from the registry of methods and the committed results.
+docs-generate: $(STAMP)
+	$(PY) -m docs.generate
 
 # A package of CI is a file of this sha256, whatever an index answers.
 LOCK = --generate-hashes --allow-unsafe --strip-extras --no-annotate --no-header --no-emit-index-url --no-emit-find-links \

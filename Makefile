@@ -10,6 +10,7 @@
 #   make faults      kills, full disks, damaged files: runs of training end as if nothing had been (a quarter of an hour)
 #   make lint        ruff check, ruff format --check and mypy
 #   make docs        the documentation site, in build/site; make docs-serve shows it while you write
+#   make recipes     the recipes of docs/extending.md, followed literally, with and without each step
 #   make lock        the hashes of all packages that CI installs (LOCKED=1), anew from the constraints
 #   make audit       known vulnerabilities of these packages (needs a network)
 #   make bench       the benchmarks of a CPU; ARGS="run --suite head" and others on a GPU
@@ -29,7 +30,7 @@ OLDEST_STAMP := .venv-oldest/.installed
 REAL_STAMP   := .venv/.installed-real
 TOOLS_STAMP  := .venv-tools/.installed
 
-.PHONY: help demo experiment experiment-real test test-oldest fuzz faults long-run aot lint docs docs-serve docs-generate \
+.PHONY: help demo experiment experiment-real test test-oldest fuzz faults long-run aot lint recipes docs docs-serve docs-generate \
     lock audit format bench certify gpu-check env clean
 
 help:
@@ -55,6 +56,9 @@ fuzz: $(STAMP)
 
 faults: $(STAMP)
 	NPO_FAULTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/faults -n $(WORKERS) --dist worksteal $(ARGS)
+
+recipes: $(STAMP)
+	NPO_RECIPES=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/docs/test_extending.py -n $(WORKERS) $(ARGS)
 
 long-run: $(STAMP)
 	NPO_LONG_RUN=10000 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_long_run.py -k "behind or few_shapes" $(ARGS)

@@ -33,7 +33,9 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 ROOT = Path(__file__).parents[2]
 LISTED = ["README.md", "CONTRIBUTING.md", "training/README.md", "docs/**/*.md"]
 # Written without Sybil, so that a block that Sybil's parser misses is noticed.
-SHOWN = re.compile(r"^[ \t>]*(?:[-*+]|\d+[.)])?[ \t]*(?:```+|~~~+)[ \t]*\{?\.?(?:python|py|pycon|python3)\b(?! title=)", re.M | re.I)
+SHOWN = re.compile(
+    r"^[ \t>]*(?:[-*+]|\d+[.)])?[ \t]*(?:```+|~~~+)[ \t]*\{?\.?(?:python|py|pycon|python3)\b(?! title=)", re.M | re.I
+)
 INVISIBLE = re.compile(r"^[ \t]*<!--+[ \t;]*invisible-code", re.M)
 
 

@@ -1,10 +1,10 @@
 """The recipes of docs/extending.md as they are written: blocks with a title, by section.
 
-    ```python title="FILE"             the whole of a new file
-    ```python title="FILE (append)"    more lines at its end
-    ```diff title="FILE"               lines to add and to take away; "@@" between places; no line numbers
-    ```bash title="check"              commands that have to pass
-    ```text title="without FILE"       what the commands print where the changes of that file are left out
+```python title="FILE"             the whole of a new file
+```python title="FILE (append)"    more lines at its end
+```diff title="FILE"               lines to add and to take away; "@@" between places; no line numbers
+```bash title="check"              commands that have to pass
+```text title="without FILE"       what the commands print where the changes of that file are left out
 """
 
 import re

@@ -1,5 +1,6 @@
-"""docs/extending.md, followed literally: each recipe in a copy of the repository, its checks run, and what the page says
-of a step that was forgotten.
+"""docs/extending.md followed literally, in copies of the repository.
+
+Each recipe's checks pass once its steps are done, and fail with the message on the page if a step is left out.
 """
 
 import os
@@ -110,3 +111,14 @@ def test_a_diff_finds_its_place_once_or_says_so():
     for source in ("a\nd\n", "b\na\nb\nd\n"):
         with pytest.raises(AssertionError, match="expected these lines once, found them"):
             recipes.patched(source, block)
+
+
+def test_the_line_before_a_block_names_its_file():
+    """Titles are shown on the site, not where the page is read as plain Markdown."""
+    text = (ROOT / "docs" / "extending.md").read_text()
+    for found in recipes.BLOCK.finditer(text):
+        block = recipes.Block(*found.groups())
+        paragraph = text[: found.start()].rstrip("\n").rpartition("\n\n")[2]
+        expected = "Check" if block.title == "check" else f"`{block.file}`"
+        assert expected in paragraph, f"{block.title}: {paragraph}"
+        assert not block.title.endswith(recipes.APPEND) or "the end of" in paragraph, f"{block.title}: {paragraph}"

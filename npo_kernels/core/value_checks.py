@@ -18,9 +18,21 @@ _debug = os.environ.get("NPO_KERNELS_DEBUG", "0") not in ("", "0")
 
 
 def set_debug(enabled: bool) -> None:
-    """Check the values of labels, cu_seqlens, ref_logps and normalizer on every device, at the price of syncs.
+    """Check the values of labels, cu_seqlens, ref_logps, normalizer and weights on every device, not only on CPUs.
 
-    Raises TypeError for anything but True and False.
+    On a GPU each check is a device sync. Without it, a wrong value gives NaN there. The environment variable
+    NPO_KERNELS_DEBUG=1 enables the checks from the start of the process.
+
+    Args:
+        enabled: True or False.
+
+    Raises:
+        TypeError: anything but True or False.
+
+    Examples:
+        >>> from npo_kernels import set_debug
+        >>> set_debug(True)
+        >>> set_debug(False)
     """
     global _debug
     if not isinstance(enabled, bool):

@@ -1,4 +1,4 @@
-"""Log-probabilities and losses inside a Hugging Face model's own forward, without logits.
+"""Log-probabilities and losses inside the forward of a Hugging Face model, without logits.
 
     from npo_kernels.hf import add_fused_unlearning_head
 
@@ -9,9 +9,9 @@
     npo = partial(fused_npo_loss, ref_logps=ref_logps, beta=0.1)  # gradients formed in the forward
     model(input_ids, attention_mask=mask, labels=labels, fused_unlearning=npo).loss.backward()
 
-Being part of the forward is what makes wrappers work: DDP's reducer is armed, FSDP2 and ZeRO-3 gather the head's weight
-in hooks that run when it is called. Without `fused_unlearning` the model does what it did: `model(...)`, `generate`,
-`state_dict` and `save_pretrained` are untouched.
+The loss is computed inside the forward so that wrappers work: DDP prepares its reducer there, and FSDP2 and ZeRO-3
+gather the head's weight in hooks of the forward. Without `fused_unlearning`, `model(...)`, `generate`, `state_dict` and
+`save_pretrained` behave as before.
 """
 
 import functools
@@ -42,15 +42,27 @@ GIVEN = {"hidden", "lm_head_weight", "labels", "bias", "logit_scale", "softcap",
 
 @dataclass
 class FusedUnlearningOutput(ModelOutput):
-    """What `model(..., fused_unlearning=...)` returns. There are no logits, and asking for them says so."""
+    """The output of `model(..., fused_unlearning=...)`. Accessing `logits` raises AttributeError: none were formed.
 
-    loss: Tensor | None = None  # of a loss function; with the router's auxiliary loss where the model adds it
-    logps: Tensor | None = None  # (B,) float32, of fused_unlearning=True
-    num_tokens: Tensor | None = None  # (B,) int64
-    token_logps: Tensor | None = None  # (B, S) or (T,), of fused_unlearning=token_logprobs
-    statistics: dict[str, Tensor] | None = None  # (B, S) or (T,) each, of a partial of token_statistics
-    stats: LossStats | LogprobStats | None = None  # of a loss with return_stats=True
-    aux_loss: Tensor | None = None  # the router's, where output_router_logits is on
+    Attributes:
+        loss: the scalar of a loss function, plus the router's auxiliary loss if the model adds it.
+        logps: (B,) float32, summed log-probabilities in nats, for fused_unlearning=True.
+        num_tokens: (B,) int64, the number of scored tokens, for fused_unlearning=True.
+        token_logps: (B, S) or (T,) float32, for fused_unlearning=token_logprobs.
+        statistics: (B, S) or (T,) for each name, for a partial of `token_statistics`.
+        stats: `LossStats`, `LogprobStats` or `TokenStats`, for a loss with return_stats=True.
+        aux_loss: the router's auxiliary loss, if `output_router_logits` is on.
+        hidden_states: as returned by the model, if requested.
+        attentions: as returned by the model, if requested.
+    """
+
+    loss: Tensor | None = None
+    logps: Tensor | None = None
+    num_tokens: Tensor | None = None
+    token_logps: Tensor | None = None
+    statistics: dict[str, Tensor] | None = None
+    stats: LossStats | LogprobStats | None = None
+    aux_loss: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -60,41 +72,68 @@ class FusedUnlearningOutput(ModelOutput):
 
 
 def add_fused_unlearning_head(model: Model) -> Model:
-    """Let `model(..., labels=labels, fused_unlearning=...)` return log-probabilities or a loss, and no logits.
+    """Let `model(..., labels=labels, fused_unlearning=...)` return log-probabilities or a loss, without logits.
 
-    Replaces::
+    Replaces:
 
-        logits = model(input_ids, attention_mask=attention_mask).logits.float()          # (B, S, V)
-        logps, num_tokens = ...log_softmax, gathered at labels[:, 1:], summed where they are not -100...
+    ```python
+    logits = model(input_ids, attention_mask=attention_mask).logits.float()                     # (B, S, V)
+    scored = labels[:, 1:] != -100
+    index = torch.where(scored, labels[:, 1:], 0)[..., None]
+    token_logps = torch.log_softmax(logits[:, :-1], -1).gather(-1, index).squeeze(-1)
+    logps, num_tokens = (token_logps * scored).sum(-1), scored.sum(-1)
+    ```
+
+    The forward takes these arguments in addition to its own:
+
+    - `fused_unlearning`: what to compute. True: sequence log-probabilities (`logps` and `num_tokens` of the output).
+      `token_logprobs`: token log-probabilities (`token_logps`). A `functools.partial` of `token_statistics`: statistics
+      (`statistics`). A loss (`loss`, `stats`): a function with the signature of `sequence_logprobs`, usually a
+      `functools.partial` of `fused_npo_loss`, `fused_simnpo_loss`, `fused_logprob_loss` or `fused_token_loss`. A loss
+      computes its gradients in the forward, where they cost least, and is not affected by wrappers that round outputs.
+      Pass tensors such as `ref_logps` inside the partial, where no wrapper casts them.
+    - `labels`, or `shift_labels`: (B, S) int64, aligned with the inputs, or already shifted.
+    - `cu_seqlens`: (B+1,) int32, for a packed batch (1, T). `cu_seq_lens_q`, or `position_ids` that restart at each
+      sequence, work as well. Missing `position_ids` are created.
+    - `ignore_index`: -100 by default.
+
+    The bias, scale and tanh softcap of the logits are taken from the model's own forward. If the model adds its
+    router's auxiliary loss to its loss, it is added here too, and also returned as `aux_loss`.
+
+    Threads may share a model: fused calls run one at a time, other calls run concurrently. Do not save or move the
+    model during a fused call.
 
     Args:
-        model: a causal language model of transformers, or a PEFT model around one. It is changed in place; add the
-            head before DDP, FSDP, DeepSpeed or accelerate wrap the model.
+        model: a causal language model of transformers, or a PEFT model around one. It is changed in place. Add the head
+            before DDP, FSDP, DeepSpeed or accelerate wrap the model.
 
     Returns:
-        `model`. Its forward takes, besides its own arguments,
-
-        fused_unlearning: True for the sequence log-probabilities (`logps`, `num_tokens`), `token_logprobs` for those
-            of tokens (`token_logps`), a `functools.partial` of `token_statistics` (`statistics`), or a loss: a function
-            called as `sequence_logprobs` is, most often a `functools.partial` of `fused_npo_loss`,
-            `fused_simnpo_loss`, `fused_logprob_loss` or `fused_token_loss` (`loss`, `stats`).
-            A loss forms its gradients in the forward, where they cost least, and survives wrappers that round
-            outputs. Its tensors (`ref_logps`) travel in the function, where no wrapper casts them.
-        labels, or shift_labels: (B, S) int64, aligned with the inputs, or already shifted.
-        cu_seqlens: (B+1,) int32, for a packed batch (1, T); `cu_seq_lens_q` and position_ids that restart do as well.
-            position_ids are made where they are missing.
-        ignore_index: -100.
-
-        Threads may share a model: fused calls wait for each other, plain calls run beside them. Do not save or move the
-        model meanwhile.
-
-        A bias, a scale and a tanh softcap of the logits, whatever their names, are those of the model's own forward.
-        Where the model adds its router's auxiliary loss to a loss, so does this; `aux_loss` has it, too.
+        `model` itself. With `fused_unlearning`, its forward returns a `FusedUnlearningOutput`.
 
     Raises:
         TypeError: not a causal language model of transformers.
-        ValueError: a head that is not a plain linear layer: an adapter on it (LoRA), or quantised weights. A call
-            raises the same, and NotImplementedError where the model does to its logits what has no fused form.
+        ValueError: a head that is not a plain linear layer, such as one with a LoRA adapter or quantised weights. Calls
+            raise it too, and NotImplementedError if the model changes its logits in a way that has no fused form.
+
+    Examples:
+        >>> from functools import partial
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from npo_kernels import fused_npo_loss
+        >>> from npo_kernels.hf import add_fused_unlearning_head
+        >>> config = LlamaConfig(
+        ...     vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        ...     num_attention_heads=2, num_key_value_heads=2,
+        ... )
+        >>> model = add_fused_unlearning_head(LlamaForCausalLM(config))
+        >>> input_ids = torch.randint(64, (2, 8))
+        >>> with torch.no_grad():
+        ...     ref_logps = model(input_ids, labels=input_ids, fused_unlearning=True).logps
+        >>> npo = partial(fused_npo_loss, ref_logps=ref_logps, beta=0.1)
+        >>> loss = model(input_ids, labels=input_ids, fused_unlearning=npo).loss
+        >>> loss.backward()
+        >>> round(loss.item(), 2)  # (2 / 0.1) ln 2
+        13.86
     """
     base = getattr(model, "get_base_model", None) if isinstance(model, nn.Module) else None  # of PEFT
     inner: Any = model if base is None else base()

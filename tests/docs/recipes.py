@@ -3,7 +3,7 @@
 ```python title="FILE"             the whole of a new file
 ```python title="FILE (append)"    more lines at its end
 ```diff title="FILE"               lines to add and to take away; "@@" between places; no line numbers
-```bash title="check"              commands that have to pass
+```bash title="check"              commands that have to pass; "long check": in `make recipes` only
 ```text title="without FILE"       what the commands print where the changes of that file are left out
 """
 
@@ -14,6 +14,7 @@ from typing import NamedTuple
 BLOCK = re.compile(r'^```(\w+) title="([^"]+)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 APPEND = " (append)"
 WITHOUT = "without "
+CHECKS = ("check", "long check")
 
 
 class Block(NamedTuple):
@@ -34,11 +35,10 @@ class Recipe(NamedTuple):
 
     @property
     def changes(self) -> list[Block]:
-        return [b for b in self.blocks if b.title != "check" and not b.title.startswith(WITHOUT)]
+        return [b for b in self.blocks if b.title not in CHECKS and not b.title.startswith(WITHOUT)]
 
-    @property
-    def checks(self) -> list[str]:
-        return [b.text for b in self.blocks if b.title == "check"]
+    def checks(self, long: bool = False) -> list[str]:
+        return [b.text for b in self.blocks if b.title in CHECKS[: 1 + long]]
 
     @property
     def complaints(self) -> list[Block]:

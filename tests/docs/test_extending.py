@@ -18,6 +18,7 @@ from tests.docs import recipes
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {recipe.heading: recipe for recipe in recipes.read(ROOT / "docs" / "extending.md")}
+LONG = os.environ.get("NPO_RECIPES") == "1"
 COPIED = ("csrc_triton", "npo_kernels", "training", "bench", "tests", "pyproject.toml")
 LEFT_OUT = shutil.ignore_patterns("*.png", "*.jsonl", "metrics.json", "real", "h100_2", "h200_*")
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -75,7 +76,7 @@ def test_a_recipe_that_is_followed_passes_its_checks(heading, tmp_path):
         assert status == 0, said
         assert '    ("gfx1201", 16, 2048): Tile(64, 128, 64, 8, 8, 3),\n' in table
         assert '    ("gfx1201", 16, 2048): "bench/results/tune_gfx1201_bfloat16.json",\n' in table
-    for commands in recipe.checks:
+    for commands in recipe.checks(long=LONG):
         status, said = shell(commands, root)
         assert status == 0, f"{commands}\n{said}"
         assert "deselected" not in said or " passed" in said  # -k found some
@@ -86,19 +87,19 @@ COMPLAINTS = [(heading, block) for heading, recipe in RECIPES.items() for block 
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.skipif(os.environ.get("NPO_RECIPES") != "1", reason="half a minute: set NPO_RECIPES=1 (`make recipes`)")
+@pytest.mark.skipif(not LONG, reason="half a minute: set NPO_RECIPES=1 (`make recipes`)")
 @pytest.mark.parametrize(("heading", "complaint"), COMPLAINTS, ids=[block.title for _, block in COMPLAINTS])
 def test_a_step_that_is_forgotten_is_named(heading, complaint, tmp_path):
     recipe, root = RECIPES[heading], copy_to(tmp_path)
     recipes.follow(recipe, root, without=complaint.file)
-    status, said = shell(recipe.checks[-1], root)
+    status, said = shell(recipe.checks()[-1], root)
     assert status != 0 and complaint.text.strip() in said, said
 
 
 def test_every_recipe_has_changes_and_a_check_that_python_blocks_do_not_shadow():
     assert [int(heading.split(".")[0]) for heading in RECIPES] == [1, 2, 3, 4, 5]
     for recipe in RECIPES.values():
-        assert recipe.changes and recipe.checks
+        assert recipe.changes and recipe.checks()
         assert all(block.language in ("python", "diff") for block in recipe.changes)
         assert {block.file for block in recipe.complaints} <= {block.file for block in recipe.changes}
     text = (ROOT / "docs" / "extending.md").read_text()
@@ -119,6 +120,6 @@ def test_the_line_before_a_block_names_its_file():
     for found in recipes.BLOCK.finditer(text):
         block = recipes.Block(*found.groups())
         paragraph = text[: found.start()].rstrip("\n").rpartition("\n\n")[2]
-        expected = "Check" if block.title == "check" else f"`{block.file}`"
+        expected = "Check" if block.title in recipes.CHECKS else f"`{block.file}`"
         assert expected in paragraph, f"{block.title}: {paragraph}"
         assert not block.title.endswith(recipes.APPEND) or "the end of" in paragraph, f"{block.title}: {paragraph}"

@@ -79,7 +79,6 @@ def test_a_recipe_that_is_followed_passes_its_checks(heading, tmp_path):
     for commands in recipe.checks(long=LONG):
         status, said = shell(commands, root)
         assert status == 0, f"{commands}\n{said}"
-        assert "deselected" not in said or " passed" in said  # -k found some
 
 
 COMPLAINTS = [(heading, block) for heading, recipe in RECIPES.items() for block in recipe.complaints]

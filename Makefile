@@ -15,6 +15,7 @@
 #   make dist-check  wheel and source distribution in dist/, each tried in an empty environment (needs a package index)
 #   make kernel-hub  build/kernel-hub: the library as a kernel for the package `kernels`
 #   make docs        the documentation site, in build/site; make docs-serve shows it while you write
+#   make recipes     follow the recipes of docs/extending.md literally, with and without each step
 #   make lock        update requirements-ci.txt, the hashes of all packages that CI installs with LOCKED=1
 #   make audit       known vulnerabilities of the pinned packages (needs a network)
 #   make bench       the CPU benchmarks (on a GPU: ARGS="run --suite head" and others)
@@ -35,7 +36,7 @@ REAL_STAMP   := .venv/.installed-real
 COVERAGE_STAMP := .venv/.installed-coverage
 TOOLS_STAMP  := .venv-tools/.installed
 
-.PHONY: help demo experiment experiment-real test test-quick test-oldest fuzz faults long-run aot lint hooks coverage \
+.PHONY: help demo experiment experiment-real test test-quick test-oldest fuzz faults long-run aot lint recipes hooks coverage \
     docs docs-serve docs-generate dist-check kernel-hub lock audit format bench certify gpu-check env clean
 
 help:
@@ -70,6 +71,9 @@ fuzz: $(STAMP)
 
 faults: $(STAMP)
 	NPO_FAULTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/faults -n $(WORKERS) --dist worksteal $(ARGS)
+
+recipes: $(STAMP)
+	NPO_RECIPES=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/docs/test_extending.py -n $(WORKERS) $(ARGS)
 
 long-run: $(STAMP)
 	NPO_LONG_RUN=10000 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_long_run.py -k "behind or few_shapes" $(ARGS)

@@ -43,6 +43,7 @@ from training.run import Schedule
 from training.steps import Batches
 from training.store import SEAL, DamagedError, check_seal, file_hash, fingerprint, renamed_when_done, seal
 from training.templates import Format
+from training.tracking import Tracking
 
 # Settings that do not determine the result, or that the key has by their content.
 NOT_IN_KEY = (
@@ -89,7 +90,9 @@ class RunOptions:
     eval_epochs: Annotated[int, "epochs between evaluations, where --eval_steps does not say it"] = 1
     save_steps: Annotated[int | None, "steps between checkpoints. None: an epoch; 0: not by steps"] = None
     save_every_minutes: Annotated[float, "a checkpoint whenever the last one is as old as this; 0: not by time"] = 30.0
-    report_to: Annotated[str | None, "tensorboard, wandb, ..., several with commas"] = None
+    report_to: Annotated[
+        str | None, "live curves: tensorboard, wandb, ..., or several with commas (docs/guides/logging.md)"
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,9 @@ class Session(Generic[Given]):
             raise ValueError(f"--out {self.out} is the folder of --model; choose another one")
         self.device = pick_device(options.device)
         self.folder = RunFolder(self.out, options, benchmark.options)
+        self.tracking = Tracking(
+            options.report_to, self.out, self.out.resolve().name, self.folder.settings, self.device, self.say
+        )
         self.say(f"{self.out}: {benchmark.title}, {model_name(self.model)} on {self.device}")
 
     @cached_property

@@ -39,6 +39,7 @@ from training.layers import LayerTap
 from training.loading import load_config
 from training.methods import METHODS, Sizes, method_named, table
 from training.model import merged
+from training.observed import Observed
 from training.progress import counted, progress
 from training.quantization import linear_weights, rounded
 from training.reference_cache import check_step_zero, found_or_computed
@@ -205,8 +206,9 @@ class Unlearning:
         dual = None
         if method.dual and method.retain:
             dual = DualWeight(settings, len(self.plan.steps) // self.options.epochs, batches.device)
+        observed = Observed() if self.session.tracking else None
         return UnlearningSteps(
-            method, settings, self.plan, self.rows, frozen, self.options, batches, tap=tap, dual=dual
+            method, settings, self.plan, self.rows, frozen, self.options, batches, tap, dual, observed
         )
 
     def evaluate(
@@ -318,7 +320,7 @@ def _unlearned(job: Unlearning) -> dict[str, Any]:
             on_rows = counted(display, "Check of step 0", len(rows))
             step_zero = check_step_zero(model, rows, refs, batches, options.batch_size, job.settings.beta, on_rows)
     steps = job.steps(model, batches, Frozen(scores, head=head))
-    trainer = Trainer(model, options, num_steps, options.report_to, session.out)
+    trainer = Trainer(model, options, num_steps, steps.observed)
     if job.formats and trainer.sharded:
         raise ValueError("--rounded: expected one process, or DDP; or `training.evaluate --rounded` of the saved model")
     if options.relearn and distributed.count() > 1:
@@ -332,6 +334,7 @@ def _unlearned(job: Unlearning) -> dict[str, Any]:
         lambda step, progress: job.evaluate(model, step, progress, steps.dual),
         label=method.label,
         checkpoints=session.checkpoints,
+        tracking=session.tracking,
     )
     weights = trainer.weights()
     if options.save_model:

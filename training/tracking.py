@@ -49,10 +49,13 @@ def trackers_of(report_to: str | None) -> list[str]:
 
 
 def evaluation_names(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of an evaluation by their names in a tracker: forget/prob, retain/rougeL, eval/forget_quality."""
+    """The numbers of an evaluation by their names in a tracker: forget/prob, retain/rougeL, eval/forget_quality.
+
+    Without the ends of confidence intervals, which metrics.json has.
+    """
     found = {}
     for key, value in summary.items():
-        if isinstance(value, (int, float)) and key not in NOT_SHOWN:
+        if isinstance(value, (int, float)) and key not in NOT_SHOWN and not key.endswith(("_low", "_high")):
             group, _, rest = key.partition("_")
             of_set = group in EVALUATED and rest and key != "forget_quality"
             found["train/epoch" if key == "epoch" else f"{group}/{rest}" if of_set else f"eval/{key}"] = value

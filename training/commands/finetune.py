@@ -65,7 +65,8 @@ def _finetuned(session: Session[FinetuneOptions], examples: list[Example], num_s
         checkpoints=session.checkpoints,
         tracking=session.tracking,
     )
-    session.save_model(model, trainer.weights(), f"fine-tuned on {options.split} of {benchmark.title}")
+    card = session.card(f"fine-tuned on {options.split} of {benchmark.title}", {options.split: examples})
+    session.save_model(model, trainer.weights(), card)
     metrics = {"history": history, "steps": num_steps, "rows": len(examples)}
     distributed.on_main(lambda: write_finetuning_report(session.out, metrics, session.public()))
     return session.finish(metrics)

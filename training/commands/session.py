@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from training.checkpoints import Checkpoints
 from training.commands.presets import PRESETS
 from training.commands.run_folder import RunFolder, model_name, public
 from training.config import TrainConfig
-from training.data import Example
+from training.data import Example, data_hash
 from training.layers import train_only
 from training.loading import load_tokenizer
 from training.model import (
@@ -38,10 +38,10 @@ from training.model import (
     weights_hash,
 )
 from training.pieces import Pieces
-from training.reports.run import model_card
+from training.reports.card import CARD, HUB_NAME, Card, Results
 from training.run import Schedule
 from training.steps import Batches
-from training.store import SEAL, DamagedError, check_seal, file_hash, fingerprint, renamed_when_done, seal
+from training.store import SEAL, DamagedError, check_seal, file_hash, fingerprint, renamed_when_done, seal, write_text
 from training.templates import Format
 from training.tracking import Tracking
 
@@ -196,7 +196,24 @@ class Session(Generic[Given]):
         """ValueError where one is longer than the model can read."""
         check_length(model, max((len(e.input_ids) for e in examples), default=0), "an example")
 
-    def save_model(self, model: PreTrainedModel, weights: dict[str, Tensor], what: str) -> None:
+    def card(self, title: str, rows: Mapping[str, Iterable[Example]], **more: Any) -> Card:
+        """What README.md of the model says. `rows`: those that were learned or forgotten, by kind."""
+        data_dir = str(getattr(self.benchmark.options, "data_dir", ""))
+        return Card(
+            name=self.out.resolve().name,
+            base=self.model,
+            base_name=model_name(self.model),
+            title=title,
+            settings=self.public(),
+            data={kind: (len(examples := list(some)), data_hash(examples)) for kind, some in rows.items()},
+            benchmark=self.benchmark.title,
+            dataset=data_dir if HUB_NAME.fullmatch(data_dir) and not Path(data_dir).exists() else "",
+            **more,
+        )
+
+    def save_model(
+        self, model: PreTrainedModel, weights: dict[str, Tensor], card: Card, results: Results | None = None
+    ) -> None:
         """model/, with merged adapters (and these alone in adapter/), tokenizer and model card."""
 
         def save() -> None:
@@ -208,10 +225,13 @@ class Session(Generic[Given]):
                 whole.save_pretrained(folder, state_dict=state)
                 self.format.save_pretrained(folder)
                 seal(folder)  # but for the card, which anybody may edit
-                card = model_card(model_name(self.model), what, self.public())
-                (folder / "README.md").write_text(card, encoding="utf-8")
+                (folder / CARD).write_text(card.text(results or {}), encoding="utf-8")
 
         distributed.on_main(save)
+
+    def update_card(self, card: Card, results: Results) -> None:
+        """With what was measured after the model was saved."""
+        distributed.on_main(lambda: write_text(self.out / "model" / CARD, card.text(results)))
 
     def finish(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Write metrics.json and config.json; the checkpoints have served."""

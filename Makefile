@@ -11,7 +11,7 @@
 #   make faults      kills, full disks, damaged files: runs of training end as if nothing had been (a quarter of an hour)
 #   make lint        ruff check, ruff format --check and mypy
 #   make hooks       checks before each commit (pre-commit): ruff, YAML, large files, mypy
-#   make coverage    lines and branches of npo_kernels that the quick tests run; the report is in build/coverage
+#   make coverage    lines and branches of npo_kernels that its tests run, without the Triton backend; writes build/coverage
 #   make dist-check  wheel and source distribution in dist/, each tried in an empty environment (needs a package index)
 #   make kernel-hub  build/kernel-hub: the library as a kernel for the package `kernels`
 #   make lock        the hashes of all packages that CI installs (LOCKED=1), anew from the constraints
@@ -60,9 +60,10 @@ test-quick: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal @tests/quick.txt $(ARGS)
 
 # Settings and the floor are in pyproject.toml.
+COVERED = @tests/quick.txt tests/test_linear_kl.py tests/test_token_statistics.py tests/test_kl_directions.py tests/hf/test_head.py
 coverage: $(COVERAGE_STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal @tests/quick.txt \
-	    --cov=npo_kernels --cov-report=term:skip-covered --cov-report=html $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(COVERED) -k "not triton and not packaging" \
+	    --cov --cov-report=term:skip-covered --cov-report=html $(ARGS)
 
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz $(ARGS)

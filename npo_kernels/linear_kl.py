@@ -108,7 +108,7 @@ def fused_linear_kl(
     if reduction == "none":
         kl = reference_kl(call) if call.execution.impl == "reference" else linear_kl(call).kl
         return kl.reshape(hidden.shape[:-1])
-    # float32 by name: 1 / an integer would have the default dtype of the process
+    # explicit float32: 1 / int64 would have the default dtype, which the caller can change
     count = call.counted.sum().clamp(min=1).float() if reduction == "mean" else hidden.new_ones((), dtype=torch.float32)
     if call.execution.impl == "reference":
         return reference_kl(call).sum() / count
@@ -116,10 +116,10 @@ def fused_linear_kl(
 
 
 def reference_kl(call: KLCall) -> Tensor:
-    """(T,) KL of each position by the oracle, 0 outside the mask."""
+    """(T,) KL of each position with impl="reference", 0 outside the mask."""
     if call.labels is not None:
         check_kl_labels(call.labels, call.counted, call.head.weight.shape[0])
-    # before the products: 0 times a non-finite hidden state outside the mask would be a NaN of all gradients
+    # mask before the products: a non-finite hidden state outside the mask times 0 would make all gradients NaN
     x, ref_x = (torch.where(call.counted.unsqueeze(-1), t, 0.0) for t in (call.hidden, call.ref_hidden))
     labels = None if call.labels is None else torch.where(call.counted, call.labels, 0)
     kl = reference.linear_kl(x, call.head, ref_x, call.ref_head, labels, call.target_shift, call.reverse)

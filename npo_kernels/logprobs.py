@@ -159,14 +159,14 @@ def scored_tokens(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def reference_counts(call: Call) -> Tensor:
-    """(B,) int64 number of scored positions of each sequence."""
+    """(B,) int64, number of scored positions of each sequence."""
     targets, offsets = call.positions()
     scored = torch.nn.functional.pad((targets != call.ignore_index).cumsum(0), (1, 0))
     return scored[offsets.clamp(0, targets.shape[0])].diff()
 
 
 def reference_tokens(call: Call) -> Tensor:
-    """(T,) log-probabilities of the oracle."""
+    """(T,) token log-probabilities of impl="reference"."""
     head = call.head
     check_values(call.labels, call.cu_seqlens, call.shift, head.weight.shape[0], call.ignore_index, call.num_rows)
     return reference.token_logps(

@@ -112,8 +112,8 @@ def fused_npo_loss(
         13.86
     """
     call = prepare(hidden, lm_head_weight, labels, options)
-    way = "pass the summed log-probability of each sequence"
-    check_per_sequence("ref_logps", ref_logps, call.num_sequences, hidden.device, way)
+    remedy = "pass the summed log-probability of each sequence"
+    check_per_sequence("ref_logps", ref_logps, call.num_sequences, hidden.device, remedy)
     return _ratio_loss(call, ref_logps.detach(), beta, False, options, return_stats)
 
 
@@ -201,8 +201,8 @@ def _ratio_loss(
     beta, reduction, normalizer, weights = float(beta), options["reduction"], options["normalizer"], options["weights"]
     check_normalizer(reduction, normalizer)
     if weights is not None:
-        way = "pass a factor for each sequence"
-        check_per_sequence("weights", weights, call.num_sequences, offset.device, way)
+        remedy = "pass a factor for each sequence"
+        check_per_sequence("weights", weights, call.num_sequences, offset.device, remedy)
         weights = weights.detach()
     if call.execution.impl == "reference" or reduction == "none":
         logps, counts = sequence_logps(call)
@@ -215,7 +215,7 @@ def _ratio_loss(
     else:
         if isinstance(normalizer, Tensor):
             normalizer = normalizer.to(offset.device, torch.float32, non_blocking=True)
-        elif normalizer is not None:  # full, not tensor: a fill on the device instead of a copy from the host
+        elif normalizer is not None:  # torch.full fills on the device; torch.tensor would copy from the host
             normalizer = torch.full((), normalizer, dtype=torch.float32, device=offset.device)
         offset = offset.float().contiguous()
         weights = None if weights is None else weights.float().contiguous()

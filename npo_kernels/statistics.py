@@ -11,7 +11,7 @@ from npo_kernels.call.arguments import CallOptions, checked
 from npo_kernels.call.call import Call
 from npo_kernels.call.checks import check_kept
 from npo_kernels.call.prepare import prepare
-from npo_kernels.core.layout import DEAD_ROW
+from npo_kernels.core.layout import PADDING_ROW
 from npo_kernels.core.row_moments import NAMES
 from npo_kernels.core.value_checks import check_values
 from npo_kernels.ops import token_statistics as operators
@@ -89,14 +89,16 @@ def token_statistics(
 
 
 def _argmax(saved: operators.SavedMoments, total: int, ignore_index: int) -> Tensor:
-    """(T,) int64."""
+    """(T,) int64, ignore_index where nothing is scored."""
     found = saved.argmax.new_full((total + 1,), ignore_index)
-    found[torch.where(saved.target != DEAD_ROW, saved.positions, total)] = saved.argmax  # filling rows write past it
+    found[torch.where(saved.target != PADDING_ROW, saved.positions, total)] = (
+        saved.argmax
+    )  # padding rows: the extra entry
     return found[:-1]
 
 
 def reference_statistics(call: Call) -> dict[str, Tensor]:
-    """Of the oracle, (T,) each."""
+    """Statistics of impl="reference", (T,) each."""
     head = call.head
     batch = call.labels, call.cu_seqlens, call.shift
     check_values(*batch, head.weight.shape[0], call.ignore_index, call.num_rows)

@@ -233,6 +233,6 @@ def fused_token_loss(
 
 
 def _forms_gradients(call: Call) -> bool:
-    """Whether the loss runs inside the forward of its gradients."""
+    """Whether the loss function is evaluated inside the forward, where its gradients are computed."""
     plain = call.execution.impl == "reference" or torch.compiler.is_compiling() or isinstance(call.hidden, FakeTensor)
     return call.execution.needs.any and not plain

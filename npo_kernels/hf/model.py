@@ -6,7 +6,7 @@
     out = model(input_ids, attention_mask=mask, labels=labels, fused_unlearning=True)
     out.logps, out.num_tokens  # (B,), (B,)
 
-    npo = partial(fused_npo_loss, ref_logps=ref_logps, beta=0.1)  # gradients formed in the forward
+    npo = partial(fused_npo_loss, ref_logps=ref_logps, beta=0.1)  # computes the gradients in the forward
     model(input_ids, attention_mask=mask, labels=labels, fused_unlearning=npo).loss.backward()
 
 The loss is computed inside the forward so that wrappers work: DDP prepares its reducer there, and FSDP2 and ZeRO-3
@@ -26,18 +26,20 @@ from transformers.utils.generic import ModelOutput
 
 from npo_kernels.call.rules import short
 from npo_kernels.hf.batch import take_batch
-from npo_kernels.hf.head import CausalLM, alone, computing, head_of, plain_linears, probed
+from npo_kernels.hf.head import CausalLM, head_computes, head_of, locked, plain_linears, probed
 from npo_kernels.logprobs import sequence_logprobs, token_logprobs
 from npo_kernels.losses import LossStats
 from npo_kernels.statistics import token_statistics
 from npo_kernels.user_losses import LogprobStats
 
 Model = TypeVar("Model", bound=nn.Module)
-# Of token_logprobs or a loss, of sequence_logprobs or a loss with statistics, of token_statistics.
+# Results of token_logprobs or a loss; of sequence_logprobs or a loss with return_stats; of token_statistics.
 Result = Tensor | tuple[Tensor, Tensor | LossStats | LogprobStats] | dict[str, Tensor]
-Function = Callable[..., Result]  # called as sequence_logprobs is
-# What a model and the arguments of its forward say.
-GIVEN = {"hidden", "lm_head_weight", "labels", "bias", "logit_scale", "softcap", "shift", "cu_seqlens", "ignore_index"}
+Function = Callable[..., Result]  # called like sequence_logprobs
+# Arguments of the function that come from the model and its forward, so that a partial must not fix them.
+FROM_MODEL = {
+    "hidden", "lm_head_weight", "labels", "bias", "logit_scale", "softcap", "shift", "cu_seqlens", "ignore_index",
+}  # fmt: skip
 
 
 @dataclass
@@ -152,10 +154,10 @@ def add_fused_unlearning_head(model: Model) -> Model:
 
 @functools.cache
 def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class with a forward that knows `fused_unlearning`.
+    """A subclass of `cls` whose forward takes `fused_unlearning`.
 
-    A class, not an attribute of the instance: a deep copy or a replica then runs its own weights, not the original's.
-    It keeps the name, which `save_pretrained` writes, and the signature, which `generate` and the Trainer read.
+    It replaces the class and not `forward` of the instance, so that a deep copy or a replica uses its own weights. It
+    keeps the name, which `save_pretrained` writes, and the signature, which `generate` and the Trainer inspect.
     """
 
     @functools.wraps(cls.forward)
@@ -167,7 +169,7 @@ def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
         return _fused_forward(self, functools.partial(cls.forward, self), function, kwargs)
 
     def reduce(self: object, protocol: SupportsIndex) -> tuple[object, ...]:
-        return _new, (cls,), self.__getstate__()  # pickled as the class that can be imported
+        return _new, (cls,), self.__getstate__()  # pickle the class that can be imported
 
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     names |= {"forward": forward, "__reduce_ex__": reduce, "_unfused_class": cls}
@@ -182,15 +184,15 @@ def _new(cls: type) -> nn.Module:
 def _fused_forward(
     model: CausalLM, forward: Callable[..., Any], function: Function, kwargs: dict[str, Any]
 ) -> FusedUnlearningOutput:
-    """The model's forward up to the head's input, then `function` inside the head."""
+    """Run the model's forward up to the input of the head, then `function` inside the head."""
     if not callable(function):
         raise TypeError(f"fused_unlearning: expected True or a function such as fused_npo_loss, got {short(function)}")
     _check_function(function)
     _check_arguments(kwargs)
     batch = take_batch(kwargs)
     head = head_of(model)
-    plain_linears(head)  # refuses what is none
-    with alone(head):
+    plain_linears(head)  # raises if it is not a plain linear layer
+    with locked(head):
         with probed(model, head) as probe:
             outputs = forward(**{**kwargs, "use_cache": False, "return_dict": True})
         scale, softcap = probe.logit_function(outputs.logits)
@@ -200,7 +202,7 @@ def _fused_forward(
                 batch.rows(hidden), weight, batch.labels, bias=bias, logit_scale=scale, softcap=softcap, **batch.options
             )
 
-        with computing(head, fused):
+        with head_computes(head, fused):
             result: Result = head(probe.hidden)
     found = _named(function, result)
     aux_loss = getattr(outputs, "aux_loss", None)
@@ -208,7 +210,7 @@ def _fused_forward(
         found["loss"] = found["loss"] + model.config.get_text_config().router_aux_loss_coef * aux_loss
     if "loss" not in found:
         _check_not_rounded(model, result.values() if isinstance(result, dict) else found.values())
-    # in one go: wrappers see the fields that the constructor was given
+    # in one call: wrappers see only the fields that were passed to the constructor
     return FusedUnlearningOutput(
         **found,
         aux_loss=aux_loss,
@@ -218,7 +220,7 @@ def _fused_forward(
 
 
 def _named(function: Function, result: Result) -> dict[str, Any]:
-    """What a function returned, as fields of the output."""
+    """The result of a function as fields of the output."""
     kind = function.func if isinstance(function, functools.partial) else function
     if kind is sequence_logprobs:
         return dict(zip(("logps", "num_tokens"), result, strict=True))
@@ -230,9 +232,9 @@ def _named(function: Function, result: Result) -> dict[str, Any]:
 
 
 def _check_function(function: Function) -> None:
-    """What a partial fixes of the batch and the head would be lost without a word: the model gives those."""
+    """Refuse a partial that fixes an argument in FROM_MODEL: the model passes it, which would silently override it."""
     while isinstance(function, functools.partial):
-        fixed = sorted(GIVEN & function.keywords.keys())
+        fixed = sorted(FROM_MODEL & function.keywords.keys())
         if fixed:
             raise ValueError(
                 f"fused_unlearning: {fixed[0]} is the model's own or an argument of its forward, got a partial with "
@@ -256,7 +258,7 @@ def _check_arguments(kwargs: dict[str, Any]) -> None:
 
 
 def _check_not_rounded(model: CausalLM, found: Iterable[Tensor]) -> None:
-    """FSDP2 can round what leaves a forward to 16 bits, and a sum near -1000 would be off by several nats."""
+    """Refuse results that FSDP2 would round to 16 bits: a log-probability near -1000 would be off by several nats."""
     state = getattr(model, "_get_fsdp_state", None)
     policy = getattr(state(), "_mp_policy", None) if state is not None else None
     dtypes = {getattr(policy, "output_dtype", None)}

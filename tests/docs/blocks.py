@@ -12,6 +12,9 @@ What a page may use:
 
     <!-- skip: next "needs two processes" -->  # the next block does not run, for this reason
     <!-- skip: next if(condition, reason="...") -->
+
+    ```python title="FILE"                     # a step of a recipe, for `tests.docs.recipes`: does not run here
+    ```
 """
 
 import contextlib
@@ -31,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 LISTED = ["README.md", "CONTRIBUTING.md", "training/README.md", "docs/**/*.md"]
 # Written without Sybil, so that a block that Sybil's parser misses is noticed.
 SHOWN = re.compile(
-    r"^[ \t>]*(?:[-*+]|\d+[.)])?[ \t]*(?:```+|~~~+)[ \t]*\{?\.?(?:python|py|pycon|python3)\b", re.M | re.I
+    r"^[ \t>]*(?:[-*+]|\d+[.)])?[ \t]*(?:```+|~~~+)[ \t]*\{?\.?(?:python|py|pycon|python3)\b(?! title=)", re.M | re.I
 )
 INVISIBLE = re.compile(r"^[ \t]*<!--+[ \t;]*invisible-code", re.M)
 

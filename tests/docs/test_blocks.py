@@ -52,5 +52,10 @@ def test_a_skip_keeps_its_reason(tmp_path):
 
 
 def test_blocks_that_the_parser_misses_are_counted(tmp_path):
-    page = write(tmp_path, '```python title="a.py"\n1 / 0\n```\n\n```py\n1 / 0\n```\n')
+    page = write(tmp_path, '```python hl_lines="1"\n1 / 0\n```\n\n```py\n1 / 0\n```\n')
     assert blocks.run(page).ran < blocks.count(page) == 2
+
+
+def test_a_step_of_a_recipe_does_not_run_here(tmp_path):
+    page = write(tmp_path, '```python title="a.py"\n1 / 0\n```\n\n```python\nassert True\n```\n')
+    assert blocks.run(page).ran == blocks.count(page) == 1

@@ -82,7 +82,7 @@ def test_finetuning_leaves_a_model_that_loads(home):
     assert losses[-1] < losses[0]
     AutoModelForCausalLM.from_pretrained(out / "model")
     card = (out / "model" / "README.md").read_text()
-    assert "Unlearning is no guarantee" in card and "split: forget20" in card
+    assert "Unlearning is no guarantee" in card and "| `split` | forget20 |" in card
     assert files_without_paths(out, home)
 
 

@@ -73,7 +73,7 @@ lint: $(STAMP)
 
 # The variable silences a notice of mkdocs-material's on every build.
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 docs-serve: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve $(ARGS)
 # The pages that are made from the registry of methods and the committed results.

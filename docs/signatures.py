@@ -32,9 +32,17 @@ class FullSignatures(griffe.Extension):
             if isinstance(annotation, griffe.ExprSubscript) and str(annotation.left) == "Annotated":
                 attribute.annotation, text = annotation.slice.elements
                 if isinstance(text, str):
+                    _plain_parameter(cls, attribute)
                     described.append(f"    {attribute.name}: {ast.literal_eval(text)}")
         if described and cls.docstring:
             cls.docstring.value += "\n\nArgs:\n" + "\n".join(described)
+
+
+def _plain_parameter(cls: griffe.Class, attribute: Any) -> None:
+    """The parameter of a dataclass, made from the field before its annotation was taken apart."""
+    made = cls.members.get("__init__")
+    if isinstance(made, griffe.Function) and attribute.name in made.parameters:
+        made.parameters[attribute.name].annotation = attribute.annotation
 
 
 def _functions(module: griffe.Module) -> list[griffe.Function]:
@@ -73,4 +81,5 @@ def _spelled_out(pkg: griffe.Module, annotation: Any) -> Any:
     if not isinstance(annotation, griffe.ExprName) or not annotation.canonical_path.startswith("npo_kernels."):
         return annotation
     named = pkg[annotation.canonical_path.removeprefix("npo_kernels.")]
-    return named.value if isinstance(named, griffe.Attribute) else annotation
+    found = named.value if isinstance(named, griffe.Attribute) else None
+    return found if isinstance(found, griffe.ExprSubscript) else annotation

@@ -76,5 +76,6 @@ def anchors(page: Path) -> frozenset[str]:
     return frozenset(found | set(HTML_ANCHOR.findall(page.read_text(encoding="utf-8"))))
 
 
+@cache
 def _tokens(page: Path) -> list[Token]:
     return MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8"))

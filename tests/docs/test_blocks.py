@@ -22,6 +22,13 @@ def test_the_code_blocks_of_a_page_run(page, tmp_path, monkeypatch, tried):
     tried("code blocks of documents run", result.ran)
 
 
+def test_blocks_with_a_title_are_on_the_page_whose_own_test_runs_them():
+    """tests/docs/test_extending.py follows the recipes; on another page nothing would run such a block."""
+    for page in blocks.pages():
+        if page != blocks.ROOT / "docs" / "extending.md":
+            assert "```python title=" not in page.read_text(encoding="utf-8"), page
+
+
 def write(tmp_path, text):
     page = tmp_path / "page.md"
     page.write_text(textwrap.dedent(text))

@@ -68,7 +68,7 @@ def panels_of(suite: str, records: list[Record]) -> list[Panel]:
 
 
 def _varies(suite: str, r: Record, axis: str) -> bool:
-    """Of the head suite one model; of the scaling suite the sweep of that axis."""
+    """One model of the head suite; the sweep of that axis in the scaling suite."""
     if suite == "scaling":
         return r["case"].startswith(f"{axis}=")
     return r["case"].startswith(("llama-3-8b/", "toy/"))
@@ -133,7 +133,7 @@ def _bars(axis: Axes, records: list[Record], over: str, providers: list[str]) ->
     width = 0.8 / len(providers)
     for number, name in enumerate(providers):
         values = {r["case"]: r["value"] for r in records if r["provider"] == name}
-        if not values:  # its handle would have a colour that is not its own
+        if not values:  # an empty bar would take a wrong colour in the legend
             continue
         places = [cases.index(case) + (number + 0.5) * width - 0.4 for case in values]
         axis.bar(places, list(values.values()), width, label=name, color=COLOURS[number % len(COLOURS)])

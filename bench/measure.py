@@ -5,7 +5,8 @@ left out; the reported times are medians. On a GPU the L2 cache is hot (an untim
 before) or cold (overwritten before).
 
 Rates count the useful products of a mode, not the operations that a provider executes: full 6NHV, frozen head 4NHV,
-log-probabilities 2NHV, with N scored tokens."""
+log-probabilities 2NHV, with N scored tokens.
+"""
 
 import gc
 import math

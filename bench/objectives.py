@@ -1,7 +1,8 @@
 """The scalars that providers compute, as functions of sequence log-probabilities: the oracle of the accuracy suite.
 
 logps, num_tokens, ref_logps are (B,). `num_forget` sequences are the forget set and come first, the others are the
-retain set. A provider that cannot express NPO computes one of the other objectives; its records name it."""
+retain set. A provider that cannot express NPO computes one of the other objectives; its records name it.
+"""
 
 import torch
 import torch.nn.functional as F

@@ -9,7 +9,8 @@ case), "oom", "failed", "slow" (took more than `over_ms`); `error` has the messa
 names the processor. `computes` beyond npo and ce is a preference loss (dpo, kto) or a bare matrix product (product).
 `load` is the load average of the last minute; more than the number of threads of the run means that other programs used
 the processor. On a CPU `cpu_capability` is the instruction set that PyTorch dispatches to, `bfloat16` is "native" or
-the reason why bfloat16 products are not, and `cpu_limits` has the environment variables that disable instructions."""
+the reason why bfloat16 products are not, and `cpu_limits` has the environment variables that disable instructions.
+"""
 
 import datetime
 import json

@@ -4,7 +4,8 @@ For a shape and a GPU, in the mode and the cuts of `npo_kernels.core.plan`: ever
 has to move, each byte counted once. The floor is the larger of all operations at the product ceiling and the bytes of
 inputs and results at the copy ceiling; the prediction is the sum over the launches of the larger of both. The ceilings
 are those that one GPU of the kind reached in a large product and in a copy, so a prediction is a lower bound that no
-real run reaches."""
+real run reaches.
+"""
 
 import argparse
 from dataclasses import dataclass

@@ -8,7 +8,8 @@ Then the persistent kernels of KL and of row moments are compared with the curre
 A hidden size represents its bucket (`npo_kernels.backends.tiles`). A tile that beats the current entry by more than a
 margin is printed, and with --write it is entered in the table, together with the name of the result file. Review it,
 compile it ahead of time (tests/aot) and commit it: a new tile changes the bits of the log-probabilities. Nothing is
-tuned at import or at a first call. Tiles never depend on N."""
+tuned at import or at a first call. Tiles never depend on N.
+"""
 
 import argparse
 import itertools

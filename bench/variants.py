@@ -2,7 +2,8 @@
 
 The tile of KL is that of `softmax_sums`, `kl_sums` and `kl_logits`, so all three are timed: the whole vocabulary, and
 one slice for `kl_logits`. Row moments use the tile of the projection; only the loop is chosen, and results show that
-tile with the chosen loop."""
+tile with the chosen loop.
+"""
 
 import math
 from collections.abc import Callable, Iterable

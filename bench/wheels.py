@@ -4,14 +4,15 @@
     python -m bench wheels --set second
 
 Written for a machine with Python 3.12, torch 2.11 for CUDA 13, Triton 3.6 and transformers 5.17 on x86-64 Linux. The
-size of an upload to it is limited (--limit_mb), including the files of this checkout, and the wheel of the compiler of
-the CuTe kernels alone is 84 MiB. So the archive is an xz archive of the installed files without those that are never
-opened, and there are two sets; the first has the peers of the target table. Packing a set takes minutes; existing
-archives are kept.
+size of an upload to it is limited (--limit_mb), including the files of this checkout without training/results, and the
+wheel of the compiler of the CuTe kernels alone is 84 MiB. So the archive is an xz archive of the installed files
+without those that are never opened, and there are two sets; the first has the peers of the target table. Packing a set
+takes minutes; existing archives are kept.
 
 Nothing is installed on the GPU machine: the archive is unpacked into a folder on PYTHONPATH. The folder has to be
 called site-packages: QuACK uses this name to recognise library code, and its import fails otherwise. The packages of
-CuTe's compiler are in a subfolder that pip would add with a .pth file; PYTHONPATH names it explicitly."""
+CuTe's compiler are in a subfolder that pip would add with a .pth file; PYTHONPATH names it explicitly.
+"""
 
 import argparse
 import fnmatch
@@ -39,6 +40,7 @@ PYTHON = "3.12"
 PLATFORMS = ("2_28", "2_27", "2_24", "2_17", "2014", "2_12", "2010", "1")  # of manylinux; pip matches each literally
 CUTE_PACKAGES = "nvidia_cutlass_dsl/dsl_packages"
 TILE_COMPILER = "nvidia/cu13/bin"
+LEFT_BEHIND = "training/results"  # figures and tables: no stage of certify reads them, and they are most of a checkout
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ def main(args: argparse.Namespace) -> int:
             print(f"bench wheels: pip could not get a wheel: {error.stderr.strip().splitlines()[-1]}", file=sys.stderr)
             return 1
         total = (archive.stat().st_size + checkout) / MIB
-        print(f"{name}: {archive} {archive.stat().st_size / MIB:.1f} MiB, with the checkout {total:.1f} MiB")
+        size = f"{archive.stat().st_size / MIB:.1f} MiB, with the checkout {total:.1f} MiB"
+        print(f"{name}: {archive} {size} (leave {LEFT_BEHIND} behind; certify does not need it)")
         print(f"    {command(name, archive, args)}")
         if total > args.limit_mb:
             too_large.append(f"{name} is {total - args.limit_mb:.1f} MiB over the {args.limit_mb:g} that travel")
@@ -217,6 +220,7 @@ def compress(files: Iterable[tuple[str, int, bytes]], archive: Path) -> None:
 
 
 def tracked_bytes(root: Path) -> int:
-    """Bytes of the files in git, which are uploaded with the archive."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, check=True, capture_output=True, text=True).stdout
+    """Bytes of the files in git without LEFT_BEHIND, which are uploaded with the archive."""
+    order = ["git", "ls-files", "-z", "--", ".", f":(exclude){LEFT_BEHIND}"]
+    listed = subprocess.run(order, cwd=root, check=True, capture_output=True, text=True).stdout
     return sum(path.stat().st_size for name in listed.split("\0") if name and (path := root / name).is_file())

@@ -1,4 +1,4 @@
-"""Device functions that several kernels share. Portable Triton: no libdevice, so that the interpreter runs them."""
+"""Device functions that several kernels share. They avoid libdevice, so that the interpreter can run them."""
 
 import triton
 import triton.language as tl
@@ -6,9 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def log1p(s):
-    """log(1 + s) for s >= 0 with full relative precision near 0, where the hardware logarithm has none.
+    """log(1 + s) for s >= 0, with full relative precision near 0, where log(1 + s) loses it.
 
-    For s <= 1/2 the series of 2 atanh(t), t = s / (2 + s) <= 1/5, truncated below 1e-9 relative.
+    For s <= 1/2 this is the series of 2 atanh(t), t = s / (2 + s) <= 1/5, with a relative truncation error below 1e-9.
     """
     t = s / (2.0 + s)
     u = t * t
@@ -24,14 +24,14 @@ def softplus(a):
 
 @triton.jit
 def sigmoid(a):
-    """1 / (1 + exp(-a)), relative precision kept for a -> -inf."""
+    """1 / (1 + exp(-a)); keeps its relative precision for a -> -inf."""
     e = tl.exp(-tl.abs(a))
     return tl.where(a >= 0, 1.0, e) / (1.0 + e)
 
 
 @triton.jit
 def tanh(x):
-    """tanh with relative precision near 0: its series there, exponentials elsewhere."""
+    """tanh, with full relative precision near 0: the series for |x| < 1/4, exponentials elsewhere."""
     u = x * x
     series = x * (1.0 + u * (-1.0 / 3 + u * (2.0 / 15 + u * (-17.0 / 315 + u * (62.0 / 2835)))))
     e = tl.exp(-2.0 * tl.abs(x))
@@ -41,9 +41,10 @@ def tanh(x):
 
 @triton.jit
 def place(program, row_blocks, splits, GROUP: tl.constexpr):
-    """(row block, split) of a program of a product: GROUP row blocks run through the splits together.
+    """(row block, split) of a program of a product.
 
-    A group's rows and the current splits' columns of the head stay in L2. The last group may be smaller.
+    GROUP consecutive row blocks go through the splits together, so that their rows and the current columns of the head
+    stay in L2. The last group may be smaller.
     """
     first = program // (GROUP * splits) * GROUP
     size = tl.minimum(row_blocks - first, GROUP)
@@ -52,7 +53,7 @@ def place(program, row_blocks, splits, GROUP: tl.constexpr):
 
 @triton.jit
 def pieces_of(t, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr):
-    """The columns of t in PIECES equal parts, a power of two, from left to right: registers renamed, nothing moved."""
+    """Split the columns of t into PIECES equal parts (a power of two), from left to right, without moving data."""
     if PIECES == 1:
         return (t,)
     else:
@@ -73,10 +74,10 @@ def project(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    UPCAST: tl.constexpr,  # the interpreter multiplies the bits of bfloat16: give it float32
+    UPCAST: tl.constexpr,  # to float32: the interpreter would multiply the raw bits of bfloat16
     PRECISION: tl.constexpr,  # of a float32 product: "ieee" or "tf32"
 ):
-    """(BLOCK_N, BLOCK_V) float32 tile of x W^T from `first_column` on; columns beyond V repeat the last one."""
+    """(BLOCK_N, BLOCK_V) float32 tile of x W^T, starting at `first_column`; columns beyond V repeat the last one."""
     depth = tl.arange(0, BLOCK_H)
     clamped = tl.minimum(first_column + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
     w_columns = w_ptr + clamped[None, :] * stride_w
@@ -112,10 +113,10 @@ def project_unaligned(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`project` of rows that do not begin at multiples of 16 bytes, with the same bits.
+    """`project` for rows that do not start at multiples of 16 bytes; bitwise the same result.
 
-    They are read element by element, and pointers of 64 bits to all rows would fill the registers of a thread. Here
-    they are offsets of 32 bits, and a minimum keeps the compiler from making running pointers of those again.
+    Such rows are loaded element by element, and one 64-bit pointer per row would use up a thread's registers. This
+    version uses 32-bit offsets. The tl.minimum in the loop keeps the compiler from turning them into pointers again.
     """
     depth = tl.arange(0, BLOCK_H)
     x_first = x_ptr + tl.cast(first_row, tl.int64) * stride_x
@@ -146,7 +147,7 @@ def project_descriptors(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`project` through tensor descriptors, with the same bits; columns beyond V are products with zeros."""
+    """`project` through tensor descriptors; bitwise the same result, except that columns beyond V are 0."""
     acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     for h in range(0, H, BLOCK_H):
         x, w = x_desc.load([first_row, h]), w_desc.load([first_column, h])
@@ -158,13 +159,16 @@ def project_descriptors(
 
 @triton.jit
 def steps_of_program(row_blocks, splits, SPLIT_TILES: tl.constexpr):
-    """Tiles that a program of a persistent kernel does one after the other: of every so many-th piece of work."""
+    """Number of tiles that this program of a persistent kernel processes, one after the other.
+
+    One piece of work is a split of a row block; program i takes pieces i, i + num_programs, i + 2 num_programs, ...
+    """
     return tl.cdiv(row_blocks * splits - tl.program_id(0), tl.num_programs(0)) * SPLIT_TILES
 
 
 @triton.jit
 def place_step(step, row_blocks, splits, SPLIT_TILES: tl.constexpr, GROUP: tl.constexpr):
-    """(row block, split, tile of the split) of a step of a persistent program."""
+    """(row block, split, tile within the split) of one step of a persistent program."""
     piece = tl.program_id(0) + step // SPLIT_TILES * tl.num_programs(0)
     row_block, split = place(piece, row_blocks, splits, GROUP)
     return row_block, split, step % SPLIT_TILES

@@ -1,17 +1,18 @@
-"""From labels to rows: which positions are scored, on what, in which sequence; and their hidden states side by side.
+"""Compaction: find the scored positions of a batch, their labels and sequences, and gather their hidden states.
 
-Position t of sequence s, which owns the positions offsets[s] to offsets[s+1], is scored on
+Sequence s covers the positions [offsets[s], offsets[s+1]). Its position t is scored on
 
     label_t = labels[t+1] if t + 1 < offsets[s+1] else ignore_index      (shift)
             = labels[t]                                                  (no shift)
 
-Row i is the i-th position whose label is not ignore_index. Two launches over blocks of BLOCK_T positions: the first
-counts each block's scored positions; in the second every program adds up the counts before its own block, which are
-few, and writes its rows. No order of programs matters, nothing waits for the host, and one long sequence is as fast as
-many short ones.
+Row i is the i-th position whose label is not ignore_index. There are two launches over blocks of BLOCK_T positions. The
+first counts the scored positions of each block. In the second, every program sums the counts of the blocks before its
+own, which are few, and writes its rows. The result does not depend on the order of the programs, nothing synchronizes
+with the host, and one long sequence costs as much as many short ones of the same total length.
 
-Offsets are those of a packed batch (cu_seqlens), or s * length for a padded one (PACKED = False). A sequence is found
-by bisection of the offsets. Reads 16T bytes (and T log B of cached offsets), writes 24N + 16B.
+The offsets are cu_seqlens of a packed batch, or s * length for a padded one (PACKED = False). The sequence of a
+position is found by bisecting the offsets. Reads 16T bytes (and log2(B) cached offsets per position), writes
+24N + 16B bytes.
 """
 
 import triton
@@ -20,7 +21,7 @@ import triton.language as tl
 
 @triton.jit
 def _offset(offsets_ptr, sequence, length, T, PACKED: tl.constexpr):
-    """First position of a sequence, within [0, T] whatever cu_seqlens holds."""
+    """First position of a sequence, clamped to [0, T] so that an invalid cu_seqlens reads nothing outside the batch."""
     if PACKED:
         offset = tl.load(offsets_ptr + sequence).to(tl.int64)
         return tl.minimum(tl.maximum(offset, 0), T)
@@ -30,12 +31,15 @@ def _offset(offsets_ptr, sequence, length, T, PACKED: tl.constexpr):
 
 @triton.jit
 def _sequence_of(positions, offsets_ptr, B, length, steps, PACKED: tl.constexpr):
-    """Number of sequences that end at or before each position: bisection in steps = ceil(log2(B + 1))."""
+    """Sequence of each position: the number of sequences that end at or before it.
+
+    Bisection in steps = ceil(log2(B + 1)).
+    """
     if PACKED:
         low = tl.zeros_like(positions)
         high = low + B
         for _ in range(0, steps):
-            middle = (low + high) // 2  # high, where the two have met
+            middle = (low + high) // 2  # equals high once low == high
             end = tl.load(offsets_ptr + 1 + middle, mask=low < high, other=0).to(tl.int64)
             ended = (low < high) & (end <= positions)
             low = tl.where(ended, middle + 1, low)
@@ -49,7 +53,7 @@ def _sequence_of(positions, offsets_ptr, B, length, steps, PACKED: tl.constexpr)
 def _labels_at(
     positions, labels_ptr, sequence, offsets_ptr, B, length, T, ignore_index, SHIFT: tl.constexpr, PACKED: tl.constexpr
 ):
-    """What each position is scored on; ignore_index beyond T."""
+    """Label that each position is scored on; ignore_index beyond T."""
     if SHIFT:
         end = _offset(offsets_ptr, tl.minimum(sequence, B - 1) + 1, length, T, PACKED)
         return tl.load(labels_ptr + positions + 1, mask=positions + 1 < end, other=ignore_index)
@@ -59,7 +63,7 @@ def _labels_at(
 
 @triton.jit
 def _sum_counts(counts_ptr, end, BLOCK_COUNTS: tl.constexpr):
-    """Scored positions of the first `end` blocks."""
+    """Number of scored positions in the first `end` blocks."""
     total = tl.zeros((BLOCK_COUNTS,), dtype=tl.int64)
     for first in range(0, end, BLOCK_COUNTS):
         blocks = first + tl.arange(0, BLOCK_COUNTS)
@@ -67,7 +71,8 @@ def _sum_counts(counts_ptr, end, BLOCK_COUNTS: tl.constexpr):
     return tl.sum(total, axis=0)
 
 
-# Sizes change from batch to batch: no kernel is compiled anew because one of them happens to be 1 or a multiple of 16.
+# These sizes change from batch to batch. Without specialization, a size that happens to be 1 or a multiple of 16 does
+# not trigger another compilation.
 SIZES = ("T", "B", "N", "V", "length", "steps", "blocks", "ignore_index")
 
 
@@ -75,7 +80,7 @@ SIZES = ("T", "B", "N", "V", "length", "steps", "blocks", "ignore_index")
 def count_scored_kernel(
     labels_ptr,  # (T,) int64
     offsets_ptr,  # (B+1,) int32 or int64, if PACKED
-    counts_ptr,  # (blocks + 1,) int32, out: scored positions of each block; last, whether the offsets are no cu_seqlens
+    counts_ptr,  # (blocks + 1,) int32, out: scored positions of each block; last entry 1 if the offsets are invalid
     T,
     B,
     length,
@@ -86,7 +91,7 @@ def count_scored_kernel(
     PACKED: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Grid: blocks + 1."""
+    """Count the scored positions of each block, and validate the offsets. Grid: blocks + 1; the last one validates."""
     block = tl.program_id(0)
     if block < blocks:
         positions = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -110,9 +115,9 @@ def write_rows_kernel(
     labels_ptr,  # (T,) int64
     offsets_ptr,  # (B+1,) int32 or int64, if PACKED
     counts_ptr,  # (blocks + 1,) int32
-    index_ptr,  # (N,) int64, out: position of each row; 0 of a filling row
-    target_ptr,  # (N,) int64, out: its label; V if that is none, or everything is wrong; -1 of a filling row
-    sequence_ptr,  # (N,) int64, out; B of a filling row
+    index_ptr,  # (N,) int64, out: position of each row; 0 for a padding row
+    target_ptr,  # (N,) int64, out: label of each row; V (poisoned) if it is invalid; -1 for a padding row
+    sequence_ptr,  # (N,) int64, out: sequence of each row; B for a padding row
     starts_ptr,  # (B+1,) int64, out: first row of each sequence
     num_tokens_ptr,  # (B,) int64, out: rows of each sequence
     T,
@@ -127,7 +132,11 @@ def write_rows_kernel(
     PACKED: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Grid: blocks of positions, then the sequences and one more."""
+    """Write the rows, and the first row and row count of each sequence. Grid: blocks of positions, then B + 1.
+
+    Invalid offsets, or more than N scored positions, poison every row. Rows beyond the last scored position are padding
+    (the caller's num_rows may be larger than the number of scored positions).
+    """
     program = tl.program_id(0)
     if program < blocks:
         before = _sum_counts(counts_ptr, program, BLOCK_T)
@@ -137,7 +146,7 @@ def write_rows_kernel(
         sequence = _sequence_of(positions, offsets_ptr, B, length, steps, PACKED)
         label = _labels_at(positions, labels_ptr, sequence, offsets_ptr, B, length, T, ignore_index, SHIFT, PACKED)
         scored = label != ignore_index
-        if PACKED:  # offsets that are none: all rows are the last sequence's
+        if PACKED:  # invalid offsets: assign all rows to the last sequence
             sequence = tl.where(tl.load(counts_ptr + blocks) != 0, B - 1, sequence)
         row = before + tl.cumsum(scored.to(tl.int32), axis=0) - 1
         written = scored & (row < N)
@@ -145,7 +154,7 @@ def write_rows_kernel(
         tl.store(index_ptr + row, positions, mask=written)
         tl.store(target_ptr + row, tl.where(wrong, V, label), mask=written)
         tl.store(sequence_ptr + row, sequence, mask=written)
-        # there are never more rows than positions: the filling rows among these numbers are this program's
+        # N <= T, so every row number is also a position number: each program writes the padding rows of its own block
         filling = (positions >= total) & (positions < N)
         tl.store(index_ptr + positions, tl.zeros_like(positions), mask=filling)
         tl.store(target_ptr + positions, tl.zeros_like(positions) - 1, mask=filling)
@@ -170,7 +179,7 @@ def _rows_before(
     owner, labels_ptr, offsets_ptr, counts_ptr, T, B, N, length, steps, blocks, ignore_index,
     SHIFT: tl.constexpr, PACKED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Rows before the first position of a sequence; where the offsets are none, the last sequence has all."""
+    """Number of rows before a sequence. If the offsets are invalid, the last sequence owns all rows."""
     offset = _offset(offsets_ptr, owner, length, T, PACKED)
     block = offset // BLOCK_T
     positions = block * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -194,7 +203,7 @@ def gather_rows_kernel(
     stride_hidden,
     BLOCK_H: tl.constexpr,
 ):
-    """out_i = hidden[index_i], 0 for a filling row, whatever the position it points at holds.
+    """out_i = hidden[index_i]; 0 for a padding row, even if hidden is not finite at its index.
 
     Grid: rows x blocks of H. Moves 2NH elements.
     """

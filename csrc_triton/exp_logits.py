@@ -1,31 +1,34 @@
-"""The streaming projection: a product with the head whose epilogue is the anchored exponential.
+"""Product with the lm-head whose epilogue is the anchored exponential of the logits.
 
     E_iv = exp(z_iv - a_i),  E_{i,y_i} = 0,  z_iv = cap(logit_scale * (x_i . W_v + b_v))
 
-Replaces, for one slice of the vocabulary and without z,
+where a_i is the anchor of row i (its target logit, unless raised) and cap(z) = softcap * tanh(z / softcap).
+
+Replaces, for one slice of the vocabulary and without storing z,
 
     z = cap(logit_scale * (x @ W.T + b).float())
     E = torch.exp(z - anchor[:, None]).scatter(1, y[:, None], 0)
     sums, maxima = E.sum(1), z.amax(1)
 
-Tiles: BLOCK_N rows x a split of SPLIT_TILES consecutive BLOCK_V-wide tiles are one piece of work; the float32
-accumulator of a tile goes through the exponential in registers, in PIECES one after the other, so that what is between
-finds room beside it. Nothing but the stored slab (STORE, in the dtype of x) and two floats per row and split (SUMS,
-MAXIMA) is written. Splits start at multiples of SPLIT_TILES * BLOCK_V columns, whatever N is, and are reduced in order
-afterwards: the log-probability of a row does not depend on its batch.
+Tiles: one piece of work is BLOCK_N rows x one split, which is SPLIT_TILES consecutive tiles of BLOCK_V columns. The
+float32 accumulator of a tile is exponentiated in registers, in PIECES parts one after the other, so that the
+temporaries fit beside it. Only the slab (STORE, in the dtype of x) and two floats per row and split (SUMS, MAXIMA) are
+written. Splits start at multiples of SPLIT_TILES * BLOCK_V columns for any N and are reduced in order afterwards, so
+the log-probability of a row does not depend on the rest of its batch.
 
-Grid: `exp_logits_kernel` has a program for each row block and split, in groups of GROUP row blocks (`common.place`).
-`exp_logits_persistent_kernel` has one for each processor, which takes every so many-th of the same pieces of work. It
-reads x and W through tensor descriptors: no thread computes an address, and a tile's loads need not wait for the end of
-the one before. Products and sums have the same order in both. Descriptors want rows that begin at multiples of 16
-bytes; where they do, the tile says which of the two runs.
+Grid: `exp_logits_kernel` runs one program per row block and split, in groups of GROUP row blocks (`common.place`).
+`exp_logits_persistent_kernel` runs one program per multiprocessor; program i takes every num_programs-th piece of work.
+It reads x and W through tensor descriptors: no thread computes addresses, and the loads of a tile can start before the
+previous tile is finished. Products and sums have the same order in both kernels. Descriptors need rows that start at
+multiples of 16 bytes; if they do, the `loop` field of the tile selects the kernel.
 
-Moves: x and W through L2 as any tiled product; writes 2NV bytes of slab if stored, 8N * splits of sums and maxima.
+Memory traffic: x and W through L2, as in any tiled product; writes 2NV bytes of slab if stored (16-bit x), and
+8N * splits bytes of sums and maxima.
 
-The stored exponential carries the derivative of the softcap, 1 - (z/softcap)^2, as the gradient products need it; the
-sums do not. An anchor that is too low for a row (some z_iv - a_i beyond the headroom of the dtype) shows in the maxima:
-`reanchor_kernel` raises it and marks the row block as dirty, and a second launch with REPAIR does the dirty blocks
-again while every other program returns at once. No host has to look.
+The stored exponentials include the derivative of the softcap, 1 - (z/softcap)^2, which the gradient products need; the
+sums do not. If the anchor of a row is too low (some z_iv - a_i exceeds the headroom of the dtype), the maxima show it:
+`reanchor_kernel` raises the anchor and marks the row block as dirty, and a second launch with REPAIR recomputes the
+dirty blocks, while all other programs return at once. This needs no host sync.
 """
 
 import triton
@@ -45,7 +48,7 @@ from .common import (
 
 @triton.jit
 def _load_rows(row_block, target_ptr, anchor_ptr, N, begin, BLOCK_N: tl.constexpr):
-    """(indices, which of them are below N, columns of the targets in the slice, anchors) of a row block."""
+    """(row indices, mask of indices below N, target columns relative to the slice, anchors) of a row block."""
     rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N
     target = (tl.load(target_ptr + rows, mask=inside, other=-1) - begin).to(tl.int32)
@@ -60,21 +63,21 @@ def _finish_tile(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, PIECES: tl.constexpr,
     TAIL_REPEATS: tl.constexpr,  # columns of acc beyond V are copies of the last one
 ):  # fmt: skip
-    """The exponentials of a tile of products, stored if asked for, and sums and maxima with those of the tile."""
-    # columns of a piece, counted from its first: the same registers for every piece
+    """Exponentiate a tile of products, store it if STORE, and return the sums and maxima updated with the tile."""
+    # column offsets within a piece: the same registers serve every piece
     PIECE: tl.constexpr = BLOCK_V // PIECES
     columns = tl.arange(0, PIECE)
     pieces = pieces_of(acc, BLOCK_N, BLOCK_V, PIECES)
     for piece in tl.static_range(PIECES):
         first = first_column + piece * PIECE
-        # a branch also keeps the compiler from mixing pieces, for which there are not enough registers
+        # the branch also keeps the compiler from interleaving pieces, which would need too many registers
         if first < V:
             column_inside = columns < V - first
             z = pieces[piece]
             if HAS_BIAS:
                 z += tl.load(bias_ptr + first + tl.minimum(columns, V - 1 - first)).to(tl.float32)[None, :]
             z *= logit_scale
-            # before the softcap, which keeps the order
+            # before the softcap, which is monotonic
             if MAXIMA:
                 real = z if TAIL_REPEATS else tl.where(column_inside[None, :], z, float("-inf"))
                 maxima = tl.maximum(maxima, tl.max(real, axis=1))
@@ -90,7 +93,7 @@ def _finish_tile(
                     e *= 1.0 - capped * capped
                 slab = slab_ptr + rows[:, None] * stride_slab + first + columns[None, :]
                 e = e.to(slab_ptr.dtype.element_ty)
-                # apart, so that the last piece of the vocabulary alone is stored element by element
+                # two branches, so that only the last piece of the vocabulary is stored element by element
                 if first + PIECE <= V:
                     tl.store(slab, e, mask=row_inside[:, None])
                 else:
@@ -103,7 +106,7 @@ def _store_statistics(
     sums, maxima, sum_ptr, max_ptr, split, rows, mask, N, softcap,
     HAS_SOFTCAP: tl.constexpr, SUMS: tl.constexpr, MAXIMA: tl.constexpr,
 ):  # fmt: skip
-    """The sums and maxima of a row block in a split."""
+    """Store the sums and maxima of a row block in a split."""
     at = split.to(tl.int64) * N + rows
     if SUMS:
         tl.store(sum_ptr + at, sums, mask=mask)
@@ -118,9 +121,9 @@ def exp_logits_kernel(
     x_ptr,  # (N, H)
     w_ptr,  # (V, H), the slice
     bias_ptr,  # (V,)
-    target_ptr,  # (N,) int64, in the whole vocabulary
+    target_ptr,  # (N,) int64, column in the whole vocabulary
     anchor_ptr,  # (N,) float32
-    dirty_ptr,  # (row blocks,) int32: REPAIR does only those set
+    dirty_ptr,  # (row blocks,) int32: with REPAIR, only nonzero blocks are computed
     slab_ptr,  # (N, V) dtype of x, out
     sum_ptr,  # (splits, N) float32, out
     max_ptr,  # (splits, N) float32, out
@@ -140,17 +143,17 @@ def exp_logits_kernel(
     MAXIMA: tl.constexpr,
     REPAIR: tl.constexpr,
     EVEN_H: tl.constexpr,  # H is a multiple of BLOCK_H
-    ALIGNED: tl.constexpr,  # rows of x and W begin at multiples of 16 bytes, or their strides pass 2^22
+    ALIGNED: tl.constexpr,  # see `npo_kernels.backends.triton.launch.aligned`
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
     SPLIT_TILES: tl.constexpr,
     GROUP: tl.constexpr,
-    UPCAST: tl.constexpr,  # the interpreter multiplies the bits of bfloat16: give it float32
+    UPCAST: tl.constexpr,  # to float32: the interpreter would multiply the raw bits of bfloat16
     PRECISION: tl.constexpr,  # of a float32 product: "ieee" or "tf32"
-    PIECES: tl.constexpr = 1,  # of a tile, done one after the other in the epilogue
+    PIECES: tl.constexpr = 1,  # parts of a tile that the epilogue processes one after the other
 ):
-    """A program a row block and split."""
+    """One program per row block and split."""
     row_blocks, splits = tl.cdiv(N, BLOCK_N), tl.cdiv(V, SPLIT_TILES * BLOCK_V)
     row_block, split = place(tl.program_id(0), row_blocks, splits, GROUP)
     if REPAIR:
@@ -185,7 +188,7 @@ def exp_logits_kernel(
 def exp_logits_persistent_kernel(
     x_desc,  # (N, H) in blocks of (BLOCK_N, BLOCK_H)
     w_desc,  # (V, H), the slice, in blocks of (BLOCK_V, BLOCK_H)
-    bias_ptr,  # this and what follows as in `exp_logits_kernel`
+    bias_ptr,  # this and the following as in `exp_logits_kernel`
     target_ptr,
     anchor_ptr,
     dirty_ptr,
@@ -213,20 +216,20 @@ def exp_logits_persistent_kernel(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     PIECES: tl.constexpr,
-    FLATTEN: tl.constexpr,  # both loops as one, so that a tile's loads begin before the last one is finished
-    SPECIALIZE: tl.constexpr,  # loads, products and epilogues by warps of their own; sm_100 and later
+    FLATTEN: tl.constexpr,  # merge both loops, so that a tile's loads start before the previous tile is finished
+    SPECIALIZE: tl.constexpr,  # separate warps for loads, products and epilogues; sm_100 and later
 ):
-    """A program a processor; they take row blocks and splits in turns, and of a split one tile after the other."""
+    """One program per multiprocessor; pieces of work are dealt out round robin, their tiles done in order."""
     row_blocks, splits = tl.cdiv(N, BLOCK_N), tl.cdiv(V, SPLIT_TILES * BLOCK_V)
     sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
     maxima = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
-    tl.assume(H > 0)  # without it no two loops become one
+    tl.assume(H > 0)  # the compiler merges the two loops only if the inner one cannot be empty
     steps = steps_of_program(row_blocks, splits, SPLIT_TILES)
     for step in tl.range(0, steps, flatten=FLATTEN, warp_specialize=SPECIALIZE):
         row_block, split, tile = place_step(step, row_blocks, splits, SPLIT_TILES, GROUP)
         first_column = (split * SPLIT_TILES + tile) * BLOCK_V
         depth, wanted = H, N
-        if not FLATTEN:  # two loops become one only if the inner is always as long: beyond V it multiplies zeros
+        if not FLATTEN:  # merging needs an inner loop of constant length: with FLATTEN, tiles beyond V multiply zeros
             depth = tl.where(first_column < V, H, 0)
         if REPAIR:
             dirty = tl.load(dirty_ptr + row_block) != 0
@@ -246,6 +249,6 @@ def exp_logits_persistent_kernel(
             first_column, V, stride_slab, logit_scale, softcap,
             HAS_BIAS, HAS_SOFTCAP, STORE, SUMS, MAXIMA, BLOCK_N, BLOCK_V, PIECES, TAIL_REPEATS=False,
         )  # fmt: skip
-        # masked, not in a branch: Triton before 3.9 fails to merge loops that end in one
+        # a mask instead of a branch: Triton before 3.9 fails to merge loops that end in a branch
         done = rows < tl.where(tile == SPLIT_TILES - 1, wanted, 0)
         _store_statistics(sums, maxima, sum_ptr, max_ptr, split, rows, done, N, softcap, HAS_SOFTCAP, SUMS, MAXIMA)

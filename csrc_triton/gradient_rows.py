@@ -1,11 +1,11 @@
-"""The O(NH) parts of the gradients: what surrounds the two matrix products with the slab of exponentials E.
+"""The O(NH) terms of the gradients, before and after the two matrix products with the slab of exponentials E.
 
-    dHidden_i = target_coef_i W[y_i] - row_coef_i (E W)_i         scale nothing before, finish after the product
-    dWeight   = E^T (-row_coef * X) + scatter(target_coef_i x_i)  scale X before, add the targets after
+    dHidden_i = target_coef_i W[y_i] - row_coef_i (E W)_i         after the product: scale it and add the target
+    dWeight   = E^T (-row_coef * X) + scatter(target_coef_i x_i)  before: scale X; after: add the targets
 
-The target column is kept out of E and added here in float32: at p_y -> 1 it is all that is left of a row.
+The target column is left out of E and added here in float32: as p_y -> 1 it dominates the gradient of its row.
 
-A gradient that was formed before its upstream gradient was known is multiplied by it afterwards, in one pass.
+A gradient that was formed in the forward is multiplied by its upstream gradient in the backward, in one pass.
 """
 
 import triton
@@ -22,7 +22,7 @@ def scale_rows_kernel(
     sign,  # 1.0 or -1.0
     BLOCK_H: tl.constexpr,
 ):
-    """out_i = sign * scale_i * x_i, rounded once; exactly 0 where scale_i is.
+    """out_i = sign * scale_i * x_i, rounded once; exactly 0 where scale_i is 0.
 
     Grid: rows x blocks of H. Moves 2NH elements.
     """
@@ -40,8 +40,8 @@ def finish_hidden_grad_kernel(
     product_ptr,  # (N, H) float32, contiguous: E @ W
     row_coef_ptr,  # (N,) float32
     target_coef_ptr,  # (N,) float32
-    target_ptr,  # (N,) int64; -1: a filling row; other negative ones: a row whose label has no column here
-    index_ptr,  # (N,) int64: the row of `out`
+    target_ptr,  # (N,) int64; -1: padding row; other negative values: the label has no column in this head
+    index_ptr,  # (N,) int64: row of `out`
     w_ptr,  # (V, H)
     out_ptr,  # (T, H) dtype of the hidden states, contiguous, out
     V,
@@ -49,7 +49,7 @@ def finish_hidden_grad_kernel(
     stride_w,
     BLOCK_H: tl.constexpr,
 ):
-    """out[index_i] = target_coef_i W[target_i] - row_coef_i product_i, rounded once; filling rows write nothing.
+    """out[index_i] = target_coef_i W[target_i] - row_coef_i product_i, rounded once; padding rows write nothing.
 
     Grid: rows x blocks of H. Moves 4NH bytes and 2NH elements.
     """
@@ -72,7 +72,7 @@ def add_targets_kernel(
     x_ptr,  # (N, H)
     coef_ptr,  # (N,) float32
     sorted_ptr,  # (N,) int64: the targets in ascending order
-    order_ptr,  # (N,) int64: the rows in that order, stable
+    order_ptr,  # (N,) int64: the rows in that order (stable sort)
     N,
     V,  # columns of the slice
     H,
@@ -82,10 +82,11 @@ def add_targets_kernel(
     BLOCK_RUN: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """grad[y - begin] += sum over the rows with target y of coef_i x_i, each y by one program: no atomics, one order.
+    """grad[y - begin] += sum of coef_i x_i over the rows with target y.
 
-    Grid: sorted rows x blocks of H; only the program at the first row of a run of equal targets works.
-    Moves NH elements and 8 bytes x H per distinct target.
+    One program sums each y, in row order and without atomics, so the result is deterministic. Grid: sorted rows x
+    blocks of H; a program returns at once unless its row is the first of a run of equal targets. Moves NH elements and
+    8H bytes per distinct target.
     """
     first = tl.program_id(0).to(tl.int64)
     target = tl.load(sorted_ptr + first)
@@ -118,18 +119,18 @@ def add_targets_kernel(
 
 @triton.jit
 def scale_gradient_kernel(
-    formed_ptr,  # (rows, H), contiguous: the gradient
-    unit_ptr,  # (rows,) float32
+    formed_ptr,  # (rows, H), contiguous: the gradient from the forward
+    unit_ptr,  # (rows,) float32: scale of each row (float16 only)
     upstream_ptr,  # () of any floating dtype
     out_ptr,  # (rows, H), contiguous, out
-    size,  # rows * H, beyond 2^31 too
+    size,  # rows * H, may exceed 2^31
     H,
     HAS_UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out_ij = formed_ij * (upstream * unit_i) in float32, rounded once to the dtype of out.
 
-    Grid: blocks of BLOCK elements, wherever rows begin. Reads and writes each element once.
+    Grid: blocks of BLOCK elements of the flattened gradient. Reads and writes each element once.
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size

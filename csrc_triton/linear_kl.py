@@ -1,34 +1,36 @@
-"""Two projections at once: what KL of a model and a reference and its gradient need of a tile of both logits.
+"""KL divergence of a model and a reference, and its gradient, from a tile of both logits at a time.
 
     d_iv = (z_iv - lse_i) - (z'_iv - lse'_i) = log p_iv - log q_iv
 
     KL(q || p)_i = sum_v q_iv (exp(d_iv) - 1 - d_iv)       G_iv = q_iv (exp(d_iv) - 1) = p_iv - q_iv
     KL(p || q)_i = sum_v p_iv (exp(-d_iv) - 1 + d_iv)      G_iv = p_iv (d_iv - KL_i)                    (REVERSE)
 
-for one slice of the vocabulary, z = cap(logit_scale (x W^T + b)) of the model and z' of the reference, less
-target_shift at the target of a row (HAS_TARGET). Every term is >= 0: nothing cancels where the models agree, and the
-gradient G has the relative precision of d; that of REVERSE is off by 1e-7 of p and of KL. It replaces
+for one slice of the vocabulary, where z = cap(logit_scale (x W^T + b)) are the model's logits and z' the reference's,
+lowered by target_shift at the target of each row (HAS_TARGET). Every term is >= 0, so nothing cancels where the models
+agree. G has the relative precision of d; the REVERSE G has an error of 1e-7 of p and of KL. Replaces
 
     logp, ref_logp = z.float().log_softmax(-1), (ref_z - target_shift * one_hot(target)).float().log_softmax(-1)
     kl, G = (ref_logp.exp() * (ref_logp - logp)).sum(-1), logp.exp() - ref_logp.exp()
     kl = (logp.exp() * (logp - ref_logp)).sum(-1); G = logp.exp() * (logp - ref_logp - kl[:, None])      # REVERSE
 
-and needs the normalizers of both softmaxes first (`softmax_sums_kernel`): summing q (log q - log p) in one pass would
-leave 1e-7 of the logits' size, and KL is the square of d. The reverse G needs KL as well, from a launch that stores
-nothing. The normalizers are the row maximum a and the total of exp(z - a), kept apart:
+The normalizers of both softmaxes are computed first (`softmax_sums_kernel`). Summing q (log q - log p) in a single pass
+would leave an error of 1e-7 of the size of the logits, which is too much because KL is quadratic in d. The REVERSE G
+also needs KL, which a launch without STORE computes first. The normalizers are the row maximum a and the sum (total) of
+exp(z - a), kept separate:
 
     d = ((z - a) - (z' - a')) - shift,  q = exp(z' - a') ref_scale,  p = exp(z - a) scale
     shift = log total - log total',     scale = 1 / total,           ref_scale = 1 / total'
 
-Nothing here is rounded at the size of the logits: z - a is exact, and shift is small where the models agree. At the
-target (z' - a') - target_shift stands for z' - a', where a' is the maximum of the shifted logits: it may be a rounded
-one, for any number near the maximum is an anchor, and no total is lost where the target alone was near it. Both kernels
-take one tile, so that z has the same bits in both and the probabilities of a row sum to 1.
+No rounding error here scales with the logits: z - a is exact, and shift is small where the models agree. At the target,
+(z' - a') - target_shift takes the place of z' - a', where a' is the maximum of the shifted logits. Rounding of a' does
+no harm, since any number near the maximum can serve as the anchor, and total' does not underflow if only the target was
+near it. Both kernels use the same tile, so that z is bitwise equal in both and the probabilities of a row sum to 1.
 
-Tiles: as in `exp_logits_kernel`, narrower, because two accumulators live side by side. Grid: row blocks x splits,
-grouped; the persistent kernels have a program for each processor and read through descriptors, as
-`exp_logits_persistent_kernel` does: the same bits. Moves both rows and both heads through L2 as two tiled products;
-writes 2NV bytes of G if stored, 4N * splits of sums. The stored G carries the derivative of the softcap, as there.
+Tiles: as in `exp_logits_kernel`, but narrower, because there are two accumulators. Grid: row blocks x splits, grouped.
+The persistent kernels run one program per multiprocessor and read through tensor descriptors, like
+`exp_logits_persistent_kernel`; their results are bitwise the same. Memory traffic: both x and both heads through L2, as
+two tiled products; writes 8N * splits bytes of maxima and sums (`softmax_sums`), or 4N * splits bytes of KL and, if
+stored, 2NV bytes of G (16-bit x). The stored G includes the derivative of the softcap.
 """
 
 import triton
@@ -39,7 +41,7 @@ from .common import place, place_step, project, project_descriptors, steps_of_pr
 
 @triton.jit
 def _exp_terms(d, q, p):
-    """(q expm1(d), q (expm1(d) - d)) for p = q exp(d): a series near 0, differences of the parts elsewhere."""
+    """(q expm1(d), q (expm1(d) - d)) given p = q exp(d): a series for |d| < 1/2, differences of p and q elsewhere."""
     tail = 1.0 / 6 + d * (1.0 / 24 + d * (1.0 / 120 + d * (1.0 / 720 + d * (1.0 / 5040 + d * (1.0 / 40320)))))
     curve = d * d * (0.5 + d * tail)
     near = tl.abs(d) < 0.5
@@ -51,7 +53,7 @@ def _capped(
     z, bias_ptr, first_column, V, logit_scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Logits of a tile of products."""
+    """Logits from a tile of products: bias, scale and softcap applied."""
     if HAS_BIAS:
         column = tl.minimum(first_column + tl.arange(0, BLOCK_V), V - 1)
         z += tl.load(bias_ptr + column).to(tl.float32)[None, :]
@@ -63,8 +65,11 @@ def _capped(
 
 @triton.jit
 def _lowering(rows, row_inside, target_ptr, target_shift, first_column, BLOCK_V: tl.constexpr):
-    """(BLOCK_N, BLOCK_V) target_shift at the targets of the rows, 0 elsewhere; `first_column` of the vocabulary."""
-    # counted from the first column of the tile: few registers
+    """(BLOCK_N, BLOCK_V): target_shift at the target of each row, 0 elsewhere.
+
+    `first_column` is the vocabulary column of the first column of the tile.
+    """
+    # relative to the first column of the tile, so that 32 bits suffice
     target = (tl.load(target_ptr + rows, mask=row_inside, other=-1) - first_column).to(tl.int32)
     return tl.where(tl.arange(0, BLOCK_V)[None, :] == target[:, None], target_shift, 0.0)
 
@@ -75,13 +80,13 @@ def _take_sums(
     HAS_TARGET: tl.constexpr, BLOCK_V: tl.constexpr,
     TAIL_REPEATS: tl.constexpr,  # columns of z beyond V are copies of the last one
 ):  # fmt: skip
-    """(maximum, total) with those of a tile of logits."""
+    """(maximum, total) updated with a tile of logits."""
     inside = (first_column + tl.arange(0, BLOCK_V) < V)[None, :]
     lowered = z
     if HAS_TARGET:
         lowering = _lowering(rows, row_inside, target_ptr, target_shift, first_column, BLOCK_V)
         lowered = z - lowering
-    if HAS_TARGET or not TAIL_REPEATS:  # copies of the last column are not lowered
+    if HAS_TARGET or not TAIL_REPEATS:  # copies of a lowered last column would not be lowered
         lowered = tl.where(inside, lowered, float("-inf"))
     raised = tl.maximum(maximum, tl.max(lowered, axis=1))
     below = z - raised[:, None]
@@ -93,7 +98,7 @@ def _take_sums(
 
 @triton.jit
 def _rows(row_block, slab_ptr, BLOCK_N: tl.constexpr, CROWDED: tl.constexpr):
-    """The rows of a block: in 32 bits where a 16-bit slab, softcap and target leave no registers for more."""
+    """Row indices of a block: int32 if a 16-bit slab is stored with softcap and target, which is short of registers."""
     rows = row_block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     if CROWDED:
         if slab_ptr.dtype.element_ty.primitive_bitwidth == 16:
@@ -111,11 +116,11 @@ def _take_kl(
     HAS_SOFTCAP: tl.constexpr, HAS_TARGET: tl.constexpr, REVERSE: tl.constexpr, STORE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """The sums with the terms of a tile of both logits; its gradient is stored if asked for."""
+    """Add the KL terms of a tile of both logits to the sums; store its gradient if STORE."""
     row = rows
     if HAS_TARGET:
-        row = rows.to(tl.int32)  # with 64-bit ones the tiles of 32-bit operands spill
-    # read again for every tile: kept in registers during the products, they would make those spill
+        row = rows.to(tl.int32)  # with int64 indices the tiles of 32-bit operands spill
+    # loaded again for every tile: keeping them in registers during the products would cause spills
     below = z - tl.load(anchor_ptr + row, mask=row_inside, other=0.0)[:, None]
     ref_below = ref_z - tl.load(ref_anchor_ptr + row, mask=row_inside, other=0.0)[:, None]
     if HAS_TARGET:
@@ -147,7 +152,7 @@ def softmax_sums_kernel(
     bias_ptr,  # (V,)
     target_ptr,  # (N,) int64
     max_ptr,  # (splits, N) float32, out
-    sum_ptr,  # (splits, N) float32: of exp(z - max), out
+    sum_ptr,  # (splits, N) float32, out: sum of exp(z - max)
     N,
     V,
     H,
@@ -168,7 +173,7 @@ def softmax_sums_kernel(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The maximum of each row's logits in each split of the vocabulary, and the sum of the exponentials below it."""
+    """Maximum of the logits of each row in each split of the vocabulary, and the sum of exp(z - maximum)."""
     row_blocks = tl.cdiv(N, BLOCK_N)
     splits = tl.cdiv(V, SPLIT_TILES * BLOCK_V)
     row_block, split = place(tl.program_id(0), row_blocks, splits, GROUP)
@@ -201,21 +206,21 @@ def softmax_sums_persistent_kernel(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TARGET: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT_TILES: tl.constexpr,
     GROUP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    FLATTEN: tl.constexpr,  # both loops as one, so that a tile's loads begin before the last one is finished
+    FLATTEN: tl.constexpr,  # merge both loops, so that a tile's loads start before the previous tile is finished
 ):  # fmt: skip
-    """A program a processor; they take row blocks and splits in turns, and of a split one tile after the other.
+    """One program per multiprocessor; pieces of work are dealt out round robin, their tiles done in order.
 
-    No entry of PAIR_TILES says so before a measurement.
+    A tile in PAIR_TILES selects this kernel only after a measurement (PAIR_MEASURED).
     """
     row_blocks, splits = tl.cdiv(N, BLOCK_N), tl.cdiv(V, SPLIT_TILES * BLOCK_V)
     maximum = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    tl.assume(H > 0)  # without it no two loops become one
+    tl.assume(H > 0)  # the compiler merges the two loops only if the inner one cannot be empty
     for step in tl.range(0, steps_of_program(row_blocks, splits, SPLIT_TILES), flatten=FLATTEN):
         row_block, split, tile = place_step(step, row_blocks, splits, SPLIT_TILES, GROUP)
         first_column = (split * SPLIT_TILES + tile) * BLOCK_V
         depth = H
-        if not FLATTEN:  # two loops become one only if the inner is always as long: beyond V it multiplies zeros
+        if not FLATTEN:  # merging needs an inner loop of constant length: with FLATTEN, tiles beyond V multiply zeros
             depth = tl.where(first_column < V, H, 0)
         acc = project_descriptors(
             x_desc, w_desc, row_block * BLOCK_N, first_column, depth, BLOCK_N, BLOCK_V, BLOCK_H, UPCAST, PRECISION
@@ -226,7 +231,7 @@ def softmax_sums_persistent_kernel(
         maximum, total = _take_sums(
             z, maximum, total, rows, rows < N, target_ptr, target_shift, first_column, V, HAS_TARGET, BLOCK_V, False
         )
-        # masked, not in a branch: Triton before 3.9 fails to merge loops that end in one
+        # a mask instead of a branch: Triton before 3.9 fails to merge loops that end in a branch
         done = rows < tl.where(tile == SPLIT_TILES - 1, N, 0)
         offset = split.to(tl.int64) * N + rows
         tl.store(max_ptr + offset, maximum, mask=done)
@@ -246,10 +251,10 @@ def kl_logits_kernel(
     ref_anchor_ptr,  # (N,) float32: a'
     ref_scale_ptr,  # (N,) float32
     shift_ptr,  # (N,) float32
-    target_ptr,  # (N,) int64, in the whole vocabulary
-    kl_ptr,  # (N,) float32: KL of each row, for the reverse G
-    slab_ptr,  # (N, V) dtype of x: G, out
-    sum_ptr,  # (splits, N) float32: KL, out
+    target_ptr,  # (N,) int64, column in the whole vocabulary
+    kl_ptr,  # (N,) float32: KL of each row, for the REVERSE G
+    slab_ptr,  # (N, V) dtype of x, out: G
+    sum_ptr,  # (splits, N) float32, out: KL
     N,
     V,  # columns of the slice
     H,
@@ -275,7 +280,7 @@ def kl_logits_kernel(
     BLOCK_H: tl.constexpr,
     SPLIT_TILES: tl.constexpr,
     GROUP: tl.constexpr,
-    UPCAST: tl.constexpr,  # the interpreter multiplies the bits of bfloat16: give it float32
+    UPCAST: tl.constexpr,  # to float32: the interpreter would multiply the raw bits of bfloat16
     PRECISION: tl.constexpr,  # of a float32 product: "ieee" or "tf32"
 ):
     row_blocks = tl.cdiv(N, BLOCK_N)
@@ -323,7 +328,7 @@ def kl_logits_persistent_kernel(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, SPLIT_TILES: tl.constexpr,
     GROUP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """As `softmax_sums_persistent_kernel`, with the products of both models in turns: two loops would not merge."""
+    """As `softmax_sums_persistent_kernel`. One loop over H does both products: the compiler would not merge two."""
     row_blocks, splits = tl.cdiv(N, BLOCK_N), tl.cdiv(V, SPLIT_TILES * BLOCK_V)
     sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
     tl.assume(H > 0)

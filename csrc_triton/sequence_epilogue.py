@@ -1,4 +1,4 @@
-"""From rows to sequences, through the log-sigmoid ratio, and back to one factor per row.
+"""From rows to sequences, through the NPO or SimNPO loss, and back to two gradient coefficients per row.
 
     logps_s = sum_{i in s} logp_i
     r_s     = logps_s - offset_s                      NPO: offset = ref_logps         (arXiv 2404.05868, equation 3)
@@ -6,14 +6,14 @@
     loss_s  = (2/beta) softplus(beta r_s)
     g_s     = scale_s 2 sigmoid(beta r_s)             (/ |y_s| for SimNPO), the gradient of sum_s scale_s loss_s
 
-and for each row of s, what the gradient products take (`npo_kernels.core.softmax_stats.gradient_coefficients`):
+and for each row of s the coefficients of the gradient products (`npo_kernels.core.softmax_stats.gradient_coefficients`)
 
     row_coef_i    = g_s logit_scale prob_scale_i
     target_coef_i = g_s logit_scale miss_i (1 - (z_i / softcap)^2)
 
-Grid: one program per sequence, its rows in blocks of BLOCK_N from its own first row on, so that the sum does not
-depend on where in the batch the sequence lies; and one for the filling rows behind the last sequence, whose factors are
-0. Moves 24N + 36B bytes. A sequence without rows has logps 0.
+Grid: one program per sequence, plus one for the padding rows after the last sequence, whose coefficients are 0. A
+program reads the rows of its sequence in blocks of BLOCK_N from the first row on, so the sum does not depend on the
+position of the sequence in the batch. Moves 24N + 32B bytes. A sequence without rows has logps 0.
 """
 
 import triton
@@ -38,7 +38,7 @@ def sequence_sums_kernel(
     logps_ptr,  # (B,) float32, out
     BLOCK_N: tl.constexpr,
 ):
-    """The sums alone, in the same order: a reference cached with these has log-ratio exactly 0."""
+    """Only the sums, in the order of `ratio_epilogue_kernel`: with ref_logps from it the log-ratio is exactly 0."""
     sequence = tl.program_id(0)
     start, end = tl.load(starts_ptr + sequence), tl.load(starts_ptr + sequence + 1)
     tl.store(logps_ptr + sequence, _sum_rows(logp_ptr, start, end, BLOCK_N))
@@ -49,13 +49,13 @@ def _store_coefficients(
     rows, inside, grad, z_ptr, miss_ptr, prob_scale_ptr, row_coef_ptr, target_coef_ptr, logit_scale, softcap,
     HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """What the gradient products take of some rows, from the gradient of their log-probabilities."""
+    """Store row_coef and target_coef of some rows, given the gradient of their log-probabilities."""
     row_coef = grad * logit_scale * tl.load(prob_scale_ptr + rows, mask=inside, other=0.0)
     target_coef = grad * logit_scale * tl.load(miss_ptr + rows, mask=inside, other=0.0)
     if HAS_SOFTCAP:
         z = tl.load(z_ptr + rows, mask=inside, other=0.0)
         target_coef *= 1.0 - (z / softcap) * (z / softcap)
-    # a sequence whose weight has vanished contributes exactly 0
+    # a sequence of weight 0 contributes exactly 0, even if its statistics are not finite
     tl.store(row_coef_ptr + rows, tl.where(grad == 0.0, 0.0, row_coef), mask=inside)
     tl.store(target_coef_ptr + rows, tl.where(grad == 0.0, 0.0, target_coef), mask=inside)
 
@@ -66,7 +66,7 @@ def coefficients_kernel(
     miss_ptr,  # (N,) float32
     prob_scale_ptr,  # (N,) float32
     index_ptr,  # (N,) int64 position of each row
-    target_ptr,  # (N,) int64; -1: a filling row
+    target_ptr,  # (N,) int64; -1: padding row
     sequence_ptr,  # (N,) int64
     token_grad_ptr,  # (T,) float32
     logps_grad_ptr,  # (B,) float32
@@ -80,9 +80,9 @@ def coefficients_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The last step of the header for g_i = token_grad[index_i] + logps_grad[sequence_i], 0 for filling rows.
+    """row_coef and target_coef for g_i = token_grad[index_i] + logps_grad[sequence_i], 0 for padding rows.
 
-    Grid: blocks of rows. Moves 40N bytes.
+    Grid: blocks of rows. Moves 40N bytes for either upstream gradient, 52N bytes for both.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N
@@ -110,9 +110,12 @@ def sequence_scale_kernel(
     HAS_WEIGHTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """`npo_kernels.core.formulas.sequence_scale`: 1 of a sequence with rows, 0 of the others; for a mean divided by
-    their number or by a normalizer, NaN if that is not a finite positive one; times a weight, NaN if that is not a
-    finite one from 0 on. Grid: one program. Moves 16B bytes.
+    """`npo_kernels.core.formulas.sequence_scale`: the factor of each sequence's loss.
+
+    1 for a sequence with rows, 0 for the others. A mean divides it by the number of sequences with rows, or by the
+    normalizer, and it is multiplied by the weight. A normalizer that is not positive and finite makes all factors NaN,
+    and a weight that is negative or not finite makes its own factor NaN. Grid: one program. Moves 16B bytes (24B for a
+    mean without normalizer).
     """
     divisor = 1.0
     if HAS_NORMALIZER:
@@ -157,7 +160,7 @@ def ratio_epilogue_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Everything of the header, one launch."""
+    """All formulas of the module docstring in one launch. Grid: B + 1."""
     sequence = tl.program_id(0)
     if sequence == B:
         zeros = tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -173,12 +176,12 @@ def ratio_epilogue_kernel(
     length = 1.0
     if LENGTH_NORMALIZED:
         length = tl.maximum(end - start, 1).to(tl.float32)
-    # an infinite reference would make a loss of 0 out of a mistake
+    # an infinite ref_logps is a mistake that would otherwise give a loss of 0
     offset = tl.where(tl.abs(offset) == float("inf"), float("nan"), offset)
     scaled_ratio = beta * (logps / length - offset)
     loss = 2.0 / beta * softplus(scaled_ratio)
     scale = tl.load(scale_ptr + sequence)
-    # the reference of a sequence of scale 0 may be anything, but a log-probability that is NaN is a mistake
+    # with scale 0 the reference may be anything, but a NaN log-probability is a mistake that must stay visible
     grad = tl.where(scale == 0.0, 0.0, scale * 2.0 * sigmoid(scaled_ratio) / length)
     tl.store(logps_ptr + sequence, logps)
     tl.store(loss_ptr + sequence, tl.where((scale == 0.0) & (logps == logps), 0.0, scale * loss))

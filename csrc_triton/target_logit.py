@@ -1,14 +1,14 @@
-"""z_y of each row: a gathered dot product.
+"""Target logit of each row: a gathered dot product.
 
     z_i = cap(logit_scale * (x_i . W[y_i] + b[y_i])),    cap(z) = softcap * tanh(z / softcap)
 
-The anchor of the exponentials and the only logit that has to exist in memory. It replaces
+It anchors the exponentials and is the only logit that is kept in memory. Replaces (without bias, scale and softcap)
 
     z = (x.float() * W[y].float()).sum(1)
 
-Grid: one program per row. Moves 2NH elements in and 4N bytes out. Sums in float32.
-A row whose target is V (poisoned) gives NaN, which then reaches everything computed from it; a row without a target
-here (target < 0) gives a finite value that nothing uses.
+Grid: one program per row. Reads 2NH elements, writes 4N bytes. Sums in float32.
+A row with target V (poisoned: invalid label) gives NaN, which propagates to all results of that row. A row with
+target < 0 (padding, or a label on another rank) gives a value that is not used.
 """
 
 import triton

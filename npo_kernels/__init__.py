@@ -1,13 +1,13 @@
-"""npo_kernels: losses of language-model unlearning on last hidden states, without full-vocabulary logits.
+"""npo_kernels: losses for language-model unlearning, computed from last hidden states without full-vocabulary logits.
 
     from npo_kernels import fused_npo_loss
     loss = fused_npo_loss(hidden, model.lm_head.weight, labels, ref_logps=ref_logps, beta=0.1)
 
-`fused_npo_loss` and `fused_simnpo_loss` are the papers' losses; `fused_logprob_loss` takes any loss of sequence
-log-probabilities, and `fused_token_loss` any of token log-probabilities. `sequence_logprobs` and `token_logprobs` are
-the primitives (and the way to cache `ref_logps`); `fused_linear_kl` is the KL retain term,
-`token_statistics` has entropy and its like. `explain` says which mode a
-call would run in, and in how much memory.
+`fused_npo_loss` and `fused_simnpo_loss` are the losses of the papers. `fused_logprob_loss` takes any loss of sequence
+log-probabilities, and `fused_token_loss` any loss of token log-probabilities. `sequence_logprobs` and `token_logprobs`
+are the primitives, and compute the cached `ref_logps`. `fused_linear_kl` is the KL retain term. `token_statistics`
+returns the entropy and other statistics of the predictions. `explain` returns the mode and the memory that a call would
+use.
 """
 
 from npo_kernels.core.value_checks import set_debug

@@ -1,6 +1,6 @@
-"""`python -m npo_kernels.env [--json]`: what an issue report has to say about the machine.
+"""`python -m npo_kernels.env [--json]`: versions and devices of this machine, for an issue report.
 
-Nothing here needs a GPU, Triton or any optional package; whatever is missing is reported as missing.
+It needs no GPU, no Triton and no optional package; whatever is missing is reported as missing.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from npo_kernels import __version__
 from npo_kernels.backends.choose import resolve_impl
 from npo_kernels.core import cpu
 
-# distributions, not modules: flash-attn and flash-attn-4 install the same module, so an import proves nothing
+# names of distributions, not modules: flash-attn and flash-attn-4 install the same module
 PACKAGES = (
     "triton",
     "transformers",
@@ -34,7 +34,7 @@ PACKAGES = (
 
 
 def installed_version(distribution: str) -> str | None:
-    """The installed version, or None. Nothing is imported: a broken package must not break the report."""
+    """The installed version, or None. The package is not imported: a broken one must not break the report."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -42,7 +42,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def driver_version() -> str | None:
-    """The NVIDIA driver's version, asked of nvidia-smi because torch does not know it."""
+    """The version of the NVIDIA driver, from nvidia-smi because torch does not report it; None if unknown."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -54,7 +54,7 @@ def driver_version() -> str | None:
 
 
 def gpus() -> list[str]:
-    """One line a device, such as "NVIDIA H200, capability 9.0, 140 GiB"."""
+    """One line per device, such as "NVIDIA H200, capability 9.0, 140 GiB"."""
     lines = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         device = torch.cuda.get_device_properties(index)
@@ -64,12 +64,12 @@ def gpus() -> list[str]:
 
 
 def triton_interpreter() -> bool:
-    """Whether Triton interprets kernels on the CPU. It reads the variable when a kernel is decorated."""
+    """Whether TRITON_INTERPRET is set, which Triton reads when a kernel is decorated."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def auto_impl() -> tuple[str, str]:
-    """What impl="auto" picks for tensors on the best device here, and why."""
+    """(what impl="auto" resolves to on the best device here, why)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     impl = resolve_impl("auto", torch.device(device))
     if device == "cpu":
@@ -78,7 +78,7 @@ def auto_impl() -> tuple[str, str]:
 
 
 def report() -> dict[str, object]:
-    """Everything as plain values, ready for JSON. Absent packages are None."""
+    """The report as plain values that JSON can hold. Absent packages are None."""
     impl, reason = auto_impl()
     return {
         "npo_kernels": __version__,
@@ -99,7 +99,7 @@ def report() -> dict[str, object]:
 
 
 def as_text(values: dict[str, object]) -> str:
-    """One line an entry, aligned; lists take a line an element."""
+    """One aligned line per entry; one line per element of a list."""
     words: dict[object, str] = {None: "none", True: "on", False: "off"}
     width = max(map(len, values))
     lines = []

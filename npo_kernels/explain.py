@@ -1,4 +1,4 @@
-"""What a call would do: the plan, asked for without running anything."""
+"""`explain`: the plan of a call, without running it."""
 
 import functools
 import inspect
@@ -21,16 +21,34 @@ EXPLAINED = (fused_npo_loss, fused_simnpo_loss, *USER_LOSSES, sequence_logprobs,
 
 
 def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Plan:
-    """The plan that `function`, one of the losses or log-probability functions, would follow for these arguments.
+    """The plan of a call: its mode, how the work is cut, and how much workspace it needs. Nothing is run.
 
-        >>> print(explain(fused_npo_loss, hidden, lm_head_weight, labels, workspace_mb=256))
-        recompute: 126 vocabulary slice(s), 225 MiB of workspace; the longest sequence does not fit a slab; persistent
-        kernel, tile 128x256x64 of row sm_90, measured
+    On a GPU the plan also names the kernel and the tile, and whether the tile was chosen by measurement on that device.
+    Counting the scored rows needs a host sync, unless `num_rows` is given.
 
-    Takes the arguments of `function`, so that a call can be pasted, and checks them; those that do not bear on the plan
-    (`ref_logps`, `loss_fn`) may be left out. A functools.partial of such a function does as well. Raises ValueError for
-    impl="reference", which has no plan, and for a workspace_mb that is not enough. Costs the row count's host sync,
-    unless `num_rows` is given.
+    Args:
+        function: a loss or log-probability function of this package other than `fused_linear_kl`, or a
+            functools.partial of one.
+        *args: the positional arguments of the call.
+        **kwargs: its keyword arguments. They are checked as in the call. Those that do not affect the plan
+            (`ref_logps`, `loss_fn`) may be left out.
+
+    Returns:
+        A `Plan`, with `mode` ("no_grad", "frozen", "slab" or "recompute"), `chunks` (ranges of sequences in the slab
+            mode), `slices` (ranges of the vocabulary in the other modes), `workspace_bytes`, `why` (the reason for the
+            mode) and `blocks` (the kernel and tile). Its `str` is one line of text.
+
+    Raises:
+        ValueError: another function, impl="reference", which has no plan, or a `workspace_mb` that is too small.
+        TypeError: an argument of the wrong type or dtype, or `hidden`, `lm_head_weight` or `labels` is missing.
+
+    Examples:
+        >>> import torch
+        >>> from npo_kernels import explain, fused_npo_loss
+        >>> hidden, lm_head_weight = torch.randn(2, 6, 8, requires_grad=True), torch.randn(32, 8, requires_grad=True)
+        >>> labels = torch.randint(32, (2, 6))
+        >>> print(explain(fused_npo_loss, hidden, lm_head_weight, labels, impl="torch"))
+        slab: 1 chunk(s), 0 MiB of workspace; all rows fit at once; ...
     """
     while isinstance(function, functools.partial):
         partial: functools.partial[Any] = function

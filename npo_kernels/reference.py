@@ -1,7 +1,7 @@
-"""The oracle: plain, readable PyTorch that materialises the logits. It defines what "correct" means.
+"""impl="reference": plain PyTorch that materialises the logits. It defines the correct result.
 
-Runs in any floating dtype, float64 included, with autograd to any order. 16-bit logits go through a float32
-log-softmax, as a careful training loop does it.
+It runs in any floating dtype, including float64, and supports derivatives of any order. 16-bit logits are converted to
+float32 before the log-softmax.
 """
 
 import torch
@@ -21,12 +21,12 @@ def token_logps(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """(T,) log softmax(z)[target], 0 where target == ignore_index; z = softcap * tanh(scale * (x W^T + b) / softcap).
+    """(T,) log softmax(z)[target], with z from `logits`; 0 where target == ignore_index.
 
     The dtype is float64 for float64 input and float32 otherwise. A target outside [0, V) gives NaN.
     """
     scored = targets != ignore_index
-    # before the product: 0 times a non-finite hidden state at an ignored position would be a NaN of all gradients
+    # mask before the product: a non-finite hidden state at an ignored position times 0 would make all gradients NaN
     x = torch.where(scored.unsqueeze(-1), hidden, 0.0)
     logps = torch.log_softmax(logits(x, Head(lm_head_weight, bias, logit_scale, softcap)), dim=-1)
     vocab_size = lm_head_weight.shape[0]
@@ -37,12 +37,12 @@ def token_logps(
 
 
 def token_statistics(x: Tensor, head: Head, targets: Tensor, ignore_index: int = -100) -> dict[str, Tensor]:
-    """(T,) each, 0 where target == ignore_index: statistics of the next-token distribution (`npo_kernels.statistics`).
+    """Statistics of the next-token distribution (`npo_kernels.statistics`), (T,) each; 0 where target == ignore_index.
 
     A target outside [0, V) gives NaN.
     """
     scored = targets != ignore_index
-    # before the product: 0 times a non-finite hidden state at an ignored position would be a NaN of all gradients
+    # mask before the product: a non-finite hidden state at an ignored position times 0 would make all gradients NaN
     z = logits(torch.where(scored.unsqueeze(-1), x, 0.0), head)
     vocab_size = head.weight.shape[0]
     log_p = torch.log_softmax(z, dim=-1)
@@ -62,7 +62,7 @@ def token_statistics(x: Tensor, head: Head, targets: Tensor, ignore_index: int =
 
 
 def sum_by_sequence(token_logps: Tensor, offsets: Tensor) -> Tensor:
-    """(T,) per-token values -> (B,) sums over the position ranges offsets[s]:offsets[s+1]."""
+    """(B,) sums of the per-token values (T,) over the positions [offsets[s], offsets[s+1])."""
     positions = torch.arange(token_logps.shape[0], device=token_logps.device)
     sequence = torch.bucketize(positions, offsets[1:], right=True)
     sums = torch.zeros(offsets.shape[0] - 1, dtype=token_logps.dtype, device=token_logps.device)
@@ -78,8 +78,10 @@ def linear_kl(
     target_shift: float = 0.0,
     reverse: bool = False,
 ) -> Tensor:
-    """(N,) KL(reference || model) of the next-token distributions, or KL(model || reference); the reference's logit at
-    the label is `target_shift` lower. float64 for float64 input and float32 otherwise; NaN for a label outside [0, V).
+    """(N,) KL(reference || model) of the next-token distributions, or KL(model || reference) if `reverse`.
+
+    The reference's logit at the label is lowered by `target_shift`. The dtype is float64 for float64 input and float32
+    otherwise. A label outside [0, V) gives NaN.
     """
     z, ref_z = logits(x, head), logits(ref_x, ref_head)
     if labels is not None:
@@ -93,7 +95,7 @@ def linear_kl(
 
 
 def logits(x: Tensor, head: Head) -> Tensor:
-    """(N, V) softcap * tanh(logit_scale * (x W^T + b) / softcap), the two functions in float32 at least."""
+    """(N, V) softcap * tanh(logit_scale * (x W^T + b) / softcap); scale and softcap in float32 or float64."""
     z = F.linear(x, head.weight, head.bias)
     z = head.logit_scale * (z if z.dtype == torch.float64 else z.float())
     return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)

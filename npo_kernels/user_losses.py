@@ -1,4 +1,4 @@
-"""Losses that the caller writes: of sequence log-probabilities, and of token log-probabilities."""
+"""Losses with a `loss_fn` written by the caller, of sequence or token log-probabilities."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,18 +22,30 @@ TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LogprobStats:
-    """What a training loop logs; detached."""
+    """Statistics of a batch for logging, returned by `fused_logprob_loss(..., return_stats=True)`; detached.
 
-    logps: Tensor  # (B,) summed log-probability of the scored tokens
-    num_tokens: Tensor  # (B,) int64
+    Attributes:
+        logps: (B,) float32, the summed log-probability of the scored tokens of each sequence, in nats.
+        num_tokens: (B,) int64, the number of scored tokens of each sequence.
+    """
+
+    logps: Tensor
+    num_tokens: Tensor
 
 
 @dataclass(frozen=True)
 class TokenStats(LogprobStats):
-    """The same, and what `loss_fn` was given; detached."""
+    """Statistics of a batch for logging, returned by `fused_token_loss(..., return_stats=True)`; detached.
 
-    token_logps: Tensor  # (N,)
-    sequence: Tensor  # (N,) int64
+    Attributes:
+        logps: (B,) float32, the summed log-probability of the scored tokens of each sequence, in nats.
+        num_tokens: (B,) int64, the number of scored tokens of each sequence.
+        token_logps: (N,) float32, the log-probability of each scored token, as passed to `loss_fn`.
+        sequence: (N,) int64, the index of the sequence of each scored token, as passed to `loss_fn`.
+    """
+
+    token_logps: Tensor
+    sequence: Tensor
 
 
 # fmt: off
@@ -63,21 +75,54 @@ def fused_logprob_loss(
     return_stats: bool = False,
     **options: Unpack[CallOptions],
 ) -> Tensor | tuple[Tensor, LogprobStats]:
-    """Any scalar loss of sequence log-probabilities, `loss_fn(logps, num_tokens)`, at the cost of the fused losses.
+    """Any scalar loss of sequence log-probabilities, at the cost of the fused losses.
 
-    Replaces::
+    Replaces:
 
-        logps, num_tokens = sequence_logprobs(hidden, lm_head_weight, labels, ...)
-        loss = loss_fn(logps, num_tokens)
+    ```python
+    logps, num_tokens = sequence_logprobs(hidden, lm_head_weight, labels)
+    loss = loss_fn(logps, num_tokens)
+    ```
 
-    `loss_fn` gets (B,) float32 log-probabilities and (B,) int64 token counts and is run once, inside the forward,
-    under autograd, to obtain the gradient of each sequence: DPO, KTO, NPO on some rows and the retain likelihood on
-    others, all in one call with one dWeight. Gradients reach hidden, lm_head_weight and bias only: a `loss_fn` that
-    uses other tensors that require grad is refused (use `sequence_logprobs` there). Inside torch.compile this is
-    `sequence_logprobs` followed by `loss_fn`. `return_stats` also returns `LogprobStats`. Other arguments and errors
-    as in `sequence_logprobs`.
+    `loss_fn` runs once, in the forward pass, under autograd: its gradient at `logps` is the factor of each sequence.
+    DPO, KTO, or NPO on some rows and the retain likelihood on others are one call, with one gradient of the head.
+    Inside torch.compile this function is `sequence_logprobs` followed by `loss_fn`. The keyword arguments not listed
+    here have the meaning that they have in `sequence_logprobs`.
 
-    It is `fused_token_loss` with a loss of the sums of each sequence.
+    Args:
+        hidden: last hidden states, padded (B, S, H) or packed (T, H); float32, bfloat16 or float16.
+        lm_head_weight: (V, H), in the dtype of `hidden`.
+        labels: (B, S) or (T,) int64, aligned with the inputs; `ignore_index` where nothing is scored.
+        loss_fn: `loss_fn(logps, num_tokens)` returns a scalar. logps is (B,) float32 in nats, num_tokens (B,) int64. It
+            may not use other tensors that require grad, because gradients reach only `hidden`, `lm_head_weight` and
+            `bias`; call `sequence_logprobs` for such a loss.
+        return_stats: also return a `LogprobStats`.
+
+    Returns:
+        The scalar that `loss_fn` returned, differentiable once in `hidden`, `lm_head_weight` and `bias`.
+
+    Raises:
+        ValueError: a shape, value or combination of arguments that is not supported, as in `sequence_logprobs`, or a
+            `loss_fn` that does not return a scalar or uses other tensors that require grad.
+        TypeError: an argument of the wrong type or dtype, or one that does not exist.
+        NotImplementedError: the gradient is differentiated again.
+
+    Examples:
+        NPO on the first row, and the negative log-likelihood per token of the second, which is to be retained:
+
+        >>> import torch
+        >>> import torch.nn.functional as F
+        >>> from npo_kernels import fused_logprob_loss
+        >>> hidden, lm_head_weight = torch.randn(2, 6, 8, requires_grad=True), torch.zeros(32, 8)
+        >>> labels = torch.randint(32, (2, 6))
+        >>> ref_logps = torch.tensor([-17.3287])
+        >>> def loss_fn(logps, num_tokens, beta=0.1):
+        ...     forget = (2 / beta) * F.softplus(beta * (logps[:1] - ref_logps)).mean()
+        ...     return forget - logps[1:].sum() / num_tokens[1:].sum()
+        >>> loss = fused_logprob_loss(hidden, lm_head_weight, labels, loss_fn)
+        >>> loss.backward()
+        >>> round(loss.item(), 2)  # (2 / 0.1) ln 2 + ln 32
+        17.33
     """
     check_loss_fn(loss_fn, "logps, num_tokens")
     call = prepare(hidden, lm_head_weight, labels, options)
@@ -118,28 +163,57 @@ def fused_token_loss(
     return_stats: bool = False,
     **options: Unpack[CallOptions],
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    """Any scalar loss of token log-probabilities, `loss_fn(token_logps, sequence, num_tokens)`: three products with the
-    head, forward and backward together, and two where the head is frozen.
+    """Any scalar loss of token log-probabilities.
 
-    Replaces::
+    Takes three products with the head for the forward and backward passes together, and two if the head is frozen.
+    Replaces, for a padded batch:
 
-        scored = labels[:, 1:] != ignore_index                       # with shift, of a padded batch
-        token_logps = token_logprobs(hidden, lm_head_weight, labels, ...)[:, :-1][scored]           # (N,)
-        sequence = scored.nonzero()[:, 0]                                                           # (N,)
-        loss = loss_fn(token_logps, sequence, scored.sum(1))
+    ```python
+    scored = labels[:, 1:] != ignore_index
+    token_logps = token_logprobs(hidden, lm_head_weight, labels)[:, :-1][scored]                # (N,)
+    sequence = scored.nonzero()[:, 0]                                                           # (N,)
+    loss = loss_fn(token_logps, sequence, scored.sum(1))
+    ```
 
-    `loss_fn` gets the N scored tokens in the order of sequence and position: (N,) float32 log-probabilities, (N,) int64
-    the sequence of each, and (B,) int64 token counts. Weights of a token that come as (B, S) go into the same order by
-    `weights[:, 1:][scored]`. As in `fused_logprob_loss` it is run once, inside the forward, under autograd, and may use
-    no other tensor that requires grad. Forget and retain rows go into one call, with one dWeight.
+    `loss_fn` runs once, in the forward pass, under autograd. Forget and retain rows can share a call, with one gradient
+    of the head. Inside torch.compile this function is `token_logprobs` followed by `loss_fn`. The keyword arguments not
+    listed here have the meaning that they have in `sequence_logprobs`.
 
-        def wga(token_logps, sequence, num_tokens):                  # weighted gradient ascent
-            weights = token_logps.detach().exp() ** beta
-            return (weights * token_logps).mean()
+    Args:
+        hidden: last hidden states, padded (B, S, H) or packed (T, H); float32, bfloat16 or float16.
+        lm_head_weight: (V, H), in the dtype of `hidden`.
+        labels: (B, S) or (T,) int64, aligned with the inputs; `ignore_index` where nothing is scored.
+        loss_fn: `loss_fn(token_logps, sequence, num_tokens)` returns a scalar of the N scored tokens, ordered by
+            sequence and position. token_logps is (N,) float32 in nats; sequence is (N,) int64, the index of each
+            token's sequence; num_tokens is (B,) int64. Token weights of shape (B, S) come into this order by
+            `weights[:, 1:][scored]`. It may not use other tensors that require grad.
+        return_stats: also return a `TokenStats`.
+        num_rows: the exact number of scored tokens, not a bound. A wrong number raises ValueError on a CPU, and gives
+            NaN for the loss and the gradients on a GPU.
 
-    `num_rows`, if given, has to be the number of scored tokens and not a bound: otherwise a call on a CPU raises
-    ValueError, and elsewhere loss and gradients are NaN. `return_stats` also returns `TokenStats`. Inside torch.compile
-    this is `token_logprobs` followed by `loss_fn`. Other arguments and errors as in `sequence_logprobs`.
+    Returns:
+        The scalar that `loss_fn` returned, differentiable once in `hidden`, `lm_head_weight` and `bias`.
+
+    Raises:
+        ValueError: a shape, value or combination of arguments that is not supported, as in `sequence_logprobs`, or a
+            `loss_fn` that does not return a scalar or uses other tensors that require grad.
+        TypeError: an argument of the wrong type or dtype, or one that does not exist.
+        NotImplementedError: the gradient is differentiated again.
+
+    Examples:
+        Weighted gradient ascent (WGA, arXiv 2502.19301):
+
+        >>> import torch
+        >>> from npo_kernels import fused_token_loss
+        >>> hidden, lm_head_weight = torch.randn(2, 6, 8, requires_grad=True), torch.zeros(32, 8)
+        >>> labels = torch.randint(32, (2, 6))
+        >>> def loss_fn(token_logps, sequence, num_tokens, beta=1.0):
+        ...     weights = token_logps.detach().exp() ** beta
+        ...     return (weights * token_logps).mean()
+        >>> loss = fused_token_loss(hidden, lm_head_weight, labels, loss_fn)
+        >>> loss.backward()
+        >>> round(loss.item(), 4)  # -(ln 32) / 32
+        -0.1083
     """
     check_loss_fn(loss_fn, "token_logps, sequence, num_tokens")
     call = prepare(hidden, lm_head_weight, labels, options)
@@ -159,6 +233,6 @@ def fused_token_loss(
 
 
 def _forms_gradients(call: Call) -> bool:
-    """Whether the loss runs inside the forward of its gradients."""
+    """Whether the loss function is evaluated inside the forward, where its gradients are computed."""
     plain = call.execution.impl == "reference" or torch.compiler.is_compiling() or isinstance(call.hidden, FakeTensor)
     return call.execution.needs.any and not plain

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from csrc_triton.gradient_rows import scale_rows_kernel
 from npo_kernels.core import execute, gradients, linear_kl, value_checks
-from npo_kernels.ops import gradients as op_gradients
 from npo_kernels.ops import schema, token_loss
 
 ALLOCATIONS = (
@@ -103,7 +102,7 @@ def counted(monkeypatch) -> Iterator[Launches]:
         return run
 
     @contextmanager
-    def as_written(tensor, original=schema.as_written):
+    def without_autocast(tensor, original=schema.without_autocast):
         # inside an operator of this package no mode is active; in an autograd.Function this one is
         with original(tensor):
             if _get_current_dispatch_mode() is None:
@@ -119,7 +118,7 @@ def counted(monkeypatch) -> Iterator[Launches]:
         patch.setattr(kernels, "__getitem__", lambda self, grid: alone(launch(self, grid), self.fn.__name__))
         for module in (execute, gradients, linear_kl):
             patch.setattr(module, "matmul", alone(module.matmul, "matmul"))  # one product on a GPU, blocks on a CPU
-        for module in (schema, op_gradients, token_loss):
-            patch.setattr(module, "as_written", as_written)
+        for module in (schema, token_loss):
+            patch.setattr(module, "without_autocast", without_autocast)
         with launches:
             yield launches

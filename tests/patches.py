@@ -41,7 +41,7 @@ def small_blocks() -> Iterator[None]:
         patch.setattr(blocks, "BLOCK_V", 64)
         patch.setattr(blocks, "BLOCK_N", 16)
         patch.setattr(blocks, "CACHED_ROWS", 5)
-        for name, value in {"BLOCK_K": 24, "BLOCK_M": 24, "COPIED": 700}.items():
+        for name, value in {"BLOCK_K": 24, "BLOCK_M": 24, "COPY_ELEMENTS": 700}.items():
             patch.setattr(matmul, name, value)
         for module in (execute, gradients):
             patch.setattr(module, "GRAD_SLICE", 72)

@@ -104,7 +104,10 @@ def compact(r: Rows) -> Result:
 
 def gather_rows(r: Rows) -> Result:
     """A filling row points at what must not be read into a result."""
-    index, target = torch.tensor([3, 5, 0, 0], device=DEVICE), torch.tensor([7, 8, layout.DEAD_ROW, layout.DEAD_ROW])
+    index, target = (
+        torch.tensor([3, 5, 0, 0], device=DEVICE),
+        torch.tensor([7, 8, layout.PADDING_ROW, layout.PADDING_ROW]),
+    )
     rows = layout.Rows(index, target.to(DEVICE), *3 * [index], host_starts=None)
     x = r.x.clone()
     x[0] = torch.nan
@@ -116,7 +119,7 @@ def gather_rows(r: Rows) -> Result:
 def coefficients(r: Rows) -> Result:
     stats = Statistics(r.anchor, -r.anchor.abs(), *(draw(N, seed=s).abs() for s in (4, 5, 6)))
     sequence, target = SEQUENCE.clone(), r.target.clone()
-    sequence[-2:], target[-2:] = 4, layout.DEAD_ROW
+    sequence[-2:], target[-2:] = 4, layout.PADDING_ROW
     index = torch.arange(N, device=DEVICE) * 2
     index[-2:] = 0
     rows = layout.Rows(index, target, sequence, STARTS, STARTS.diff(), host_starts=None)

@@ -8,7 +8,7 @@ import torch
 from npo_kernels.backends.choose import backend_of
 from npo_kernels.core import cpu
 from npo_kernels.core.formulas import RatioLoss
-from npo_kernels.core.layout import DEAD_ROW
+from npo_kernels.core.layout import PADDING_ROW
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.matmul import matmul
 from npo_kernels.core.softmax_stats import Statistics, anchor_headroom, gradient_coefficients
@@ -87,7 +87,7 @@ def test_target_logits_are_the_gathered_logits(backend, head, dtype):
 
 def test_a_poisoned_label_gives_a_nan_logit_and_a_filling_row_a_finite_one(backend):
     x, head, target = make_rows()
-    target[3], target[7] = V, DEAD_ROW
+    target[3], target[7] = V, PADDING_ROW
     z = backend.target_logits(x, head, target)
     assert z.isnan().nonzero().flatten().tolist() == [3]
 
@@ -353,7 +353,7 @@ def test_scaled_rows_are_rounded_once_and_a_zero_scale_wins_over_anything(backen
 def test_hidden_gradient_rows_go_to_their_positions(backend, dtype, hidden_size):
     _, head, target = make_rows(dtype, hidden_size=hidden_size)
     index = torch.randperm(N, generator=torch.Generator().manual_seed(3)).to(DEVICE) + 2
-    target[5], index[5] = DEAD_ROW, index[6]  # a filling row shares the position of a real one
+    target[5], index[5] = PADDING_ROW, index[6]  # a filling row shares the position of a real one
     product, row_coef, target_coef = draw(N, hidden_size), draw(N, seed=1), draw(N, seed=2)
     out = torch.zeros(N + 4, hidden_size, dtype=dtype, device=DEVICE)
     backend.finish_hidden_grad(product, row_coef, target_coef, head, target, index, out)
@@ -370,7 +370,7 @@ def test_hidden_gradient_rows_go_to_their_positions(backend, dtype, hidden_size)
 def test_every_row_of_a_label_is_added_once(backend, dtype, columns):
     """Runs of 1, 8, 9 and 20 equal labels, at both ends of the slice and outside it, on top of what was there."""
     begin, end = columns
-    labels = [begin] * 8 + [end - 1] * 9 + [begin + 3] * 20 + [begin + 5, DEAD_ROW, V] + [max(begin - 1, 0), end]
+    labels = [begin] * 8 + [end - 1] * 9 + [begin + 3] * 20 + [begin + 5, PADDING_ROW, V] + [max(begin - 1, 0), end]
     target = torch.tensor(labels)[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))].to(DEVICE)
     x, coef = draw(len(labels), H, dtype=dtype), draw(len(labels), seed=1)
     grad = draw(end - begin, H, seed=2)

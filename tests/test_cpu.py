@@ -191,7 +191,7 @@ def test_products_of_float32_wait_for_the_setting_of_other_threads(native):
         for thread in (holder, waiting):
             thread.join(10)
         assert done == [first, second]
-    assert not cpu._turns.queue and not any(cpu._turns.inside.values())
+    assert not cpu._kind_lock.queue and not any(cpu._kind_lock.inside.values())
 
 
 def test_the_setting_is_bfloat16_during_the_products_of_logits_alone(native, monkeypatch):
@@ -227,8 +227,8 @@ def test_a_native_call_allocates_what_its_plan_counts(native, plans, seed):
 def test_a_gradient_that_is_given_away_is_nobody_elses(dtype, monkeypatch):
     """Not multiplied by 1 in the last backward over the graph; a copy as long as another backward may follow."""
     multiplied = []
-    scale = gradients.scale_gradient
-    monkeypatch.setattr(gradients, "scale_gradient", lambda *args: multiplied.append(args) or scale(*args))
+    scale = gradients.scale_gradients
+    monkeypatch.setattr(gradients, "scale_gradients", lambda call: multiplied.append(call) or scale(call))
     batch = make_batch(dtype).leaves(("weight",))
     loss = npo(batch, impl="torch")
     loss.backward(retain_graph=True)
@@ -263,10 +263,10 @@ def test_gradients_of_several_upstreams_at_once():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_waits_for_no_thread_of_its_parent(monkeypatch):
     """A thread that computes a product during the fork does not exist in the child."""
-    monkeypatch.setitem(cpu._turns.inside, True, 1)
+    monkeypatch.setitem(cpu._kind_lock.inside, True, 1)
     child = os.fork()
     if not child:
-        with cpu._turns.of(False):
+        with cpu._kind_lock.hold(False):
             os._exit(0)
     for _ in range(100):
         ended, status = os.waitpid(child, os.WNOHANG)

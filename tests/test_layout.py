@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from npo_kernels import fused_npo_loss, sequence_logprobs
 from npo_kernels.backends.choose import backend_of
 from npo_kernels.core import value_checks
-from npo_kernels.core.layout import DEAD_ROW, flatten
+from npo_kernels.core.layout import PADDING_ROW, flatten
 from tests.canaries import canaries
 from tests.support import DEVICE, IMPLS
 
@@ -96,7 +96,7 @@ def test_rows_are_the_scored_positions_in_order(batch, extra):
     assert rows.num_tokens.tolist() == torch.tensor(starts).diff().tolist()
     assert rows.host_starts == (tuple(starts) if extra is None else None)
     filled = min(extra or 0, position - len(index))  # never more rows than there are positions
-    assert rows.target[filling].tolist() == [DEAD_ROW] * filled
+    assert rows.target[filling].tolist() == [PADDING_ROW] * filled
     assert rows.sequence[filling].tolist() == [len(batch)] * filled
     assert (rows.index[filling] < max(1, position)).all()
 
@@ -119,7 +119,7 @@ def test_broken_offsets_poison_every_row_and_read_nothing_outside(impl, offsets)
     for shift in (False, True):
         cu_seqlens = torch.tensor(offsets, device=DEVICE)
         rows = backend_of(impl).compact(surrounded[8:12], cu_seqlens, shift, V, IGNORE, num_rows=4)
-        scored = rows.target[rows.target != DEAD_ROW].tolist()
+        scored = rows.target[rows.target != PADDING_ROW].tolist()
         assert scored and set(scored) == {V}
         assert shift or len(scored) == 4
 

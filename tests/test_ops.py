@@ -16,8 +16,9 @@ from npo_kernels import (
     token_statistics,
 )
 from npo_kernels.core.row_moments import NAMES
+from npo_kernels.core.task import Needs
 from npo_kernels.ops import token_statistics as statistics
-from npo_kernels.ops.gradients import scale_gradient
+from npo_kernels.ops.gradients import GradientTensors, Kept, SavedGradients, ScaleCall, scale_gradients
 from npo_kernels.ops.linear_kl import KLLossCall, SavedKL, UpstreamKL, linear_kl, linear_kl_backward, linear_kl_loss
 from npo_kernels.ops.logprobs import LogpsCall, SavedCall, Upstream, token_logps, token_logps_backward
 from npo_kernels.ops.ratio_loss import RatioCall, ratio_loss
@@ -91,9 +92,17 @@ def test_opcheck_linear_kl(impl, reverse, needs):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_opcheck_scale_gradient(impl, dtype):
-    arguments = torch.randn(5, 3).to(dtype), torch.rand(5), torch.tensor(0.3), dtype, impl
-    torch.library.opcheck(scale_gradient, arguments)
+@pytest.mark.parametrize("needs", NEEDS[1:], ids=name_of)
+def test_opcheck_scale_gradients(impl, dtype, needs):
+    opcheck(scale_gradients, scaling(torch.randn(5, 3).to(dtype), torch.rand(5), torch.tensor(0.3), dtype, impl, needs))
+
+
+def scaling(grad, unit, upstream, dtype, impl, needs=("weight",)) -> ScaleCall:
+    """Of three gradients that are all `grad`, as far as they are wanted."""
+    wanted = Needs(*(name in needs for name in Needs._fields))
+    grads = GradientTensors(*(grad.clone() if want else grad.new_empty(0) for want in wanted))
+    unit = grad.new_empty(0, dtype=torch.float32) if unit is None else unit
+    return ScaleCall(SavedGradients(Kept(grads, unit), wanted, dtype, impl), upstream)
 
 
 @pytest.mark.parametrize("shape", [(1,), (72,), (73, 5), (200, 3), (3, 1500), (0, 4)], ids=str)
@@ -103,10 +112,11 @@ def test_a_gradient_is_scaled_in_float32_and_rounded_once(small_blocks, poisoned
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     before, unit = grad.clone(), 2.0 ** torch.arange(shape[0])
     for upstream in (torch.tensor(-0.3), torch.tensor(-0.3).bfloat16()):
-        found = scale_gradient(grad, None, upstream, dtype, impl)
-        assert torch.equal(found, (grad.float() * upstream.float()).to(dtype))
-    found = scale_gradient(grad, unit, upstream, torch.float32, impl)
-    assert torch.equal(found, grad.float() * (upstream.float() * unit).reshape(-1, *[1] * (grad.dim() - 1)))
+        every = scale_gradients(scaling(grad, None, upstream, dtype, impl, Needs._fields))
+        assert all(torch.equal(found, (grad.float() * upstream.float()).to(dtype)) for found in every)
+    hidden, weight, _ = scale_gradients(scaling(grad, unit, upstream, torch.float32, impl, ("hidden", "weight")))
+    assert torch.equal(hidden, grad.float() * upstream.float())  # the units are of the rows of dWeight alone
+    assert torch.equal(weight, grad.float() * (upstream.float() * unit).reshape(-1, *[1] * (grad.dim() - 1)))
     assert torch.equal(grad, before)
 
 

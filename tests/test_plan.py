@@ -16,6 +16,7 @@ from npo_kernels.core.plan import (
     UNIT_VALUES,
     VECTOR_BYTES,
     default_workspace,
+    grad_slices,
     make_plan,
     workspace_bytes,
 )
@@ -56,6 +57,21 @@ def test_chunks_hold_as_many_whole_sequences_as_fit():
     cut = plan(hidden_size=64, limit=held + 900 * row)
     assert cut.chunks == ((0, 3), (3, 4)) and cut.accumulate
     assert plan(hidden_size=64, limit=held + 900 * row - 1).mode == "recompute"
+
+
+def test_a_small_head_has_its_gradient_finished_in_as_few_slices_as_fit():
+    """By bytes: 128 MiB of float32, which is one slice of GRAD_SLICE columns at H=4096 and all of SmolLM2's head."""
+    cuda, smollm2 = torch.device("cuda"), {"hidden_size": 576, "vocab_size": 49152}
+    assert [grad_slices(H, cuda) for H in (576, 2048, 4096, 8192)] == [7, 2, 1, 1]
+    assert grad_slices(576, torch.device("cpu")) == 1
+    one, all_at_once = plan(**smollm2), plan(**smollm2, grad_slices=7)
+    assert one.grad_slices == 1 and all_at_once.grad_slices == 6
+    column = 4 * (576 + UNIT_VALUES)
+    assert all_at_once.workspace_bytes - one.workspace_bytes == column * (49152 - GRAD_SLICE)
+    half = plan(**smollm2, grad_slices=7, limit=one.workspace_bytes + 2 * column * GRAD_SLICE + 1, bound=True)
+    assert half.grad_slices == 3 and half.workspace_bytes == one.workspace_bytes + 2 * column * GRAD_SLICE
+    tight = plan(**smollm2, grad_slices=7, limit=one.workspace_bytes, bound=True)
+    assert tight.mode == "slab" and tight.grad_slices == 1  # no dearer mode for the sake of fewer slices
 
 
 def test_without_lengths_on_the_host_it_is_all_rows_at_once_or_recompute():

@@ -39,7 +39,7 @@ from tests.aot.compile_all import read_golden
 
 ROOT = Path(__file__).parents[1]
 TABLES = TILES, PAIR_TILES
-ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "interpreter")
+ARCHITECTURES = {target.tiles for target in TARGETS.values()} | {"interpreter"}
 WITH_DESCRIPTORS = ("sm_90", "sm_100", "sm_120")
 
 

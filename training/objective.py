@@ -12,6 +12,7 @@ from npo_kernels import fused_linear_kl, fused_logprob_loss, fused_token_loss, s
 from training.data import IGNORE_INDEX, next_labels, row_of_position
 from training.dual import DualWeight
 from training.methods import Batch, Head, Method, Reference, Rows, Settings
+from training.observed import Observed
 from training.require import require
 from training.scoring import Scores
 
@@ -53,6 +54,7 @@ class Objective:
     teacher: Reference | None = None  # for the tokens of the forget rows that count
     activations: Activations | None = None
     dual: DualWeight | None = field(default=None, compare=False)
+    observed: Observed | None = field(default=None, compare=False)
 
     def __call__(self, hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, **options) -> Tensor:
         """The loss, by the function of npo_kernels that gives the method what it reads."""
@@ -175,7 +177,24 @@ class Objective:
                 **cut,
             )
         batch = Batch(kinds, self.num_sequences, self.num_tokens, self.idk_ratio, self.num_counted)
-        return self.method.total(batch, self._settings(batch))
+        settings = self._settings(batch)
+        if self.observed is None:
+            return self.method.total(batch, settings)
+        self._observe(batch, settings, self.observed)
+        return self.method.total(batch, settings, self.observed.term)
+
+    @torch.no_grad()
+    def _observe(self, batch: Batch, settings: Settings, observed: Observed) -> None:
+        """Log-probabilities of the rows, and what the method makes of them, where it reads any."""
+        for kind, rows in batch.kinds.items():
+            scored = kind == "retain" or self.method.reads in ("sequence", "token", "statistics")
+            if scored and rows.summed is not None:
+                observed.rows(f"logps/{kind}", rows.summed, rows.num_tokens)
+        forget = batch.kinds.get("forget")
+        if forget is not None and forget.summed is not None and forget.ref_logps is not None:
+            observed.rows("log_ratio", forget.ratio, forget.num_tokens)
+        if forget is not None and self.method.row_weight is not None:
+            observed.rows("npo/weight", self.method.row_weight(batch, settings), forget.num_tokens)
 
     def _settings(self, batch: Batch) -> Settings:
         """With the retain weight of the moment, which is told of the retain term that it weighs."""
@@ -225,6 +244,7 @@ def kl_to_reference(
     num_positions: float | None = None,
     dual: DualWeight | None = None,
     epsilon: float = 0.0,
+    observed: Observed | None = None,
 ) -> Callable[..., Tensor]:
     """weight * mean KL(reference || model) over the mask, (R, S) or (T,) bool; `num_positions` replaces its count.
 
@@ -249,9 +269,13 @@ def kl_to_reference(
         count = mask.sum()
         positions = count.clamp(min=1) if num_positions is None else num_positions
         if dual is None:
+            if observed is not None:
+                observed.term("retain", kl / positions, weight)
             return weight * kl / positions
-        now = dual.weight
+        now, over = dual.weight, kl / positions - epsilon * count / positions
         dual.observe(kl.detach(), count)
-        return now * (kl / positions - epsilon * count / positions)
+        if observed is not None:
+            observed.term("retain", over, now)
+        return now * over
 
     return objective

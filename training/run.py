@@ -8,11 +8,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from training import distributed
+from training import distributed, memory
 from training.checkpoints import Checkpoints
 from training.interruption import Interrupted, interruptible
 from training.progress import progress
 from training.random_states import kept
+from training.tracking import Tracking, evaluation_names
 from training.trainer import Job, Metrics, Trainer
 
 Evaluate = Callable[[int, Progress], dict[str, Any]]  # after how many steps -> what to remember of the model
@@ -49,6 +50,7 @@ def run(
     *,
     label: str,
     checkpoints: Checkpoints | None = None,
+    tracking: Tracking | None = None,
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
     """Train to the end, from the newest checkpoint if there is one. The history: an entry for each evaluation.
@@ -67,14 +69,20 @@ def run(
                 console.print(note, markup=False, soft_wrap=True)
             if record is not None:
                 console.print(f"{label}: going on after step {first} of {len(job)}")
-        running = _Run(trainer, job, schedule, evaluate, label, checkpoints, display, first, record)
+        running = _Run(trainer, job, schedule, evaluate, label, checkpoints, tracking, display, first, record)
+        failed = True
         try:
+            if tracking:
+                tracking.start(first)
             running.train()
+            failed = False
         except Interrupted as stopped:
             if checkpoints and running.done > running.saved:
                 running.save()
             raise Interrupted(stopped.number, running.done if running.started else None) from None
-    trainer.finish_log()
+        finally:
+            if tracking:
+                tracking.finish(failed)
     return running.history
 
 
@@ -89,17 +97,18 @@ class _Run:
         evaluate: Evaluate,
         label: str,
         checkpoints: Checkpoints | None,
+        tracking: Tracking | None,
         display: Progress,
         first: int,
         record: dict[str, Any] | None,
     ):
         self.trainer, self.job, self.schedule, self.checkpoints = trainer, job, schedule, checkpoints
-        self.evaluate, self.display, self.label = evaluate, display, label
+        self.evaluate, self.display, self.label, self.tracking = evaluate, display, label, tracking
         record = record or {"history": [], "losses": []}
         self.history: list[dict[str, Any]] = record["history"]
         self.losses: list[float] = record["losses"]
         self.first = self.done = self.saved = first
-        self.saved_at = self.begun_at = time.monotonic()
+        self.saved_at = self.begun_at = self.step_at = time.monotonic()
         self.num_tokens, self.note = 0, ""
 
     @property
@@ -111,7 +120,7 @@ class _Run:
         if not self.history or (self.schedule.evaluates(self.done) and self.history[-1]["step"] < self.done):
             self._evaluate()  # the first one, or one that was interrupted
         self.task = self.display.add_task(self.label, total=len(self.job), completed=self.first, unit="steps", note="")
-        self.begun_at = time.monotonic()
+        self.begun_at = self.step_at = time.monotonic()
         self.trainer.train(self.job, first_step=self.first, after_step=self._after_step, after_pass=self._after_pass)
         if self.schedule.saves_at_all and self.done > self.saved:
             self.save()  # what comes after training, such as attacks, may be stopped as well
@@ -128,6 +137,8 @@ class _Run:
             values = self.evaluate(self.done, self.display)
         self.history.append({"step": self.done, "train_loss": mean, **values})
         self.losses.clear()
+        if self.tracking and (numbers := evaluation_names(values)):
+            self.tracking.log(numbers, self.done)
         self.begun_at += time.monotonic() - paused  # the rate is that of training alone
 
     def _after_pass(self, count: int) -> None:
@@ -140,10 +151,23 @@ class _Run:
         self.losses.append(metrics.loss)
         self.note = f"loss {metrics.loss:.3f}, "
         self.display.update(self.task, advance=1)
-        values = metrics._asdict()
+        if self.tracking:  # before an evaluation, which may be interrupted
+            self.tracking.log(self._curves(metrics), metrics.step)
         if self.schedule.evaluates(metrics.step):
             self._evaluate()
-            values |= self.history[-1]
-        self.trainer.log(values)
         if distributed.any_of(self.schedule.saves(metrics.step, (time.monotonic() - self.saved_at) / 60)):
             self.save()
+        self.step_at = time.monotonic()
+
+    def _curves(self, metrics: Metrics) -> dict[str, float]:
+        """The numbers of a step by their names in a tracker (docs/guides/logging.md)."""
+        seconds, tokens = time.monotonic() - self.step_at, metrics.num_tokens * distributed.count()
+        observed = self.trainer.observed.take() if self.trainer.observed else {}
+        return {
+            "loss/total": metrics.loss,
+            **observed,
+            "train/learning_rate": metrics.lr,
+            "train/grad_norm": metrics.grad_norm,
+            "train/tokens_per_second": tokens / max(seconds, 1e-9),
+            "train/peak_memory_gib": memory.peak_gib(self.trainer.device),
+        }

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,6 +25,7 @@ from training.config import TrainConfig
 from training.durable import SharpnessAware
 from training.interruption import Interrupted, check, check_alone, interruptible
 from training.model import autocast
+from training.observed import Observed
 from training.random_states import RandomStates
 from training.steps import Pass
 
@@ -64,26 +64,14 @@ class Trainer:
     """AdamW, a warm-up, a schedule and clipped gradients, under the wrapper of the launch file."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        config: TrainConfig,
-        num_steps: int,
-        report_to: str | None = None,  # "tensorboard", "wandb", ..., or several with commas between them
-        folder: Path | None = None,  # of the trackers' files
-    ):
+        self, model: PreTrainedModel, config: TrainConfig, num_steps: int, observed: Observed | None = None
+    ):  # fmt: skip
         self.device, self.max_grad_norm, self.autocast = model.device, config.max_grad_norm, partial(autocast, model)
         self.frozen = [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad]
         adamw = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr, fused=True)
         self.schedule = get_scheduler(config.lr_scheduler_type, adamw, config.warmup(num_steps), num_steps)
-        # the model is where it belongs
-        trackers = report_to.split(",") if report_to else []
-        self.accelerator = Accelerator(device_placement=False, log_with=trackers or None, project_dir=folder)
-        if report_to:
-            if len(self.accelerator.log_with) < len(trackers):
-                raise ValueError(
-                    f"report_to {report_to}: expected installed trackers; pip install {' '.join(trackers)}"
-                )
-            self.accelerator.init_trackers("unlearning")
+        self.accelerator = Accelerator(device_placement=False)  # the model is where it belongs
+        self.observed = observed  # by the objectives of the passes
         self.sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         if self.sharded and self.frozen:
             raise ValueError(
@@ -110,6 +98,8 @@ class Trainer:
     ) -> Metrics:
         """One optimiser step on the sum of the passes' losses, at rounded weights with `saf_format`."""
         with self.saf.rounded(partial(self._backward, passes)) if self.saf else nullcontext():
+            if self.observed is not None:
+                self.observed.begin()  # rounding may have run the passes already
             loss = self._backward(passes, after_pass)
         lr = self.schedule.get_last_lr()[0]
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or math.inf)
@@ -179,16 +169,6 @@ class Trainer:
         names = {name for name, _ in self.module.named_parameters()} | {name for name, _ in self.module.named_buffers()}
         whole = self.module.state_dict()
         return {name: tensor for name, tensor in whole.items() if name in names and name not in self.frozen}
-
-    def log(self, values: dict[str, Any]) -> None:
-        """The numbers among the values of a step, to the trackers."""
-        if self.accelerator.log_with:
-            numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
-            self.accelerator.log(numbers, step=values["step"])
-
-    def finish_log(self) -> None:
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
 
     def weights(self) -> dict[str, Tensor]:
         """The whole state dict, wherever its parts are; every process has to ask."""

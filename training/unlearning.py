@@ -15,6 +15,7 @@ from training.dual import DualWeight
 from training.layers import LayerTap
 from training.methods import Method, Reference, Settings
 from training.objective import Activations, Objective, kl_to_reference, reference_of, targets_of
+from training.observed import Observed
 from training.require import require
 from training.scoring import PerToken, Scores
 from training.steps import Batches, Pass, Plan, lengths_of, num_tokens_of, scored_tokens
@@ -62,6 +63,7 @@ class UnlearningSteps:
     batches: Batches
     tap: LayerTap | None = None  # of the model that is trained, for a method on activations
     dual: DualWeight | None = None
+    observed: Observed | None = None
 
     def __len__(self) -> int:
         return len(self.plan.steps)
@@ -101,6 +103,7 @@ class UnlearningSteps:
             teacher=self._teacher(mine["forget"], members["forget"]) if self.method.teacher else None,
             activations=self._activations(inputs) if self.method.reads == "activations" else None,
             dual=self.dual,
+            observed=self.observed,
             **totals,
         )
         return Pass(inputs, objective, sum(len(row.input_ids) for row in together))
@@ -132,7 +135,13 @@ class UnlearningSteps:
                 mask = torch.zeros_like(mask)
             reference = reference_of(self._frozen_model, inputs)
             objective = kl_to_reference(
-                reference, mask, self.settings.retain_weight, positions, self.dual, self.settings.epsilon
+                reference,
+                mask,
+                self.settings.retain_weight,
+                positions,
+                self.dual,
+                self.settings.epsilon,
+                self.observed,
             )
             passes.append(Pass(inputs, objective, num_tokens_of(self.rows["retain"], part)))
         return passes

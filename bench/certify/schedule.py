@@ -30,7 +30,7 @@ class Stage:
 
 STAGES = (
     Stage("environment", "versions, driver, clocks, power; the ceilings of a product and of a copy", 8, 3),
-    Stage("compile", "every specialisation of a kernel that the stages below launch, compiled on all cores", 45, 10),
+    Stage("compile", "every specialisation of a kernel that the stages below launch, compiled on all cores", 80, 10),
     Stage("checks", "every kernel and mode against float64, and what only a GPU shows", 60, 15),
     Stage("head", "the loss at shape R in each candidate kernel, beside plain PyTorch; peaks; growth", 45, 15),
     Stage("peers", "the same beside every peer that imports, in turns", 100, 25),

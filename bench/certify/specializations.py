@@ -8,8 +8,8 @@ the JIT would, into Triton's cache on the disk, where every later process finds 
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from multiprocessing import get_context
 from typing import NamedTuple
@@ -42,23 +42,29 @@ def rows_without_kernels() -> Iterator[None]:
 
     launched = backend.compact
 
-    def compact(*arguments):
-        launched(*arguments)
-        return in_pytorch.compact(*arguments)
+    def compact(labels, *others):
+        *options, num_rows = others
+        # with a bound nothing is read back: memory that no kernel wrote may hold any number
+        launched(labels, *options, labels.numel() if num_rows is None else num_rows)
+        return in_pytorch.compact(labels, *others)
 
     with mock.patch.object(backend, "compact", compact):
         yield
 
 
 @contextmanager
-def collecting() -> Iterator[dict[Specialization, None]]:
-    """Launches are written down, once each, and do not happen."""
+def collecting(each: Callable[[Specialization], object] | None = None) -> Iterator[dict[Specialization, None]]:
+    """Launches are written down, once each, and do not happen; `each` is told of every new one."""
     import triton
 
     found: dict[Specialization, None] = {}
 
     def hook(*, fn, compile, **_) -> bool:
-        found[Specialization(fn.module, fn.name, compile["specialization_data"])] = None
+        specialization = Specialization(fn.module, fn.name, compile["specialization_data"])
+        if specialization not in found:
+            found[specialization] = None
+            if each is not None:
+                each(specialization)
         return True  # do not compile
 
     with triton.knobs.runtime.scope(), rows_without_kernels():
@@ -92,17 +98,33 @@ class Compilers:
 
     def __init__(self, jobs: int | None = None):
         self.jobs = jobs or len(os.sched_getaffinity(0))
+        self.pending: list[Future[Compiled]] = []
         self.pool = ProcessPoolExecutor(self.jobs, mp_context=get_context("fork"))
         self.pool.submit(int).result()  # forks them all
 
-    def compile(self, specializations: Iterable[Specialization]) -> list[Compiled]:
-        """As they are done; a line each."""
-        futures = [self.pool.submit(compile_one, s) for s in specializations]
+    def submit(self, specialization: Specialization) -> None:
+        """Compiled from now on; `finish` waits for it."""
+        self.pending.append(self.pool.submit(compile_one, specialization))
+
+    def finish(self, seconds: float | None = None) -> list[Compiled]:
+        """Of those submitted, a line each as they are done. After `seconds` the others are given up, and what is in the
+        cache on the disk by then stays there.
+        """
+        futures, self.pending = self.pending, []
         found = []
-        for future in as_completed(futures):
-            found.append(future.result())
-            print(f"{found[-1].seconds:6.1f} s  {found[-1].kernel}  {found[-1].error or ''}", flush=True)
+        with suppress(TimeoutError):
+            for future in as_completed(futures, seconds):
+                found.append(future.result())
+                print(f"{found[-1].seconds:6.1f} s  {found[-1].kernel}  {found[-1].error or ''}", flush=True)
+        for future in futures:
+            future.cancel()
         return found
+
+    def compile(self, specializations: Iterable[Specialization]) -> list[Compiled]:
+        """All of them, whatever the time."""
+        for specialization in specializations:
+            self.submit(specialization)
+        return self.finish()
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)

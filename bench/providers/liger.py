@@ -1,7 +1,8 @@
 """Liger-Kernel: fused linear cross-entropy (Triton, CuTe, cuTile), scaled cross-entropy, DPO and KTO.
 
 The preference losses re-run the reference head on reference hidden states, as their interface requires, and are not
-NPO; scaled cross-entropy and `reduction="none"` give token log-probabilities, to which NPO is applied outside."""
+NPO; scaled cross-entropy and `reduction="none"` give token log-probabilities, to which NPO is applied outside.
+"""
 
 import inspect
 import os

@@ -5,7 +5,8 @@
     forgotten  unlearned: the label has almost none
 
 `tensor` names the compared tensor: logps (largest |error| / |value| of a sequence), hidden and weight gradients
-(relative in the Frobenius norm). The oracle of a provider is the objective that it computes."""
+(relative in the Frobenius norm). The oracle of a provider is the objective that it computes.
+"""
 
 from collections.abc import Iterator
 from contextlib import suppress

@@ -1,1 +1,1 @@
-"""The primitives of `npo_kernels.core.execute`, once in plain PyTorch and once on the Triton kernels."""
+"""The primitives of `npo_kernels.core.backend`, implemented twice: in plain PyTorch and with Triton kernels."""

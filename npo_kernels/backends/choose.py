@@ -1,4 +1,4 @@
-"""Which backend runs a call: the only place that imports the Triton one."""
+"""Select the backend of a call. No other module imports the Triton backend."""
 
 import importlib.util
 
@@ -7,12 +7,15 @@ import torch
 from npo_kernels.backends import torch as torch_backend
 from npo_kernels.core.backend import Backend
 
-# Found once, without importing it: torch.compile cannot trace the search (torch 2.11).
+# Looked up once at import, without importing Triton: torch.compile (2.11) cannot trace find_spec.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def resolve_impl(impl: str, device: torch.device) -> str:
-    """ "auto" is Triton on a GPU that has it, the torch path elsewhere; a name asked for is that or an error."""
+    """The backend for `impl`: "auto" is "triton" on a GPU if Triton is installed, else "torch".
+
+    A name passed by the caller is returned as it is; ValueError if it cannot run here.
+    """
     if impl == "auto":
         return "triton" if device.type == "cuda" and HAS_TRITON else "torch"
     if impl == "triton" and not HAS_TRITON:
@@ -31,7 +34,7 @@ def resolve_impl(impl: str, device: torch.device) -> str:
 
 
 def backend_of(impl: str) -> Backend:
-    """The module of a resolved impl."""
+    """The backend module of a resolved impl."""
     if impl == "torch":
         return torch_backend
     from npo_kernels.backends import triton as triton_backend

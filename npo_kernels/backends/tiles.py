@@ -1,9 +1,9 @@
-"""Which entry of `csrc_triton.tiles` a call takes: of its architecture, the width of its operands, its hidden size.
+"""Select the entry of `csrc_triton.tiles` for a call, by GPU architecture, operand width and hidden size.
 
-Never of the number of rows, which would let the log-probability of a row depend on its batch.
+The number of rows has no influence: otherwise the log-probability of a row would depend on its batch.
 
-Entries of one architecture are a row of the table. A GPU whose architecture has none takes another's, chosen from what
-is known of the GPU, and the user is told.
+The entries of one architecture form a row of the table. A GPU whose architecture has no row uses the row of another
+architecture, chosen by compute capability and shared memory, and a warning says so.
 """
 
 import warnings
@@ -19,16 +19,16 @@ Table = Mapping[tuple[str, int, int], Tile]
 Entry = TypeVar("Entry")
 
 KIB = 1024
-BARRIERS = 64  # bytes, of asynchronous loads (NVIDIA)
+BARRIERS = 64  # bytes of shared memory for the barriers of asynchronous loads (NVIDIA)
 
 
 def hidden_bucket(hidden_size: int) -> int:
-    """The hidden size that stands for this one: the next bucket, or the last."""
+    """The smallest bucket that is not below this hidden size, or the largest bucket."""
     return next((bucket for bucket in HIDDEN_BUCKETS if hidden_size <= bucket), HIDDEN_BUCKETS[-1])
 
 
 def find_tile(table: Table, architecture: str, bits: int, hidden_size: int) -> Tile:
-    """What was measured for the bucket of the hidden size, or what holds for every one that was not."""
+    """The entry of the hidden size's bucket, or the ANY_HIDDEN entry if it has none; KeyError without either."""
     found = find_entry(table, architecture, bits, hidden_size)
     if found is None:
         raise KeyError((architecture, bits, ANY_HIDDEN))
@@ -38,17 +38,17 @@ def find_tile(table: Table, architecture: str, bits: int, hidden_size: int) -> T
 def find_entry(
     table: Mapping[tuple[str, int, int], Entry], architecture: str, bits: int, hidden_size: int
 ) -> Entry | None:
-    """The same of any table; None where it has neither."""
+    """The same for a table with any kind of entry; None without either."""
     found = table.get((architecture, bits, hidden_bucket(hidden_size)))
     return table.get((architecture, bits, ANY_HIDDEN)) if found is None else found
 
 
 class Gpu(NamedTuple):
-    """What the choice of a row needs to know."""
+    """The properties of a GPU that select its row."""
 
     name: str
     architecture: str  # "sm_75", "gfx90a"
-    shared_memory: int  # bytes that one program may have
+    shared_memory: int  # bytes, per program at most
 
     def __str__(self) -> str:
         major, minor = capability(self.architecture)
@@ -57,16 +57,16 @@ class Gpu(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The row of the tile table that a device takes."""
+    """The row of the tile table that a device uses."""
 
     architecture: str
-    own: str  # the row that a measurement on the device belongs in
+    own: str  # the row that measurements on this device are entered in
     note: str = ""  # why the two differ, if they do
-    warning: str = ""  # the same for a user: which tiles, why, and what to do
+    warning: str = ""  # the same as a message for the user: which tiles are used, why, and what to do
 
 
 def tile_row(device: torch.device) -> Row:
-    """The row of the tile table that a device takes."""
+    """The row of the tile table that a device uses."""
     if device.type == "cpu":
         return Row("interpreter", "interpreter")
     return row_of_gpu(torch.cuda.current_device() if device.index is None else device.index)
@@ -74,10 +74,10 @@ def tile_row(device: torch.device) -> Row:
 
 @cache
 def row_of_gpu(index: int) -> Row:
-    """That of a GPU, with a warning, once, if it is another architecture's."""
+    """The row for a GPU; warns (once per GPU) if it belongs to another architecture."""
     found = torch.cuda.get_device_properties(index)
     name = found.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"
-    # ROCm has no limit to opt in to; older releases do not say the other, which is 64 KiB on their GPUs
+    # ROCm has no opt-in limit; older torch releases do not report the ordinary one, which is 64 KiB on AMD GPUs
     ordinary = getattr(found, "shared_memory_per_block", 64 * KIB)
     gpu = Gpu(found.name, name, getattr(found, "shared_memory_per_block_optin", ordinary))
     row = choose_row(gpu, (TILES, PAIR_TILES))
@@ -87,11 +87,13 @@ def row_of_gpu(index: int) -> Row:
 
 
 def choose_row(gpu: Gpu, tables: Sequence[Table]) -> Row:
-    """The row of its architecture; without one, of its vendor's the newest that is not newer than it and fits its
-    shared memory; if there is none, the one that needs the least.
+    """The row of the GPU's own architecture, if there is one.
+
+    Otherwise, of the rows of the same vendor, the newest that is not newer than the GPU and fits its shared memory. If
+    there is none of these either, the row that needs the least shared memory.
     """
     known = set.intersection(*({architecture for architecture, *_ in table} for table in tables))
-    for own in (gpu.architecture, first_of_kind(gpu.architecture)):
+    for own in (gpu.architecture, architecture_of_row(gpu.architecture)):
         if own in known:
             return Row(own, own)
     vendor = [architecture for architecture in known if _is_vendors(architecture, gpu.architecture)]
@@ -114,15 +116,16 @@ def choose_row(gpu: Gpu, tables: Sequence[Table]) -> Row:
 
 
 def capability(architecture: str) -> tuple[int, int]:
-    """(major, minor): (7, 5) of sm_75, (9, 0) of gfx90a, whose last digit is the stepping."""
+    """(major, minor): (7, 5) for sm_75, (9, 0) for gfx90a, whose last character is the stepping."""
     digits = architecture.removeprefix("gfx")[:-1] if _is_amd(architecture) else architecture.removeprefix("sm_")
     return int(digits[:-1]), int(digits[-1])
 
 
-def first_of_kind(architecture: str) -> str:
-    """The architecture whose row is this one's as well.
+def architecture_of_row(architecture: str) -> str:
+    """The architecture that shares its row with this one.
 
-    From sm_90 on the first of its major capability. sm_89 has the limits of sm_86; tests/aot compiles for both.
+    From sm_90 on it is the first of the same major capability. sm_89 uses the row of sm_86, whose limits it has;
+    tests/aot compiles for both.
     """
     if _is_amd(architecture):
         return architecture
@@ -131,19 +134,21 @@ def first_of_kind(architecture: str) -> str:
 
 
 def shared_memory(tile: Tile, itemsize: int, models: int = 1) -> int:
-    """Bytes that a program needs at most: the operands of every stage of the loop over H, of as many models as a
-    persistent program multiplies at once, and a piece of the tile that it rearranges while the next loads are under
-    way. tests/aot has what the compilers take.
+    """Upper bound of the bytes of shared memory that a program needs.
+
+    They hold the operands of every stage of the loop over H (for `models` models at once in a persistent program), and
+    in a persistent program also the piece of the tile that it converts while the next loads are in flight. tests/aot
+    records what the compilers actually use.
     """
     operands = tile.num_stages * (tile.block_n + tile.block_v) * tile.block_h * (models if tile.loop else 1)
     return itemsize * (operands + (tile.block_n * tile.block_v // tile.pieces if tile.loop else 0))
 
 
 def _largest_need(architecture: str, tables: Sequence[Table]) -> int:
-    """Bytes of shared memory that every tile of a row fits in."""
+    """Bytes of shared memory that suffice for every tile of a row."""
     tiles = [
         (tile, key[1] // 8, models)
-        for models, table in enumerate(tables, 1)  # of one model, of a pair
+        for models, table in enumerate(tables, 1)  # TILES hold one model, PAIR_TILES two
         for key, tile in table.items()
         if key[0] == architecture
     ]
@@ -156,5 +161,5 @@ def _is_amd(architecture: str) -> bool:
 
 
 def _is_vendors(architecture: str, other: str) -> bool:
-    """Whether both are GPUs of one vendor."""
+    """Whether `architecture` is a GPU of the same vendor as `other`."""
     return architecture.startswith(("gfx", "sm_")) and _is_amd(architecture) == _is_amd(other)

@@ -1,1 +1,1 @@
-"""From the keyword arguments of a public function to a `Call`: checked, cast, shifted, flattened."""
+"""Turn the arguments of a public function into a `Call`: check, cast and flatten them."""

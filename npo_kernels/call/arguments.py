@@ -1,14 +1,14 @@
-"""The arguments of the public functions: types, defaults, and the rule that each value has to obey.
+"""The arguments of the public functions: their types, defaults, and the rule that checks each value.
 
-`CallOptions` declares the keywords that all losses and log-probability functions share, a line each. The functions take
-them as `**options: Unpack[CallOptions]`, which type checkers read. `checked` wraps a public function: it shows the
-whole signature to `help` and `inspect`, puts the defaults in, and checks every value. A parameter without a rule fails
-at import, so that none can be forgotten. What depends on two arguments (shapes, dtypes, devices) is checked by
-`npo_kernels.call.checks` afterwards.
+`CallOptions` declares the keywords shared by all losses and log-probability functions, one per line. The functions take
+them as `**options: Unpack[CallOptions]`, which type checkers understand. `checked` wraps a public function: it exposes
+the complete signature to `help` and `inspect`, fills in the defaults, and checks every value. A parameter without a
+rule raises at import, so none can be forgotten. Conditions on several arguments (shapes, dtypes, devices) are checked
+afterwards by `npo_kernels.call.checks`.
 
-A tensor is a dense torch.Tensor or torch.nn.Parameter. Subclasses pass that leave its operations alone; those that
-answer them by themselves (quantised, masked, DTensor but for a head) are refused, like sparse, nested and complex ones.
-A number is one of Python, and float32 has to hold it.
+Tensors must be a dense torch.Tensor or torch.nn.Parameter, or a subclass that does not override its operations.
+Subclasses that do (quantised, masked, DTensor except for a head) are refused, and so are sparse, nested and complex
+tensors. Numbers must be Python numbers that float32 can hold.
 """
 
 import difflib
@@ -31,8 +31,8 @@ Direction = Literal["forward", "reverse"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Arguments of neighbouring libraries: what takes their place here, in functions that have it.
-_ELSEWHERE = {
+# {argument name in other libraries: {argument of this function: hint}}: shown if the function has that argument.
+_HINTS = {
     "attention_mask": {
         "cu_seqlens": "mask positions by setting their label to ignore_index (packed batches take cu_seqlens alone)",
         "mask": "mask takes the positions that count, as bool",
@@ -59,7 +59,7 @@ FUNCTIONAL = (
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """A public function that checks each of its arguments before it runs, and refuses those it does not have."""
+    """Decorate a public function: check each argument before it runs, and refuse unknown ones with a hint."""
     signature = full_signature(function)
     arguments = Arguments.of(function.__name__, signature)
     defaults = {name: option.default for name, option in OPTIONS.items() if name in arguments.rules}
@@ -77,7 +77,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def full_signature(function: Callable[..., Any]) -> inspect.Signature:
-    """The signature of a function, `**options: Unpack[SomeTypedDict]` replaced by the keywords it stands for."""
+    """The signature of a function, with `**options: Unpack[SomeTypedDict]` expanded into its keywords."""
     signature = inspect.signature(function)
     *parameters, last = signature.parameters.values()
     if last.kind is not inspect.Parameter.VAR_KEYWORD:
@@ -85,18 +85,18 @@ def full_signature(function: Callable[..., Any]) -> inspect.Signature:
     (options,) = get_args(last.annotation)
     for name, annotation in options.__annotations__.items():
         declared, default = annotation.__origin__, annotation.__metadata__[0].default
-        if isinstance(declared, ForwardRef):  # a type that is missing where torch has no distributed package
+        if isinstance(declared, ForwardRef):  # ProcessGroup does not exist in a torch without distributed
             declared = declared.__forward_arg__
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=declared))
     return signature.replace(parameters=parameters)
 
 
 class Arguments(NamedTuple):
-    """What a public function may be given."""
+    """The parameters of a public function, with their rules."""
 
     function: str
-    rules: dict[str, Rule]  # of each parameter, in order; None passes where it is the default
-    positional: int  # how many of them may come without their name
+    rules: dict[str, Rule]  # for each parameter, in order; None is accepted if it is the default
+    positional: int  # how many parameters may be passed by position
 
     @classmethod
     def of(cls, function: str, signature: inspect.Signature) -> "Arguments":
@@ -108,7 +108,7 @@ class Arguments(NamedTuple):
         return cls(function, rules, sum(p.kind is not inspect.Parameter.KEYWORD_ONLY for p in parameters.values()))
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Every given argument against its rule, and what holds for all tensors."""
+        """Check every argument against its rule, and all tensors for unsupported modes of torch."""
         given = {**dict(zip(self.rules, args, strict=False)), **kwargs}
         if len(args) > self.positional or len(given) < len(args) + len(kwargs):
             self._refuse_positions(args, kwargs)
@@ -128,14 +128,14 @@ class Arguments(NamedTuple):
         if len(args) > self.positional:
             raise TypeError(
                 f"{self.function}() takes {len(names)} positional arguments ({', '.join(names)}), got {len(args)}: "
-                f"pass {list(self.rules)[len(names)]} and the like by name"
+                f"pass {list(self.rules)[len(names)]} and all further arguments by name"
             )
         twice = next(name for name in names[: len(args)] if name in kwargs)
         raise TypeError(f"{self.function}() got '{twice}' twice, by position and by name: leave one out")
 
     def _hint(self, name: str) -> str:
-        """What to write instead of an argument that does not exist."""
-        for instead, hint in _ELSEWHERE.get(name, {}).items():
+        """A hint for an argument that does not exist: what to write instead."""
+        for instead, hint in _HINTS.get(name, {}).items():
             if instead in self.rules:
                 return hint
         close = difflib.get_close_matches(name, self.rules, n=1, cutoff=0.7)
@@ -144,8 +144,8 @@ class Arguments(NamedTuple):
 
 
 def _check_modes(tensors: dict[str, Tensor]) -> None:
-    """What torch would refuse deep inside an operator: fakes beside real tensors; and zeros without a memory, which
-    autograd makes and a kernel cannot read."""
+    """Refuse what torch would refuse deep inside an operator: a mix of fake and real tensors, and autograd's
+    ZeroTensors, which have no memory that a kernel could read."""
     fake = [name for name, value in tensors.items() if type(value).__name__ == "FakeTensor"]
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     if fake or mode is not None:
@@ -168,12 +168,12 @@ def _check_modes(tensors: dict[str, Tensor]) -> None:
 
 
 def _is_wrapped(value: Tensor) -> bool:
-    """By functorch or functionalization, in a class of C++: what is inside may be a fake."""
+    """Whether functorch or functionalization wraps it in a C++ class; the wrapped tensor may be fake."""
     return torch._C._functorch.is_functorch_wrapped_tensor(value) or torch._is_functional_tensor(value)
 
 
 def _plain_autograd(name: str, value: Tensor) -> None:
-    """Refuse tensors of the derivatives that operators with a backward of their own do not have."""
+    """Refuse dual tensors and torch.func gradient tensors: custom operators support neither."""
     if forward_ad.unpack_dual(value).tangent is not None:  # type: ignore[no-untyped-call]
         raise NotImplementedError(FORWARD_MODE.format(name))
     if torch._C._functorch.is_gradtrackingtensor(value):
@@ -186,14 +186,14 @@ def _plain_autograd(name: str, value: Tensor) -> None:
 
 
 class Option(NamedTuple):
-    """What a keyword is when it is not given, and what it has to be when it is."""
+    """The default of a keyword, and the rule for its value."""
 
     default: Any
     rule: Rule
 
 
 class CallOptions(TypedDict, total=False):
-    """Keywords of every loss and log-probability function; `sequence_logprobs` says what they mean."""
+    """Keywords of every loss and log-probability function; documented in `sequence_logprobs`."""
 
     bias: Annotated[Tensor | None, Option(None, optional(rules.head_tensor))]
     shift: Annotated[bool, Option(True, rules.flag)]
@@ -210,7 +210,7 @@ class CallOptions(TypedDict, total=False):
 
 
 class LossOptions(CallOptions, total=False):
-    """Those of the losses that reduce over sequences; `fused_npo_loss` says what they mean."""
+    """Keywords of the losses that reduce over sequences; documented in `fused_npo_loss`."""
 
     reduction: Annotated[Reduction, Option("mean", rules.choice(*get_args(Reduction)))]
     normalizer: Annotated[float | Tensor | None, Option(None, optional(rules.normalizer))]

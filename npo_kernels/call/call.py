@@ -1,7 +1,7 @@
-"""The one description of a call: what the operators take, whatever the caller wrote.
+"""`Call` and `KLCall`: the normalised description of a call, which the operators take as their argument.
 
-The operators of torch take flat lists of tensors and numbers. `npo_kernels.ops.schema` reads those lists from the
-records here: a field added here is an argument of every operator that takes the record, of its fake and its backward.
+Operators of torch take flat lists of tensors and numbers. `npo_kernels.ops.schema` derives these lists from the records
+here, so a field added here becomes an argument of every operator that takes the record, of its fake and its backward.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from npo_kernels.core.vocab_parallel import Shard
 
 
 class Execution(NamedTuple):
-    """How a call runs: the backend, the memory, the ranks that share the head, and which gradients are formed."""
+    """How a call runs: backend, memory limit, ranks that share the head, and which gradients are needed."""
 
-    impl: str  # "torch" | "triton", or "reference", which no operator sees
-    workspace_bytes: int | None  # a bound, if the caller gave one
-    group: str | None  # name of the process group whose ranks share the head; None: the whole head is here
-    sizes: Sequence[int]  # vocabulary entries of each rank
+    impl: str  # "torch" | "triton"; or "reference", which never reaches an operator
+    workspace_bytes: int | None  # the caller's limit, if any
+    group: str | None  # name of the process group whose ranks share the head; None: the head is not sharded
+    sizes: Sequence[int]  # number of vocabulary entries on each rank
     needs: Needs
 
     @property
@@ -30,15 +30,15 @@ class Execution(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A batch of sequences and a head: log-probabilities of labels and losses of them."""
+    """A batch of sequences and a head, for log-probabilities of the labels and losses of them."""
 
     hidden: Tensor  # (T, H)
     head: Head
-    labels: Tensor  # (B, S) int64 of a padded batch, T = B S; (T,) of a packed one
-    cu_seqlens: Tensor | None  # (B+1,) of a packed batch
+    labels: Tensor  # int64: (B, S) if padded, with T = B S; (T,) if packed
+    cu_seqlens: Tensor | None  # (B+1,) if packed
     shift: bool
     ignore_index: int
-    num_rows: int | None  # scored positions, or a bound above their number, if the caller knows
+    num_rows: int | None  # number of scored positions or an upper bound, if the caller passed it
     execution: Execution
 
     @property
@@ -46,19 +46,19 @@ class Call(NamedTuple):
         return self.labels.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     def positions(self) -> Positions:
-        """Targets and offsets of the T positions."""
+        """Targets of the T positions and offsets of the sequences."""
         return flatten(self.labels, self.cu_seqlens, self.shift, self.ignore_index)
 
 
 class KLCall(NamedTuple):
-    """Positions of a model and of a reference, each with its head."""
+    """Hidden states and heads of a model and of a reference, for their KL divergence."""
 
     hidden: Tensor  # (T, H)
     head: Head
     ref_hidden: Tensor  # (T, H_ref)
     ref_head: Head
-    counted: Tensor  # (T,) bool
-    labels: Tensor | None  # (T,) int64, where target_shift is not 0
-    target_shift: float  # by which the reference's logit at the label is lowered
-    reverse: bool  # KL(model || reference)
+    counted: Tensor  # (T,) bool, the mask
+    labels: Tensor | None  # (T,) int64; None if target_shift is 0
+    target_shift: float  # subtracted from the reference's logit at the label
+    reverse: bool  # KL(model || reference) instead of KL(reference || model)
     execution: Execution

@@ -1,7 +1,7 @@
-"""What arguments have to be to each other; `npo_kernels.call.rules` has what each has to be by itself.
+"""Conditions on several arguments together; `npo_kernels.call.rules` checks each argument by itself.
 
-Every refusal says what came, what is expected and what to do. Nothing here reads values, so nothing waits for a device:
-`npo_kernels.core.value_checks` reads them where that is free.
+Every error names the argument, the value received, the value expected, and the remedy. Nothing here reads the values of
+tensors, so nothing forces a device sync; `npo_kernels.core.value_checks` reads them where that is free.
 """
 
 import torch
@@ -13,16 +13,16 @@ from npo_kernels.call.rules import describe
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _refuse_dtensor(name: str, value: Tensor | None, way: str = "") -> None:
+def _refuse_dtensor(name: str, value: Tensor | None, remedy: str = "") -> None:
     if type(value).__name__ == "DTensor":
         raise TypeError(
             f"{name} is a DTensor: call the loss inside the wrapped model's forward, where the parameter is a plain "
-            f"tensor, or unshard the module first (FSDP2: lm_head.unshard()){way}"
+            f"tensor, or unshard the module first (FSDP2: lm_head.unshard()){remedy}"
         )
 
 
 def _check_dtype(name: str, value: Tensor, impl: str) -> None:
-    """Of hidden states and heads."""
+    """Check the dtype of hidden states or a head."""
     if value.dtype in DTYPES or (impl == "reference" and value.dtype == torch.float64):
         return
     hint = ""
@@ -41,7 +41,7 @@ def check_batch(
     cu_seqlens: Tensor | None,
     impl: str,
 ) -> None:
-    """Types, ranks, shapes, dtypes and devices of the tensors all functions share."""
+    """Check ranks, shapes, dtypes and devices of the tensors that all functions share."""
     spread = (
         "; a head whose vocabulary is spread over ranks that hold the same batch takes "
         "process_group=lm_head_weight.device_mesh.get_group()"
@@ -105,7 +105,7 @@ def _refuse_empty_head(name: str, weight: Tensor) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor) -> None:
-    """Its dtype and rank; its values are read in `npo_kernels.core.value_checks`."""
+    """Check its dtype and rank; `npo_kernels.core.value_checks` checks its values."""
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens: expected int32, got {describe(cu_seqlens)}; use cu_seqlens.int()")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
@@ -127,7 +127,7 @@ def check_kl(
     target_shift: float,
     impl: str,
 ) -> None:
-    """The arguments of `fused_linear_kl` together."""
+    """Check ranks, shapes, dtypes and devices of the arguments of `fused_linear_kl`."""
     for side, x, w, b in (("", hidden, weight, bias), ("ref_", ref_hidden, ref_weight, ref_bias)):
         for name, t in ((f"{side}hidden", x), (f"{side}lm_head_weight", w), (f"{side}bias", b)):
             _refuse_dtensor(name, t)
@@ -142,9 +142,13 @@ def check_kl(
                 "one of them, or call under torch.autocast, which casts both"
             )
         if w.dim() != 2 or x.dim() < 2 or x.shape[-1] != w.shape[1]:
-            raise ValueError(f"{side}hidden (..., H) and {side}lm_head_weight (V, H): got {describe(x)}, {describe(w)}")
+            raise ValueError(
+                f"{side}hidden and {side}lm_head_weight: expected (..., H) and (V, H) with the same H, got "
+                f"{describe(x)} and {describe(w)}; pass the last hidden states of the model that the head belongs to"
+            )
         if b is not None and (b.shape != w.shape[:1] or b.dtype != w.dtype):
-            raise ValueError(f"{side}bias: expected ({w.shape[0]},) {w.dtype}, got {describe(b)}")
+            like = f"({w.shape[0]},) {str(w.dtype).removeprefix('torch.')}"
+            raise ValueError(f"{side}bias: expected {like}, as {side}lm_head_weight has it, got {describe(b)}")
     if ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(
             f"lm_head_weight has V={weight.shape[0]}, ref_lm_head_weight has V={ref_weight.shape[0]}: KL needs one "
@@ -172,7 +176,10 @@ def check_kl(
 
 
 def check_kept(call: Call | KLCall) -> None:
-    """Of a call of the reference: autograd keeps its tensors for the backward. Operators keep any (`ops.schema`)."""
+    """Refuse inference tensors with impl="reference", where autograd has to save the inputs for the backward.
+
+    The operators of the other backends can save them (`npo_kernels.ops.schema`).
+    """
     if call.execution.impl != "reference" or torch.compiler.is_compiling() or not call.execution.needs.any:
         return
     named = {"hidden": call.hidden, "lm_head_weight": call.head.weight, "bias": call.head.bias}
@@ -189,14 +196,14 @@ def check_kept(call: Call | KLCall) -> None:
 
 
 def check_normalizer(reduction: str, normalizer: float | Tensor | None) -> None:
-    """It replaces a count that only one reduction has."""
+    """Refuse a normalizer unless reduction is "mean": it replaces the count that only "mean" divides by."""
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer replaces the count of reduction='mean', got reduction={reduction!r}")
 
 
-def check_per_sequence(name: str, value: Tensor, num_sequences: int, device: torch.device, way: str) -> None:
-    """One number for each sequence, beside the batch."""
+def check_per_sequence(name: str, value: Tensor, num_sequences: int, device: torch.device, remedy: str) -> None:
+    """Check that a tensor has one number per sequence, on the device of the batch."""
     if value.shape != (num_sequences,):
-        raise ValueError(f"{name}: expected one per sequence, ({num_sequences},), got {describe(value)}; {way}")
+        raise ValueError(f"{name}: expected one per sequence, ({num_sequences},), got {describe(value)}; {remedy}")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device} but hidden is on {device}: move it there")

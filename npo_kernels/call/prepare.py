@@ -1,4 +1,4 @@
-"""From the arguments of a public function to its `Call`: autocast, checks, layout, the choice of a backend."""
+"""Build the `Call` of a public function from its arguments: autocast, checks, layout, choice of the backend."""
 
 import torch
 from torch import Tensor
@@ -12,14 +12,14 @@ from npo_kernels.core.plan import workspace_bytes
 from npo_kernels.core.task import Needs
 from npo_kernels.core.vocab_parallel import local_head
 
-# An option that is a field of `Call` travels as it is.
+# Options that are fields of `Call` are copied unchanged.
 CARRIED = tuple(name for name in Call._fields if name in CallOptions.__annotations__)
 
 
 def prepare(hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, options: CallOptions) -> Call:
-    """What the losses and the log-probability functions share: their arguments normalised, checked against each other.
+    """Normalise the arguments of a loss or log-probability function and check them against each other.
 
-    `options` is complete: `npo_kernels.call.arguments.checked` has put the defaults in.
+    `options` is complete: `npo_kernels.call.arguments.checked` has filled in the defaults.
     """
     impl = options["impl"]
     if impl == "reference" and options["process_group"] is not None:
@@ -92,7 +92,7 @@ def prepare_kl(
 
 
 def _head(weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Head:
-    """The kernels take any row stride, but the elements of a row, and of the bias, side by side."""
+    """The head, with a contiguous bias and rows whose elements are contiguous, as the kernels need them."""
     bias = None if bias is None else bias.contiguous()
     return Head(_rows_contiguous(weight), bias, float(logit_scale), None if softcap is None else float(softcap))
 
@@ -103,12 +103,12 @@ def _needs(hidden: Tensor, head: Head) -> Needs:
 
 
 def _rows_contiguous(t: Tensor) -> Tensor:
-    """The kernels take any row stride, but the elements of a row side by side."""
+    """Copy a tensor unless the elements of each row are contiguous; the kernels take any row stride."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def autocast_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Under torch.autocast everything goes to its dtype, as in torch.nn.functional.linear."""
+    """Cast to the autocast dtype under torch.autocast, as torch.nn.functional.linear does."""
     device = hidden.device.type
     if not torch.is_autocast_enabled(device):
         return hidden, weight, bias

@@ -1,7 +1,7 @@
-"""What the value of one argument has to be: rules (name, value) -> None, or an error.
+"""Rules for the value of a single argument: functions (name, value) -> None that raise if the value is wrong.
 
-An error begins with the name of the argument, and says what came, what is expected and what to do. It shows the
-beginning of a value only: a list may be long. Which argument has which rule is in `npo_kernels.call.arguments`.
+Every error starts with the name of the argument and gives the value expected, the value received, and the remedy. Long
+values are abbreviated. `npo_kernels.call.arguments` assigns the rules to the arguments.
 """
 
 import inspect
@@ -20,18 +20,18 @@ from npo_kernels.core.row_moments import WITH_ARGMAX
 Rule = Callable[[str, Any], None]
 
 FLOAT32 = torch.finfo(torch.float32)
-# Dtypes of factors: those that torch compares on every device. The others hold no factors anybody would count with.
+# Dtypes accepted for factors (normalizer, weights): those that torch can compare on every device.
 REAL = (
     torch.float32, torch.float64, torch.bfloat16, torch.float16,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
 )  # fmt: skip
-# Tensor classes of torch's own that are called as any tensor is: one without values, one that is still on its way from
-# another rank, and those that torch traces with. DTensors have a rule.
+# Subclasses in torch itself that behave like a plain tensor in a call: tensors without values, tensors still being
+# received from another rank, and those used for tracing. DTensor is handled by the rules `tensor` and `head_tensor`.
 _AS_ANY_TENSOR = ("FakeTensor", "AsyncCollectiveTensor", "FunctionalTensor", "DTensor")
 
 
 def describe(value: Any) -> str:
-    """What came, in a line: shape, dtype and device of a tensor, the beginning of anything else."""
+    """A value in one line: shape, dtype and device of a tensor, the abbreviated repr of anything else."""
     if isinstance(value, Tensor):
         if isinstance(value, UninitializedParameter | UninitializedBuffer):
             return f"{type(value).__name__} without a shape"
@@ -41,13 +41,13 @@ def describe(value: Any) -> str:
 
 
 def short(value: Any) -> str:
-    """What came where a number or a name was expected; the type only where the value does not show it."""
+    """A value where a number or a name was expected; with its type only if the repr does not show it."""
     plain = value is None or isinstance(value, bool | int | float | str | torch.SymInt | torch.SymFloat)
     return reprlib.repr(value) if plain else describe(value)
 
 
 def optional(rule: Rule) -> Rule:
-    """The same rule, and None passes."""
+    """The same rule, but None is accepted."""
     return lambda name, value: None if value is None else rule(name, value)
 
 
@@ -57,18 +57,18 @@ def optional(rule: Rule) -> Rule:
 
 
 def head_tensor(name: str, value: Any) -> None:
-    """Of a head, which a DTensor may be where it is split along the vocabulary (`process_group`)."""
+    """A dense tensor of the head. It may be a DTensor (a head sharded along the vocabulary, with `process_group`)."""
     kind = type(value)
     if kind is not Tensor and kind is not nn.Parameter:
         _check_class(name, value)
     if value.layout != torch.strided or value.is_quantized or value.is_nested:
-        came = "quantized" if value.is_quantized else "nested" if value.is_nested else str(value.layout)
-        way = "dequantize()" if value.is_quantized else "to_padded_tensor(0.0)" if value.is_nested else "to_dense()"
-        raise TypeError(f"{name}: expected a dense torch.Tensor, got a {came} one: convert it with .{way}")
+        received = "quantized" if value.is_quantized else "nested" if value.is_nested else str(value.layout)
+        remedy = "dequantize()" if value.is_quantized else "to_padded_tensor(0.0)" if value.is_nested else "to_dense()"
+        raise TypeError(f"{name}: expected a dense torch.Tensor, got a {received} one: convert it with .{remedy}")
 
 
 def _check_class(name: str, value: Any) -> None:
-    """Any subclass whose operations are those of a tensor; not one that answers them itself (quantised, masked)."""
+    """Refuse subclasses that override the operations of a tensor (quantised, masked)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {describe(value)}")
     if isinstance(value, UninitializedParameter | UninitializedBuffer):
@@ -85,7 +85,7 @@ def _check_class(name: str, value: Any) -> None:
 
 
 def tensor(name: str, value: Any) -> None:
-    """A dense tensor, all of it on this rank."""
+    """A dense tensor that is entirely on this rank: no DTensor."""
     head_tensor(name, value)
     if type(value).__name__ == "DTensor":
         raise TypeError(
@@ -95,7 +95,7 @@ def tensor(name: str, value: Any) -> None:
 
 
 def values(name: str, value: Any) -> None:
-    """A tensor that is not on meta. Those that are not checked here are told by the device of `hidden`."""
+    """A tensor that is not on the meta device. Other tensors on meta are caught because hidden is on another device."""
     tensor(name, value)
     if value.device.type == "meta":
         raise ValueError(
@@ -105,7 +105,7 @@ def values(name: str, value: Any) -> None:
 
 
 def normalizer(name: str, value: Any) -> None:
-    """A number, or a tensor of one."""
+    """A positive number, or a 0-d tensor."""
     if not isinstance(value, Tensor):
         number(positive, "a positive number or a 0-d tensor")(name, value)
         return
@@ -116,7 +116,7 @@ def normalizer(name: str, value: Any) -> None:
 
 
 def ref_logps(name: str, value: Any) -> None:
-    """Sums of log-probabilities, at full precision."""
+    """Sequence log-probabilities in float32 or float64, without gradient."""
     tensor(name, value)
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(
@@ -127,18 +127,18 @@ def ref_logps(name: str, value: Any) -> None:
 
 
 def weights(name: str, value: Any) -> None:
-    """Factors of any real dtype; whether they are negative is read where that is free."""
+    """Factors of any real dtype; `npo_kernels.core.value_checks` checks that they are not negative."""
     tensor(name, value)
     if value.dtype not in (*REAL, torch.bool):
         raise TypeError(f"{name}: expected real factors, as float32 say, got {describe(value)}")
     _constant(name, value, "compute the influence of a sequence under torch.no_grad()")
 
 
-def _constant(name: str, value: Tensor, way: str) -> None:
-    """Of a tensor that gets no gradient: one that wants one would lose it without a word."""
+def _constant(name: str, value: Tensor, remedy: str) -> None:
+    """Refuse a tensor that requires grad where no gradient is computed: it would be lost silently."""
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{name}: expected a constant, got {describe(value)} that requires grad: {way}, or detach() it"
+            f"{name}: expected a constant, got {describe(value)} that requires grad: {remedy}, or detach() it"
         )
 
 
@@ -148,27 +148,27 @@ def _constant(name: str, value: Tensor, way: str) -> None:
 
 
 def positive(x: float) -> bool:
-    """In float32, in which the losses are computed."""
+    """Positive and finite in float32, the dtype of the losses."""
     return FLOAT32.tiny <= x <= FLOAT32.max
 
 
 def any_positive(x: float) -> bool:
-    """Of what is no factor in a loss."""
+    """Positive and finite as a Python float, for numbers that do not enter a loss."""
     return 0 < x <= sys.float_info.max
 
 
 def finite(x: float) -> bool:
-    """In float32."""
+    """Finite in float32."""
     return abs(x) <= FLOAT32.max
 
 
 def nonzero(x: float) -> bool:
-    """And finite, in float32."""
+    """Nonzero and finite in float32."""
     return FLOAT32.tiny <= abs(x) <= FLOAT32.max
 
 
 def number(condition: Callable[[float], bool], expected: str) -> Rule:
-    """A Python number (a numpy.float64 is one); others say how to become one."""
+    """A Python number that satisfies a condition (numpy.float64 is a Python float). The error says how to convert."""
 
     def rule(name: str, value: Any) -> None:
         if not _is_number(value) or not condition(value):
@@ -189,7 +189,7 @@ def _way_to_a_number(name: str, value: Any) -> str:
 
 
 def integer(name: str, value: Any) -> None:
-    """That an int64 can hold."""
+    """An int that fits in int64."""
     if not _is_int(value):
         raise TypeError(f"{name}: expected an int, got {short(value)}")
     if not -(2**63) <= value < 2**63:
@@ -197,7 +197,7 @@ def integer(name: str, value: Any) -> None:
 
 
 def num_rows(name: str, value: Any) -> None:
-    """A count."""
+    """A count: an int >= 0."""
     if isinstance(value, torch.SymInt):
         return
     if not _is_int(value) or not 0 <= value < 2**63:
@@ -205,7 +205,7 @@ def num_rows(name: str, value: Any) -> None:
 
 
 def choice(*options: str) -> Rule:
-    """One of these names."""
+    """One of the given names."""
 
     def rule(name: str, value: Any) -> None:
         if not isinstance(value, str) or value not in options:
@@ -215,13 +215,13 @@ def choice(*options: str) -> Rule:
 
 
 def flag(name: str, value: Any) -> None:
-    """A bool, and not what is true of it."""
+    """True or False; other truthy or falsy values are refused."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {short(value)}")
 
 
 def statistics(name: str, value: Any) -> None:
-    """Names of `token_statistics`."""
+    """A list of names for `token_statistics`."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise TypeError(f"{name}: expected a list of names out of {WITH_ARGMAX}, got {short(value)}")
     for one in value:
@@ -243,7 +243,7 @@ def _is_int(value: Any) -> bool:
 
 
 def process_group(name: str, value: Any) -> None:
-    """Of torch.distributed, if this torch has it."""
+    """A torch.distributed.ProcessGroup."""
     if not (dist.is_available() and isinstance(value, dist.ProcessGroup)):
         raise TypeError(
             f"{name}: expected a torch.distributed.ProcessGroup or None, got {short(value)}; "
@@ -252,13 +252,13 @@ def process_group(name: str, value: Any) -> None:
 
 
 def loss_fn(name: str, value: Any) -> None:
-    """`check_loss_fn` asks what it takes."""
+    """A callable; `check_loss_fn` checks its signature."""
     if not callable(value):
         raise TypeError(f"{name}: expected a function that returns the loss, got {short(value)}")
 
 
 def check_loss_fn(value: Callable[..., Any], arguments: str) -> None:
-    """That it takes such positional arguments, as far as its signature says."""
+    """Check that a loss function accepts these positional arguments, if its signature is known."""
     if torch.compiler.is_compiling():
         return
     count = arguments.count(",") + 1

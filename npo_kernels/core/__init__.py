@@ -1,1 +1,1 @@
-"""The mathematics and the modes, on any backend: nothing here imports one."""
+"""The mathematics, the plan and the modes, independent of the backend: nothing here imports one."""

@@ -1,14 +1,14 @@
-"""The loss formulas, on (B,) vectors: the one place where each of them is written.
+"""The loss formulas on (B,) vectors. Each formula is written here and nowhere else in Python.
 
-The fused path, the torch path and the oracle all call these; the Triton epilogue
+The fused losses, the torch backend and the reference call these functions; the Triton epilogue
 (`csrc_triton/sequence_epilogue.py`) is tested against them.
 
-Both losses are one function of a per-sequence log-ratio r:
+NPO and SimNPO are the same function of a per-sequence log-ratio r:
 
     loss_s = (2/beta) softplus(beta * r_s)      d loss_s / d r_s = weight_s = 2 sigmoid(beta * r_s)
 
     NPO     r_s = logp_s - ref_s                (arXiv 2404.05868, equation 3)
-    SimNPO  r_s = logp_s / |y_s| + gamma        (arXiv 2410.07163; gamma inside the factor beta, as its code has it)
+    SimNPO  r_s = logp_s / |y_s| + gamma        (arXiv 2410.07163; gamma is multiplied by beta, as in the paper's code)
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from torch import Tensor
 def log_ratio(logps: Tensor, num_tokens: Tensor, offset: Tensor, length_normalized: bool) -> Tensor:
     """r_s = logp_s - offset_s (NPO: offset = ref_logps), or logp_s / |y_s| - offset_s (SimNPO: offset = -gamma).
 
-    NaN where the offset is not finite: an infinite reference would make a loss of 0 out of a mistake.
+    NaN where the offset is not finite: an infinite reference is a mistake that would otherwise give a loss of 0.
     """
     if length_normalized:
         logps = logps / num_tokens.clamp(min=1)
@@ -29,12 +29,12 @@ def log_ratio(logps: Tensor, num_tokens: Tensor, offset: Tensor, length_normaliz
 
 
 def ratio_loss(log_ratio: Tensor, beta: float) -> Tensor:
-    """(2/beta) softplus(beta * r), the negative log-sigmoid of both papers; -logsigmoid is exact for every r."""
+    """(2/beta) softplus(beta * r) = -(2/beta) logsigmoid(-beta * r); logsigmoid is accurate for every r."""
     return (-2.0 / beta) * F.logsigmoid(-beta * log_ratio)
 
 
 def ratio_weight(log_ratio: Tensor, beta: float) -> Tensor:
-    """d ratio_loss / d r = 2 sigmoid(beta * r): 1 at the reference, 0 for a forgotten sequence."""
+    """d ratio_loss / d r = 2 sigmoid(beta * r): 1 at the reference, towards 0 as a sequence is forgotten."""
     return 2.0 * torch.sigmoid(beta * log_ratio)
 
 
@@ -45,12 +45,12 @@ def sequence_scale(
     weights: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """(B,) c_s such that the reduced loss is sum_s c_s loss_s, in a dtype: float64 for a float64 oracle.
+    """(B,) factors c_s such that the reduced loss is sum_s c_s loss_s, in `dtype` (float64 for a float64 reference).
 
-    A sequence without a scored token has c_s = 0. "mean" divides by the number of the others, or by
-    `normalizer` when one is given (the count over an accumulated or distributed batch). `weights` (B,) are factors of
-    the c_s. A normalizer that is not a finite positive number makes every c_s NaN, a weight that is not finite or below
-    0 its own.
+    c_s is 0 for a sequence without a scored token, else 1. "mean" divides by the number of sequences with a scored
+    token, or by `normalizer` if given (the count over an accumulated or distributed batch). `weights` (B,) multiply the
+    c_s. A normalizer that is not positive and finite makes every c_s NaN; a weight that is negative or not finite makes
+    its own c_s NaN.
     """
     scored = (num_tokens > 0).to(dtype)
     scale = scored
@@ -62,30 +62,30 @@ def sequence_scale(
         scale = scored / normalizer
     if weights is not None:
         weights = torch.where((weights >= 0) & ~weights.isinf(), weights, torch.nan)
-        # where: the weight of a sequence without a scored token may be anything
+        # where, because the weight of a sequence without a scored token may be anything
         scale = torch.where(scored == 0, scale, scale * weights)
     return scale
 
 
 def reduce(scale: Tensor, ratio: Tensor, logps: Tensor, beta: float) -> Tensor:
-    """(B,) c_s loss_s(r_s). 0 where c_s is 0, whatever the reference is there; NaN where logps is, a mistake."""
+    """(B,) c_s loss_s(r_s). 0 where c_s is 0, even if the reference is not finite; NaN where logps is NaN."""
     left_out = (scale == 0) & ~logps.isnan()
-    # before the loss as well: its derivative at a NaN times 0 would be a NaN
+    # mask the ratio too: in the backward, the derivative at a NaN times 0 would be NaN
     return torch.where(left_out, 0.0, scale * ratio_loss(torch.where(left_out, 0.0, ratio), beta))
 
 
 @dataclass(frozen=True)
 class RatioLoss:
-    """A loss sum_s scale_s loss_s(r_s) of B sequences: which one, and its constants."""
+    """NPO or SimNPO of B sequences, sum_s scale_s loss_s(r_s), with all constants."""
 
     offset: Tensor  # (B,) float32: ref_logps (NPO) or -gamma (SimNPO)
     scale: Tensor  # (B,) float32: c_s of `sequence_scale`
     num_tokens: Tensor  # (B,) int64
     beta: float
-    length_normalized: bool  # SimNPO
+    length_normalized: bool  # True for SimNPO
 
     def value_and_grad(self, logps: Tensor) -> tuple[Tensor, Tensor]:
-        """(scale_s loss_s (B,), their gradient (B,)), both by `reduce`."""
+        """(scale_s loss_s (B,) by `reduce`, their gradient (B,) with respect to logps)."""
         ratio = log_ratio(logps, self.num_tokens, self.offset, self.length_normalized)
         grad = torch.where(self.scale == 0, 0.0, self.scale * ratio_weight(ratio, self.beta))
         if self.length_normalized:
@@ -93,6 +93,6 @@ class RatioLoss:
         return reduce(self.scale, ratio, logps, self.beta), grad
 
     def sequences(self, first: int, last: int) -> "RatioLoss":
-        """The part of the sequences [first, last)."""
+        """The same loss for the sequences [first, last)."""
         part = slice(first, last)
         return RatioLoss(self.offset[part], self.scale[part], self.num_tokens[part], self.beta, self.length_normalized)

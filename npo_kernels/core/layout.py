@@ -1,8 +1,8 @@
-"""Where the scored positions are: padded and packed batches, the shift, and the compaction of rows.
+"""Batch layout: padded and packed batches, the label shift, and the compaction to scored rows.
 
-Every batch is turned into the same flat form (`Positions`): T positions, a target for each, and the range of positions
-of each sequence. `compact` then keeps the scored positions only: prompt and padding cost nothing in the products.
-The shift rule is here, and once more where both steps are one, in `csrc_triton/compaction.py`.
+Every batch is converted to the same flat form (`Positions`): T positions, a target for each, and the range of positions
+of each sequence. `compact` then keeps only the scored positions, so prompt and padding tokens cost nothing in the
+matrix products. `csrc_triton/compaction.py` does both steps in one and repeats the shift rule.
 """
 
 from dataclasses import dataclass
@@ -12,36 +12,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Target of a row that exists only to fill up to `num_rows`: it scores nothing and receives no gradient.
-DEAD_ROW = -1
-# Target of a row whose label lies in another rank's part of the vocabulary (`vocab_parallel`).
-ELSEWHERE = -2
+# Target of a padding row: one beyond the last scored position, if `num_rows` is larger than their number. It is not
+# scored and gets no gradient.
+PADDING_ROW = -1
+# Target of a row whose label is in another rank's shard of the vocabulary (`vocab_parallel`).
+OTHER_RANK = -2
 
 
 class Positions(NamedTuple):
-    """A batch as T flat positions. Sequence s owns positions offsets[s] to offsets[s+1]."""
+    """A batch as T flat positions. Sequence s has the positions [offsets[s], offsets[s+1])."""
 
     targets: Tensor  # (T,) int64, ignore_index where nothing is scored
     offsets: Tensor  # (B+1,) int64
 
 
 def flatten(labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> Positions:
-    """Padded (B, S) or packed (T,) labels with cu_seqlens -> flat positions with the shift applied.
+    """Flat positions, with the shift applied, from padded labels (B, S) or packed labels (T,) with cu_seqlens.
 
-    With `shift`, position t is scored on labels[t+1]; the last position of a sequence is scored on nothing, so that
-    no pair crosses a boundary even where a collator left the first label of a sequence in place.
+    With `shift`, position t is scored on labels[t+1]. The last position of a sequence is never scored, so no pair
+    crosses a sequence boundary, even if a collator left the first label of a sequence in place.
     """
     if cu_seqlens is None:
         batch, length = labels.shape
         if shift:
-            # min() keeps a batch of zero-length sequences a batch of zero-length sequences
+            # min() for length 0: nothing to pad
             labels = F.pad(labels[:, 1:], (0, min(1, length)), value=ignore_index)
         offsets = torch.arange(batch + 1, device=labels.device) * length
         return Positions(labels.reshape(-1), offsets)
     offsets = cu_seqlens.to(torch.int64)
     if shift:
         total = labels.shape[0]
-        # the clamp keeps a broken cu_seqlens on a GPU from writing out of bounds; `compact` turns it into NaN
+        # the clamp keeps an invalid cu_seqlens on a GPU from writing out of bounds; `compact` makes the result NaN
         boundary = torch.zeros(total + 1, dtype=torch.bool, device=labels.device)
         boundary = boundary.index_fill(0, offsets.clamp(0, total), True)[1:]
         labels = F.pad(labels[1:], (0, min(1, total)), value=ignore_index)
@@ -51,37 +52,37 @@ def flatten(labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index
 
 @dataclass(frozen=True)
 class Rows:
-    """The N scored positions, in order, so that a sequence is a contiguous range of rows."""
+    """The N scored positions in order; each sequence is a contiguous range of rows."""
 
     index: Tensor  # (N,) int64 position of each row in the flat batch
-    target: Tensor  # (N,) int64 label in [0, V); V = poisoned (the row gives NaN); DEAD_ROW = filling; ELSEWHERE
-    sequence: Tensor  # (N,) int64 sequence of each row; B for filling rows
-    starts: Tensor  # (B+1,) int64: rows starts[s] to starts[s+1] belong to sequence s
-    num_tokens: Tensor  # (B,) int64 rows of each sequence
-    host_starts: tuple[int, ...] | None  # starts on the host; None when the caller passed num_rows (no sync)
+    target: Tensor  # (N,) int64 label in [0, V); V: poisoned (the row gives NaN); PADDING_ROW: padding row; OTHER_RANK
+    sequence: Tensor  # (N,) int64 sequence of each row; B for padding rows
+    starts: Tensor  # (B+1,) int64: the rows [starts[s], starts[s+1]) belong to sequence s
+    num_tokens: Tensor  # (B,) int64 number of rows of each sequence
+    host_starts: tuple[int, ...] | None  # starts on the host; None if the caller passed num_rows (no sync)
 
 
 def compact(targets: Tensor, offsets: Tensor, vocab_size: int, ignore_index: int, num_rows: int | None) -> Rows:
-    """Keep the scored positions. One device-to-host copy of B+1 integers, none when `num_rows` is given.
+    """Keep the scored positions. Makes one device-to-host copy of B+1 integers, none if `num_rows` is given.
 
-    A label outside [0, V) poisons its row; offsets that are no valid cu_seqlens, or more scored positions than
-    `num_rows`, poison every row: no device sync is needed to make the mistake visible.
+    A label outside [0, V) poisons its row, which then gives NaN. Invalid offsets, or more scored positions than
+    `num_rows`, poison every row. This makes mistakes visible without a device sync.
     """
-    targets = targets if offsets.shape[0] > 1 else targets[:0]  # what no sequence owns is not scored
+    targets = targets if offsets.shape[0] > 1 else targets[:0]  # without sequences, no position belongs to one
     device, total = targets.device, targets.shape[0]
     scored = targets != ignore_index
     count = F.pad(scored.cumsum(0), (1, 0))  # (T+1,) scored positions before each position
     starts = count[offsets.clamp(0, total)]
     no_offsets = (offsets.diff() < 0).any() | (offsets[0] != 0) | (offsets[-1] != total)
-    # then every row is the last sequence's: what follows reads and writes within the rows
+    # invalid offsets: assign every row to the last sequence, so that later steps stay within the rows
     last = torch.arange(starts.shape[0], device=device) == starts.shape[0] - 1
     starts = torch.where(no_offsets, torch.where(last, count[-1], 0), starts)
     host_starts = None
     if num_rows is None:
         host_starts = tuple(starts.tolist())
         num_rows = host_starts[-1]
-    num_rows = min(num_rows, total)  # a bound above the number of positions fills nothing more
-    # scatter instead of nonzero: the number of rows is known, so the shapes need no further sync
+    num_rows = min(num_rows, total)  # never more rows than positions
+    # scatter instead of nonzero, which would sync although the number of rows is known
     slot = torch.where(scored, count[1:] - 1, num_rows).clamp(max=num_rows)
     index = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
     index.scatter_(0, slot, torch.arange(total, device=device))
@@ -91,7 +92,7 @@ def compact(targets: Tensor, offsets: Tensor, vocab_size: int, ignore_index: int
     label = targets[index] if total else torch.zeros_like(index)
     broken = no_offsets | (count[-1] > num_rows)
     out_of_range = (label < 0) | (label >= vocab_size) | broken
-    target = torch.where(live, label.masked_fill(out_of_range, vocab_size), DEAD_ROW)
+    target = torch.where(live, label.masked_fill(out_of_range, vocab_size), PADDING_ROW)
     sequence = torch.bucketize(index, offsets[1:], right=True)
     sequence = torch.where(no_offsets, offsets.shape[0] - 2, sequence)
     sequence = torch.where(live, sequence, offsets.shape[0] - 1)

@@ -1,19 +1,19 @@
-"""KL of two heads on two hidden states, neither set of logits kept: p = softmax(z), q = softmax(z_ref).
+"""KL divergence of a model, p = softmax(z), and a reference, q = softmax(z_ref), without keeping either set of logits.
 
     forward   KL_i = sum_v q_iv (log q_iv - log p_iv)     dKL_i / dz_iv = p_iv - q_iv
     reverse   KL_i = sum_v p_iv (log p_iv - log q_iv)     dKL_i / dz_iv = p_iv (log p_iv - log q_iv - KL_i)
 
-The normalizers of both softmaxes come first (one product each); a second sweep over the vocabulary, a slice at a time,
-forms the sum and the gradient from the difference of the log-probabilities, which keeps their relative precision where
-the models agree and at logits of any size (`csrc_triton.linear_kl`), and takes the gradients there. The gradient of the
-reverse direction needs KL_i itself, so there the sum has a sweep of its own before. Products, with both gradients:
+First the normalizers of both softmaxes are computed (one product each). A second sweep over the vocabulary, one slice
+at a time, computes the sum and the gradient from the difference of the log-probabilities. This keeps their relative
+precision where the models agree, for logits of any size (`csrc_triton.linear_kl`). The gradient of the reverse
+direction needs KL_i itself, so KL_i is computed in a separate sweep before. Number of products with both gradients:
 
 |         | sum or mean, all in the forward | each position: forward + backward |
 |---------|---------------------------------|-----------------------------------|
 | forward | 2 + 4 = 6                       | 4 + 4 = 8                         |
 | reverse | 2 + 2 + 4 = 8                   | 4 + 4 = 8                         |
 
-A target shift lowers the reference's logit at the label, z_ref - shift [v = label], in both sweeps; nothing is copied.
+A target shift lowers the reference's logit at the label, z_ref - shift [v = label], in both sweeps, without a copy.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from npo_kernels.core.execute import finish_hidden_grad, slab_rooms
+from npo_kernels.core.execute import finish_hidden_grad, slab_buffers
 from npo_kernels.core.gradients import Gradients, HeadGradients
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.matmul import matmul
@@ -32,17 +32,17 @@ from npo_kernels.core.task import Task
 
 @dataclass(frozen=True)
 class Pair:
-    """The counted positions of both models."""
+    """The counted positions (those of the mask) of both models."""
 
-    task: Task  # of the model
+    task: Task  # the model's
     x: Tensor  # (N, H)
     ref_x: Tensor  # (N, H_ref)
     ref_head: Head
-    lowered: Lowered | None = None  # of the reference's logits
+    lowered: Lowered | None = None  # the target shift of the reference
     reverse: bool = False  # KL(model || reference)
 
     def normalizers(self) -> Normalizers:
-        """Of both softmaxes; NaN where the target of a row is no token. Two products."""
+        """Normalizers of both softmaxes; NaN for a row whose label is outside [0, V). Two products."""
         backend = self.task.backend
         model = merge_sums(*backend.softmax_sums(self.x, self.task.head, self.ref_x, None))
         anchor, total = merge_sums(*backend.softmax_sums(self.ref_x, self.ref_head, self.x, self.lowered))
@@ -54,7 +54,7 @@ class Pair:
         return Divergence(normalizers.vectors(), self.lowered, self.reverse, kl)
 
     def plan(self, workspace_bytes: int | None) -> Plan:
-        """Of the sweep that forms all gradients that are wanted."""
+        """Plan of the sweep that computes the gradients."""
         return self.task.plan(
             workspace_bytes,
             gradient_in_forward=False,
@@ -71,9 +71,9 @@ class Pair:
     def sweep(
         self, normalizers: Normalizers, row_weight: Tensor, plan: Plan, kl: Tensor | None = None
     ) -> tuple[Tensor, Gradients]:
-        """KL of each row (N,), and the gradients of sum_i row_weight_i KL_i. Two products, and one a gradient.
+        """(KL of each row (N,), gradients of sum_i row_weight_i KL_i). Two products, and one per gradient.
 
-        The reverse direction takes `values` first, two products more, unless they are given.
+        The reverse direction computes `values` first (two more products) unless `kl` is given.
         """
         task, head = self.task, self.task.head
         if self.reverse and kl is None:
@@ -81,24 +81,24 @@ class Pair:
         divergence = self.divergence(normalizers, kl)
         product = torch.zeros(self.x.shape, dtype=torch.float32, device=self.x.device) if task.needs.hidden else None
         head_grads = HeadGradients(task, accumulate=False)
-        coefs = -row_weight * head.logit_scale, torch.zeros_like(row_weight)  # no label has a term of its own
+        coefs = -row_weight * head.logit_scale, torch.zeros_like(row_weight)  # KL has no target terms
         head_grads.take_rows(self.x, *coefs, target=None)
         parts, models = [], (self.x, head, self.ref_x, self.ref_head)
-        for begin, end, room in slab_rooms(task.backend, self.x, plan.slices):
-            slab, part = task.backend.kl_logits(*models, divergence, (begin, end), out=room)
+        for begin, end, buffer in slab_buffers(task.backend, self.x, plan.slices):
+            slab, part = task.backend.kl_logits(*models, divergence, (begin, end), out=buffer)
             parts.append(part)
             if product is not None:
                 matmul(slab, head.weight[begin:end], out=product)
             head_grads.add(slab, begin, end)
-        del room, slab
+        del buffer, slab
         hidden_grad = None
         if product is not None:
-            # contiguous, whatever the hidden states are
+            # contiguous, even if the hidden states are not
             hidden_grad = task.hidden.new_zeros(task.hidden.shape, dtype=task.wide_dtype)
             finish_hidden_grad(task, product, coefs, task.rows.target, task.rows.index, hidden_grad)
         return torch.cat(parts).sum(0) if kl is None else kl, Gradients(hidden_grad, *head_grads.result())
 
     def scatter(self, values: Tensor) -> Tensor:
-        """(..., N) values at their positions (..., T), 0 outside the mask."""
+        """Scatter values (..., N) to their positions (..., T); 0 outside the mask."""
         out = values.new_zeros(*values.shape[:-1], self.task.hidden.shape[0])
         return out.index_copy_(-1, self.task.rows.index, values)

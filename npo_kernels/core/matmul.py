@@ -1,15 +1,17 @@
-"""The plain matrix products: float32 results of operands of any dtype, on any device.
+"""Plain matrix products with float32 results, for operands of any dtype on any device.
 
-| operands, where          | how                                        | summed in | rounded on the way             |
+| operands, where          | how                                        | summed in | intermediate rounding          |
 |--------------------------|--------------------------------------------|-----------|--------------------------------|
-| float32                  | as PyTorch does                            | float32   | not                            |
-| 16-bit, CUDA             | tensor cores with a float32 result         | float32   | not                            |
-| bfloat16, CPU with       | `project`: float32 copies, multiplied as   | float32   | not: the copies are bfloat16's |
-| instructions for it      | bfloat16; `matmul`: as they are            | float32   | `project` not, `matmul` once   |
-| 16-bit, elsewhere        | float32 copies                             | float32   | not                            |
+| float32                  | as PyTorch does                            | float32   | none                           |
+| 16-bit, CUDA             | tensor cores with a float32 result         | float32   | none                           |
+| bfloat16, CPU with       | `project`: float32 copies, multiplied with | float32   | none: copies of bfloat16 are   |
+| bfloat16 instructions    | bfloat16 instructions                      |           | exact in bfloat16              |
+|                          | `matmul`: the operands directly            | float32   | each result once, to bfloat16  |
+| 16-bit, elsewhere        | float32 copies                             | float32   | none                           |
 
-`project` makes logits, which no statistic takes rounded. `matmul` makes gradients, which are rounded to 16 bits in the
-end: on a CPU with bfloat16 instructions each of its results is rounded once before it is added in float32.
+`project` computes logits; the statistics need them unrounded. `matmul` computes gradients, which are rounded to 16 bits
+in the end anyway: on a CPU with bfloat16 instructions, each of its results is rounded once before it is added in
+float32.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -19,13 +21,13 @@ from torch import Tensor
 
 from npo_kernels.core import cpu
 
-BLOCK_K = 1024  # depth of an upcast block: a whole float32 copy of a 16-bit head would not be bounded
-BLOCK_M = 1024  # rows of a 16-bit result
-COPIED = 2**21  # elements of a head that are upcast at a time: 8 MiB
+BLOCK_K = 1024  # depth that `matmul` copies to float32 at a time, to bound the memory of the copies
+BLOCK_M = 1024  # rows of a 16-bit result of `matmul`
+COPY_ELEMENTS = 2**21  # elements of a head that `project` copies to float32 at a time: 8 MiB
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None, accumulate: bool = True) -> Tensor:
-    """a @ b in float32; added to `out` in place where one is given, or written to it."""
+    """a @ b in float32. If `out` is given, the product is added to it (`accumulate`) or written to it, in place."""
     if a.dtype == b.dtype == torch.float32:
         with _unrounded(a):
             if out is not None and accumulate:
@@ -52,19 +54,19 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None, accumulate: bool = T
 
 
 def result_bytes(like: Tensor, rows: int, width: int) -> int:
-    """The 16-bit result, beside the float32 one, of a native product."""
+    """Bytes of the 16-bit result that a native product needs besides the float32 one."""
     return 2 * min(BLOCK_M, rows) * width if cpu.native(like) else 0
 
 
 def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out (n, V) float32 = x (n, H) @ weight (V, H).T, the sums never rounded to 16 bits."""
+    """out (n, V) float32 = x (n, H) @ weight (V, H).T; the sums are never rounded to 16 bits."""
     if x.is_cuda and x.dtype != torch.float32:
         out.copy_(matmul(x, weight.t()))
     elif x.dtype == torch.float32:
         with _unrounded(x):
             torch.mm(x, weight.t(), out=out)
     else:
-        rows, step = x.float(), max(1, COPIED // max(1, x.shape[1]))
+        rows, step = x.float(), max(1, COPY_ELEMENTS // max(1, x.shape[1]))
         for v in range(0, weight.shape[0], step):
             _multiply_copies(rows, weight[v : v + step].float().t(), out[:, v : v + step], cpu.native(x))
 
@@ -75,18 +77,18 @@ def _multiply_copies(a: Tensor, b: Tensor, out: Tensor, native: bool) -> None:
 
 
 def _unrounded(a: Tensor) -> AbstractContextManager[None]:
-    """Around a float32 product."""
+    """Context for a float32 product that must not be rounded to bfloat16."""
     return nullcontext() if a.is_cuda else cpu.float32_products()
 
 
 def project_bytes(x: Tensor, rows: int, columns: int) -> int:
-    """What `project` allocates for rows like those of x: copies."""
+    """Bytes that `project` allocates for float32 copies."""
     if x.is_cuda or x.dtype == torch.float32:
         return 0
     hidden_size = x.shape[1]
-    return 4 * (rows * hidden_size + min(max(COPIED, hidden_size), columns * hidden_size))
+    return 4 * (rows * hidden_size + min(max(COPY_ELEMENTS, hidden_size), columns * hidden_size))
 
 
 def upcast_bytes(like: Tensor, depth: int, width: int) -> int:
-    """The copies that `matmul` makes of an operand (depth, width) of the dtype and on the device of `like`."""
+    """Bytes of the float32 copies that `matmul` makes of an operand (depth, width), with dtype and device of `like`."""
     return 0 if like.is_cuda or like.dtype == torch.float32 else 4 * min(BLOCK_K, depth) * width

@@ -1,6 +1,6 @@
-"""Statistics of the next-token distribution of a row, and their gradient: logp, entropy, max, mean and variance.
+"""Statistics of the next-token distribution of each row and their gradients: logp, entropy, max, mean and variance.
 
-With z the logits of a row, p = softmax(z), zbar = sum_v p_v z_v and c_v = z_v - zbar (= log p_v - sum p log p),
+With logits z, p = softmax(z), zbar = sum_v p_v z_v and c_v = z_v - zbar (= log p_v - sum p log p),
 
     logp     log p_y                              d/dz_v = [v = y] - p_v
     entropy  - sum_v p_v log p_v                  d/dz_v = - p_v c_v
@@ -8,15 +8,15 @@ With z the logits of a row, p = softmax(z), zbar = sum_v p_v z_v and c_v = z_v -
     mean     sum_v z_v / V                        d/dz_v = 1 / V
     var      sum_v p_v (log p_v)^2 - entropy^2    d/dz_v = p_v (c_v^2 + 2 c_v - var)
 
-So any combination of them has, but for two columns, a gradient of one form, which the backward stores in a slab:
+So the gradient of any combination has the same form in all columns except two, and the backward stores it in a slab:
 
     p_v (alpha + beta c_v + gamma c_v^2) + delta
 
-The two, the target and the argmax, are the largest of most rows. They have terms of their own, in float32.
+The exceptions are the target and the argmax, the largest entries of most rows. Their terms are added separately, in
+float32.
 
-The forward takes sums of each part of the vocabulary about the maximum of the part, the target left out, and joins them
-in float64 (`join`): what is small next to its neighbours, 1 - p_y or the entropy of a model that is certain, keeps its
-digits.
+The forward sums over parts of the vocabulary, each about its own maximum and without the target, and merges the parts
+in float64 (`join`). This keeps the digits of small quantities: 1 - p_y, and the entropy of a confident model.
 """
 
 from typing import NamedTuple
@@ -27,25 +27,25 @@ from torch import Tensor
 from npo_kernels.core.lm_head import Head
 
 NAMES = ("logp", "entropy", "max_logit", "mean_logit", "var_logp")
-WITH_ARGMAX = (*NAMES, "argmax")  # which has no gradient
+WITH_ARGMAX = (*NAMES, "argmax")  # argmax has no gradient
 
 
 class Moments(NamedTuple):
-    """Of parts of the vocabulary, (parts, n) each; e_v = exp(z_v - maximum), sums over all v but the target.
+    """Moments of parts of the vocabulary, (parts, n) each, with e_v = exp(z_v - maximum) of the part.
 
-    A part whose logits are all -inf has sums of 0.
+    total, first and second leave out the target. If all logits of a part are -inf, they are 0.
     """
 
-    maximum: Tensor  # of all logits, the target's as well
-    argmax: Tensor  # int64, the first column that has it, counted from the first of the head
+    maximum: Tensor  # over all logits, including the target
+    argmax: Tensor  # int64, the first column with the maximum, in columns of the head
     total: Tensor  # sum e_v
     first: Tensor  # sum e_v (z_v - maximum)
     second: Tensor  # sum e_v (z_v - maximum)^2
-    logits: Tensor  # sum z_v, the target's as well
+    logits: Tensor  # sum z_v, including the target
 
 
 def join(parts: Moments) -> Moments:
-    """Of the whole, (n,) float64 each but argmax."""
+    """Merge the moments of all parts: (n,) float64 each, argmax int64."""
     maximum, part = parts.maximum.max(0)
     shift = parts.maximum.double() - maximum.double()
     factor = shift.exp()
@@ -62,7 +62,7 @@ def join(parts: Moments) -> Moments:
 
 
 class RowMoments(NamedTuple):
-    """What the backward needs of each row, (n,) each: float32, but argmax."""
+    """Row vectors (n,) that the backward needs, float32 except argmax."""
 
     target_logit: Tensor
     anchor: Tensor  # the maximum
@@ -74,13 +74,15 @@ class RowMoments(NamedTuple):
 
 
 def statistics(whole: Moments, target_logit: Tensor, vocab_size: int) -> tuple[Tensor, RowMoments]:
-    """(values (5, n) float32 in the order of NAMES, what their backward needs). A row whose target_logit is NaN has
-    NaN for values."""
+    """(values (5, n) float32 in the order of NAMES, row vectors for the backward).
+
+    A row whose target_logit is NaN gets NaN for all values.
+    """
     z = target_logit.double()
     below = z - whole.maximum
     e = below.exp()
     norm = whole.total + e
-    likely = whole.total <= e  # then everything is told from the target, and else from the maximum
+    likely = whole.total <= e  # p_y >= 1/2: compute relative to the target, otherwise relative to the maximum
     from_target = whole.first - torch.where(whole.total == 0, 0.0, below * whole.total)
     center = (whole.first + torch.where(e == 0, 0.0, below * e)) / norm
     odds = whole.total / e
@@ -98,11 +100,11 @@ def statistics(whole: Moments, target_logit: Tensor, vocab_size: int) -> tuple[T
 
 
 class GradientRows(NamedTuple):
-    """What a slab of gradients is made of, (n,) float32 each but argmax:
+    """Row vectors (n,) that define a gradient slab, float32 except argmax:
 
         slab_v = exp(z_v - anchor) (constant + linear c_v + square c_v^2) + flat,     c_v = z_v - anchor - center
 
-    times the derivative of the softcap, and 0 for the target and for the argmax.
+    times the derivative of the softcap. The slab is 0 at the target and at the argmax.
     """
 
     anchor: Tensor
@@ -111,15 +113,15 @@ class GradientRows(NamedTuple):
     linear: Tensor
     square: Tensor
     flat: Tensor
-    argmax: Tensor  # int64, in the columns of the head; below 0 where it is not among them
+    argmax: Tensor  # int64, in columns of the head; negative if it is in another rank's shard
 
 
 class Coefficients(NamedTuple):
-    """Of the slab, of the target and of the argmax in the gradient of the products x @ weight.T, (n,) float32 each.
+    """Coefficients (n,) float32 of the slab, the target and the argmax in the gradient with respect to x @ weight.T:
 
         -row * slab + target * onehot(y) + peak * onehot(argmax)
 
-    `peak` is 0 where both columns are one.
+    `peak` is 0 where the target is the argmax.
     """
 
     row: Tensor
@@ -128,15 +130,15 @@ class Coefficients(NamedTuple):
 
 
 def gradient_rows(
-    rows: RowMoments,  # argmax in the columns of the head
+    rows: RowMoments,  # argmax in columns of the head
     upstream: Tensor,  # (5, n)
     target: Tensor,  # (n,)
     head: Head,
     vocab_size: int,
 ) -> tuple[GradientRows, Coefficients]:
-    """From the upstream gradients of the values.
+    """The slab and its coefficients from the upstream gradients of the values.
 
-    The slab has coefficients of size 1, whatever the loss is divided by, so that 16 bits hold it.
+    The coefficients inside the slab are normalised to size 1, whatever the loss is divided by, so that 16 bits suffice.
     """
     logp, entropy, maximum, mean, variance = upstream.double()
     constant = -logp - variance * rows.variance

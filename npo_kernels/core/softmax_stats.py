@@ -1,12 +1,12 @@
-"""Arithmetic on (N,) row vectors that both backends and the mode loops share.
+"""Arithmetic on (N,) row vectors, shared by both backends and the modes.
 
-A row is described by its target logit z_y, its anchor a (z_y, or higher after an overflow repair) and the sum of the
-anchored exponentials over the other columns, s = sum_{v != y} exp(z_v - a):
+A row is described by its target logit z_y, its anchor a (z_y, or a larger value after an overflow repair) and the sum
+of the anchored exponentials over the other columns, s = sum_{v != y} exp(z_v - a):
 
     p_v = prob_scale exp(z_v - a)      prob_scale = 1 / (s + exp(z_y - a))
     logp = -log1p(s) at a = z_y        miss = 1 - p_y = s prob_scale
 
-Nothing here cancels: 1 - p_y keeps its relative precision down to the smallest float, and so does logp near 0.
+There is no cancellation: 1 - p_y and logp near 0 keep their relative precision down to the smallest float.
 """
 
 import math
@@ -20,33 +20,34 @@ from npo_kernels.core.lm_head import Head
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the forward knows of each row, (n,) float32 each. `anchor` is that of the stored exponentials."""
+    """Statistics of each row from the forward, (n,) float32 each. `anchor` is that of the stored exponentials."""
 
     target_logit: Tensor
     logp: Tensor
     miss: Tensor  # 1 - p_target
     anchor: Tensor
-    prob_scale: Tensor  # what makes the stored exponentials probabilities
+    prob_scale: Tensor  # factor that turns the stored exponentials into probabilities
 
 
 def concatenate(parts: list[Statistics]) -> Statistics:
-    """Of consecutive rows."""
+    """Concatenate the statistics of consecutive rows."""
     if len(parts) == 1:
         return parts[0]
     return Statistics(*(torch.cat(values) for values in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 def anchor_headroom(dtype: torch.dtype) -> float:
-    """How far (nats) a logit may rise above its row's anchor before the row is re-anchored.
+    """How far (in nats) a logit may exceed the anchor of its row before the row is re-anchored.
 
-    float32 and bfloat16 hold exp(40) = 2^58 with room for sums and products; float16 ends at exp(11.1). A power of
-    two: a re-anchored row is mostly its largest exponential, which is then stored without a rounding error.
+    float32 and bfloat16 hold exp(40) = 2^58 with room for sums and products; float16 overflows at exp(11.1). The limit
+    is the log of a power of two: a re-anchored row is dominated by its largest exponential, which is then a power of
+    two and stored without rounding error.
     """
     return (12 if dtype == torch.float16 else 58) * math.log(2)
 
 
 def row_statistics(parts: Tensor, anchor: Tensor, target_logit: Tensor) -> Statistics:
-    """From the partial sums of exponentials (blocks, n) and the anchor they were taken at."""
+    """Statistics of each row from the partial sums (blocks, n) of the exponentials and their anchor."""
     s = parts.sum(0)
     below = target_logit - anchor
     total = s + below.exp()
@@ -61,7 +62,7 @@ def gradient_coefficients(stats: Statistics, grad: Tensor, head: Head) -> tuple[
     dW   = sum_i target_coef_i onehot(y_i) x_i^T - E^T (row_coef * X)
     """
     scaled = grad * head.logit_scale
-    # where: a sequence whose weight has vanished contributes exactly 0, whatever its exponentials are
+    # where: a sequence of weight 0 contributes exactly 0, even if its exponentials are not finite
     row_coef = torch.where(grad == 0, 0.0, scaled * stats.prob_scale)
     target_coef = torch.where(grad == 0, 0.0, scaled * stats.miss)
     if head.softcap is not None:
@@ -71,27 +72,27 @@ def gradient_coefficients(stats: Statistics, grad: Tensor, head: Head) -> tuple[
 
 @dataclass(frozen=True)
 class Lowered:
-    """One logit of each row that is lowered before the softmax: z_v - shift [v = target]."""
+    """A shift that lowers one logit of each row before the softmax: z_v - shift [v = target]."""
 
     target: Tensor  # (n,) int64
     shift: float
 
     def rows(self, rows: slice) -> "Lowered":
-        """Of some of the rows."""
+        """The same for some of the rows."""
         return Lowered(self.target[rows], self.shift)
 
     def valid(self, vocab_size: int) -> Tensor:
-        """(n,) bool whether there is such a logit."""
+        """(n,) bool, whether the target is in [0, V)."""
         return (self.target >= 0) & (self.target < vocab_size)
 
 
 @dataclass(frozen=True)
 class Normalizers:
-    """Of the softmaxes of a model and a reference: p_v = exp(z_v - anchor) / total, anchor the row maximum; (n,) each.
+    """Softmax normalizers of a model and a reference, (n,) each: p_v = exp(z_v - anchor) / total, anchor = row maximum.
 
-    Anchor and log total are never added: their sum is known to 1e-7 of the logits' size only. The anchor may be any
-    number near the maximum, so a lowered logit is exp((z_v - anchor) - shift), never exp((z_v - shift) - anchor), which
-    would round at the size of the logits: q_target = exp((z_target - ref_anchor) - shift) / ref_total.
+    anchor and log total are never added: the sum would have an error of 1e-7 of the size of the logits. Any number near
+    the maximum can serve as the anchor, so for a lowered logit q_target = exp((z_target - ref_anchor) - shift) /
+    ref_total is used. exp((z_target - shift) - ref_anchor) would have a rounding error of the size of the logits.
     """
 
     anchor: Tensor
@@ -100,22 +101,22 @@ class Normalizers:
     ref_total: Tensor
 
     def vectors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """anchor, 1/total, ref_anchor, 1/ref_total, and the shift log total - log ref_total, small where they agree."""
+        """(anchor, 1/total, ref_anchor, 1/ref_total, log total - log ref_total); the last is small if they agree."""
         shift = (self.total.double() / self.ref_total).log().float()
         return self.anchor, 1 / self.total, self.ref_anchor, 1 / self.ref_total, shift
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL of two softmaxes as the primitives take it: which of the two it is, and what its terms are formed with."""
+    """The KL divergence as an argument of the primitives: its direction and the row vectors of its terms."""
 
     vectors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # `Normalizers.vectors`
-    lowered: Lowered | None = None  # of the reference
+    lowered: Lowered | None = None  # the target shift of the reference
     reverse: bool = False  # KL(model || reference)
-    kl: Tensor | None = None  # (n,) of each row: the gradient of the reverse direction has it in every entry
+    kl: Tensor | None = None  # (n,) KL of each row, needed for the gradient of the reverse direction
 
 
 def merge_sums(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """(row maximum, total of exp(z - maximum)), (n,), from those of parts of the vocabulary (splits, n)."""
+    """(row maximum, sum of exp(z - maximum)), (n,) each, from those of parts of the vocabulary, (splits, n) each."""
     anchor = maxima.amax(0)
     return anchor, (sums.double() * torch.exp(maxima - anchor)).sum(0).float()

@@ -1,7 +1,7 @@
-"""What can only be known by reading values: labels, cu_seqlens, num_rows, ref_logps, a normalizer that is a tensor.
+"""Checks that read values of tensors: labels, cu_seqlens, num_rows, ref_logps, weights, a normalizer tensor.
 
-Checked where reading is free (tensors on the CPU) or asked for (`set_debug(True)` or NPO_KERNELS_DEBUG=1). Elsewhere
-nothing waits for the device, and a wrong value makes the result NaN.
+They run where reading is free (CPU tensors) or requested (`set_debug(True)` or NPO_KERNELS_DEBUG=1). Elsewhere they
+would force a device sync, so they are skipped, and a wrong value makes the result NaN.
 """
 
 import math
@@ -18,9 +18,21 @@ _debug = os.environ.get("NPO_KERNELS_DEBUG", "0") not in ("", "0")
 
 
 def set_debug(enabled: bool) -> None:
-    """Check the values of labels, cu_seqlens, ref_logps and normalizer on every device, at the price of syncs.
+    """Check the values of labels, cu_seqlens, num_rows, ref_logps, normalizer and weights on every device.
 
-    Raises TypeError for anything but True and False.
+    On a GPU each check is a device sync. Without it, a wrong value gives NaN there. The environment variable
+    NPO_KERNELS_DEBUG=1 enables the checks from the start of the process.
+
+    Args:
+        enabled: True or False.
+
+    Raises:
+        TypeError: anything but True or False.
+
+    Examples:
+        >>> from npo_kernels import set_debug
+        >>> set_debug(True)
+        >>> set_debug(False)
     """
     global _debug
     if not isinstance(enabled, bool):
@@ -29,7 +41,7 @@ def set_debug(enabled: bool) -> None:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether reading its values is free, or asked for; under vmap there is no one value, and a fake has none."""
+    """Whether reading its values is free or requested. Batched tensors (vmap) and fake tensors cannot be read."""
     return (
         (tensor.device.type == "cpu" or _debug)
         and not torch._C._functorch.is_batchedtensor(tensor)
@@ -40,7 +52,7 @@ def readable(tensor: Tensor) -> bool:
 def check_values(
     labels: Tensor, cu_seqlens: Tensor | None, shift: bool, vocab_size: int, ignore_index: int, num_rows: int | None
 ) -> None:
-    """Labels in [0, V), offsets monotone from 0 to T, num_rows large enough. Only where reading values is free."""
+    """Check that labels are in [0, V), offsets are monotone from 0 to T and num_rows is large enough, if `readable`."""
     if not readable(labels):
         return
     targets, offsets = flatten(labels, cu_seqlens, shift, ignore_index)
@@ -59,12 +71,13 @@ def check_values(
         )
     if num_rows is not None and int(scored.sum()) > num_rows:
         raise ValueError(
-            f"num_rows={num_rows} but {int(scored.sum())} positions are scored: expected their number, or a bound"
+            f"num_rows={num_rows} but {int(scored.sum())} positions are scored: expected their number, or a bound; "
+            "leave num_rows out to have them counted"
         )
 
 
 def check_exact_rows(scored: Tensor, num_rows: int) -> None:
-    """As many scored positions as the caller says, where a bound does not do. Only where reading values is free."""
+    """Check that num_rows is exactly the number of scored positions, if `readable`."""
     if readable(scored) and int(scored) != num_rows:
         raise ValueError(
             f"num_rows={num_rows} but {int(scored)} positions are scored: fused_token_loss hands exactly the scored "
@@ -73,8 +86,10 @@ def check_exact_rows(scored: Tensor, num_rows: int) -> None:
 
 
 def check_kl_labels(labels: Tensor, counted: Tensor, vocab_size: int) -> None:
-    """Labels (T,) in [0, V) at the positions that count (T,). Only where reading values is free; elsewhere they make
-    the KL of their positions NaN."""
+    """Check that labels (T,) are in [0, V) at the counted positions (T,), if `readable`.
+
+    Elsewhere a wrong label makes the KL of its position NaN.
+    """
     if not readable(labels):
         return
     wrong = labels[counted & ((labels < 0) | (labels >= vocab_size))]
@@ -86,10 +101,10 @@ def check_kl_labels(labels: Tensor, counted: Tensor, vocab_size: int) -> None:
 
 
 def check_factors(offset: Tensor, normalizer: Tensor | None, weights: Tensor | None, num_tokens: Tensor) -> None:
-    """A positive normalizer; weights from 0 on of the sequences that have a scored token; and finite reference
-    log-probabilities of those that count.
+    """Check that the normalizer is positive, that weights of sequences with a scored token are finite and >= 0, and
+    that ref_logps are finite for those of nonzero weight, if `readable`.
 
-    Only where reading values is free; elsewhere `npo_kernels.core.formulas` makes the loss NaN.
+    Elsewhere `npo_kernels.core.formulas` makes the loss NaN.
     """
     if not (readable(offset) and readable(num_tokens)):
         return

@@ -1,16 +1,15 @@
-"""A head whose vocabulary is spread over the ranks of a process group (tensor parallelism): what the ranks tell each
-other.
+"""Vocabulary parallelism: a head sharded along the vocabulary over the ranks of a process group.
 
-Every rank holds the same hidden states and labels and its own rows of the head, in the order of the ranks. The anchored
-form needs no running maximum, so a call takes, per row,
+Every rank has the same hidden states and labels, and its own rows of the head, in rank order. Exponentials are relative
+to an anchor, so no running maximum is exchanged. The communication of a call is
 
-    forward     z_y, known to the rank that owns the label           one SUM all-reduce of N floats
-                the partial sums of the exponentials, anchor         one all-gather of (splits + 1) N floats a rank
-    backward    dHidden, of which every rank has its columns' share  one SUM all-reduce of N H floats
+    forward     target logits, from the rank that owns the label     one SUM all-reduce of N floats
+                partial sums of the exponentials, and anchors        one all-gather of (splits + 1) N floats per rank
+    backward    dHidden, the sum of the ranks' contributions         one SUM all-reduce of N H floats
 
-and dWeight and dBias stay where their rows are. The partial sums are gathered rather than added so that every rank
-reduces them in one order: all ranks have the same bits, those of the whole head where shards begin at multiples of a
-split. Anchors may differ between ranks after an overflow repair, so what is gathered carries them.
+dWeight and dBias stay on their rank. The partial sums are gathered instead of added, so that every rank reduces them in
+the same order: all ranks get bitwise the same result, and that of the unsharded head if shards start at multiples of a
+split. Anchors are gathered too, because they may differ between ranks after an overflow repair.
 """
 
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from npo_kernels.core.layout import DEAD_ROW, ELSEWHERE, Rows
+from npo_kernels.core.layout import OTHER_RANK, PADDING_ROW, Rows
 from npo_kernels.core.row_moments import Moments
 from npo_kernels.core.softmax_stats import Statistics
 
@@ -32,10 +31,10 @@ if TYPE_CHECKING:  # some builds of torch have no distributed package
 
 @dataclass(frozen=True)
 class Shard:
-    """This rank's part of the vocabulary. `group` by name, as operators take it."""
+    """How the vocabulary is sharded. `group` is a name, because operators take strings but no process groups."""
 
     group: str
-    sizes: tuple[int, ...]  # vocabulary entries of every rank
+    sizes: tuple[int, ...]  # number of vocabulary entries on each rank
 
     @property
     def process_group(self) -> "dist.ProcessGroup":
@@ -43,7 +42,7 @@ class Shard:
 
     @property
     def vocab_size(self) -> int:
-        """Of the whole head."""
+        """Vocabulary size of the whole head."""
         return sum(self.sizes)
 
     @property
@@ -51,31 +50,31 @@ class Shard:
         return dist.get_rank(self.process_group)
 
     def localize(self, rows: Rows) -> Rows:
-        """Targets counted from the first vocabulary entry of this rank; ELSEWHERE those of other ranks."""
+        """The rows with targets relative to this rank's first vocabulary entry; OTHER_RANK for those of other ranks."""
         size, begin = self.sizes[self.rank], sum(self.sizes[: self.rank])
         target = rows.target - begin
-        target = torch.where((target >= 0) & (target < size), target, ELSEWHERE)
-        target = torch.where(rows.target == self.vocab_size, size, target)  # poisoned rows stay so on every rank
-        return replace(rows, target=torch.where(rows.target == DEAD_ROW, DEAD_ROW, target))
+        target = torch.where((target >= 0) & (target < size), target, OTHER_RANK)
+        target = torch.where(rows.target == self.vocab_size, size, target)  # poisoned on every rank
+        return replace(rows, target=torch.where(rows.target == PADDING_ROW, PADDING_ROW, target))
 
     def sum_owned(self, z: Tensor, target: Tensor) -> Tensor:
-        """(n,) the target logit of each row, from the rank that owns its label."""
-        z = torch.where(target == ELSEWHERE, 0.0, z)
+        """(n,) target logit of each row, from the rank that owns its label."""
+        z = torch.where(target == OTHER_RANK, 0.0, z)
         dist.all_reduce(z, group=self.process_group)
         return z
 
     def sum(self, partial: Tensor) -> Tensor:
-        """The sum over the ranks, in place."""
+        """Sum over the ranks, in place."""
         dist.all_reduce(partial, group=self.process_group)
         return partial
 
     def row_bytes(self, block_v: int, hidden_size: int) -> int:
-        """What `gather`, and the sum of dHidden, hold for each row."""
+        """Bytes per row that `gather` and the sum of dHidden need."""
         splits = [-(-size // block_v) + 1 for size in self.sizes]
         return 4 * (max(splits) * (len(splits) + 1) + 2 * sum(splits) + hidden_size) + 8 * 12 * (len(splits) + 1)
 
     def gather(self, parts: Tensor, anchor: Tensor, block_v: int) -> tuple[Tensor, Tensor]:
-        """(partial sums of all ranks (splits, n), the anchor (n,) that is common to them)."""
+        """(partial sums of all ranks (splits, n), their common anchor (n,), the largest of all ranks)."""
         splits = [-(-size // block_v) for size in self.sizes]
         mine = parts.new_zeros(max(splits) + 1, parts.shape[1])
         mine[: parts.shape[0]] = parts
@@ -87,8 +86,8 @@ class Shard:
         return torch.cat(scaled), common
 
     def gather_moments(self, whole: Moments) -> Moments:
-        """(ranks, n) those of every rank's columns, float64 but argmax, which counts from the first of the head."""
-        mine = torch.stack([value.double() for value in whole])  # a column is exact in float64
+        """Moments (ranks, n) of every rank's columns, float64; argmax int64, in columns of the whole head."""
+        mine = torch.stack([value.double() for value in whole])  # column numbers are exact in float64
         received = [torch.empty_like(mine) for _ in self.sizes]
         dist.all_gather(received, mine, group=self.process_group)
         for rank, message in enumerate(received):
@@ -98,24 +97,24 @@ class Shard:
 
 
 def at_anchor(stats: Statistics, anchor: Tensor) -> Statistics:
-    """The same rows, for exponentials that were stored at another anchor."""
+    """The same statistics for exponentials stored relative to another anchor."""
     return replace(stats, anchor=anchor, prob_scale=stats.prob_scale * torch.exp(anchor - stats.anchor))
 
 
 def local_head(
     weight: Tensor, bias: Tensor | None, process_group: "dist.ProcessGroup | None"
 ) -> tuple[Tensor, Tensor | None, Shard | None]:
-    """(weight, bias) as plain tensors of this rank, and what shard they are; as they came without a process group.
+    """(weight, bias, shard): this rank's part as plain tensors, and how the head is sharded.
 
-    The sizes of a DTensor's shards are known; those of plain tensors the ranks tell each other, at the price of a host
-    sync on a GPU.
+    Without a process group the tensors are returned unchanged, with shard None. The shard sizes of a DTensor are known;
+    for plain tensors the ranks exchange them, which costs a host sync on a GPU.
     """
     if process_group is None:
         return weight, bias, None
     if _is_dtensor(weight):
         _check_dtensor("lm_head_weight", weight, process_group)
         ranks, vocab_size = weight.device_mesh.size(), weight.shape[0]
-        width = -(-vocab_size // ranks)  # the rule of torch.chunk
+        width = -(-vocab_size // ranks)  # as torch.chunk splits
         edges = [min(r * width, vocab_size) for r in range(ranks + 1)]
         sizes = tuple(b - a for a, b in pairwise(edges))
         weight = weight.to_local()
@@ -151,5 +150,5 @@ def _check_dtensor(name: str, value: "DTensor", process_group: "dist.ProcessGrou
 
 
 def clip(slices: Sequence[tuple[int, int]], vocab_size: int) -> tuple[tuple[int, int], ...]:
-    """Vocabulary slices planned for the largest shard, of a smaller one."""
+    """Clip vocabulary slices that were planned for the largest shard to a smaller shard."""
     return tuple((begin, min(end, vocab_size)) for begin, end in slices if begin < vocab_size)

@@ -1,6 +1,6 @@
-"""Where the sequences are in the keyword arguments of a Hugging Face forward.
+"""Determine the sequences of a batch from the keyword arguments of a Hugging Face forward.
 
-| what comes                                             | what it is                                            |
+| arguments                                              | batch                                                 |
 |--------------------------------------------------------|-------------------------------------------------------|
 | (B, S), with or without attention_mask                 | padded: B sequences                                   |
 | (1, T) and cu_seqlens (B+1,), or cu_seq_lens_q         | packed: B sequences, empty ones allowed               |
@@ -20,7 +20,7 @@ from npo_kernels.call.rules import integer, tensor
 
 @dataclass(frozen=True)
 class HeadBatch:
-    """Labels and layout, as the functions of `npo_kernels` take them."""
+    """Labels and layout in the form that the functions of `npo_kernels` take."""
 
     labels: Tensor  # (B, S), or (T,) with cu_seqlens
     shift: bool
@@ -28,7 +28,7 @@ class HeadBatch:
     ignore_index: int
 
     def rows(self, hidden: Tensor) -> Tensor:
-        """The model's (B, S, H) hidden states in this layout: (T, H) if packed."""
+        """The model's hidden states (B, S, H) in this layout: (T, H) if packed."""
         return hidden if self.cu_seqlens is None else hidden.flatten(0, 1)
 
     @property
@@ -37,7 +37,7 @@ class HeadBatch:
 
 
 def take_batch(kwargs: dict[str, Any]) -> HeadBatch:
-    """Take labels and `cu_seqlens` out of `kwargs`, and complete `position_ids`, so that attention sees the same."""
+    """Take labels and layout out of `kwargs`. Adds missing `position_ids`, so that attention uses the same layout."""
     labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
     cu_seqlens, ignore_index = kwargs.pop("cu_seqlens", None), kwargs.pop("ignore_index", -100)
     shift = shift_labels is None
@@ -54,7 +54,7 @@ def take_batch(kwargs: dict[str, Any]) -> HeadBatch:
     position_ids, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
     if cu_seqlens is not None:
         _check_packed(labels, cu_seqlens, mask)
-        if position_ids is None:  # without them attention would reach into the neighbours
+        if position_ids is None:  # without them, attention would cross sequence boundaries
             kwargs["position_ids"] = _positions(cu_seqlens, labels.shape[1])[None]
         cu_seqlens = cu_seqlens.int()
     elif position_ids is not None and position_ids.dim() == 2 and mask is None:
@@ -84,15 +84,18 @@ def _check_packed(labels: Tensor, cu_seqlens: Tensor, mask: object) -> None:
 
 
 def _positions(cu_seqlens: Tensor, total: int) -> Tensor:
-    """(T,) position of each token in its sequence."""
+    """(T,) position of each token within its sequence."""
     index = torch.arange(total, device=cu_seqlens.device)
     starts = cu_seqlens[:-1].long()
     return index - starts[torch.bucketize(index, cu_seqlens[1:].long(), right=True).clamp(max=len(starts) - 1)]
 
 
 def _boundaries(position_ids: Tensor, shape: torch.Size) -> Tensor | None:
-    """(B+1,) int32 cu_seqlens of the flattened rows: a sequence begins with a row and where a position is not the last
-    one plus 1, the rule of transformers' masks. None where each row is one sequence."""
+    """(B+1,) int32 cu_seqlens of the flattened rows, or None if each row is one sequence.
+
+    A sequence starts at the start of each row and wherever a position is not the previous one plus 1; transformers
+    builds its attention masks by the same rule.
+    """
     starts = F.pad(position_ids.expand(shape).diff() != 1, (1, 0), value=True)
     index = starts.flatten().nonzero().flatten()
     if index.shape[0] == shape[0]:

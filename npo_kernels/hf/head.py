@@ -1,8 +1,9 @@
-"""The output head of a Hugging Face model: what it is, and what the model does to its logits.
+"""The output head of a Hugging Face model, and what the model does to its logits.
 
-No table of architectures: the model's own forward runs with a stand-in for its head, which keeps the hidden states
-that it is called with and returns a few numbers instead of logits. What has become of them at the end is what the
-model does to logits, whatever its configuration calls it: logit_scale, logits_scaling, lm_head_multiplier, softcaps.
+There is no table of architectures. The model's own forward runs with a probe in place of its head. The probe records
+the hidden states that it is called with and returns a few test values instead of logits. Comparing these with the
+model's output reveals what the model does to its logits, whatever its configuration calls it: logit_scale,
+logits_scaling, lm_head_multiplier, softcaps.
 """
 
 import functools
@@ -16,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-# What logits are replaced by: a slope at 0, the limit, and points in between that have to agree with both.
+# Test values: the first gives the slope at 0, the second the limit; the others must agree with both.
 PROBE = (1e-6, 1e30, -40.0, -3.0, 0.5, 7.0, 60.0)
 
-Forward = Callable[[Tensor], object]  # of a linear layer
-Fused = Callable[[Tensor, Tensor, Tensor | None], object]  # (hidden, weight, bias) -> what the head returns instead
+Forward = Callable[[Tensor], object]  # forward of a linear layer
+Fused = Callable[[Tensor, Tensor, Tensor | None], object]  # (hidden, weight, bias) -> result in place of the logits
 
 
 class CausalLM(Protocol):
-    """What is asked of a causal language model of transformers."""
+    """The part of the interface of a transformers causal language model that is used here."""
 
     config: Any  # its fields depend on the architecture
 
@@ -34,31 +35,31 @@ class CausalLM(Protocol):
 
 
 class ModulesToSaveWrapper(Protocol):
-    """PEFT's wrapper of a layer that is trained itself: the layer, and a copy for each adapter."""
+    """PEFT's wrapper of a fully trained layer: the original layer, and a copy per adapter."""
 
     original_module: nn.Module
     modules_to_save: nn.ModuleDict
 
 
 class HeadProbe(nn.Module):
-    """Stands in for the head during the model's forward: (B, S, H) -> (1, 1, V) numbers on the CPU, no logits.
+    """Replaces the head during the model's forward: returns (1, 1, V) test values on the CPU instead of logits.
 
-    On the CPU, so that reading them at the end waits for no device; V of them, so that a model that cuts or masks
-    the vocabulary is noticed. Calls from other threads get the logits of the head itself.
+    They are on the CPU so that reading the result forces no device sync. There are V of them so that a model that cuts
+    or masks the vocabulary is detected. Calls from other threads get the logits of the real head.
     """
 
     head: nn.Module
 
     def __init__(self, head: nn.Module, vocab_size: int):
         super().__init__()
-        vars(self)["head"] = head  # not a submodule: its parameters are not this module's
+        vars(self)["head"] = head  # bypasses nn.Module: the head must not become a submodule of the probe
         self.thread = threading.get_ident()
         self.hidden: Tensor | None = None
         self.logits = torch.ones(1, 1, vocab_size, dtype=torch.float64)
         self.logits[..., : len(PROBE)] = torch.tensor(PROBE[:vocab_size], dtype=torch.float64)
 
     def __getattr__(self, name: str) -> Any:
-        """A model may look at its head's weight, for the dtype."""
+        """Attributes of the real head: a model may read its weight, for example for the dtype."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -68,22 +69,25 @@ class HeadProbe(nn.Module):
         if threading.get_ident() != self.thread:
             return cast(Tensor, self.head(hidden))
         self.hidden = hidden
-        return self.logits.clone()  # models scale in place
+        return self.logits.clone()  # the model may scale them in place
 
     def logit_function(self, logits: Tensor | None) -> tuple[float, float | None]:
-        """(logit_scale, softcap) that turned the stand-in into what came out: softcap tanh(scale z / softcap).
+        """(logit_scale, softcap) such that the model's output is softcap tanh(scale z / softcap) of the test values z.
 
         Raises:
             NotImplementedError: the model does something else to its logits.
         """
         z = self.logits
         if self.hidden is None:
-            raise NotImplementedError("the model's forward did not call its output head: it has no fused form here")
-        if not isinstance(logits, Tensor) or logits.shape != z.shape:
-            came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise NotImplementedError(
-                f"the model turned logits (..., {z.shape[-1]}) into {came}: a head whose logits are cut or rearranged "
-                "has no fused form here; use npo_kernels.sequence_logprobs on its hidden states"
+                "the model's forward did not call its output head, so no fused head can take its place: use "
+                "npo_kernels.sequence_logprobs on the last hidden states"
+            )
+        if not isinstance(logits, Tensor) or logits.shape != z.shape:
+            received = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise NotImplementedError(
+                f"the model turned logits (..., {z.shape[-1]}) into {received}: a fused head does not support logits "
+                "that are cut or rearranged; use npo_kernels.sequence_logprobs on the last hidden states"
             )
         logits = logits.detach().to("cpu", torch.float64)
         scale = (logits.flatten()[0] / z.flatten()[0]).item()
@@ -92,8 +96,9 @@ class HeadProbe(nn.Module):
         expected = z * scale if softcap is None else softcap * torch.tanh(z * (scale / (softcap or 1.0)))
         if not torch.allclose(logits, expected, rtol=1e-5, atol=1e-12):
             raise NotImplementedError(
-                f"the model turned logits {z.flatten()[2:7].tolist()} into {logits.flatten()[2:7].tolist()}: a scale "
-                "and a tanh softcap have a fused form, this has not; use npo_kernels.sequence_logprobs"
+                f"the model turned logits {z.flatten()[2:7].tolist()} into {logits.flatten()[2:7].tolist()}: a fused "
+                "head supports a scale and a tanh softcap only; use npo_kernels.sequence_logprobs on the last hidden "
+                "states"
             )
         return scale, softcap
 
@@ -103,10 +108,10 @@ _locks_guard = threading.Lock()
 
 
 def head_of(model: CausalLM) -> nn.Module:
-    """The output head, also while another thread has put a probe in its place.
+    """The output head of a model, even while another thread has replaced it by a probe.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model has no output head.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -115,8 +120,8 @@ def head_of(model: CausalLM) -> nn.Module:
 
 
 @contextmanager
-def alone(head: nn.Module) -> Iterator[None]:
-    """One thread at a time: a fused call stands in for the head of its model, which all threads see."""
+def locked(head: nn.Module) -> Iterator[None]:
+    """Lock for a fused call, one thread at a time: it replaces the head of the model, which all threads share."""
     with _locks_guard:
         lock = _locks.setdefault(head, threading.RLock())
     with lock:
@@ -125,7 +130,7 @@ def alone(head: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def probed(model: CausalLM, head: nn.Module) -> Iterator[HeadProbe]:
-    """The model with a probe for a head."""
+    """Context in which a probe replaces the head of the model."""
     probe = HeadProbe(head, plain_linears(head)[0].out_features)
     model.set_output_embeddings(probe)
     try:
@@ -135,12 +140,11 @@ def probed(model: CausalLM, head: nn.Module) -> Iterator[HeadProbe]:
 
 
 @contextmanager
-def computing(head: nn.Module, function: Fused) -> Iterator[None]:
-    """The head computing `function(hidden, weight, bias)` when it is called.
+def head_computes(head: nn.Module, function: Fused) -> Iterator[None]:
+    """Context in which calling the head computes `function(hidden, weight, bias)`.
 
-    It is still called as a module: FSDP2 gathers its weight in a hook, so does DeepSpeed ZeRO-3 in forward and
-    backward, accelerate moves it to the device, and PEFT picks the copy that is trained. Other threads that call it
-    meanwhile get its logits.
+    The head is still called as a module, so that hooks run: FSDP2 and DeepSpeed ZeRO-3 gather its weight, accelerate
+    moves it to the device, and PEFT picks the trained copy. Calls from other threads get the logits.
     """
     linears = plain_linears(head)
     for linear in linears:
@@ -160,7 +164,7 @@ def computing(head: nn.Module, function: Fused) -> Iterator[None]:
 
 
 def _forward_of(linear: nn.Linear, function: Fused, elsewhere: Forward) -> Forward:
-    """`function` in this thread, `elsewhere` in the others."""
+    """A forward that calls `function` in this thread and `elsewhere` in other threads."""
     thread = threading.get_ident()
 
     def forward(hidden: Tensor) -> object:
@@ -172,10 +176,10 @@ def _forward_of(linear: nn.Linear, function: Fused, elsewhere: Forward) -> Forwa
 
 
 def plain_linears(head: nn.Module) -> list[nn.Linear]:
-    """The linear layers that a call of the head may run: itself, or the copies in PEFT's ModulesToSaveWrapper.
+    """The linear layers that a call of the head may run: the head itself, or the copies in PEFT's ModulesToSaveWrapper.
 
     Raises:
-        ValueError: the head is no plain x W' + b; the message names the way out.
+        ValueError: the head is not a plain linear layer; the message says what to do.
     """
     names = {cls.__name__ for cls in type(head).__mro__}
     if "BaseTunerLayer" in names:

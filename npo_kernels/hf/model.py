@@ -1,4 +1,4 @@
-"""Log-probabilities and losses inside a Hugging Face model's own forward, without logits.
+"""Log-probabilities and losses inside the forward of a Hugging Face model, without logits.
 
     from npo_kernels.hf import add_fused_unlearning_head
 
@@ -6,12 +6,12 @@
     out = model(input_ids, attention_mask=mask, labels=labels, fused_unlearning=True)
     out.logps, out.num_tokens  # (B,), (B,)
 
-    npo = partial(fused_npo_loss, ref_logps=ref_logps, beta=0.1)  # gradients formed in the forward
+    npo = partial(fused_npo_loss, ref_logps=ref_logps, beta=0.1)  # computes the gradients in the forward
     model(input_ids, attention_mask=mask, labels=labels, fused_unlearning=npo).loss.backward()
 
-Being part of the forward is what makes wrappers work: DDP's reducer is armed, FSDP2 and ZeRO-3 gather the head's weight
-in hooks that run when it is called. Without `fused_unlearning` the model does what it did: `model(...)`, `generate`,
-`state_dict` and `save_pretrained` are untouched.
+The loss is computed inside the forward so that wrappers work: DDP prepares its reducer there, and FSDP2 and ZeRO-3
+gather the head's weight in hooks of the forward. Without `fused_unlearning`, `model(...)`, `generate`, `state_dict` and
+`save_pretrained` behave as before.
 """
 
 import functools
@@ -26,31 +26,45 @@ from transformers.utils.generic import ModelOutput
 
 from npo_kernels.call.rules import short
 from npo_kernels.hf.batch import take_batch
-from npo_kernels.hf.head import CausalLM, alone, computing, head_of, plain_linears, probed
+from npo_kernels.hf.head import CausalLM, head_computes, head_of, locked, plain_linears, probed
 from npo_kernels.logprobs import sequence_logprobs, token_logprobs
 from npo_kernels.losses import LossStats
 from npo_kernels.statistics import token_statistics
 from npo_kernels.user_losses import LogprobStats
 
 Model = TypeVar("Model", bound=nn.Module)
-# Of token_logprobs or a loss, of sequence_logprobs or a loss with statistics, of token_statistics.
+# Results of token_logprobs or a loss; of sequence_logprobs or a loss with return_stats; of token_statistics.
 Result = Tensor | tuple[Tensor, Tensor | LossStats | LogprobStats] | dict[str, Tensor]
-Function = Callable[..., Result]  # called as sequence_logprobs is
-# What a model and the arguments of its forward say.
-GIVEN = {"hidden", "lm_head_weight", "labels", "bias", "logit_scale", "softcap", "shift", "cu_seqlens", "ignore_index"}
+Function = Callable[..., Result]  # called like sequence_logprobs
+# Arguments of the function that come from the model and its forward, so that a partial must not fix them.
+FROM_MODEL = {
+    "hidden", "lm_head_weight", "labels", "bias", "logit_scale", "softcap", "shift", "cu_seqlens", "ignore_index",
+}  # fmt: skip
 
 
 @dataclass
 class FusedUnlearningOutput(ModelOutput):
-    """What `model(..., fused_unlearning=...)` returns. There are no logits, and asking for them says so."""
+    """The output of `model(..., fused_unlearning=...)`. Accessing `logits` raises AttributeError: none were formed.
 
-    loss: Tensor | None = None  # of a loss function; with the router's auxiliary loss where the model adds it
-    logps: Tensor | None = None  # (B,) float32, of fused_unlearning=True
-    num_tokens: Tensor | None = None  # (B,) int64
-    token_logps: Tensor | None = None  # (B, S) or (T,), of fused_unlearning=token_logprobs
-    statistics: dict[str, Tensor] | None = None  # (B, S) or (T,) each, of a partial of token_statistics
-    stats: LossStats | LogprobStats | None = None  # of a loss with return_stats=True
-    aux_loss: Tensor | None = None  # the router's, where output_router_logits is on
+    Attributes:
+        loss: the scalar of a loss function, plus the router's auxiliary loss if the model adds it.
+        logps: (B,) float32, summed log-probabilities in nats, for fused_unlearning=True.
+        num_tokens: (B,) int64, the number of scored tokens, for fused_unlearning=True.
+        token_logps: (B, S) or (T,) float32, for fused_unlearning=token_logprobs.
+        statistics: (B, S) or (T,) for each name, for a partial of `token_statistics`.
+        stats: `LossStats`, `LogprobStats` or `TokenStats`, for a loss with return_stats=True.
+        aux_loss: the router's auxiliary loss, if `output_router_logits` is on.
+        hidden_states: as returned by the model, if requested.
+        attentions: as returned by the model, if requested.
+    """
+
+    loss: Tensor | None = None
+    logps: Tensor | None = None
+    num_tokens: Tensor | None = None
+    token_logps: Tensor | None = None
+    statistics: dict[str, Tensor] | None = None
+    stats: LossStats | LogprobStats | None = None
+    aux_loss: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -60,41 +74,68 @@ class FusedUnlearningOutput(ModelOutput):
 
 
 def add_fused_unlearning_head(model: Model) -> Model:
-    """Let `model(..., labels=labels, fused_unlearning=...)` return log-probabilities or a loss, and no logits.
+    """Let `model(..., labels=labels, fused_unlearning=...)` return log-probabilities or a loss, without logits.
 
-    Replaces::
+    Replaces:
 
-        logits = model(input_ids, attention_mask=attention_mask).logits.float()          # (B, S, V)
-        logps, num_tokens = ...log_softmax, gathered at labels[:, 1:], summed where they are not -100...
+    ```python
+    logits = model(input_ids, attention_mask=attention_mask).logits.float()                     # (B, S, V)
+    scored = labels[:, 1:] != -100
+    index = torch.where(scored, labels[:, 1:], 0)[..., None]
+    token_logps = torch.log_softmax(logits[:, :-1], -1).gather(-1, index).squeeze(-1)
+    logps, num_tokens = (token_logps * scored).sum(-1), scored.sum(-1)
+    ```
+
+    The forward takes these arguments in addition to its own:
+
+    - `fused_unlearning`: what to compute. True: sequence log-probabilities (`logps` and `num_tokens` of the output).
+      `token_logprobs`: token log-probabilities (`token_logps`). A `functools.partial` of `token_statistics`: statistics
+      (`statistics`). A loss (`loss`, `stats`): a function with the signature of `sequence_logprobs`, usually a
+      `functools.partial` of `fused_npo_loss`, `fused_simnpo_loss`, `fused_logprob_loss` or `fused_token_loss`. A loss
+      computes its gradients in the forward, where they cost least, and is not affected by wrappers that round outputs.
+      Pass tensors such as `ref_logps` inside the partial, where no wrapper casts them.
+    - `labels`, or `shift_labels`: (B, S) int64, aligned with the inputs, or already shifted.
+    - `cu_seqlens`: (B+1,) int32, for a packed batch (1, T). `cu_seq_lens_q`, or `position_ids` that restart at each
+      sequence, work as well. Missing `position_ids` are created.
+    - `ignore_index`: -100 by default.
+
+    The bias, scale and tanh softcap of the logits are taken from the model's own forward. If the model adds its
+    router's auxiliary loss to its loss, it is added here too, and also returned as `aux_loss`.
+
+    Threads may share a model: fused calls run one at a time, other calls run concurrently. Do not save or move the
+    model during a fused call.
 
     Args:
-        model: a causal language model of transformers, or a PEFT model around one. It is changed in place; add the
-            head before DDP, FSDP, DeepSpeed or accelerate wrap the model.
+        model: a causal language model of transformers, or a PEFT model around one. It is changed in place. Add the head
+            before DDP, FSDP, DeepSpeed or accelerate wrap the model.
 
     Returns:
-        `model`. Its forward takes, besides its own arguments,
-
-        fused_unlearning: True for the sequence log-probabilities (`logps`, `num_tokens`), `token_logprobs` for those
-            of tokens (`token_logps`), a `functools.partial` of `token_statistics` (`statistics`), or a loss: a function
-            called as `sequence_logprobs` is, most often a `functools.partial` of `fused_npo_loss`,
-            `fused_simnpo_loss`, `fused_logprob_loss` or `fused_token_loss` (`loss`, `stats`).
-            A loss forms its gradients in the forward, where they cost least, and survives wrappers that round
-            outputs. Its tensors (`ref_logps`) travel in the function, where no wrapper casts them.
-        labels, or shift_labels: (B, S) int64, aligned with the inputs, or already shifted.
-        cu_seqlens: (B+1,) int32, for a packed batch (1, T); `cu_seq_lens_q` and position_ids that restart do as well.
-            position_ids are made where they are missing.
-        ignore_index: -100.
-
-        Threads may share a model: fused calls wait for each other, plain calls run beside them. Do not save or move the
-        model meanwhile.
-
-        A bias, a scale and a tanh softcap of the logits, whatever their names, are those of the model's own forward.
-        Where the model adds its router's auxiliary loss to a loss, so does this; `aux_loss` has it, too.
+        `model` itself. With `fused_unlearning`, its forward returns a `FusedUnlearningOutput`.
 
     Raises:
         TypeError: not a causal language model of transformers.
-        ValueError: a head that is not a plain linear layer: an adapter on it (LoRA), or quantised weights. A call
-            raises the same, and NotImplementedError where the model does to its logits what has no fused form.
+        ValueError: a head that is not a plain linear layer, such as one with a LoRA adapter or quantised weights. Calls
+            raise it too, and NotImplementedError if the model changes its logits in a way that has no fused form.
+
+    Examples:
+        >>> from functools import partial
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from npo_kernels import fused_npo_loss
+        >>> from npo_kernels.hf import add_fused_unlearning_head
+        >>> config = LlamaConfig(
+        ...     vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        ...     num_attention_heads=2, num_key_value_heads=2,
+        ... )
+        >>> model = add_fused_unlearning_head(LlamaForCausalLM(config))
+        >>> input_ids = torch.randint(64, (2, 8))
+        >>> with torch.no_grad():
+        ...     ref_logps = model(input_ids, labels=input_ids, fused_unlearning=True).logps
+        >>> npo = partial(fused_npo_loss, ref_logps=ref_logps, beta=0.1)
+        >>> loss = model(input_ids, labels=input_ids, fused_unlearning=npo).loss
+        >>> loss.backward()
+        >>> round(loss.item(), 2)  # (2 / 0.1) ln 2
+        13.86
     """
     base = getattr(model, "get_base_model", None) if isinstance(model, nn.Module) else None  # of PEFT
     inner: Any = model if base is None else base()
@@ -113,10 +154,10 @@ def add_fused_unlearning_head(model: Model) -> Model:
 
 @functools.cache
 def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class with a forward that knows `fused_unlearning`.
+    """A subclass of `cls` whose forward takes `fused_unlearning`.
 
-    A class, not an attribute of the instance: a deep copy or a replica then runs its own weights, not the original's.
-    It keeps the name, which `save_pretrained` writes, and the signature, which `generate` and the Trainer read.
+    It replaces the class and not `forward` of the instance, so that a deep copy or a replica uses its own weights. It
+    keeps the name, which `save_pretrained` writes, and the signature, which `generate` and the Trainer inspect.
     """
 
     @functools.wraps(cls.forward)
@@ -128,7 +169,7 @@ def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
         return _fused_forward(self, functools.partial(cls.forward, self), function, kwargs)
 
     def reduce(self: object, protocol: SupportsIndex) -> tuple[object, ...]:
-        return _new, (cls,), self.__getstate__()  # pickled as the class that can be imported
+        return _new, (cls,), self.__getstate__()  # pickle the class that can be imported
 
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     names |= {"forward": forward, "__reduce_ex__": reduce, "_unfused_class": cls}
@@ -143,15 +184,15 @@ def _new(cls: type) -> nn.Module:
 def _fused_forward(
     model: CausalLM, forward: Callable[..., Any], function: Function, kwargs: dict[str, Any]
 ) -> FusedUnlearningOutput:
-    """The model's forward up to the head's input, then `function` inside the head."""
+    """Run the model's forward up to the input of the head, then `function` inside the head."""
     if not callable(function):
         raise TypeError(f"fused_unlearning: expected True or a function such as fused_npo_loss, got {short(function)}")
     _check_function(function)
     _check_arguments(kwargs)
     batch = take_batch(kwargs)
     head = head_of(model)
-    plain_linears(head)  # refuses what is none
-    with alone(head):
+    plain_linears(head)  # raises if it is not a plain linear layer
+    with locked(head):
         with probed(model, head) as probe:
             outputs = forward(**{**kwargs, "use_cache": False, "return_dict": True})
         scale, softcap = probe.logit_function(outputs.logits)
@@ -161,7 +202,7 @@ def _fused_forward(
                 batch.rows(hidden), weight, batch.labels, bias=bias, logit_scale=scale, softcap=softcap, **batch.options
             )
 
-        with computing(head, fused):
+        with head_computes(head, fused):
             result: Result = head(probe.hidden)
     found = _named(function, result)
     aux_loss = getattr(outputs, "aux_loss", None)
@@ -169,7 +210,7 @@ def _fused_forward(
         found["loss"] = found["loss"] + model.config.get_text_config().router_aux_loss_coef * aux_loss
     if "loss" not in found:
         _check_not_rounded(model, result.values() if isinstance(result, dict) else found.values())
-    # in one go: wrappers see the fields that the constructor was given
+    # in one call: wrappers see only the fields that were passed to the constructor
     return FusedUnlearningOutput(
         **found,
         aux_loss=aux_loss,
@@ -179,7 +220,7 @@ def _fused_forward(
 
 
 def _named(function: Function, result: Result) -> dict[str, Any]:
-    """What a function returned, as fields of the output."""
+    """The result of a function as fields of the output."""
     kind = function.func if isinstance(function, functools.partial) else function
     if kind is sequence_logprobs:
         return dict(zip(("logps", "num_tokens"), result, strict=True))
@@ -191,9 +232,9 @@ def _named(function: Function, result: Result) -> dict[str, Any]:
 
 
 def _check_function(function: Function) -> None:
-    """What a partial fixes of the batch and the head would be lost without a word: the model gives those."""
+    """Refuse a partial that fixes an argument in FROM_MODEL: the model passes it, which would silently override it."""
     while isinstance(function, functools.partial):
-        fixed = sorted(GIVEN & function.keywords.keys())
+        fixed = sorted(FROM_MODEL & function.keywords.keys())
         if fixed:
             raise ValueError(
                 f"fused_unlearning: {fixed[0]} is the model's own or an argument of its forward, got a partial with "
@@ -217,7 +258,7 @@ def _check_arguments(kwargs: dict[str, Any]) -> None:
 
 
 def _check_not_rounded(model: CausalLM, found: Iterable[Tensor]) -> None:
-    """FSDP2 can round what leaves a forward to 16 bits, and a sum near -1000 would be off by several nats."""
+    """Refuse results that FSDP2 would round to 16 bits: a log-probability near -1000 would be off by several nats."""
     state = getattr(model, "_get_fsdp_state", None)
     policy = getattr(state(), "_mp_policy", None) if state is not None else None
     dtypes = {getattr(policy, "output_dtype", None)}

@@ -1,1 +1,1 @@
-"""The custom operators of torch: what torch.compile, export and selective checkpointing see of this package."""
+"""The custom torch operators of this package, as torch.compile, export and selective checkpointing see them."""

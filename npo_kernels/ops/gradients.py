@@ -1,4 +1,4 @@
-"""Gradients as results of operators, and those that are formed before the upstream gradient is known."""
+"""Gradients as results of operators, including those computed before the upstream gradient is known."""
 
 from typing import NamedTuple
 
@@ -9,11 +9,11 @@ from npo_kernels.backends.choose import backend_of
 from npo_kernels.core.gradients import Gradients
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.task import Needs
-from npo_kernels.ops.schema import as_written, no_second_derivative
+from npo_kernels.ops.schema import operator
 
 
 class GradientTensors(NamedTuple):
-    """Of hidden, weight and bias; an empty tensor where one is not wanted, for operators return tensors only."""
+    """Gradients of hidden, weight and bias. One that is not needed is an empty tensor: operators cannot return None."""
 
     hidden: Tensor  # (T, H)
     weight: Tensor  # (V, H)
@@ -28,7 +28,7 @@ class GradientTensors(NamedTuple):
 
 
 def all_tensors(grads: Gradients, hidden: Tensor, head: Head) -> GradientTensors:
-    """The gradients that were formed, an empty tensor in place of each that was not."""
+    """The gradients as tensors, with an empty tensor for each None."""
     return GradientTensors(
         hidden.new_empty(0) if grads.hidden is None else grads.hidden,
         head.weight.new_empty(0) if grads.weight is None else grads.weight,
@@ -37,7 +37,7 @@ def all_tensors(grads: Gradients, hidden: Tensor, head: Head) -> GradientTensors
 
 
 def fake_gradients(hidden: Tensor, head: Head, needs: Needs) -> GradientTensors:
-    """`all_tensors` without values."""
+    """The fake of `all_tensors`: shapes and dtypes only."""
     weight = head.weight
     return GradientTensors(
         hidden.new_empty(hidden.shape) if needs.hidden else hidden.new_empty(0),
@@ -47,23 +47,23 @@ def fake_gradients(hidden: Tensor, head: Head, needs: Needs) -> GradientTensors:
 
 
 class Kept(NamedTuple):
-    """Gradients of a scalar loss, kept until its upstream gradient is known; empty where not wanted.
+    """Gradients of a scalar loss, kept until its upstream gradient is known; empty where not needed.
 
-    See `Task.upstream_later`: float16 alone has units, and dHidden and dBias in float32.
+    Only float16 has units, and dHidden and dBias in float32 (`Task.upstream_later`).
     """
 
     grads: GradientTensors
-    unit: Tensor  # (V,) float32: what each row of dWeight is to be multiplied by
+    unit: Tensor  # (V,) float32: factor of each row of dWeight
 
 
 def kept(grads: Gradients, hidden: Tensor, head: Head) -> Kept:
-    """`all_tensors` and the unit of dWeight, an empty tensor where it has none."""
+    """`all_tensors` and the unit of dWeight, or an empty tensor if it has none."""
     unit = hidden.new_empty(0, dtype=torch.float32) if grads.unit is None else grads.unit
     return Kept(all_tensors(grads, hidden, head), unit)
 
 
 def fake_kept(hidden: Tensor, head: Head, needs: Needs) -> Kept:
-    """`kept` without values."""
+    """The fake of `kept`: shapes and dtypes only."""
     half = hidden.dtype == torch.float16
     wide = torch.float32 if half else hidden.dtype
     fake = fake_gradients(hidden, head, needs)
@@ -77,7 +77,7 @@ def fake_kept(hidden: Tensor, head: Head, needs: Needs) -> Kept:
 
 
 class SavedGradients(NamedTuple):
-    """What the backward of a loss with gradients formed in the forward needs."""
+    """State for the backward of a loss whose gradients were computed in the forward."""
 
     kept: Kept
     needs: Needs
@@ -85,26 +85,21 @@ class SavedGradients(NamedTuple):
     impl: str  # "torch" | "triton"
 
     def times(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of hidden, weight and bias, in the dtype of the inputs; None where not wanted."""
+        """The gradients of hidden, weight and bias in the dtype of the inputs; None where not needed."""
         hidden, weight, bias = self.kept.grads.wanted(self.needs)
-        if self._may_be_given_away(upstream):  # detached: they hang on the graph as outputs of the forward
+        if self._can_skip_copy(upstream):  # detached, because as outputs of the forward they are part of the graph
             return (
                 None if hidden is None else hidden.detach(),
                 None if weight is None else weight.detach(),
                 None if bias is None else bias.detach(),
             )
-        unit = self.kept.unit if self.kept.unit.numel() else None
-        return (
-            None if hidden is None else scale_gradient(hidden, None, upstream, self.dtype, self.impl),
-            None if weight is None else scale_gradient(weight, unit, upstream, self.dtype, self.impl),
-            None if bias is None else scale_gradient(bias, None, upstream, self.dtype, self.impl),
-        )
+        return scale_gradients(ScaleCall(self, upstream)).wanted(self.needs)
 
-    def _may_be_given_away(self, upstream: Tensor) -> bool:
-        """Whether the gradients are the results as they are: multiplied by exactly 1, and nobody walks the graph again.
+    def _can_skip_copy(self, upstream: Tensor) -> bool:
+        """Whether the kept gradients can be returned without a copy: upstream is exactly 1 and the graph is not kept.
 
-        Asked on a CPU alone, where to read a number is free; a copy of dWeight costs a tenth of the whole loss there.
-        Results of an operator must not be its inputs, so this is asked outside of `scale_gradient`, of real tensors.
+        Only on a CPU, where reading upstream is free and a copy of dWeight costs a tenth of the whole loss. An operator
+        must not return its inputs, so this is decided outside of `scale_gradients`, for real tensors only.
         """
         keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
         return (
@@ -120,16 +115,33 @@ class SavedGradients(NamedTuple):
         )
 
 
-@torch.library.custom_op("npo_kernels::scale_gradient", mutates_args=())
-def scale_gradient(grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
-    """`Backend.scale_gradient`; never in place, for the graph may be kept."""
-    with as_written(grad):
-        return backend_of(impl).scale_gradient(grad, unit, upstream, dtype)
+class ScaleCall(NamedTuple):
+    """Arguments of `scale_gradients`."""
+
+    saved: SavedGradients
+    upstream: Tensor  # ()
 
 
-@scale_gradient.register_fake
-def _(grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
-    return grad.new_empty(grad.shape, dtype=dtype)
+@operator("scale_gradients")
+def scale_gradients(call: ScaleCall) -> GradientTensors:
+    """`Backend.scale_gradient` of each gradient that is needed; never in place, because the graph may be kept.
+
+    One operator handles all of them: on a small head, an operator takes longer on the host than its kernel on the GPU.
+    """
+    (grads, unit), needs, dtype, impl = call.saved
+    backend, empty = backend_of(impl), grads.hidden.new_empty
+    of_rows = unit if unit.numel() else None
+    return GradientTensors(
+        backend.scale_gradient(grads.hidden, None, call.upstream, dtype) if needs.hidden else empty(0, dtype=dtype),
+        backend.scale_gradient(grads.weight, of_rows, call.upstream, dtype) if needs.weight else empty(0, dtype=dtype),
+        backend.scale_gradient(grads.bias, None, call.upstream, dtype) if needs.bias else empty(0, dtype=dtype),
+    )
 
 
-scale_gradient.register_autograd(no_second_derivative)
+@scale_gradients.register_fake
+def _(call: ScaleCall) -> GradientTensors:
+    grads, dtype = call.saved.kept.grads, call.saved.dtype
+    return GradientTensors(*(grad.new_empty(grad.shape, dtype=dtype) for grad in grads))
+
+
+scale_gradients.refuse_second_derivative()

@@ -1,6 +1,6 @@
-"""npo_kernels::linear_kl_loss and ::linear_kl: KL of a model and a reference, as a scalar and of each position.
+"""npo_kernels::linear_kl_loss and ::linear_kl: KL of a model and a reference, as a scalar and per position.
 
-The scalar forms its gradients in the forward, the vector in its backward (`core.linear_kl` counts the products).
+The scalar computes its gradients in the forward, the vector in its backward (`core.linear_kl` counts the products).
 """
 
 from dataclasses import replace
@@ -12,7 +12,7 @@ from torch import Tensor
 from npo_kernels.backends.choose import backend_of
 from npo_kernels.call.call import KLCall
 from npo_kernels.core.gradients import Gradients
-from npo_kernels.core.layout import DEAD_ROW, ELSEWHERE, compact
+from npo_kernels.core.layout import OTHER_RANK, PADDING_ROW, compact
 from npo_kernels.core.linear_kl import Pair
 from npo_kernels.core.softmax_stats import Lowered, Normalizers
 from npo_kernels.core.task import Needs, Task
@@ -30,15 +30,15 @@ from npo_kernels.ops.schema import operator
 
 
 def pair_of(call: KLCall, needs: Needs, upstream_later: bool = False) -> Pair:
-    """The counted positions, compacted; none has a label with a term of its own in the gradients.
+    """The counted positions of both models, compacted. The rows have no target terms in the gradients.
 
-    `compact` takes labels, and here they say only what counts: 0 of a vocabulary of one, or the index that is ignored.
+    `compact` expects labels, so counted positions get label 0 of a vocabulary of size 1 and the others ignore_index.
     """
     if call.labels is not None:
         check_kl_labels(call.labels, call.counted, call.head.weight.shape[0])
-    ends = torch.arange(2, device=call.hidden.device) * call.hidden.shape[0]  # a copy from the host would wait
-    rows = compact(torch.where(call.counted, 0, DEAD_ROW), ends, 1, DEAD_ROW, num_rows=None)
-    rows = replace(rows, target=torch.full_like(rows.target, ELSEWHERE))
+    ends = torch.arange(2, device=call.hidden.device) * call.hidden.shape[0]  # no copy from the host, which would sync
+    rows = compact(torch.where(call.counted, 0, PADDING_ROW), ends, 1, PADDING_ROW, num_rows=None)
+    rows = replace(rows, target=torch.full_like(rows.target, OTHER_RANK))
     head, ref_head = call.head.with_finite_bias(), call.ref_head.with_finite_bias()
     task = Task(call.hidden, head, rows, needs, backend_of(call.execution.impl), None, upstream_later)
     lowered = None if call.labels is None else Lowered(call.labels[rows.index], call.target_shift)
@@ -46,7 +46,7 @@ def pair_of(call: KLCall, needs: Needs, upstream_later: bool = False) -> Pair:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A weighted sum, gradients formed in the forward
+# The weighted sum, with its gradients computed in the forward
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -54,17 +54,17 @@ class KLLossCall(NamedTuple):
     """Arguments of `linear_kl_loss`."""
 
     call: KLCall
-    scale: Tensor  # (): of the sum
+    scale: Tensor  # () factor of the sum
 
 
 class KLLossResults(NamedTuple):
-    loss: Tensor  # () scale * the sum over the counted positions
+    loss: Tensor  # () scale * sum of KL over the counted positions
     kept: Kept
 
 
 @operator("linear_kl_loss")
 def linear_kl_loss(arguments: KLLossCall) -> KLLossResults:
-    """The scaled sum of the KL of all counted positions, and its gradients where they are wanted."""
+    """The scaled sum of KL over the counted positions, and its gradients if needed."""
     call, scale, needs = arguments.call, arguments.scale, arguments.call.execution.needs
     pair = pair_of(call, needs, upstream_later=True)
     plan, normalizers = pair.plan(call.execution.workspace_bytes), pair.normalizers()
@@ -95,20 +95,20 @@ linear_kl_loss.register_backward(_save_loss, _backward_loss, of=("call.hidden", 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Each position, with a backward for any upstream gradient
+# KL per position, with a backward for any upstream gradient
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class KLResults(NamedTuple):
     kl: Tensor  # (T,) 0 outside the mask
-    statistics: Tensor  # (5, T): `Normalizers` of both models, and kl again: what autograd keeps nobody else writes to
+    statistics: Tensor  # (5, T) for the backward: `Normalizers` and a copy of kl, which the caller cannot modify
 
 
 @operator("linear_kl")
 def linear_kl(call: KLCall) -> KLResults:
-    """The KL of each position; its gradients are formed in the backward."""
+    """KL per position; its gradients are computed in the backward."""
     pair = pair_of(call, call.execution.needs)
-    pair.plan(call.execution.workspace_bytes)  # what the backward cannot do is refused here
+    pair.plan(call.execution.workspace_bytes)  # raises here if the workspace is too small for the backward
     normalizers = pair.normalizers()
     kl = pair.values(normalizers)
     return KLResults(pair.scatter(kl), pair.scatter(torch.stack((*vars(normalizers).values(), kl))))
@@ -121,7 +121,7 @@ def _(call: KLCall) -> KLResults:
 
 
 class SavedKL(NamedTuple):
-    """What autograd keeps between `linear_kl` and its backward."""
+    """State saved by autograd between `linear_kl` and its backward."""
 
     call: KLCall
     statistics: Tensor  # (5, T)
@@ -136,7 +136,7 @@ class UpstreamKL(NamedTuple):
 
 @operator("linear_kl_backward")
 def linear_kl_backward(upstream: UpstreamKL) -> GradientTensors:
-    """The gradients of `linear_kl` for the upstream gradient of each position."""
+    """The gradients of `linear_kl` for an upstream gradient per position."""
     call = upstream.saved.call
     pair = pair_of(call, call.execution.needs)
     index = pair.task.rows.index

@@ -9,7 +9,7 @@ from torch import Tensor
 from npo_kernels.backends.choose import backend_of
 from npo_kernels.call.call import Call, Execution
 from npo_kernels.core import execute
-from npo_kernels.core.layout import DEAD_ROW, Rows
+from npo_kernels.core.layout import PADDING_ROW, Rows
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.softmax_stats import Statistics
 from npo_kernels.core.task import Task
@@ -26,7 +26,7 @@ class LogpsCall(NamedTuple):
 
 
 class SavedRows(NamedTuple):
-    """What the backward needs of the N scored rows."""
+    """State of the N scored rows for the backward."""
 
     positions: Tensor  # (N,)
     target: Tensor  # (N,)
@@ -34,20 +34,20 @@ class SavedRows(NamedTuple):
     starts: Tensor  # (B+1,)
     num_tokens: Tensor  # (B,)
     statistics: Statistics
-    product: Tensor  # (N, H) the expectation of the frozen-head mode, (0, H) in the others
+    product: Tensor  # (N, H) E W of the frozen mode, (0, H) in the other modes
 
 
 class TokenLogps(NamedTuple):
     """Results of `token_logps`."""
 
-    tokens: Tensor  # (T,), or (0,) if not wanted
+    tokens: Tensor  # (T,), or (0,) if not requested
     logps: Tensor  # (B,)
     saved: SavedRows
 
 
 @operator("token_logps")
 def token_logps(arguments: LogpsCall) -> TokenLogps:
-    """Log-probabilities of tokens, where wanted, and of sequences, with what their backward needs."""
+    """Log-probabilities of sequences and (if requested) of tokens, with the state for their backward."""
     call = arguments.call
     task = task_of(call)
     rows, plan = task.rows, task.plan(call.execution.workspace_bytes, gradient_in_forward=False)
@@ -57,12 +57,12 @@ def token_logps(arguments: LogpsCall) -> TokenLogps:
     else:
         stats = execute.log_probabilities(task, x)
         product = x.new_empty(0, x.shape[1], dtype=torch.float32)
-    if stats.anchor is stats.target_logit:  # no anchor was raised; results of an operator are tensors of their own
+    if stats.anchor is stats.target_logit:  # results of an operator must not share memory
         stats = replace(stats, anchor=stats.anchor.clone())
     tokens = stats.logp.new_empty(0)
     if arguments.per_token:
         tokens = stats.logp.new_zeros(call.hidden.shape[0])
-        tokens.index_add_(0, rows.index, torch.where(rows.target != DEAD_ROW, stats.logp, 0.0))
+        tokens.index_add_(0, rows.index, torch.where(rows.target != PADDING_ROW, stats.logp, 0.0))
     logps = task.backend.sequence_sums(stats.logp, rows.sequence, rows.starts)
     saved = SavedRows(rows.index, rows.target, rows.sequence, rows.starts, rows.num_tokens, stats, product)
     return TokenLogps(tokens, logps, saved)
@@ -73,7 +73,7 @@ def _(arguments: LogpsCall) -> TokenLogps:
     call = arguments.call
     total, hidden_size = call.hidden.shape
     needs = call.execution.needs
-    # the number of scored rows depends on data
+    # the number of scored rows depends on the data
     size = torch.library.get_ctx().new_dynamic_size() if call.num_rows is None else min(call.num_rows, total)
 
     def floats(*shape: int | torch.SymInt) -> Tensor:
@@ -92,7 +92,7 @@ def _(arguments: LogpsCall) -> TokenLogps:
 
 
 class SavedCall(NamedTuple):
-    """What autograd keeps between `token_logps` and its backward."""
+    """State saved by autograd between `token_logps` and its backward."""
 
     hidden: Tensor  # (T, H)
     head: Head
@@ -138,7 +138,7 @@ def _save(arguments: LogpsCall, results: TokenLogps) -> SavedCall:
 
 def _backward(call: SavedCall, grads: TokenLogps) -> tuple[Tensor | None, ...]:
     tokens: Tensor | None = grads.tokens
-    if tokens is not None and not tokens.shape[0]:  # of a result that was not wanted
+    if tokens is not None and not tokens.shape[0]:  # the tokens were not requested
         tokens = None
     upstream = Upstream(call, tokens, grads.logps)
     return token_logps_backward(upstream).wanted(call.execution.needs)

@@ -1,4 +1,4 @@
-"""npo_kernels::ratio_loss: NPO and SimNPO, reduced, with their gradients formed in the forward."""
+"""npo_kernels::ratio_loss: the reduced NPO and SimNPO losses, with their gradients computed in the forward."""
 
 from typing import NamedTuple
 
@@ -42,11 +42,11 @@ def ratio_loss(arguments: RatioCall) -> RatioResults:
     check_factors(offset, normalizer, arguments.weights, num_tokens)
     scale = task.backend.sequence_scale(num_tokens, arguments.reduction, normalizer, arguments.weights)
     ratio = RatioLoss(offset, scale, num_tokens, arguments.beta, arguments.length_normalized)
-    values = []  # (logps, losses) of each chunk
+    values = []  # [logps, losses] of each chunk
 
     def weigh(stats: Statistics, chunk: slice, first: int, last: int) -> tuple[Tensor, Tensor]:
         starts, sequence = rows.starts[first : last + 1], rows.sequence[chunk]
-        if first > 0:  # count from the first of the chunk
+        if first > 0:  # make them relative to the first sequence of the chunk
             starts, sequence = starts - starts[0], sequence - first
         *value, row_coef, target_coef = task.backend.ratio_epilogue(
             stats, sequence, starts, ratio.sequences(first, last), task.head

@@ -1,14 +1,16 @@
 """Operators whose arguments and results are records: named tuples and dataclasses.
 
-torch wants flat lists of tensors and numbers from an operator, and the same list again from its fake, from the setup of
-its autograd and from its backward. Here the list is read from a record: its fields in order, those of a nested record
-in their place. So an argument is declared once, and nobody counts positions.
+torch passes flat lists of tensors and numbers to an operator, to its fake, to the setup of its autograd and to its
+backward. Here the list is derived from a record: its fields in order, with nested records expanded in place. Each
+argument is declared only once, and no code depends on positions in the list.
 """
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import is_dataclass
+from itertools import count
+from operator import attrgetter, itemgetter
 from types import GenericAlias
 from typing import Any, Generic, TypeVar, get_type_hints
 
@@ -27,7 +29,13 @@ SECOND_DERIVATIVE = (
 
 
 class Schema(Generic[Record]):
-    """The flat list that stands for a record."""
+    """Converts between a record and its flat list of values.
+
+    `flatten` and `build` are made once from the fields, because every call of an operator runs them several times.
+    """
+
+    flatten: Callable[[Record], Sequence[Any]]  # record -> list of values
+    build: Callable[[Sequence[Any]], Record]  # list of values -> record
 
     def __init__(self, record: type[Record]):
         self.record = record
@@ -38,23 +46,16 @@ class Schema(Generic[Record]):
             self.fields.append((name, nested))
             leaves = {"": annotation} if nested is None else {f".{leaf}": a for leaf, a in nested.leaves.items()}
             self.leaves |= {name + leaf: a for leaf, a in leaves.items()}
+        values = attrgetter(*self.leaves)
+        self.flatten = values if len(self.leaves) > 1 else lambda record: (values(record),)
+        self.build = self._builder(count())
 
-    def flatten(self, record: Record) -> list[Any]:
-        """The values of a record."""
-        flat = []
-        for name, nested in self.fields:
-            value = getattr(record, name)
-            flat += [value] if nested is None else nested.flatten(value)
-        return flat
-
-    def build(self, flat: Sequence[Any]) -> Record:
-        """The record of such values."""
-        values, i = [], 0
-        for _, nested in self.fields:
-            width = 1 if nested is None else len(nested.leaves)
-            values.append(flat[i] if nested is None else nested.build(flat[i : i + width]))
-            i += width
-        return self.record(*values)
+    def _builder(self, positions: Iterator[int]) -> Callable[[Sequence[Any]], Record]:
+        """A function that builds the record from the values at the next positions of a flat list."""
+        parts = [
+            itemgetter(next(positions)) if nested is None else nested._builder(positions) for _, nested in self.fields
+        ]
+        return lambda flat: self.record(*[part(flat) for part in parts])
 
 
 def is_record(annotation: Any) -> bool:
@@ -62,9 +63,9 @@ def is_record(annotation: Any) -> bool:
 
 
 class Operator(Generic[Arguments, Results]):
-    """A custom operator of torch, npo_kernels::<name>, made of a function from a record to a record of tensors.
+    """A custom torch operator, npo_kernels::<name>, from a function that maps a record to a record of tensors.
 
-    Functional: no state, no mutation, no result that is a view of an argument or of another result.
+    It must be functional: no state, no mutation, and no result that is a view of an argument or another result.
     """
 
     def __init__(self, name: str, run: Callable[[Arguments], Results]):
@@ -73,7 +74,7 @@ class Operator(Generic[Arguments, Results]):
         self.results: Schema[Results] = Schema(results)
 
         def run_flat(*flat: Any) -> tuple[Tensor, ...]:
-            with as_written(flat[0]):
+            with without_autocast(flat[0]):
                 return tuple(self.results.flatten(run(self.arguments.build(flat))))
 
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -82,14 +83,22 @@ class Operator(Generic[Arguments, Results]):
             for name, annotation in self.arguments.leaves.items()
         ]
         returns = GenericAlias(tuple, tuple(self.results.leaves.values()))
-        vars(run_flat)["__signature__"] = inspect.Signature(parameters, return_annotation=returns)  # torch reads it
+        vars(run_flat)["__signature__"] = inspect.Signature(parameters, return_annotation=returns)  # read by torch
         self.op = torch.library.custom_op(f"npo_kernels::{name}", run_flat, mutates_args=())
+        self.function: type[torch.autograd.Function] | None = None  # the operator and its backward
 
     def __call__(self, arguments: Arguments) -> Results:
-        return self.results.build(self.op(*self.arguments.flatten(arguments)))
+        flat = self.arguments.flatten(arguments)
+        # The autograd that torch makes for an operator converts its whole schema twice for each argument, which takes a
+        # third of a millisecond with 23 of them. An autograd.Function around the operator does the same without that.
+        # torch.compile and the transforms of torch.func need the operator itself.
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if self.function is None or traced or not torch.is_grad_enabled():
+            return self.results.build(self.op(*flat))
+        return self.results.build(self.function.apply(*flat))  # type: ignore[no-untyped-call]
 
     def register_fake(self, fake: Callable[[Arguments], Results]) -> None:
-        """The shapes and dtypes of the results, for tensors without values."""
+        """Register the fake implementation: shapes and dtypes of the results, for tracing."""
 
         @self.op.register_fake
         def _(*flat: Any) -> tuple[Tensor, ...]:
@@ -101,8 +110,11 @@ class Operator(Generic[Arguments, Results]):
         backward: Callable[[Saved, Results], Sequence[Tensor | None]],
         of: Sequence[str],
     ) -> None:
-        """`save` says what the backward needs. `backward(saved, upstream gradients of the results)`, None for a result
-        without one, gives the gradients of the arguments with the dotted names `of`.
+        """Register the backward.
+
+        `save(arguments, results)` returns what the backward needs. `backward(saved, upstream)` gets the upstream
+        gradients of the results (None for a result without one) and returns the gradients of the arguments with the
+        dotted names `of`.
         """
         unknown = set(of) - set(self.arguments.leaves)
         if unknown:
@@ -112,10 +124,10 @@ class Operator(Generic[Arguments, Results]):
         saved: Schema[Saved] = Schema(next(iter(get_type_hints(backward).values())))
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            ctx.set_materialize_grads(False)  # no zeros of the size of dWeight for results nobody differentiates
+            ctx.set_materialize_grads(False)  # do not allocate zeros for results without gradient
             flat = saved.flatten(save(self.arguments.build(inputs), self.results.build(output)))
-            # autograd refuses to save tensors of inference_mode (a teacher's hidden states): they have no version, by
-            # which it would notice that they were written to meanwhile
+            # autograd refuses to save inference tensors (a teacher's hidden states), which have no version counter to
+            # detect in-place changes; they are kept on ctx instead
             saves = [isinstance(value, Tensor) and not value.is_inference() for value in flat]
             ctx.save_for_backward(*(value if saved else None for value, saved in zip(flat, saves, strict=True)))
             ctx.constants = [None if saved else value for value, saved in zip(flat, saves, strict=True)]
@@ -127,8 +139,19 @@ class Operator(Generic[Arguments, Results]):
 
         self.op.register_autograd(run_backward, setup_context=setup)
 
+        class Differentiable(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *flat: Any) -> tuple[Tensor, ...]:
+                output: tuple[Tensor, ...] = self.op(*flat)
+                setup(ctx, flat, output)
+                return output
+
+            backward = staticmethod(run_backward)
+
+        self.function = Differentiable
+
     def refuse_second_derivative(self) -> None:
-        """Of an operator that forms gradients: an error, instead of zeros."""
+        """Make a second derivative of an operator that computes gradients raise, instead of being zero."""
         self.op.register_autograd(no_second_derivative)
 
 
@@ -138,14 +161,18 @@ def operator(name: str) -> Callable[[Callable[[Arguments], Results]], Operator[A
 
 
 @contextmanager
-def as_written(tensor: Tensor) -> Iterator[None]:
-    """No autocast: it has done its work on the inputs, and here it would round the float32 sums. And the device of the
-    tensor is the current one, on which Triton launches.
+def without_autocast(tensor: Tensor) -> Iterator[None]:
+    """Context without autocast, with the device of the tensor as the current one.
+
+    Autocast was already applied to the inputs, and here it would round float32 sums. Triton launches on the current
+    device.
     """
-    with torch.autocast(tensor.device.type, enabled=False), torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]
+    kind = tensor.device.type
+    off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    with off, torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]
         yield
 
 
 def no_second_derivative(ctx: Any, *_: Any) -> None:
-    """The backward of operators that form gradients."""
+    """The backward of operators that compute gradients: raises NotImplementedError."""
     raise NotImplementedError(SECOND_DERIVATIVE)

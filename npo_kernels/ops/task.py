@@ -1,4 +1,4 @@
-"""From the `Call` of an operator to the `Task` that the modes run: values checked, rows compacted, backend chosen."""
+"""Build the `Task` that the modes run from the `Call` of an operator: check values, compact rows, pick the backend."""
 
 from npo_kernels.backends.choose import backend_of
 from npo_kernels.call.call import Call
@@ -7,7 +7,7 @@ from npo_kernels.core.value_checks import check_values
 
 
 def task_of(call: Call, upstream_later: bool = False) -> Task:
-    """`upstream_later`: see `Task`."""
+    """The `Task` of a call; for `upstream_later` see `Task`."""
     execution, shard = call.execution, call.execution.shard
     vocab_size = call.head.weight.shape[0] if shard is None else shard.vocab_size
     backend = backend_of(execution.impl)

@@ -1,6 +1,6 @@
-"""The gradients of a user's loss of log-probabilities, formed in the forward.
+"""A loss function of the caller, evaluated in the forward so that the gradients can be computed there.
 
-No operator: a Python function cannot be the argument of one.
+This is a torch.autograd.Function and not a custom operator, since operators cannot take a Python function.
 """
 
 from collections.abc import Callable
@@ -17,21 +17,21 @@ from npo_kernels.core.layout import Rows
 from npo_kernels.core.softmax_stats import Statistics, gradient_coefficients
 from npo_kernels.core.value_checks import check_exact_rows
 from npo_kernels.ops.gradients import GradientTensors, Kept, SavedGradients, kept
-from npo_kernels.ops.schema import as_written
+from npo_kernels.ops.schema import without_autocast
 from npo_kernels.ops.task import task_of
 
 
 @dataclass(frozen=True)
 class ScoredTokens:
-    """What a loss is given: the log-probabilities of the scored tokens, and where each belongs."""
+    """The input of a loss function: the log-probabilities of the scored tokens, and their sequences."""
 
     token_logps: Tensor  # (N,) float32
-    sums: Tensor  # (B,) their sums, as the backend forms them
+    sums: Tensor  # (B,) their sums per sequence, computed by the backend
     rows: Rows
 
     @property
     def sequence(self) -> Tensor:
-        """(N,) int64; of filling rows, which there are only where the caller passed num_rows, that of the last."""
+        """(N,) int64. Padding rows, which exist only if the caller passed num_rows, get the last sequence."""
         sequence = self.rows.sequence
         return sequence if self.rows.host_starts is not None else sequence.clamp(max=self.sums.shape[0] - 1)
 
@@ -42,7 +42,7 @@ class ScoredTokens:
 
     @property
     def logps(self) -> Tensor:
-        """(B,) `sums` as a differentiable function of `token_logps`."""
+        """(B,) the values of `sums`, differentiable with respect to `token_logps`."""
         logps: Tensor = SequenceSums.apply(self.token_logps, self.sums, self.rows.sequence)  # type: ignore[no-untyped-call]
         return logps
 
@@ -51,17 +51,17 @@ LossOfTokens = Callable[[ScoredTokens], Tensor]
 
 
 def of_sequences(loss_fn: Callable[[Tensor, Tensor], Tensor]) -> LossOfTokens:
-    """loss_fn(logps (B,), num_tokens (B,))."""
+    """Adapt loss_fn(logps (B,), num_tokens (B,))."""
     return lambda scored: loss_fn(scored.logps, scored.num_tokens)
 
 
 def of_tokens(loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> LossOfTokens:
-    """loss_fn(token_logps (N,), sequence (N,), num_tokens (B,)), where N is the number of scored tokens exactly."""
+    """Adapt loss_fn(token_logps (N,), sequence (N,), num_tokens (B,)) for exactly the N scored tokens."""
 
     def loss(scored: ScoredTokens) -> Tensor:
         rows = scored.rows
         token_logps = scored.token_logps
-        if rows.host_starts is None:  # the caller passed num_rows, which has to be right
+        if rows.host_starts is None:  # the caller passed num_rows, which must be exact
             check_exact_rows(rows.starts[-1], rows.index.shape[0])
             token_logps = token_logps * exact(rows.starts, rows.index.shape[0])
         return loss_fn(token_logps, scored.sequence, scored.num_tokens)
@@ -70,7 +70,7 @@ def of_tokens(loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> LossOfToke
 
 
 def exact(starts: Tensor, num_rows: int) -> Tensor:
-    """1 where there are as many scored tokens as rows, else NaN: of the loss and of its gradients."""
+    """1 if the number of scored tokens equals num_rows, else NaN: a factor that makes loss and gradients NaN."""
     return torch.where(starts[-1] == num_rows, 1.0, torch.nan)
 
 
@@ -83,17 +83,17 @@ class TokenLossResults(NamedTuple):
 
 
 def token_loss(call: Call, loss: LossOfTokens) -> TokenLossResults:
-    """`loss` of a checked call of which a gradient is wanted; all but the loss is detached."""
+    """Evaluate `loss` for a checked call with gradients. All results but the loss are detached."""
     inputs = call.hidden, call.head.weight, call.head.bias
     results = TokenLoss.apply(*inputs, call, loss)  # type: ignore[no-untyped-call]
     return TokenLossResults(*results[: len(TokenLossResults._fields)])
 
 
 class TokenLoss(torch.autograd.Function):
-    """(`TokenLossResults`, the gradients as `Kept`): runs the loss in the forward, where the exponentials still exist.
+    """Evaluates the loss in the forward, while the exponentials exist. Returns (*`TokenLossResults`, *`Kept`).
 
-    hidden, weight and bias are those of the call; autograd sees arguments only.
-    The gradients are outputs so that they hang on the graph: who differentiates them again gets an error, not zeros.
+    hidden, weight and bias are those of `call`; they are passed separately because autograd tracks arguments only. The
+    gradients are outputs so that they are part of the graph: a second derivative then raises instead of being zero.
     """
 
     @staticmethod
@@ -111,9 +111,9 @@ class TokenLoss(torch.autograd.Function):
             results = TokenLossResults(loss, stats.logp, scored.sequence, sums, rows.num_tokens)
             return gradient_coefficients(stats, grad, task.head)
 
-        with as_written(hidden):
+        with without_autocast(hidden):
             task = task_of(call, upstream_later=True)
-            # not separable: a loss may mix sequences, so it sees all of them at once
+            # not separable: a loss function may combine sequences, so it gets all of them at once
             plan = task.plan(call.execution.workspace_bytes, gradient_in_forward=True, separable=False)
             _, grads = execute.value_and_gradients(task, plan, weigh)
         ctx.set_materialize_grads(False)
@@ -121,7 +121,7 @@ class TokenLoss(torch.autograd.Function):
         formed = kept(grads, hidden, call.head)
         saved = formed.grads.hidden, formed.grads.weight, formed.grads.bias, formed.unit
         ctx.save_for_backward(*saved)
-        assert results is not None  # a plan has a chunk at least
+        assert results is not None  # a plan has at least one chunk
         ctx.mark_non_differentiable(*results[1:])
         return *results, *saved
 
@@ -133,7 +133,7 @@ class TokenLoss(torch.autograd.Function):
 
 
 class SequenceSums(torch.autograd.Function):
-    """The sums (B,) of token_logps (N,) by sequence, which the backend has formed already."""
+    """The sums (B,) of token_logps (N,) per sequence, with the values that the backend has already computed."""
 
     @staticmethod
     def forward(ctx: Any, token_logps: Tensor, sums: Tensor, sequence: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class SequenceSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (sequence,) = ctx.saved_tensors
-        return F.pad(upstream, (0, 1))[sequence], None, None  # a filling row reads the zero past the last sequence
+        return F.pad(upstream, (0, 1))[sequence], None, None  # padding rows read the zero after the last sequence
 
 
 def _value_and_grad(loss_of: LossOfTokens, scored: ScoredTokens) -> tuple[Tensor, Tensor]:
@@ -153,17 +153,19 @@ def _value_and_grad(loss_of: LossOfTokens, scored: ScoredTokens) -> tuple[Tensor
         loss = loss_of(scored)
         check_scalar(loss, leaf.device)
         _check_only_leaf(loss, leaf)
-        if not loss.requires_grad:  # a loss that does not depend on them, or depends on all of them ignored
+        if not loss.requires_grad:  # the loss does not depend on the log-probabilities
             return loss.detach(), torch.zeros_like(leaf)
         (grad,) = torch.autograd.grad(loss, leaf, allow_unused=True)
     return loss.detach(), torch.zeros_like(leaf) if grad is None else grad
 
 
 def check_scalar(loss: Tensor, device: torch.device) -> None:
-    """A result of `loss_fn` from which a gradient can reach log-probabilities on `device`."""
+    """Check that the result of `loss_fn` is a 0-d floating-point tensor on `device`, the device of its arguments."""
     if not isinstance(loss, Tensor) or loss.dim() != 0:
-        came = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn: expected it to return a 0-d tensor, got {came}; reduce it with .mean() or .sum()")
+        received = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"loss_fn: expected it to return a 0-d tensor, got {received}; reduce it with .mean() or .sum()"
+        )
     if not loss.is_floating_point():
         raise ValueError(
             f"loss_fn: expected it to return a floating-point tensor, got {loss.dtype}, which carries no gradient to "
@@ -176,7 +178,7 @@ def check_scalar(loss: Tensor, device: torch.device) -> None:
 
 
 def _check_only_leaf(loss: Tensor, leaf: Tensor) -> None:
-    """Refuse a loss whose graph reaches another tensor that requires grad: its gradient would be lost."""
+    """Refuse a loss that depends on another tensor that requires grad: that tensor's gradient would be lost."""
     pending, seen = [loss.grad_fn], set()
     while pending:
         node = pending.pop()

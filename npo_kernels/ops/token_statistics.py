@@ -1,6 +1,6 @@
 """npo_kernels::token_statistics: statistics of the next-token distributions, with a backward for any upstream gradient.
 
-One product forward, three in the backward. All of them come from one pass, so the operator always has all.
+One product in the forward, three in the backward. One pass yields all statistics, so the operator always returns all.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from torch import Tensor
 from npo_kernels.backends.choose import backend_of
 from npo_kernels.call.call import Call, Execution
 from npo_kernels.core.execute import gradients_of_slabs, target_logits
-from npo_kernels.core.layout import DEAD_ROW, ELSEWHERE, Rows
+from npo_kernels.core.layout import OTHER_RANK, PADDING_ROW, Rows
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.plan import Plan
 from npo_kernels.core.row_moments import NAMES, RowMoments, gradient_rows, join, statistics
@@ -22,7 +22,7 @@ from npo_kernels.ops.task import task_of
 
 
 def plan_of(task: Task, workspace_bytes: int | None) -> Plan:
-    """Of the sweep that forms the gradients."""
+    """Plan of the sweep that computes the gradients."""
     columns = task.head.weight.shape[0] if task.shard is None else max(task.shard.sizes)
     capped = task.head.softcap is not None
     scratch = task.backend.moment_scratch(task.hidden, task.rows.index.shape[0], columns, capped)
@@ -30,13 +30,13 @@ def plan_of(task: Task, workspace_bytes: int | None) -> Plan:
 
 
 class SavedMoments(NamedTuple):
-    """The scored rows, as `Rows` and `RowMoments`."""
+    """State of the scored rows for the backward: `Rows` and `RowMoments` as tensors."""
 
     positions: Tensor  # (N,)
     target: Tensor  # (N,)
     sequence: Tensor  # (N,)
     starts: Tensor  # (B+1,)
-    moments: Tensor  # (6, N) float32: `RowMoments` but argmax
+    moments: Tensor  # (6, N) float32: `RowMoments` except argmax
     argmax: Tensor  # (N,) int64
 
 
@@ -49,7 +49,7 @@ class StatisticsResults(NamedTuple):
 def token_statistics(call: Call) -> StatisticsResults:
     task = task_of(call)
     rows = task.rows
-    plan_of(task, call.execution.workspace_bytes)  # what the backward cannot do is refused here
+    plan_of(task, call.execution.workspace_bytes)  # raises here if the workspace is too small for the backward
     x = task.gather()
     whole = join(task.backend.row_moments(x, task.head, rows.target))
     vocab_size = task.head.weight.shape[0]
@@ -58,7 +58,7 @@ def token_statistics(call: Call) -> StatisticsResults:
     values, moments = statistics(whole, target_logits(task, x, rows.target), vocab_size)
     total = call.hidden.shape[0]
     scattered = values.new_zeros(len(NAMES), total + 1)
-    scattered[:, torch.where(rows.target != DEAD_ROW, rows.index, total)] = values  # filling rows write past the end
+    scattered[:, torch.where(rows.target != PADDING_ROW, rows.index, total)] = values  # padding rows: the extra column
     packed = torch.stack(moments[:-1])
     saved = SavedMoments(rows.index, rows.target, rows.sequence, rows.starts, packed, moments.argmax)
     return StatisticsResults(scattered[:, :-1].clone(), saved)
@@ -67,7 +67,7 @@ def token_statistics(call: Call) -> StatisticsResults:
 @token_statistics.register_fake
 def _(call: Call) -> StatisticsResults:
     total = call.hidden.shape[0]
-    # the number of scored rows depends on data
+    # the number of scored rows depends on the data
     size = torch.library.get_ctx().new_dynamic_size() if call.num_rows is None else min(call.num_rows, total)
 
     def floats(*shape: int | torch.SymInt) -> Tensor:
@@ -82,7 +82,7 @@ def _(call: Call) -> StatisticsResults:
 
 
 class SavedStatistics(NamedTuple):
-    """What autograd keeps between `token_statistics` and its backward."""
+    """State saved by autograd between `token_statistics` and its backward."""
 
     hidden: Tensor  # (T, H)
     head: Head
@@ -107,9 +107,9 @@ def token_statistics_backward(upstream: UpstreamStatistics) -> GradientTensors:
     vocab_size = head.weight.shape[0]
     if shard is not None:
         column = moments.argmax - sum(shard.sizes[: shard.rank])
-        column = torch.where((column >= 0) & (column < vocab_size), column, ELSEWHERE)
+        column = torch.where((column >= 0) & (column < vocab_size), column, OTHER_RANK)
         moments, vocab_size = moments._replace(argmax=column), shard.vocab_size
-    grad = torch.where(rows.target != DEAD_ROW, upstream.grad[:, rows.index], 0.0)
+    grad = torch.where(rows.target != PADDING_ROW, upstream.grad[:, rows.index], 0.0)
     parts, coefs = gradient_rows(moments, grad, rows.target, head, vocab_size)
     x = task.gather()
 

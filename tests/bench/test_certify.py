@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -13,11 +15,13 @@ import pytest
 
 from bench import provenance
 from bench.__main__ import main
-from bench.certify import report, runner, schedule
+from bench.certify import report, runner, schedule, specializations
 from bench.certify.command import exit_code
 from bench.certify.journal import BROKEN, CRASHED, FAILED, MISSING, NOT_MEASURED, PASSED, TIMED_OUT, Journal
 from bench.certify.schedule import BUDGETS, RESERVE, STAGES, Stage, allotment, chosen
-from bench.certify.stages import checks, sanitizer
+from bench.certify.specializations import Compiled, Compilers, Specialization
+from bench.certify.stages import checks, head, peers, sanitizer
+from bench.certify.stages import compile as compile_stage
 from bench.certify.tests import run_tests
 from bench.certify.unit import Context, Unit
 from bench.providers import UnsupportedError
@@ -314,8 +318,59 @@ def test_a_timeline_counts_what_lies_between_launches():
     assert found.by_name() == {"b": [20], "a": [8, 7], "copy": [5]}
 
 
+def wait(specialization: Specialization) -> Compiled:
+    """In place of compiling."""
+    time.sleep(float(specialization.data))
+    return Compiled(specialization.kernel, float(specialization.data), None)
+
+
+@pytest.mark.parametrize(("seconds", "begins"), [("0", "1 specialisations"), ("600", "1 of 2 specialisations")])
+def test_compiling_begins_while_it_is_found_and_stops_before_the_stage_is_killed(
+    seconds, begins, tmp_path, monkeypatch
+):
+    @contextmanager
+    def rigged(each):
+        found = {}
+
+        def launch(specialization):
+            found[specialization] = None
+            each(specialization)
+
+        launches.append(launch)
+        yield found
+
+    def calls(device):
+        yield lambda: launches[0](Specialization("m", "quick", "0"))
+        if seconds != "0":
+            yield lambda: launches[0](Specialization("m", "slow", seconds))
+
+    launches = []
+    monkeypatch.setattr(specializations, "compile_one", wait)
+    monkeypatch.setattr(compile_stage, "collecting", rigged)
+    context = Context(tmp_path, toy=True, deadline=time.monotonic() + compile_stage.MARGIN + 2)
+    context.kept["compilers"] = Compilers(2)
+    try:
+        said = compile_stage.compile_all(calls, context)
+        assert said.startswith(begins) and context.left > 0
+        late = replace(context, deadline=time.monotonic())
+        with pytest.raises(RuntimeError, match="nothing compiled in the time"):
+            compile_stage.compile_all(calls, late)
+    finally:
+        for process in context.kept["compilers"].pool._processes.values():
+            process.kill()
+
+
+def test_measurements_are_compiled_first_and_a_try_leaves_time_to_the_turns(tmp_path):
+    context = Context(tmp_path, toy=False, deadline=0)
+    assert [unit.name.split()[-1] for unit in compile_stage.units(context)] == ["measurements", "checks"]
+    tries = [unit for unit in peers.units(context) if unit.name.startswith("try ")]
+    assert [unit.name.removeprefix("try ") for unit in tries[: len(peers.FIRST)]] == list(peers.FIRST)
+    assert all(unit.reserve == peers.RESERVE and unit.seconds >= 3 for unit in tries)
+    assert [unit.name for unit in head.units(context)][:2] == ["peaks", "growth over V"]
+
+
 SPECIALIZATIONS = """
-import os, sys, torch
+import os, sys, torch, warnings
 from unittest import mock
 from triton.compiler import CompiledKernel
 from bench.certify.specializations import collect, compile_one, pretend_sm_90, rows_without_kernels
@@ -331,6 +386,7 @@ def call():
 def cached():
     return set(os.listdir(os.environ["TRITON_CACHE_DIR"]))
 
+warnings.simplefilter("error")  # memory that no kernel wrote is not read
 found = [s for s in collect([call, call])]
 assert len(found) == len(set(found))
 assert {s.kernel for s in found} >= {"target_logit_kernel", "exp_logits_kernel", "sequence_sums_kernel"}

@@ -97,7 +97,7 @@ def test_the_checkout_counts_and_too_much_is_an_error(peer, tmp_path, monkeypatc
     monkeypatch.setattr(wheels, "tracked_bytes", lambda root: 3 * wheels.MIB)
     here = ["--out", str(tmp_path), "--set", "first"]
     assert wheels.main(options(*here, "--limit_mb", "3.1")) == 0
-    assert "with the checkout 3.0 MiB" in capsys.readouterr().out
+    assert f"with the checkout 3.0 MiB (leave {wheels.LEFT_BEHIND} behind" in capsys.readouterr().out
     assert wheels.main(options(*here, "--limit_mb", "2.5")) == 1
     assert "first is 0.5 MiB over" in capsys.readouterr().err
 
@@ -117,8 +117,16 @@ def test_the_tracked_files_are_counted(tmp_path):
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     (tmp_path / "a file").write_bytes(b"x" * 100)
     (tmp_path / "untracked").write_bytes(b"x" * 1000)
-    subprocess.run(["git", "add", "a file"], cwd=tmp_path, check=True)
+    behind = tmp_path / wheels.LEFT_BEHIND / "report.md"
+    behind.parent.mkdir(parents=True)
+    behind.write_bytes(b"x" * 10_000)
+    subprocess.run(["git", "add", "a file", behind], cwd=tmp_path, check=True)
     assert wheels.tracked_bytes(tmp_path) == 100
+
+
+def test_certify_reads_nothing_of_what_is_left_behind():
+    sources = [*(wheels.ROOT / "bench").rglob("*.py"), *(wheels.ROOT / "tests" / "gpu").rglob("*.py")]
+    assert [path.name for path in sources if wheels.LEFT_BEHIND in path.read_text()] == ["wheels.py"]
 
 
 def test_every_package_has_one_version_and_a_reason():

@@ -309,7 +309,7 @@ def test_adding_twice_is_adding_once(model):
 
 @pytest.fixture
 def peft():
-    return pytest.importorskip("peft", reason="the training extra is not installed")
+    return pytest.importorskip("peft", reason="the train extra is not installed")
 
 
 @pytest.mark.parametrize("first", ["head", "adapter"])

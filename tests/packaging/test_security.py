@@ -21,7 +21,7 @@ from training.store import SEAL, DamagedError, check_seal, file_hash, seal, writ
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
     path.relative_to(ROOT).as_posix()
-    for folder in ("npo_kernels", "csrc_triton", "training", "bench", "examples")
+    for folder in ("npo_kernels", "csrc_triton", "training", "bench", "examples", "tools")
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -1,20 +1,16 @@
-"""A wheel built from this tree, installed in an empty environment and run from another folder, works."""
+"""The source distribution of this tree, and its wheel, which works in an empty environment and from another folder."""
 
-import importlib.util
 import json
 import os
-import shutil
-import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-# in the root; so is whatever begins with a dot
-LEFT_BEHIND = {"build", "dist", "shared", "data", "runs", "outputs"}
+from tests.packaging.builds import ROOT, build_sdist, build_wheel, run
 
 # A user's first calls, for every implementation that runs without a GPU, against float64.
 FIRST_CALL = """
@@ -50,30 +46,14 @@ print(json.dumps({
 """
 
 
-def run(*command: str | Path, **options) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, **options)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
-def not_in_a_build(folder: str, names: list[str]) -> set[str]:
-    if Path(folder) != ROOT:
-        return {"__pycache__"}
-    return {name for name in names if name[0] == "." or name in LEFT_BEHIND or name.endswith(".egg-info")}
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    return build_sdist(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Built from a copy: a build leaves `build/` behind, and the next wheel takes stale files from there."""
-    if not all(map(importlib.util.find_spec, ("pip", "setuptools"))):
-        pytest.skip("building a wheel needs pip and setuptools")
-    source = tmp_path_factory.mktemp("source") / "npo"
-    shutil.copytree(ROOT, source, ignore=not_in_a_build)
-    out = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
-    run(*pip, "--wheel-dir", out, source)
-    (built,) = out.glob("*.whl")
-    return built
+def wheel(sdist, tmp_path_factory) -> Path:
+    return build_wheel(sdist, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +69,18 @@ def python(wheel, tmp_path_factory) -> Path:
     # Path files in a borrowed folder are not followed: an editable installation of this tree is out of reach.
     (site_packages / "borrowed.pth").write_text("\n".join(borrowed))
     return interpreter
+
+
+def test_the_source_distribution_holds_what_is_built_read_and_cited(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    top = {name.split("/")[0] for name in names if name} - {"npo_kernels.egg-info", "PKG-INFO", "setup.cfg"}
+    documents = {"README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "SECURITY.md"}
+    assert top == documents | {"pyproject.toml", "MANIFEST.in", "npo_kernels", "csrc_triton"}
+    for package in ("npo_kernels", "csrc_triton"):
+        here = {path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py")}
+        assert here <= names
+    assert "npo_kernels/py.typed" in names
 
 
 def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
@@ -109,7 +101,7 @@ def test_the_wheel_needs_only_torch(wheel):
     required = [line for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
     assert [line.split()[1].split(">")[0] for line in required] == ["torch"]
     extras = {line.split()[1] for line in lines if line.startswith("Provides-Extra:")}
-    assert extras >= {"hf", "training", "bench", "flash", "liger", "quant"}
+    assert extras >= {"hf", "train", "bench", "triton", "flash", "hub", "real", "liger", "quant"}
     assert "License-Expression: Apache-2.0" in lines
 
 

@@ -61,6 +61,7 @@ def loss_in_double(steps, model, reference, k, retain_weight=None):
     refs = {
         kind: steps.frozen.scores[kind].logps[members[kind]].double() for kind in now if kind in steps.frozen.scores
     }
+    assert method.family in FORGET, f"tests/training/formulas.py: FORGET has no formula of {method.family!r}"
     loss = s.forget_weight * FORGET[method.family](now, before, refs, s, steps, members)
     weight = s.retain_weight if retain_weight is None else retain_weight
     if method.retain is None:

@@ -236,7 +236,8 @@ def test_the_readme_has_the_table_of_the_registry():
     page = (Path(__file__).resolve().parents[2] / "training" / "README.md").read_text()
     for names, formula, paper in table():
         cells = [", ".join(f"`{name}`" for name in names.split(", ")), f"`{formula}`".replace("|", "\\|"), paper]
-        assert f"| {' | '.join(cells)} |" in page
+        row = f"| {' | '.join(cells)} |"
+        assert row in page, f"the table of methods in training/README.md lacks this row:\n{row}"
 
 
 def test_the_page_of_methods_has_the_losses_of_published_code():

@@ -12,7 +12,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from accelerate.utils import is_tensorboard_available
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 
@@ -318,11 +317,3 @@ def test_metrics_are_of_the_whole_step(corpus):
     metrics = Trainer(model, CONFIG, len(job)).step(job.passes(model, 0))
     assert metrics.loss == pytest.approx(loss.item(), rel=1e-5)
     assert metrics.grad_norm == pytest.approx(norm, rel=1e-4)
-
-
-@pytest.mark.parametrize("report_to", ["tensorboard", "no_such_tracker"])
-def test_an_absent_tracker_says_so(report_to, corpus, tmp_path):
-    if report_to == "tensorboard" and is_tensorboard_available():
-        pytest.skip("tensorboard is installed")
-    with pytest.raises(ValueError, match=report_to):
-        Trainer(fresh_model(corpus), CONFIG, 4, report_to=report_to, folder=tmp_path)

@@ -55,7 +55,7 @@ def _finetuned(session: Session[FinetuneOptions], examples: list[Example], num_s
     model = session.to_train(session.load_model())
     session.check_lengths(model, examples)
     steps = FinetuningSteps(examples, options, session.batches(model))
-    trainer = Trainer(model, options, num_steps, options.report_to, session.out)
+    trainer = Trainer(model, options, num_steps)
     history = run(
         trainer,
         steps,
@@ -63,8 +63,10 @@ def _finetuned(session: Session[FinetuneOptions], examples: list[Example], num_s
         lambda step, progress: {},
         label=f"Fine-tuning, {options.split}",
         checkpoints=session.checkpoints,
+        tracking=session.tracking,
     )
-    session.save_model(model, trainer.weights(), f"fine-tuned on {options.split} of {benchmark.title}")
+    card = session.card(f"fine-tuned on {options.split} of {benchmark.title}", {options.split: examples})
+    session.save_model(model, trainer.weights(), card)
     metrics = {"history": history, "steps": num_steps, "rows": len(examples)}
     distributed.on_main(lambda: write_finetuning_report(session.out, metrics, session.public()))
     return session.finish(metrics)

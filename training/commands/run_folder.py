@@ -38,6 +38,7 @@ from training.versions import versions
 RUN_FILES = (
     *("config.json", "options.yaml", "metrics.json", "report.md", "eval_log_aggregated.json"),
     *("figure.png", "beta.png", "collapse.png", "lengths.png", "model", "adapter", "eval", "reference"),
+    *("tensorboard", "wandb", "trackers.json"),
     *("checkpoint-*", ".*.partial", ".*.pieces", "*_EVAL.json", "*_SUMMARY.json", "run.json"),
 )
 # Options that are paths, or that say nothing of the result: they are not in config.json.

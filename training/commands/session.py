@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from training.checkpoints import Checkpoints
 from training.commands.presets import PRESETS
 from training.commands.run_folder import RunFolder, model_name, public
 from training.config import TrainConfig
-from training.data import Example
+from training.data import Example, data_hash
 from training.layers import train_only
 from training.loading import load_tokenizer
 from training.model import (
@@ -38,11 +38,12 @@ from training.model import (
     weights_hash,
 )
 from training.pieces import Pieces
-from training.reports.run import model_card
+from training.reports.card import CARD, HUB_NAME, Card, Results
 from training.run import Schedule
 from training.steps import Batches
-from training.store import SEAL, DamagedError, check_seal, file_hash, fingerprint, renamed_when_done, seal
+from training.store import SEAL, DamagedError, check_seal, file_hash, fingerprint, renamed_when_done, seal, write_text
 from training.templates import Format
+from training.tracking import Tracking
 
 # Settings that do not determine the result, or that the key has by their content.
 NOT_IN_KEY = (
@@ -89,7 +90,9 @@ class RunOptions:
     eval_epochs: Annotated[int, "epochs between evaluations, where --eval_steps does not say it"] = 1
     save_steps: Annotated[int | None, "steps between checkpoints. None: an epoch; 0: not by steps"] = None
     save_every_minutes: Annotated[float, "a checkpoint whenever the last one is as old as this; 0: not by time"] = 30.0
-    report_to: Annotated[str | None, "tensorboard, wandb, ..., several with commas"] = None
+    report_to: Annotated[
+        str | None, "live curves: tensorboard, wandb, ..., or several with commas (docs/guides/logging.md)"
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,9 @@ class Session(Generic[Given]):
             raise ValueError(f"--out {self.out} is the folder of --model; choose another one")
         self.device = pick_device(options.device)
         self.folder = RunFolder(self.out, options, benchmark.options)
+        self.tracking = Tracking(
+            options.report_to, self.out, self.out.resolve().name, self.folder.settings, self.device, self.say
+        )
         self.say(f"{self.out}: {benchmark.title}, {model_name(self.model)} on {self.device}")
 
     @cached_property
@@ -190,7 +196,24 @@ class Session(Generic[Given]):
         """ValueError where one is longer than the model can read."""
         check_length(model, max((len(e.input_ids) for e in examples), default=0), "an example")
 
-    def save_model(self, model: PreTrainedModel, weights: dict[str, Tensor], what: str) -> None:
+    def card(self, title: str, rows: Mapping[str, Iterable[Example]], **more: Any) -> Card:
+        """What README.md of the model says. `rows`: those that were learned or forgotten, by kind."""
+        data_dir = str(getattr(self.benchmark.options, "data_dir", ""))
+        return Card(
+            name=self.out.resolve().name,
+            base=self.model,
+            base_name=model_name(self.model),
+            title=title,
+            settings=self.public(),
+            data={kind: (len(examples := list(some)), data_hash(examples)) for kind, some in rows.items()},
+            benchmark=self.benchmark.title,
+            dataset=data_dir if HUB_NAME.fullmatch(data_dir) and not Path(data_dir).exists() else "",
+            **more,
+        )
+
+    def save_model(
+        self, model: PreTrainedModel, weights: dict[str, Tensor], card: Card, results: Results | None = None
+    ) -> None:
         """model/, with merged adapters (and these alone in adapter/), tokenizer and model card."""
 
         def save() -> None:
@@ -202,10 +225,13 @@ class Session(Generic[Given]):
                 whole.save_pretrained(folder, state_dict=state)
                 self.format.save_pretrained(folder)
                 seal(folder)  # but for the card, which anybody may edit
-                card = model_card(model_name(self.model), what, self.public())
-                (folder / "README.md").write_text(card, encoding="utf-8")
+                (folder / CARD).write_text(card.text(results or {}), encoding="utf-8")
 
         distributed.on_main(save)
+
+    def update_card(self, card: Card, results: Results) -> None:
+        """With what was measured after the model was saved."""
+        distributed.on_main(lambda: write_text(self.out / "model" / CARD, card.text(results)))
 
     def finish(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Write metrics.json and config.json; the checkpoints have served."""

@@ -16,6 +16,7 @@ and SIGTERM save; the same command goes on where it was, and ends with the bits 
 CPU).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -39,10 +40,12 @@ from training.layers import LayerTap
 from training.loading import load_config
 from training.methods import METHODS, Sizes, method_named, table
 from training.model import merged
+from training.observed import Observed
 from training.progress import counted, progress
 from training.quantization import linear_weights, rounded
 from training.reference_cache import check_step_zero, found_or_computed
 from training.relearning import relearn_, split
+from training.reports.card import Card
 from training.reports.run import write_unlearning_report
 from training.run import run
 from training.scoring import PerToken, Scores, score
@@ -205,8 +208,9 @@ class Unlearning:
         dual = None
         if method.dual and method.retain:
             dual = DualWeight(settings, len(self.plan.steps) // self.options.epochs, batches.device)
+        observed = Observed() if self.session.tracking else None
         return UnlearningSteps(
-            method, settings, self.plan, self.rows, frozen, self.options, batches, tap=tap, dual=dual
+            method, settings, self.plan, self.rows, frozen, self.options, batches, tap, dual, observed
         )
 
     def evaluate(
@@ -223,6 +227,27 @@ class Unlearning:
             tell_warnings(self.benchmark, measures, self.retain_log)
         weight = {} if dual is None else {"retain_weight": dual.weight}
         return {"epoch": step * self.options.epochs / len(self.plan.steps), **weight, **summary}
+
+    def card(self, step_zero: Mapping[str, float] | None) -> Card:
+        """Of the unlearned model, without its results. `step_zero`: of `check_step_zero`."""
+        benchmark, method, parts = self.benchmark, self.method, []
+        if method.reference or self.per_token:
+            what = "last hidden states" if self.per_token == "hidden" else "log-probabilities"
+            parts.append(f"Its {what} on {len(self.rows['forget'])} forget rows were computed once and cached.")
+        if method.needs_frozen_model(self.settings):
+            parts.append("It was kept in memory, frozen, and run in every step.")
+        if step_zero is not None:
+            parts.append(
+                f"Before the first step the NPO loss against the cache was {step_zero['loss']:.6f}; expected: (2/beta) "
+                f"ln 2 = {step_zero['expected_loss']:.6f}."
+            )
+        return self.session.card(
+            f"with {benchmark.scenario} of {benchmark.title} unlearned by {method.label}",
+            self.rows,
+            method=method,
+            reference=" ".join(["The reference model is the model before the first step.", *parts]) if parts else "",
+            columns=benchmark.columns,
+        )
 
     def attacks(self, model: PreTrainedModel, tap: LayerTap | None) -> dict[str, dict[str, Any]]:
         """{attack: the numbers after it}: weights rounded to each format, and relearning, which leaves the model so.
@@ -318,7 +343,7 @@ def _unlearned(job: Unlearning) -> dict[str, Any]:
             on_rows = counted(display, "Check of step 0", len(rows))
             step_zero = check_step_zero(model, rows, refs, batches, options.batch_size, job.settings.beta, on_rows)
     steps = job.steps(model, batches, Frozen(scores, head=head))
-    trainer = Trainer(model, options, num_steps, options.report_to, session.out)
+    trainer = Trainer(model, options, num_steps, steps.observed)
     if job.formats and trainer.sharded:
         raise ValueError("--rounded: expected one process, or DDP; or `training.evaluate --rounded` of the saved model")
     if options.relearn and distributed.count() > 1:
@@ -332,10 +357,15 @@ def _unlearned(job: Unlearning) -> dict[str, Any]:
         lambda step, progress: job.evaluate(model, step, progress, steps.dual),
         label=method.label,
         checkpoints=session.checkpoints,
+        tracking=session.tracking,
     )
-    weights = trainer.weights()
+    weights, card = trainer.weights(), job.card(step_zero)
+    results = {"before": history[0], "after": history[-1]}
     if options.save_model:
-        session.save_model(model, weights, f"unlearned {benchmark.scenario} of {benchmark.title} by {method.label}")
+        session.save_model(model, weights, card, results)
+    attacks = job.attacks(model, steps.tap) if job.formats or options.relearn else {}
+    if options.save_model and attacks:
+        session.update_card(card, results | {f"after, {attack}": summary for attack, summary in attacks.items()})
     metrics = {
         "method": method.label,
         "scenario": benchmark.scenario,
@@ -343,7 +373,7 @@ def _unlearned(job: Unlearning) -> dict[str, Any]:
         "steps": num_steps,
         "step_zero": step_zero,
         "history": history,
-        "attacks": job.attacks(model, steps.tap) if job.formats or options.relearn else {},
+        "attacks": attacks,
         "samples": {"before": job.samples(0), "after": job.samples(num_steps)},
     }
     distributed.on_main(lambda: write_unlearning_report(session.out, metrics, session.public(), benchmark))

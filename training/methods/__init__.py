@@ -1,6 +1,12 @@
-"""The objectives, one record each, in the registry `METHODS`; a file a family."""
+"""The objectives, one record each, in the registry `METHODS`; a file a family.
 
-# They register their methods, in the order of tables and help texts.
+Every file of this folder is imported, so a new method is a new file and nothing else.
+"""
+
+import importlib
+import pkgutil
+
+# The methods of the papers register first, in the order of tables and help texts.
 # isort: off
 from training.methods import likelihood, preference, token_weighted  # noqa: F401
 from training.methods import flat_logits, distillation, representation, distribution  # noqa: F401
@@ -9,6 +15,9 @@ from training.methods import flat_logits, distillation, representation, distribu
 from training.methods.base import METHODS, Method, Sizes, method_named, register, register_family
 from training.methods.rows import Batch, Head, Reference, Rows
 from training.methods.settings import Settings
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "METHODS",

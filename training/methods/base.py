@@ -28,6 +28,7 @@ PRODUCTS: dict[Reads, int] = {"sequence": 3, "token": 3, "statistics": 4, "hidde
 SUFFIXES: dict[str, Retain | None] = {"": None, "_rt": "nll", "_kl": "kl"}
 
 Loss = Callable[[Batch, Settings], Tensor]
+Observe = Callable[[str, Tensor, float], None]  # name of a term, the term without its weight, its weight
 
 
 class Sizes(NamedTuple):
@@ -66,6 +67,8 @@ class Method:
         published_rows: the positions that OpenUnlearning's code takes where they are not the scored ones: "label", a
             token's own position and not the one before, "every", padding included. `Settings.published_rows` asks for
             them.
+        row_weight: (batch, settings) -> (n,) factor of the gradient of each forget row, for trackers. None: there is
+            no such factor.
         products: with the head, forward and backward together, on the forget rows. None: by what is read.
         check: (settings, sizes) -> why this method cannot run so, as a message to the user; "" where it can.
         reconstructed: the source does not state the formula completely; the loss says what was filled in.
@@ -90,6 +93,7 @@ class Method:
     ref_activations: bool = False
     dual: bool = False
     published_rows: Literal["label", "every"] | None = None
+    row_weight: Loss | None = None
     products: int | None = None
     check: Callable[[Settings, Sizes], str] = lambda settings, sizes: ""
     reconstructed: bool = False
@@ -139,22 +143,29 @@ class Method:
         """Those given, then the paper's, then the defaults. None: not given."""
         return Settings(**{**self.defaults, **{k: v for k, v in given.items() if v is not None}})  # type: ignore[arg-type]
 
-    def total(self, batch: Batch, settings: Settings) -> Tensor:
-        """All but a KL term, which needs the reference's hidden states (`training.objective`)."""
+    def total(self, batch: Batch, settings: Settings, observe: Observe | None = None) -> Tensor:
+        """All but a KL term, which needs the reference's hidden states (`training.objective`).
+
+        `observe` is told each term and its weight.
+        """
         if settings.compat == "npo-repo" and self.rows == ("idk",) and self.retain == "nll":
             # the NPO paper's code takes one token mean over both kinds of rows
             forget, keep = settings.forget_weight, settings.retain_weight
             logps = forget * batch.rows("idk").logps.sum() + keep * batch.rows("retain").logps.sum()
             return -logps / (batch.tokens("idk") + batch.tokens("retain"))
-        loss = settings.forget_weight * self.loss(batch, settings)
+        terms = [("forget", self.loss(batch, settings), settings.forget_weight)]
         if self.retain == "nll":
             nll = batch.nll("retain")
             if self.dual:  # a constraint: the constant does not change the gradient, but what is reported
                 nll = nll - settings.epsilon * batch.share("retain")
-            return loss + settings.retain_weight * nll
+            terms.append(("retain", nll, settings.retain_weight))
         if self.retain == "activations":
-            return loss + settings.retain_weight * activation_distance(batch)
-        return loss
+            terms.append(("retain", activation_distance(batch), settings.retain_weight))
+        if observe is not None:
+            for term in terms:
+                observe(*term)
+        first, *rest = (weight * value for _, value, weight in terms)
+        return first + rest[0] if rest else first
 
 
 def activation_distance(batch: Batch) -> Tensor:

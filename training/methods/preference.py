@@ -14,7 +14,7 @@ and counts padding among the positions; here z is always the step's, and padding
 import torch
 from torch import Tensor
 
-from npo_kernels.core.formulas import log_ratio, ratio_loss
+from npo_kernels.core.formulas import log_ratio, ratio_loss, ratio_weight
 from training.methods.base import register_family, step_mean
 from training.methods.rows import Batch
 from training.methods.settings import Settings
@@ -25,10 +25,24 @@ def npo(batch: Batch, settings: Settings) -> Tensor:
     return batch.sequence_mean(ratio_loss(batch.rows("forget").ratio, settings.beta))
 
 
+def npo_weight(batch: Batch, settings: Settings) -> Tensor:
+    """2 sigmoid(beta r_s): 1 at the reference, 0 of a row that is forgotten."""
+    return ratio_weight(batch.rows("forget").ratio, settings.beta)
+
+
 def simnpo(batch: Batch, settings: Settings) -> Tensor:
+    return batch.sequence_mean(ratio_loss(_simnpo_ratio(batch, settings), settings.beta))
+
+
+def simnpo_weight(batch: Batch, settings: Settings) -> Tensor:
+    """2 sigmoid(beta (logp_s / |y_s| + gamma)); the gradient has 1 / |y_s| besides."""
+    return ratio_weight(_simnpo_ratio(batch, settings), settings.beta)
+
+
+def _simnpo_ratio(batch: Batch, settings: Settings) -> Tensor:
     forget = batch.rows("forget")
     offset = torch.full_like(forget.logps, -settings.gamma)
-    return batch.sequence_mean(ratio_loss(log_ratio(forget.logps, forget.num_tokens, offset, True), settings.beta))
+    return log_ratio(forget.logps, forget.num_tokens, offset, True)
 
 
 def dpo(batch: Batch, settings: Settings) -> Tensor:
@@ -55,6 +69,7 @@ register_family(
     formula="(2/beta) mean_s softplus(beta r_s)",
     paper="arXiv 2404.05868, eq. 3",
     loss=npo,
+    row_weight=npo_weight,
     colour="#0072B2",
     reference=True,
     aliases={"_rt": ("NPO",)},
@@ -65,6 +80,7 @@ register_family(
     formula="(2/beta) mean_s softplus(-beta (-logp_s / |y_s| - gamma))",
     paper="arXiv 2410.07163",
     loss=simnpo,
+    row_weight=simnpo_weight,
     colour="#E69F00",
     defaults={"beta": 4.5},
     rt={"forget_weight": 0.125},

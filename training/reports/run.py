@@ -1,4 +1,4 @@
-"""What a run leaves for its readers: report.md, figure.png, and the card of the model."""
+"""What a run leaves for its readers: report.md and figure.png."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -65,7 +65,7 @@ def write_finetuning_report(folder: Path, metrics: dict[str, Any], settings: dic
 
 def history_table(history: Sequence[Mapping[str, Any]], columns: Mapping[str, Column]) -> str:
     """A line an evaluation, with the columns that were measured."""
-    shown = _measured({**PROGRESS, **columns}, history)
+    shown = columns_of({**PROGRESS, **columns}, history)
     return tables.markdown(list(shown.values()), [[entry.get(key) for key in shown] for entry in history])
 
 
@@ -75,12 +75,12 @@ def _after_attacks(metrics: Mapping[str, Any], columns: Mapping[str, Column]) ->
         return []
     stages = {"before": metrics["history"][0], "after": metrics["history"][-1]}
     stages |= {f"after, {attack}": summary for attack, summary in metrics["attacks"].items()}
-    shown = _measured(columns, stages.values())
+    shown = columns_of(columns, stages.values())
     rows = [[name, *(summary.get(key) for key in shown)] for name, summary in stages.items()]
     return [f"## {ATTACKED}", tables.markdown(["model", *shown.values()], rows)]
 
 
-def _measured(columns: Mapping[str, Column], entries: Collection[Mapping[str, Any]]) -> dict[str, str]:
+def columns_of(columns: Mapping[str, Column], entries: Collection[Mapping[str, Any]]) -> dict[str, str]:
     """{key: heading} of the columns that some entry has."""
     return {key: c.heading for key, c in columns.items() if any(e.get(key) is not None for e in entries)}
 
@@ -92,18 +92,3 @@ def _at_step_zero(zero: dict[str, float] | None) -> str:
         f"- Before the first step: NPO loss {zero['loss']:.6f}, (2/beta) ln 2 = {zero['expected_loss']:.6f}, largest "
         f"log-ratio to the cached reference {zero['max_abs_log_ratio']:.1e}.\n"
     )
-
-
-def model_card(base: str, what: str, settings: dict[str, Any]) -> str:
-    """README.md of a saved model."""
-    chosen = "\n".join(f"- {name}: {value}" for name, value in settings.items() if value is not None)
-    lines = [
-        "---\ntags:\n- unlearning\n---",
-        f"# {base}, {what}",
-        "Made with npo_kernels (`python -m training.finetune`, `training.unlearn`). For research on unlearning.",
-        "## Limits",
-        CAVEAT,
-        "## Settings",
-        chosen,
-    ]
-    return "\n\n".join(lines) + "\n"

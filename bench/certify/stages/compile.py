@@ -17,7 +17,7 @@ from itertools import product
 import torch
 
 from bench.cases import HEADS, Case
-from bench.certify.specializations import Compiled, Compilers, Specialization, collect, pretend_sm_90
+from bench.certify.specializations import Compiled, Compilers, Specialization, collect, collecting, pretend_sm_90
 from bench.certify.unit import Context, Unit
 from bench.providers import PROVIDERS, UnsupportedError
 from bench.providers.ours import provider
@@ -31,6 +31,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MODELS = ("llama-3-8b", "llama-3.2-1b", "llama-2-7b", "smollm2-135m")
 # Divisible by 16, which Triton specialises on, and not. The number of rows has no other influence.
 LENGTHS = (((2, 16),) * 4, ((3, 17), (0, 9)))
+MARGIN = 2.0  # seconds before the end of the stage at which it stops
+ENOUGH = 600.0  # seconds: a unit that stops by itself is not killed earlier
 TINY_MB = 1.0  # a workspace that nothing fits in: exponentials are formed again, a vocabulary slice at a time
 
 Calls = Iterator[Callable[[], object]]
@@ -40,30 +42,51 @@ def units(context: Context) -> list[Unit]:
     if context.toy:
         return [Unit("a few specialisations", few, 20)]
     return [
-        Unit("specialisations of the checks", partial(compile_all, checks), 13),
-        Unit("specialisations of the measurements", partial(compile_all, measurements), 8),
+        # first, so that no turn of a measurement compiles
+        Unit("specialisations of the measurements", partial(compile_all, measurements), 8, ENOUGH),
+        Unit("specialisations of the checks", partial(compile_all, checks), 8, ENOUGH),
     ]
 
 
 def compile_all(calls: Callable[[str], Calls], context: Context) -> str:
-    """Collect, compile; the processes stay for the next unit."""
+    """Compile what the calls launch while it is found, and stop before the stage is killed: what is compiled by then
+    is in the cache. The processes stay for the next unit.
+    """
     if "compilers" not in context.kept:
         context.kept["compilers"] = Compilers()  # forked before the first call initialises the GPU
     compilers, start = context.kept["compilers"], time.monotonic()
-    found = collect(calls(context.device))
+    complete = True
+    with collecting(compilers.submit) as found:
+        for call in calls(context.device):
+            if context.left < MARGIN:
+                complete = False
+                break
+            call()
     collected = time.monotonic() - start
-    return said(found, compilers.compile(found), compilers.jobs, collected, time.monotonic() - start - collected)
+    compiled = compilers.finish(max(0.0, context.left - MARGIN))
+    seconds = time.monotonic() - start - collected
+    return said(list(found), compiled, compilers.jobs, collected, seconds, complete)
 
 
-def said(found: list[Specialization], compiled: list[Compiled], jobs: int, collected: float, seconds: float) -> str:
+def said(
+    found: list[Specialization],
+    compiled: list[Compiled],
+    jobs: int,
+    collected: float,
+    seconds: float,
+    complete: bool = True,  # all calls were made
+) -> str:
     """The line of the report."""
     number = Counter(s.kernel for s in found)
     text = ", ".join(f"{n} of {kernel}" for kernel, n in sorted(number.items()))
-    text = f"{len(found)} specialisations ({text}): found in {collected:.1f} s, compiled by {jobs} processes in "
-    text += f"{seconds:.1f} s, {sum(c.seconds for c in compiled):.0f} s of work"
+    done = f"{len(found)}" if len(compiled) == len(found) else f"{len(compiled)} of {len(found)}"
+    text = f"{done} specialisations ({text}): found in {collected:.1f} s{'' if complete else ', not all of them'}, "
+    text += f"compiled by {jobs} processes {seconds:.1f} s later, {sum(c.seconds for c in compiled):.0f} s of work"
+    if not compiled:
+        raise RuntimeError(f"nothing compiled in the time: {text}")
     errors = [f"{c.kernel}: {c.error}" for c in compiled if c.error]
     if errors:
-        raise RuntimeError(f"{len(errors)} of {len(found)} do not compile: {errors[0]}")
+        raise RuntimeError(f"{len(errors)} of {len(compiled)} do not compile: {errors[0]}")
     return text
 
 

@@ -21,9 +21,10 @@ LEAST = 5  # for starting, and a turn each
 
 def units(context: Context) -> list[Unit]:
     return [
+        Unit("peaks", peaks, 4),  # the shortest first, the longest last
+        Unit("growth over V", partial(growth, "V"), 5),
         *(Unit(f"{mode}, in turns", partial(in_turns, mode), LEAST) for mode in MODES),
-        Unit("peaks", peaks, 4),
-        *(Unit(f"growth over {axis}", partial(growth, axis), 7) for axis in "NV"),
+        Unit("growth over N", partial(growth, "N"), 12),
     ]
 
 

@@ -8,6 +8,7 @@ from bench.suites import step
 
 MODELS = ("llama-3.2-1b", "smollm2-135m")
 SEARCH = 7.0  # seconds of a search for the largest batch
+START = 5.0  # seconds for a new process, its model, and the step in which the time of the search runs out
 REPS = 10
 
 
@@ -16,7 +17,7 @@ def units(context: Context) -> list[Unit]:
     found: list[Unit] = []
     for model in models:
         found.append(Unit(f"{model}: steps", partial(steps, model, names), 8 if found else 12, 90))
-        found += [Unit(f"{model}: largest batch, {n}", partial(largest, model, n), SEARCH + 2) for n in names]
+        found += [Unit(f"{model}: largest batch, {n}", partial(largest, model, n), SEARCH + START) for n in names]
     return found
 
 

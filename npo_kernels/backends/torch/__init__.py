@@ -1,6 +1,6 @@
-"""impl="torch": the primitives of `npo_kernels.core.backend` in PyTorch, for CPU, MPS and any GPU without Triton.
+"""impl="torch": the primitives of `npo_kernels.core.backend` in PyTorch, for CPU, MPS and GPUs without Triton.
 
-KL and token statistics join a few numbers a row in float64, which MPS does not have: they need another device.
+KL and token statistics combine a few numbers per row in float64. MPS has no float64, so they do not run there.
 """
 
 from npo_kernels.backends.torch.blocks import block_v, describe, empty_slab, slab_dtype

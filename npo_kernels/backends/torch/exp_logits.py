@@ -13,15 +13,16 @@ from npo_kernels.core.softmax_stats import anchor_headroom
 
 
 def scratch(x: Tensor, rows: int, vocab_size: int, capped: bool) -> Scratch:
-    """The float32 copies that products of 16-bit operands take, the softcap's derivative, sums."""
+    """Float32 copies of 16-bit operands, the derivative of the softcap, and partial sums."""
     hidden_size = x.shape[1]
     n, columns = min(rows, blocks.BLOCK_N), min(vocab_size, blocks.BLOCK_V)
-    copies = matmul.project_bytes(x, 0, columns)  # of the head; of a row, and what a row has before it is stored:
+    copies = matmul.project_bytes(x, 0, columns)  # of the head
+    # per row: its copy, and its float32 exponentials before they are stored in another dtype
     row = matmul.project_bytes(x, 1, 0) + (4 * columns if blocks.slab_dtype(x) != torch.float32 else 0)
     slope = 4 * columns * min(rows, blocks.cached_rows(x)) if capped else 0
-    # of the head in a product with exponentials
+    # copy of the head in the product of the slab and the head
     product = 0 if cpu.native(x) else matmul.upcast_bytes(x, vocab_size, hidden_size)
-    # and the anchor
+    # sums: per row, the partial sums twice, and the anchor
     sums, finish = 8 * -(-vocab_size // blocks.BLOCK_V) + 8, n * hidden_size * blocks.ROW_TEMPORARIES
     forward = copies + n * (matmul.project_bytes(x, 1, 0) + 4 * columns) + slope
     return Scratch(
@@ -33,7 +34,7 @@ def scratch(x: Tensor, rows: int, vocab_size: int, capped: bool) -> Scratch:
 
 
 def target_logits(x: Tensor, head: Head, target: Tensor) -> Tensor:
-    """(N,) float32 logit of each row's target; NaN for a poisoned row (target == V), the anchor of the exponentials."""
+    """(N,) float32 logit of each row's target, which anchors the exponentials; NaN for a poisoned row (target == V)."""
     vocab_size = head.weight.shape[0]
     label = target.clamp(0, vocab_size - 1)
     z = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
@@ -51,7 +52,7 @@ def target_logits(x: Tensor, head: Head, target: Tensor) -> Tensor:
 def exp_logits(
     x: Tensor, head: Head, target: Tensor, anchor: Tensor, columns: tuple[int, int], out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(slab, partial sums, anchor): the exponentials of a vocabulary slice, their anchor raised where it has to be."""
+    """(slab, partial sums, anchor) of a vocabulary slice; the anchor is raised where a logit exceeds its headroom."""
     slab = blocks.empty_slab(x, columns) if out is None else out
     return slab, *_exponentials(x, head, target, anchor, columns, slab)
 
@@ -59,14 +60,14 @@ def exp_logits(
 def exp_logits_at(
     x: Tensor, head: Head, target: Tensor, anchor: Tensor, columns: tuple[int, int], out: Tensor | None = None
 ) -> Tensor:
-    """The slab alone, at an anchor that is high enough."""
+    """Only the slab, at an anchor that is already high enough."""
     slab = blocks.empty_slab(x, columns) if out is None else out
     _exponentials(x, head, target, anchor, columns, slab, reanchor=False)
     return slab
 
 
 def partial_sums(x: Tensor, head: Head, target: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
-    """(partial sums of the whole vocabulary, the anchor they ended with), with nothing of size V kept."""
+    """(partial sums of the whole vocabulary, their anchor, raised where necessary); keeps nothing of size V."""
     found = []
     for i in range(0, max(1, x.shape[0]), blocks.BLOCK_N):
         rows = slice(i, i + blocks.BLOCK_N)
@@ -85,18 +86,17 @@ def _exponentials(
     slab: Tensor | None,  # written, if given
     reanchor: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(partial sums (blocks, n), anchor): blocks of blocks.BLOCK_V columns from the begin of the slice.
+    """(partial sums (blocks, n), anchor), for blocks of blocks.BLOCK_V columns from the start of the slice.
 
-    The sums are of the exponentials; what is stored carries the derivative of the softcap, dz/draw =
-    1 - (z/softcap)^2, as the gradient products need it. Where the anchor of a row is raised, what was already computed
-    is rescaled (the overflow repair).
+    The stored exponentials include the derivative of the softcap, 1 - (z/softcap)^2, which the gradient products need;
+    the sums do not. If the anchor of a row is raised, its earlier results are rescaled (overflow repair).
     """
     begin, end = columns
     n, dtype = x.shape[0], blocks.slab_dtype(x)
     direct = slab is not None and dtype == torch.float32
     block = x.new_empty(0 if direct else n, min(blocks.BLOCK_V, end - begin), dtype=torch.float32)
     parts = x.new_empty(-(-(end - begin) // blocks.BLOCK_V), n, dtype=torch.float32)
-    anchor = anchor.clamp(min=torch.finfo(torch.float32).min)  # a target of -inf: exp(-inf - -inf) would be NaN
+    anchor = anchor.clamp(min=torch.finfo(torch.float32).min)  # target logit -inf: exp(-inf - -inf) would be NaN
     step = blocks.cached_rows(x)
     for number, b in enumerate(range(begin, end, blocks.BLOCK_V)):
         stop = min(b + blocks.BLOCK_V, end)
@@ -121,16 +121,17 @@ def _exponentials(
                     e.mul_(slope)
                 if not direct:
                     stored[rows] = e
-            del slope  # before the next one is made
+            del slope  # free it before the next one is allocated
     return parts, anchor
 
 
 def _anchored(
     z: Tensor, head: Head, column: Tensor, anchor: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """(exponentials, derivative of the softcap, sums, what shows whether a logit is above the headroom), in place of z.
+    """(exponentials, derivative of the softcap or None, sums, upper bound of the exponentials), computed in place of z.
 
-    The sums show it: they are above the largest exponential. Those of float16, whose headroom is small, nearly always.
+    A bound above exp(headroom) means that the anchor may have to be raised. The sum of a row is such a bound. float16
+    has so little headroom that the sum would nearly always exceed it, so there the bound is the exact maximum.
     """
     slope = None
     if head.softcap is not None:
@@ -144,7 +145,7 @@ def _anchored(
 
 
 def _raised(x: Tensor, head: Head, anchor: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
-    """The anchor, raised where a logit of the block is above the headroom; z is overwritten."""
+    """The anchor, raised where a logit of the block exceeds it by more than the headroom; overwrites z."""
     blocks.logits_block(x, head, z)
     if head.softcap is not None:
         z.div_(head.softcap).tanh_().mul_(head.softcap)
@@ -153,7 +154,7 @@ def _raised(x: Tensor, head: Head, anchor: Tensor, z: Tensor, dtype: torch.dtype
 
 
 def resum(x: Tensor, head: Head, target: Tensor, anchor: Tensor, raised: Tensor, parts: Tensor) -> None:
-    """Overwrite the partial sums of the rows in `raised` (n,) bool by those at their anchor."""
+    """Recompute the partial sums of the rows in `raised` (n,) bool at their anchor, in place."""
     rows = raised.nonzero().squeeze(1)
     columns = (0, head.weight.shape[0])
     for i in range(0, rows.shape[0], blocks.BLOCK_N):

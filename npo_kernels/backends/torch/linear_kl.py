@@ -1,4 +1,4 @@
-"""Two sets of logits at once: the sums and the gradient of KL of a model and a reference."""
+"""KL divergence of a model and a reference, and its gradient, from blocks of both sets of logits."""
 
 import torch
 from torch import Tensor
@@ -13,23 +13,23 @@ KL_TEMPORARIES = 10  # float32 arrays of the size of a block's logits
 
 
 def kl_scratch(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head) -> Scratch:
-    """blocks.BLOCK_N rows of the logits of both models, and what is between them and the sums."""
+    """The logits of both models for blocks.BLOCK_N rows, and the temporaries of the sums."""
     vocab_size = head.weight.shape[0]
     n, columns = min(x.shape[0], blocks.BLOCK_N), min(vocab_size, blocks.BLOCK_V)
     upcast = max(matmul.project_bytes(t, n, columns) for t in (x, ref_x))
     product = matmul.upcast_bytes(x, vocab_size, x.shape[1])
     block = 4 * n * columns
     temporaries = KL_TEMPORARIES + (2 if head.softcap is not None else 0)
-    # an operand is copied while little else exists
+    # operands are copied before most of the temporaries exist
     projecting = max(temporaries * block, (temporaries - 8) * block + upcast, product)
-    per_row = 12 * -(-vocab_size // blocks.BLOCK_V) + 400  # vectors of both softmaxes, float64 while they are made
+    per_row = 12 * -(-vocab_size // blocks.BLOCK_V) + 400  # vectors of both softmaxes, in float64 while computed
     return Scratch(projecting, n * x.shape[1] * blocks.ROW_TEMPORARIES, per_row, projecting + x.shape[0] * per_row)
 
 
 def softmax_sums(x: Tensor, head: Head, beside: Tensor, lowered: Lowered | None) -> tuple[Tensor, Tensor]:
-    """(maxima, sums of the exponentials below them), (blocks, n) float32, of the logits of a whole head.
+    """(maxima, sums of exp(z - maximum)), (blocks, n) float32 each, over the whole vocabulary.
 
-    In the blocks of `kl_logits`, so that the logits have the same bits there.
+    The blocks are those of `kl_logits`, so the logits are bitwise equal in both.
     """
     vocab_size = head.weight.shape[0]
     maxima, sums = torch.empty(2, -(-vocab_size // blocks.BLOCK_V), x.shape[0], dtype=torch.float32, device=x.device)
@@ -46,21 +46,22 @@ def softmax_sums(x: Tensor, head: Head, beside: Tensor, lowered: Lowered | None)
 
 
 def _at_target(z: Tensor, lowered: Lowered, begin: int) -> tuple[Tensor, Tensor]:
-    """((n, 1) column of each row's target in the block z that begins at `begin`, and what to take off there: 0 of some
-    column where the target is elsewhere)."""
+    """(column, shift), (n, 1) each: where each row's target lies in the block z, which starts at vocabulary column
+    `begin`, and the shift to subtract there. The shift is 0, at an arbitrary column, if the target is outside the
+    block."""
     column = lowered.target - begin
     inside = (column >= 0) & (column < z.shape[1])
     return column.clamp(0, z.shape[1] - 1).unsqueeze(1), (inside.to(z.dtype) * lowered.shift).unsqueeze(1)
 
 
 def _lower(z: Tensor, lowered: Lowered, begin: int) -> None:
-    """Take the shift off the targets that are in the block."""
+    """Subtract the shift at the targets that lie in the block, in place."""
     column, shift = _at_target(z, lowered, begin)
     z.scatter_(1, column, z.gather(1, column) - shift)
 
 
 def _lowered_maxima(z: Tensor, lowered: Lowered, begin: int) -> Tensor:
-    """(n,) row maxima of the lowered block; z is left as it was."""
+    """(n,) row maxima of the lowered block; z is restored afterwards."""
     column, shift = _at_target(z, lowered, begin)
     picked = z.gather(1, column)
     maxima = z.scatter_(1, column, picked - shift).amax(1)
@@ -77,13 +78,13 @@ def kl_logits(
     columns: tuple[int, int],
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(slab, partial sums of KL): the gradient of a vocabulary slice, times the derivative of the softcap."""
+    """(slab, partial sums of KL); the slab is the gradient of the slice times the derivative of the softcap."""
     slab = blocks.empty_slab(x, columns) if out is None else out
     return slab, _kl(x, head, ref_x, ref_head, divergence, columns, slab)
 
 
 def kl_sums(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head, divergence: Divergence) -> Tensor:
-    """The partial sums of KL of the whole vocabulary, with nothing of size V kept."""
+    """Partial sums of KL over the whole vocabulary; keeps nothing of size V."""
     return _kl(x, head, ref_x, ref_head, divergence, (0, head.weight.shape[0]), slab=None)
 
 
@@ -120,7 +121,7 @@ def _kl(
                     gradient = torch.where(d.abs() < 0.5, q * torch.expm1(d), p - q)
                 slab[rows, b - begin : stop - begin] = gradient if slope is None else gradient.mul_(slope)
                 del gradient
-            del z, ref_z, below, ref_below, d, p, q, slope  # before the next block's are made
+            del z, ref_z, below, ref_below, d, p, q, slope  # free them before the next block is allocated
     return parts
 
 
@@ -130,7 +131,7 @@ def _terms(d: Tensor, q: Tensor, p: Tensor) -> Tensor:
 
 
 def _expm1_minus(d: Tensor) -> Tensor:
-    """exp(d) - 1 - d for |d| < 1/2: its series, truncated below 1e-8 relative."""
+    """exp(d) - 1 - d for |d| < 1/2, by its series, with a relative truncation error below 1e-8."""
     tail = torch.zeros_like(d)
     for k in (40320, 5040, 720, 120, 24, 6, 2):
         tail = tail * d + 1.0 / k

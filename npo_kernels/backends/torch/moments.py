@@ -1,4 +1,4 @@
-"""Moments of the logits of a row, and the slab of their gradient."""
+"""Moments of the logits of each row, and the slab of their gradient."""
 
 import torch
 from torch import Tensor
@@ -9,13 +9,13 @@ from npo_kernels.core.lm_head import Head
 from npo_kernels.core.plan import Scratch
 from npo_kernels.core.row_moments import GradientRows, Moments
 
-# Of a block's logits, float32 arrays of its size, and a mask: without a softcap, and with one.
-TEMPORARIES = {False: 13, True: 21}  # bytes for each logit
-VECTORS = 6  # of a block: its moments
+# Bytes per logit of a block for float32 temporaries and a mask, by whether there is a softcap.
+TEMPORARIES = {False: 13, True: 21}
+VECTORS = 6  # moments per row and block
 
 
 def moment_scratch(x: Tensor, rows: int, vocab_size: int, capped: bool) -> Scratch:
-    """BLOCK_N rows of the logits of a block and what is made of them; the moments, in float32 and in float64."""
+    """The logits of BLOCK_N rows of a block with their temporaries, and the moments in float32 and float64."""
     n, columns = min(rows, blocks.BLOCK_N), min(vocab_size, blocks.BLOCK_V)
     upcast = matmul.project_bytes(x, n, columns)
     product = matmul.upcast_bytes(x, vocab_size, x.shape[1])
@@ -25,7 +25,7 @@ def moment_scratch(x: Tensor, rows: int, vocab_size: int, capped: bool) -> Scrat
 
 
 def row_moments(x: Tensor, head: Head, target: Tensor) -> Moments:
-    """`Moments` (blocks, n) of the whole vocabulary, with nothing of size V kept."""
+    """`Moments` (blocks, n) of the whole vocabulary; keeps nothing of size V."""
     rows, vocab_size = x.shape[0], head.weight.shape[0]
     count = -(-vocab_size // blocks.BLOCK_V)
     argmax = torch.empty(count, rows, dtype=torch.int64, device=x.device)
@@ -42,17 +42,17 @@ def row_moments(x: Tensor, head: Head, target: Tensor) -> Moments:
             e = below.exp()
             blocks.zero_target(e, target[some] - b)
             total[number, some] = e.sum(1)
-            below.masked_fill_(e == 0, 0.0)  # 0 times an infinity
+            below.masked_fill_(e == 0, 0.0)  # avoids 0 * inf
             first[number, some] = e.mul_(below).sum(1)
             second[number, some] = e.mul_(below).sum(1)
-            del z, below, e  # before the next block's are made
+            del z, below, e  # free them before the next block is allocated
     return Moments(maximum, argmax, total, first, second, logits)
 
 
 def moment_gradient(
     x: Tensor, head: Head, target: Tensor, rows: GradientRows, columns: tuple[int, int], out: Tensor | None = None
 ) -> Tensor:
-    """The slab of a vocabulary slice."""
+    """Slab of the gradient of a vocabulary slice (`GradientRows` has the formula)."""
     begin, end = columns
     slab = blocks.empty_slab(x, columns) if out is None else out
     for i in range(0, x.shape[0], blocks.BLOCK_N):
@@ -64,10 +64,10 @@ def moment_gradient(
             z, slope = blocks.capped_logits(x[some], head.columns(b, stop))
             c = z.sub_(anchor)
             e = c.exp()
-            c.sub_(center).masked_fill_(e == 0, 0.0)  # 0 times an infinity
+            c.sub_(center).masked_fill_(e == 0, 0.0)  # avoids 0 * inf
             gradient = e.mul_((square * c).add_(linear).mul_(c).add_(constant)).add_(flat)
             for column in (target[some], argmax):
                 blocks.zero_target(gradient, column - b)
             slab[some, b - begin : stop - begin] = gradient if slope is None else gradient.mul_(slope)
-            del z, slope, c, e, gradient  # before the next block's are made
+            del z, slope, c, e, gradient  # free them before the next block is allocated
     return slab

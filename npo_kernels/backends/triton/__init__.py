@@ -1,7 +1,7 @@
-"""impl="triton": the primitives of `npo_kernels.core.backend` on `csrc_triton`; plain products go to cuBLAS.
+"""impl="triton": the primitives of `npo_kernels.core.backend` with the kernels of `csrc_triton`.
 
-The same code runs in the Triton interpreter on CPU tensors (TRITON_INTERPRET=1 before the first import), which is how
-the tests check every kernel without a GPU. Importing this package imports Triton; nothing else in npo_kernels does.
+Plain matrix products use cuBLAS. The same code runs on CPU tensors in the Triton interpreter (set TRITON_INTERPRET=1
+before the first import); this is how the tests check every kernel without a GPU. Only this package imports Triton.
 """
 
 from npo_kernels.backends.triton.compaction import compact, gather_rows

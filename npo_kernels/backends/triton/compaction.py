@@ -1,7 +1,6 @@
-"""Launches of the kernels between a batch and its rows."""
+"""Launches of the compaction kernels."""
 
 import torch
-import triton
 from torch import Tensor
 
 from csrc_triton.compaction import count_scored_kernel, gather_rows_kernel, write_rows_kernel
@@ -11,27 +10,26 @@ from npo_kernels.core.layout import Rows
 
 
 def compact(
-    labels: Tensor,  # (B, S), or (T,) with
-    cu_seqlens: Tensor | None,  # (B+1,)
+    labels: Tensor,  # (B, S) if padded, (T,) if packed
+    cu_seqlens: Tensor | None,  # (B+1,) if packed
     shift: bool,
     vocab_size: int,
     ignore_index: int,
     num_rows: int | None,
 ) -> Rows:
-    """The scored positions, in two launches; and one device-to-host copy of B+1 integers if num_rows is not given."""
+    """The scored positions, in two launches. Without num_rows it makes one device-to-host copy of B+1 integers."""
     labels = labels.contiguous()
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     total, num_sequences = labels.numel(), labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    total = total if num_sequences else 0  # what no sequence owns is not scored
+    total = total if num_sequences else 0  # without sequences, no position belongs to one
     rows = total if num_rows is None else min(num_rows, total)
-    blocks = triton.cdiv(total, BLOCK_POSITIONS)
+    blocks = launch.cdiv(total, BLOCK_POSITIONS)
     index, target, sequence = (torch.empty(rows, dtype=torch.int64, device=labels.device) for _ in range(3))
     starts = torch.empty(num_sequences + 1, dtype=torch.int64, device=labels.device)
     num_tokens = torch.empty(num_sequences, dtype=torch.int64, device=labels.device)
     counts = torch.empty(blocks + 1, dtype=torch.int32, device=labels.device)
-    length = max(1, labels.shape[-1])  # of padded sequences; a division by it is never by 0
-    # a bisection of B offsets and their end
-    steps = num_sequences.bit_length()
+    length = max(1, labels.shape[-1])  # of padded sequences; at least 1, because kernels divide by it
+    steps = num_sequences.bit_length()  # of the bisection: ceil(log2(B + 1))
     constants = {
         "SHIFT": shift, "PACKED": cu_seqlens is not None, "BLOCK_T": BLOCK_POSITIONS, "num_warps": POSITION_WARPS
     }  # fmt: skip
@@ -50,7 +48,7 @@ def compact(
 
 
 def gather_rows(hidden: Tensor, rows: Rows) -> Tensor:
-    """(N, H) hidden[rows.index]; filling rows are 0."""
+    """(N, H) hidden[rows.index]; padding rows are 0."""
     hidden = launch.rows_contiguous(hidden)
     out = torch.empty(rows.index.shape[0], hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
     if out.shape[0]:

@@ -1,7 +1,6 @@
-"""Launches of the projection with the exponential epilogue, and of what repairs its anchors."""
+"""Launches of the product with the exponential epilogue, and of the repair of its anchors."""
 
 import torch
-import triton
 from torch import Tensor
 
 from csrc_triton.exp_logits import exp_logits_kernel, exp_logits_persistent_kernel
@@ -13,19 +12,20 @@ from npo_kernels.core.lm_head import Head
 from npo_kernels.core.plan import Scratch
 from npo_kernels.core.softmax_stats import Statistics, anchor_headroom
 
-SORT_BYTES = 48  # a row: the targets and their order, and the sort's own copies
+SORT_BYTES = 48  # per row: the sorted targets, their order, and the copies that torch.sort makes
 
 
 def scratch(x: Tensor, rows: int, vocab_size: int, capped: bool) -> Scratch:
-    """Partial sums and maxima of the splits, and the sorted targets: a few numbers a row. cuBLAS has a workspace of its
-    own, some 32 MiB a process, which is not counted.
+    """Partial sums and maxima of the splits, and the sorted targets: a few numbers per row.
+
+    The workspace that cuBLAS allocates once per process (about 32 MiB) is not counted.
     """
-    per_row = 12 * triton.cdiv(vocab_size, launch.block_v(x)) + SORT_BYTES
+    per_row = 12 * launch.cdiv(vocab_size, launch.block_v(x)) + SORT_BYTES
     return Scratch(per_row=per_row, sums=per_row * rows)
 
 
 def target_logits(x: Tensor, head: Head, target: Tensor) -> Tensor:
-    """(N,) float32 logit of each row's target, the anchor; NaN for a poisoned row."""
+    """(N,) float32 logit of each row's target, which anchors the exponentials; NaN for a poisoned row."""
     x, weight = launch.rows_contiguous(x), launch.rows_contiguous(head.weight)
     z = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     if x.shape[0]:
@@ -41,7 +41,7 @@ def target_logits(x: Tensor, head: Head, target: Tensor) -> Tensor:
 def exp_logits(
     x: Tensor, head: Head, target: Tensor, anchor: Tensor, columns: tuple[int, int], out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(slab, partial sums, anchor): the exponentials of a vocabulary slice, their anchor raised where it has to be."""
+    """(slab, partial sums, anchor) of a vocabulary slice; the anchor is raised where a logit exceeds its headroom."""
     slab = launch.empty_slab(x, columns) if out is None else out
     return slab, *_exponentials(x, head, target, anchor, columns, slab)
 
@@ -49,14 +49,14 @@ def exp_logits(
 def exp_logits_at(
     x: Tensor, head: Head, target: Tensor, anchor: Tensor, columns: tuple[int, int], out: Tensor | None = None
 ) -> Tensor:
-    """The slab alone, at an anchor that is high enough: no sums are taken."""
+    """Only the slab, at an anchor that is already high enough."""
     slab = launch.empty_slab(x, columns) if out is None else out
     launch_exp_logits(x, head, target, anchor, columns, slab)
     return slab
 
 
 def partial_sums(x: Tensor, head: Head, target: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
-    """(partial sums of the whole vocabulary, the anchor they ended with), with nothing of size V written."""
+    """(partial sums of the whole vocabulary, their anchor, raised where necessary); writes nothing of size V."""
     return _exponentials(x, head, target, anchor, (0, head.weight.shape[0]), slab=None)
 
 
@@ -68,13 +68,13 @@ def _exponentials(
     columns: tuple[int, int],
     slab: Tensor | None,  # written, if given
 ) -> tuple[Tensor, Tensor]:
-    """(partial sums (splits, n), anchor): every tile once, and again those of row blocks whose anchor was raised."""
+    """(partial sums (splits, n), anchor). Row blocks whose anchor was raised are computed a second time."""
     rows, tile = x.shape[0], launch.tile_for(x)
-    splits = triton.cdiv(columns[1] - columns[0], tile.split)
+    splits = launch.cdiv(columns[1] - columns[0], tile.split)
     parts, maxima = torch.empty(2, splits, rows, dtype=torch.float32, device=x.device)
     launch_exp_logits(x, head, target, anchor, columns, slab, parts, maxima)
     raised = torch.empty_like(anchor)
-    row_blocks = triton.cdiv(rows, tile.block_n)
+    row_blocks = launch.cdiv(rows, tile.block_n)
     dirty = torch.empty(row_blocks, dtype=torch.int32, device=x.device)
     if rows:
         reanchor_kernel[(row_blocks,)](
@@ -85,9 +85,9 @@ def _exponentials(
 
 
 def resum(x: Tensor, head: Head, target: Tensor, anchor: Tensor, raised: Tensor, parts: Tensor) -> None:
-    """Overwrite the partial sums of the rows in `raised` (n,) bool by those at their anchor, in one launch.
+    """Recompute the partial sums of the rows in `raised` (n,) bool at their anchor, in place and in one launch.
 
-    It does the row blocks of `exp_logits` that hold such a row; the others are found unchanged.
+    Every row block with such a row is recomputed; the sums of its other rows come out unchanged.
     """
     block_n = launch.tile_for(x).block_n
     filled = torch.nn.functional.pad(raised, (0, -raised.shape[0] % block_n))
@@ -101,18 +101,18 @@ def launch_exp_logits(
     target: Tensor,
     anchor: Tensor,
     columns: tuple[int, int],
-    slab: Tensor | None = None,  # written if given, as are
-    parts: Tensor | None = None,  # (splits, n) and
-    maxima: Tensor | None = None,  # (splits, n)
-    dirty: Tensor | None = None,  # (row blocks,) int32; if given only these are done
+    slab: Tensor | None = None,  # written if given
+    parts: Tensor | None = None,  # (splits, n) partial sums, written if given
+    maxima: Tensor | None = None,  # (splits, n), written if given
+    dirty: Tensor | None = None,  # (row blocks,) int32; if given, only nonzero blocks are computed
 ) -> None:
-    """One launch, of the kernel that the tile and the strides of the operands say."""
+    """One launch; the tile and the strides of the operands select the kernel."""
     if not x.shape[0]:
         return
     x, part = launch.rows_contiguous(x), head.columns(*columns)
     weight = launch.rows_contiguous(part.weight)
     tile = launch.tile_for(x)
-    splits = triton.cdiv(x.shape[0], tile.block_n) * triton.cdiv(weight.shape[0], tile.split)
+    splits = launch.cdiv(x.shape[0], tile.block_n) * launch.cdiv(weight.shape[0], tile.split)
     vectors = part.bias, target, anchor, dirty, slab, parts, maxima
     sizes = x.shape[0], weight.shape[0], x.shape[1], columns[0]
     scalars = 0 if slab is None else slab.stride(0), head.logit_scale, head.softcap or 0.0
@@ -124,7 +124,7 @@ def launch_exp_logits(
     }  # fmt: skip
     descriptors = launch.descriptors(x, weight, tile)
     if descriptors:
-        # a repair skips tiles, and where no sum is stored after a tile Triton before 3.9 fails to merge the loops
+        # a repair skips tiles, and without a store after each tile Triton before 3.9 fails to merge the loops
         merged = tile.loop != "serial" and dirty is None and parts is not None
         exp_logits_persistent_kernel[(min(splits, launch.processors(x.device)),)](
             *descriptors, *vectors, *sizes, *scalars, **constants,
@@ -138,7 +138,7 @@ def launch_exp_logits(
 
 
 def row_statistics(parts: Tensor, anchor: Tensor, target_logit: Tensor) -> Statistics:
-    """From the partial sums of exponentials (splits, n) and the anchor they were taken at."""
+    """Statistics of each row from the partial sums (splits, n) of the exponentials and their anchor."""
     logp, miss, prob_scale = (torch.empty_like(anchor) for _ in range(3))
     if anchor.shape[0]:
         row_statistics_kernel[launch.row_grid(anchor.shape[0])](

@@ -1,4 +1,4 @@
-"""What the launches have in common: the tile, the interpreter, strides, grids."""
+"""Helpers for all launches: tiles, interpreter, strides, tensor descriptors, grids."""
 
 from functools import cache
 from typing import Any
@@ -14,15 +14,20 @@ from npo_kernels.backends.tiles import find_tile, hidden_bucket, tile_row
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. `triton.cdiv` also works in kernels, which makes it slow on the host."""
+    return -(-a // b)
+
+
 def architecture(device: torch.device) -> str:
-    """The architecture whose row of the tile table a device takes."""
+    """The architecture whose row of the tile table the device uses."""
     return tile_row(device).architecture
 
 
 def describe(x: Tensor) -> str:
-    """The kernel and the tile of `exp_logits` for operands like x, and what says that they are fast, in one line.
+    """One line with the kernel and tile of `exp_logits` for operands like x, and whether they were measured.
 
-    The persistent kernel wants rows that begin at multiples of 16 bytes: here they are taken to be contiguous.
+    The persistent kernel needs rows that start at multiples of 16 bytes; x and the head are assumed to be contiguous.
     """
     if x.device.type == "cpu":
         return "interpreter"
@@ -44,39 +49,41 @@ def block_v(x: Tensor) -> int:
 
 
 def slab_dtype(x: Tensor) -> torch.dtype:
-    """What the exponentials are stored in: the dtype of the operands."""
+    """Dtype of the stored exponentials: that of the operands."""
     return x.dtype
 
 
 def empty_slab(x: Tensor, columns: tuple[int, int]) -> Tensor:
-    """A slab whose rows start at multiples of 128 bytes, which the products that read it are fastest with."""
+    """An uninitialized slab whose rows start at multiples of 128 bytes, which makes the products with it fastest."""
     width, unit = columns[1] - columns[0], 128 // slab_dtype(x).itemsize
-    padded = triton.cdiv(width, unit) * unit
+    padded = cdiv(width, unit) * unit
     return torch.empty(x.shape[0], padded, dtype=slab_dtype(x), device=x.device)[:, :width]
 
 
 def rows_contiguous(t: Tensor) -> Tensor:
-    """The kernels take any row stride, but elements of a row side by side."""
+    """Copy a tensor unless the elements of each row are contiguous; the kernels take any row stride."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def aligned(*operands: Tensor) -> bool:
-    """Whether rows are to be read as if they began at multiples of 16 bytes: they do, and Triton's compiler, which sees
-    multiples of 16 only, finds out; or they are so long that offsets within a tile need 64 bits.
+    """Whether `project` is used instead of `project_unaligned`.
+
+    True if Triton's compiler can tell that rows start at multiples of 16 bytes (it knows of an integer only whether it
+    is a multiple of 16), or if rows are so long that offsets within a tile need 64 bits.
     """
     seen = all(n % 16 == 0 for t in operands for n in (t.data_ptr(), t.stride(0), t.shape[1]))
     return seen or any(t.stride(0) >= 2**22 for t in operands)
 
 
 def describable(t: Tensor) -> bool:
-    """Whether a tensor descriptor can be made of it: address and row stride are multiples of 16 bytes, and rows do not
-    overlap (an expanded tensor has a stride of 0).
+    """Whether a tensor descriptor can describe t: address and row stride are multiples of 16 bytes, and rows do not
+    overlap (an expanded tensor has stride 0).
     """
     return t.data_ptr() % 16 == 0 and t.stride(0) * t.itemsize % 16 == 0 and t.stride(0) >= t.shape[1]
 
 
 def descriptors(x: Tensor, weight: Tensor, tile: Tile) -> tuple[TensorDescriptor, TensorDescriptor] | None:
-    """What a persistent kernel reads x (n, H) and the head (V, H) through. None: the simple one does this call."""
+    """Tensor descriptors of x (n, H) and the head (V, H) for a persistent kernel; None if the simple kernel runs."""
     if not (tile.loop and describable(x) and describable(weight)):
         return None
     x_desc = TensorDescriptor.from_tensor(x, [tile.block_n, tile.block_h])
@@ -85,17 +92,18 @@ def descriptors(x: Tensor, weight: Tensor, tile: Tile) -> tuple[TensorDescriptor
 
 @cache
 def processors(device: torch.device) -> int:
-    """Programs of a persistent launch; in the interpreter so few that each has several splits."""
+    """Number of programs of a persistent launch: the multiprocessors. 3 in the interpreter, so that each gets several
+    splits."""
     return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def precision(x: Tensor) -> str:
-    """How float32 products are done: as PyTorch is told to do them, in whichever of its two ways to say it."""
+    """Precision of float32 products, as set in PyTorch by either of its two APIs."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def tile_constants(tile: Tile, x: Tensor) -> dict[str, Any]:
-    """What every product of x with a head takes from its tile."""
+    """The compile-time constants that every product of x with a head takes from its tile."""
     return {
         "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_H": tile.block_h, "SPLIT_TILES": tile.split_tiles,
         "GROUP": tile.group, "PRECISION": precision(x), "num_warps": tile.num_warps, "num_stages": tile.num_stages,
@@ -103,16 +111,15 @@ def tile_constants(tile: Tile, x: Tensor) -> dict[str, Any]:
 
 
 def hidden_block(hidden_size: int) -> int:
-    """Elements of a row that a program of the (N, H) kernels takes."""
-    fitting: int = triton.next_power_of_2(hidden_size)
-    return min(BLOCK_HIDDEN, fitting)
+    """Elements of a row per program of the (N, H) kernels."""
+    return min(BLOCK_HIDDEN, 1 << (hidden_size - 1).bit_length())
 
 
 def hidden_grid(shape: torch.Size) -> tuple[int, int]:
-    """Of the (N, H) kernels: rows x blocks of H."""
-    return shape[0], triton.cdiv(shape[1], hidden_block(shape[1]))
+    """Grid of the (N, H) kernels: rows x blocks of H."""
+    return shape[0], cdiv(shape[1], hidden_block(shape[1]))
 
 
 def row_grid(rows: int) -> tuple[int]:
-    """Of the (N,) kernels: blocks of rows."""
-    return (triton.cdiv(rows, BLOCK_ROWS),)
+    """Grid of the (N,) kernels: blocks of rows."""
+    return (cdiv(rows, BLOCK_ROWS),)

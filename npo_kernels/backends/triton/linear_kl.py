@@ -1,7 +1,6 @@
-"""Launches of two projections at once: the sums and the gradient of KL of a model and a reference."""
+"""Launches of the kernels for KL of a model and a reference, and its gradient."""
 
 import torch
-import triton
 from torch import Tensor
 
 from csrc_triton.linear_kl import (
@@ -21,24 +20,24 @@ from npo_kernels.core.softmax_stats import Divergence, Lowered
 
 def kl_scratch(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head) -> Scratch:
     """Maxima and sums of both models, and the partial sums of KL."""
-    per_row = 24 * triton.cdiv(head.weight.shape[0], pair_tile(x, ref_x).split) + SORT_BYTES
+    per_row = 24 * launch.cdiv(head.weight.shape[0], pair_tile(x, ref_x).split) + SORT_BYTES
     return Scratch(per_row=per_row, sums=per_row * x.shape[0])
 
 
 def pair_tile(x: Tensor, ref_x: Tensor) -> Tile:
-    """Of both kernels: z then has the same bits in both."""
+    """The tile of both KL kernels: with one tile, the logits are bitwise equal in both."""
     bits, depth = 8 * max(x.itemsize, ref_x.itemsize), max(x.shape[1], ref_x.shape[1])
     return find_tile(PAIR_TILES, launch.architecture(x.device), bits, depth)
 
 
 def softmax_sums(x: Tensor, head: Head, beside: Tensor, lowered: Lowered | None) -> tuple[Tensor, Tensor]:
-    """(maxima, sums of the exponentials below them), (splits, n) float32, of the logits of a whole head.
+    """(maxima, sums of exp(z - maximum)), (splits, n) float32 each, over the whole vocabulary.
 
-    `beside`: the rows of the other model, as `kl_logits` will get them, which takes the same tile.
+    `beside` are the rows of the other model; they matter only for the tile, which must be that of `kl_logits`.
     """
     x, weight = launch.rows_contiguous(x), launch.rows_contiguous(head.weight)
     rows, tile = x.shape[0], pair_tile(x, beside)
-    splits = triton.cdiv(weight.shape[0], tile.split)
+    splits = launch.cdiv(weight.shape[0], tile.split)
     maxima, sums = torch.empty(2, splits, rows, dtype=torch.float32, device=x.device)
     if not rows:
         return maxima, sums
@@ -49,7 +48,7 @@ def softmax_sums(x: Tensor, head: Head, beside: Tensor, lowered: Lowered | None)
         "HAS_BIAS": head.bias is not None, "HAS_SOFTCAP": head.softcap is not None, "HAS_TARGET": lowered is not None,
         "UPCAST": launch.INTERPRETED and x.dtype == torch.bfloat16, **launch.tile_constants(tile, x),
     }  # fmt: skip
-    programs = triton.cdiv(rows, tile.block_n) * splits
+    programs = launch.cdiv(rows, tile.block_n) * splits
     descriptors = launch.descriptors(x, weight, tile)
     if descriptors:
         softmax_sums_persistent_kernel[(min(programs, launch.processors(x.device)),)](
@@ -76,13 +75,13 @@ def kl_logits(
     columns: tuple[int, int],
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(slab, partial sums of KL): the gradient of a vocabulary slice, times the derivative of the softcap."""
+    """(slab, partial sums of KL); the slab is the gradient of the slice times the derivative of the softcap."""
     slab = launch.empty_slab(x, columns) if out is None else out
     return slab, _kl(x, head, ref_x, ref_head, divergence, columns, slab)
 
 
 def kl_sums(x: Tensor, head: Head, ref_x: Tensor, ref_head: Head, divergence: Divergence) -> Tensor:
-    """The partial sums of KL of the whole vocabulary, with nothing of size V kept."""
+    """Partial sums of KL over the whole vocabulary; keeps nothing of size V."""
     return _kl(x, head, ref_x, ref_head, divergence, (0, head.weight.shape[0]), slab=None)
 
 
@@ -102,7 +101,7 @@ def _kl(
     rows, width, lowered = x.shape[0], columns[1] - columns[0], divergence.lowered
     kl = divergence.kl if divergence.reverse and slab is not None else None
     tile = pair_tile(x, ref_x)
-    splits = triton.cdiv(width, tile.split)
+    splits = launch.cdiv(width, tile.split)
     parts = torch.empty(splits, rows, dtype=torch.float32, device=x.device)
     if not rows:
         return parts
@@ -115,7 +114,7 @@ def _kl(
         "STORE": slab is not None, "UPCAST": launch.INTERPRETED and torch.bfloat16 in (x.dtype, ref_x.dtype),
         **launch.tile_constants(tile, x),
     }  # fmt: skip
-    programs, depth, ref_depth = triton.cdiv(rows, tile.block_n) * splits, x.shape[1], ref_x.shape[1]
+    programs, depth, ref_depth = launch.cdiv(rows, tile.block_n) * splits, x.shape[1], ref_x.shape[1]
     descriptors, ref_descriptors = launch.descriptors(x, weight, tile), launch.descriptors(ref_x, ref_weight, tile)
     if depth == ref_depth and descriptors and ref_descriptors:
         kl_logits_persistent_kernel[(min(programs, launch.processors(x.device)),)](

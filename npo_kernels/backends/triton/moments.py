@@ -1,9 +1,8 @@
-"""Launches of the kernels on moments of the logits of a row."""
+"""Launches of the kernels for the moments of the logits of each row."""
 
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from csrc_triton.row_moments import moment_gradient_kernel, row_moments_kernel, row_moments_persistent_kernel
@@ -17,16 +16,16 @@ from npo_kernels.core.row_moments import GradientRows, Moments
 
 
 def moment_scratch(x: Tensor, rows: int, vocab_size: int, capped: bool) -> Scratch:
-    """The moments of the splits, in float32 and, while they are joined, in float64; the sorted targets."""
-    per_row = 28 * 6 * triton.cdiv(vocab_size, launch.block_v(x)) + 4 * x.shape[1] + 2 * SORT_BYTES + 200
+    """The moments of the splits, in float32 and (while they are merged) in float64, and the sorted targets."""
+    per_row = 28 * 6 * launch.cdiv(vocab_size, launch.block_v(x)) + 4 * x.shape[1] + 2 * SORT_BYTES + 200
     return Scratch(per_row=per_row, sums=per_row * rows)
 
 
 def row_moments(x: Tensor, head: Head, target: Tensor) -> Moments:
-    """`Moments` (splits, n) of the whole vocabulary, with nothing of size V written."""
+    """`Moments` (splits, n) of the whole vocabulary; writes nothing of size V."""
     x, weight = launch.rows_contiguous(x), launch.rows_contiguous(head.weight)
     tile = launch.tile_for(x)
-    splits = triton.cdiv(weight.shape[0], tile.split)
+    splits = launch.cdiv(weight.shape[0], tile.split)
     maximum, total, first, second, logits = torch.empty(5, splits, x.shape[0], dtype=torch.float32, device=x.device)
     argmax = torch.empty(splits, x.shape[0], dtype=torch.int64, device=x.device)
     moments = Moments(maximum, argmax, total, first, second, logits)
@@ -50,14 +49,14 @@ def row_moments(x: Tensor, head: Head, target: Tensor) -> Moments:
 
 
 def moment_loop(x: Tensor) -> str:
-    """Of the persistent kernel; "" where the simple one runs."""
+    """The loop of the persistent kernel; "" if `row_moments_kernel` runs."""
     return find_entry(MOMENT_LOOPS, launch.architecture(x.device), 8 * x.itemsize, x.shape[-1]) or ""
 
 
 def moment_gradient(
     x: Tensor, head: Head, target: Tensor, rows: GradientRows, columns: tuple[int, int], out: Tensor | None = None
 ) -> Tensor:
-    """The slab of a vocabulary slice."""
+    """Slab of the gradient of a vocabulary slice (`GradientRows` has the formula)."""
     slab = launch.empty_slab(x, columns) if out is None else out
     x, part = launch.rows_contiguous(x), head.columns(*columns)
     weight, tile = launch.rows_contiguous(part.weight), launch.tile_for(x)
@@ -72,7 +71,7 @@ def moment_gradient(
 
 def _grid(x: Tensor, weight: Tensor) -> tuple[int]:
     tile = launch.tile_for(x)
-    return (triton.cdiv(x.shape[0], tile.block_n) * triton.cdiv(weight.shape[0], tile.split),)
+    return (launch.cdiv(x.shape[0], tile.block_n) * launch.cdiv(weight.shape[0], tile.split),)
 
 
 def _constants(x: Tensor, head: Head, pieces: int) -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""Launches of the kernels on rows and sequences: sums, the loss, and the gradients' terms of size N x H."""
+"""Launches of the kernels for rows and sequences: sums, the loss, and the gradient terms of size N x H."""
 
 import torch
-import triton
 from torch import Tensor
 
 from csrc_triton.gradient_rows import (
@@ -35,7 +34,7 @@ def sequence_sums(values: Tensor, sequence: Tensor, starts: Tensor) -> Tensor:
 def coefficients(
     stats: Statistics, rows: Rows, grad_tokens: Tensor | None, grad_logps: Tensor | None, head: Head
 ) -> tuple[Tensor, Tensor]:
-    """(row_coef (n,), target_coef (n,)) from the upstream gradients of log-probabilities, in one launch."""
+    """(row_coef (n,), target_coef (n,)) from the upstream gradients of the log-probabilities, in one launch."""
     row_coef, target_coef = torch.empty_like(stats.logp), torch.empty_like(stats.logp)
     grad_tokens = None if grad_tokens is None else grad_tokens.contiguous()
     grad_logps = None if grad_logps is None else grad_logps.contiguous()
@@ -56,7 +55,7 @@ def ratio_epilogue(
     logps, losses = torch.empty_like(ratio.offset), torch.empty_like(ratio.offset)
     row_coef, target_coef = torch.empty_like(stats.logp), torch.empty_like(stats.logp)
     num_sequences = logps.shape[0]
-    ratio_epilogue_kernel[(num_sequences + 1,)](  # one more for the filling rows
+    ratio_epilogue_kernel[(num_sequences + 1,)](  # one more for the padding rows
         stats.target_logit, stats.logp, stats.miss, stats.prob_scale, starts, ratio.offset, ratio.scale,
         logps, losses, row_coef, target_coef, num_sequences, stats.logp.shape[0],
         ratio.beta, head.logit_scale, head.softcap or 0.0,
@@ -69,7 +68,7 @@ def ratio_epilogue(
 def sequence_scale(
     num_tokens: Tensor, reduction: str, normalizer: Tensor | None, weights: Tensor | None = None
 ) -> Tensor:
-    """(B,) factor of each sequence's loss."""
+    """(B,) factor of each sequence's loss (`npo_kernels.core.formulas.sequence_scale`)."""
     scale = torch.empty(num_tokens.shape, dtype=torch.float32, device=num_tokens.device)
     sequence_scale_kernel[(1,)](
         num_tokens, normalizer, weights, scale, scale.shape[0],
@@ -101,7 +100,7 @@ def finish_hidden_grad(
     index: Tensor,  # (n,) rows of `out`
     out: Tensor,  # (T, H)
 ) -> None:
-    """out[index_i] = target_coef_i W[target_i] - row_coef_i product_i; filling rows are not written."""
+    """out[index_i] = target_coef_i W[target_i] - row_coef_i product_i; padding rows are not written."""
     if product.shape[0]:
         weight = launch.rows_contiguous(head.weight)
         finish_hidden_grad_kernel[launch.hidden_grid(product.shape)](
@@ -111,7 +110,7 @@ def finish_hidden_grad(
 
 
 def group_targets(target: Tensor) -> tuple[Tensor, Tensor]:
-    """(targets in ascending order, rows in that order), so that each label is summed by one program."""
+    """(targets in ascending order, rows in that order), so that one program can sum all rows of a label."""
     return torch.sort(target, stable=True)
 
 
@@ -129,11 +128,11 @@ def add_targets(
 
 
 def scale_gradient(grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * unit (a factor of each row, or none) * upstream (0-d) in float32, rounded once to `dtype`."""
+    """grad * unit (a factor per row, or None) * upstream (0-d) in float32, rounded once to `dtype`."""
     grad, unit = grad.contiguous(), None if unit is None else unit.contiguous()
     out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     if grad.numel():
-        scale_gradient_kernel[(triton.cdiv(grad.numel(), BLOCK_SCALED),)](
+        scale_gradient_kernel[(launch.cdiv(grad.numel(), BLOCK_SCALED),)](
             grad, unit, upstream, out, grad.numel(), grad[0].numel(), HAS_UNIT=unit is not None, BLOCK=BLOCK_SCALED,
             num_warps=ROW_WARPS,
         )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Programs for maintainers: builds and checks of a release. Run from the checkout, never installed."""

@@ -11,8 +11,8 @@ from npo_kernels import sequence_logprobs
 
 IGNORED = -100
 MODES = ("full", "frozen", "logprobs")  # gradients of hidden states and head, of hidden states alone, of nothing
-SPREAD = 2.0  # standard deviation of the logits that the random part of a row gives
-TARGET_LOGIT = {"random": 0.0, "peaked": 30.0, "forgotten": -40.0}  # what is added to the logit of the label
+SPREAD = 2.0  # standard deviation of the logits of the random part of a row
+TARGET_LOGIT = {"random": 0.0, "peaked": 30.0, "forgotten": -40.0}  # added to the logit of the label
 
 
 class Head(NamedTuple):
@@ -42,8 +42,8 @@ class Batch:
     hidden: Tensor  # (B, S, H)
     weight: Tensor  # (V, H)
     labels: Tensor  # (B, S) int64, IGNORED where nothing is scored
-    ref_hidden: Tensor  # (B, S, H) of a reference model with the same head, for who runs one
-    ref_logps: Tensor  # (B,) its log-probabilities, for who caches them
+    ref_hidden: Tensor  # (B, S, H) of a reference model with the same head, for providers that run one
+    ref_logps: Tensor  # (B,) its log-probabilities, for providers that cache them
     softcap: float | None = None
     num_forget: int = 0  # the first sequences are forgotten, the others retained
     mode: str = "full"
@@ -59,7 +59,7 @@ class Batch:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """What gradients are taken of."""
+        """The tensors that gradients are computed for."""
         return [t for t in (self.hidden, self.weight) if t.requires_grad]
 
     def objective(self, computes: str, logps: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class Case:
         return batch.for_mode(mode)
 
     def unfilled(self, dtype: torch.dtype, device: str, mode: str = "full") -> Batch:
-        """The same shapes and scored positions with nothing in them: enough to ask for a plan, and no work."""
+        """The same shapes and scored positions in uninitialised tensors: enough for a plan, at no cost."""
         H, V, softcap = self.head
         longest = max(ignored + scored for ignored, scored in self.lengths)
         hidden = torch.empty(self.B, longest, H, dtype=dtype, device=device)
@@ -148,5 +148,5 @@ def head_case(model: str, N: int, length: int = 256, data: str = "random") -> Ca
     return even(f"{model}/N={N}", HEADS[model], N, max(1, N // length), data)
 
 
-# Shape R of the design: what the targets are stated at.
+# Shape R of the design, at which the targets are stated.
 R = head_case("llama-3-8b", 8192)

@@ -1,6 +1,6 @@
 """Two result files side by side: A, B and B / A of every measurement that both have.
 
-A difference counts where the intervals from the 20 % to the 80 % quantile do not overlap.
+A difference counts if the intervals between the 20 % and 80 % quantiles do not overlap.
 """
 
 import argparse

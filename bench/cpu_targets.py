@@ -1,4 +1,5 @@
-"""The targets on a CPU, a row a dtype and shape, computed from the records of `python -m bench run --suite cpu`."""
+"""The targets on a CPU, a row for each dtype and shape, computed from the records of `python -m bench run --suite
+cpu`."""
 
 from collections.abc import Iterable, Iterator
 
@@ -22,7 +23,7 @@ NOT_MEASURED = "not measured"
 
 
 def sections(records: Iterable[Record]) -> Iterator[str]:
-    """A table a CPU, and what was not measured on any."""
+    """A table for each CPU, and the targets that were not measured on any."""
     found = [r for r in records if r["suite"] == "cpu" and not r["gpu"] and r["bfloat16"]]
     if not found:
         return
@@ -73,7 +74,7 @@ def value(records: Iterable[Record], provider: str, metric: str) -> float | None
 
 
 def against_plain(records: list[Record], provider: str, metric: str, unit: str) -> str:
-    """A provider over the better convention; where none came to an end, below it over the time they were given."""
+    """The provider's time over that of the better convention. If both were stopped, a bound: over their time limit."""
     ours = value(records, provider, metric)
     theirs = [v for name in PLAIN if (v := value(records, name, metric)) is not None]
     over = [r["over_ms"] for r in records if r["provider"] in PLAIN and r["status"] == "slow" and r["metric"] == metric]

@@ -1,4 +1,7 @@
-"""The figures of the report: time, rate and memory over N or V, error by kind of row; one file a suite and machine."""
+"""The figures of the report, one file for each suite and machine, and the one of the README.
+
+The report has time, rate and memory over N or V and errors by kind of row; the README has peak memory and time over V.
+"""
 
 import re
 from itertools import groupby, product
@@ -11,14 +14,18 @@ matplotlib.use("Agg")  # no display needed
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from bench import tables
 from bench.records import Record
 from bench.tables import UNITS
 
-# Okabe-Ito: told apart by colour-blind readers
+# Okabe-Ito, which colour-blind readers can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vPX*"
 PALE = "#dddddd"
+LABELS = {"npo_kernels/triton": "npo_kernels", "plain/eager": "plain PyTorch", "plain/compile": "compiled PyTorch"}
 
 Panel = tuple[str, str, list[Record]]  # title, axis, records
 
@@ -61,7 +68,7 @@ def panels_of(suite: str, records: list[Record]) -> list[Panel]:
 
 
 def _varies(suite: str, r: Record, axis: str) -> bool:
-    """Of the head suite one model; of the scaling suite the sweep of that axis."""
+    """One model of the head suite; the sweep of that axis in the scaling suite."""
     if suite == "scaling":
         return r["case"].startswith(f"{axis}=")
     return r["case"].startswith(("llama-3-8b/", "toy/"))
@@ -85,8 +92,13 @@ def _figure(title: str, panels: list[Panel], path: Path) -> None:
     handles = {h.get_label(): h for axis in figure.axes for h in _handles(axis)}
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    _save(figure, path, dpi=100)
+
+
+def _save(figure: Figure, path: Path, dpi: int) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=130)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(partial, format="png", dpi=dpi)
     plt.close(figure)
     partial.replace(path)
 
@@ -102,6 +114,18 @@ def _curves(axis: Axes, records: list[Record], over: str, providers: list[str]) 
             number = providers.index(name)
             axis.plot(*zip(*points, strict=True), label=name, linewidth=1.6, markersize=4, **_style(number))
     axis.set(xscale="log", yscale="log", xlabel=over)
+    sizes = sorted({r[over] for r in records})
+    axis.set_xticks(sizes, [thousands(size) for size in sizes])
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tables.number(value)))
+    for minor in (axis.xaxis, axis.yaxis):
+        minor.set_minor_formatter(NullFormatter())
+        minor.set_minor_locator(plt.NullLocator())
+
+
+def thousands(size: int) -> str:
+    """16384 -> "16k"; other sizes in full."""
+    return f"{size // 1024}k" if size % 1024 == 0 else str(size)
 
 
 def _bars(axis: Axes, records: list[Record], over: str, providers: list[str]) -> None:
@@ -109,7 +133,7 @@ def _bars(axis: Axes, records: list[Record], over: str, providers: list[str]) ->
     width = 0.8 / len(providers)
     for number, name in enumerate(providers):
         values = {r["case"]: r["value"] for r in records if r["provider"] == name}
-        if not values:  # its handle would have a colour that is not its own
+        if not values:  # an empty bar would take a wrong colour in the legend
             continue
         places = [cases.index(case) + (number + 0.5) * width - 0.4 for case in values]
         axis.bar(places, list(values.values()), width, label=name, color=COLOURS[number % len(COLOURS)])
@@ -123,3 +147,53 @@ def _style(number: int) -> dict[str, Any]:
         "marker": MARKERS[number % len(MARKERS)],
         "linestyle": "-" if number < len(COLOURS) else "--",
     }
+
+
+def headline(records: list[Record], path: Path) -> str | None:
+    """The README's figure: peak memory and time of loss and both gradients over V, at N=8192 and H=4096.
+
+    Of the GPUs with such records it shows the one with the most providers, and of these the one measured last. Returns
+    the name of the GPU, or None without writing a file if there is none.
+    """
+    sweep = [r for r in records if r["suite"] == "scaling" and r["case"].startswith("V=") and r["gpu"]]
+    of_gpu: dict[str, list[Record]] = {}
+    for r in sweep:
+        if (r["status"], r["mode"], r["what"], r["l2"] == "cold") == ("ok", "full", "fwd_bwd", False):
+            of_gpu.setdefault(r["gpu"], []).append(r)
+    if not of_gpu:
+        return None
+    gpu, found = max(of_gpu.items(), key=lambda item: (len(_providers(item[1])), max(r["date"] for r in item[1])))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.1), layout="constrained")
+    gib = [r | {"value": r["value"] / 1024} for r in found if r["metric"] == "peak_mb"]
+    _labelled(left, gib, "peak memory, GiB", _providers(found))
+    _labelled(right, [r for r in found if r["metric"] == "ms"], "time, ms", _providers(found))
+    first = found[0]
+    figure.supxlabel(
+        f"vocabulary size;  N = {first['N']} tokens, hidden size {first['H']}, {first['dtype']}, {gpu}", fontsize=9
+    )
+    _save(figure, path, dpi=160)
+    return gpu
+
+
+def _providers(records: list[Record]) -> list[str]:
+    """Ours first: it keeps its colour whatever else was measured."""
+    return sorted(dict.fromkeys(r["provider"] for r in records), key=lambda name: not name.startswith("npo_kernels/"))
+
+
+def _labelled(axis: Axes, records: list[Record], label: str, providers: list[str]) -> None:
+    """Curves on linear axes, each with its name at its end."""
+    for name in providers:
+        points = sorted((r["V"], r["value"]) for r in records if r["provider"] == name)
+        if points:
+            style = _style(providers.index(name))
+            axis.plot(*zip(*points, strict=True), linewidth=2, markersize=5, **style)
+            axis.annotate(
+                LABELS.get(name, name), points[-1], (0, 7), textcoords="offset points", ha="right", color=style["color"]
+            )
+    sizes = sorted({r["V"] for r in records})[-4:]  # the smallest are too close together for labels
+    axis.set_xticks(sizes, [thousands(size) for size in sizes])
+    axis.set_ylim(bottom=0)
+    axis.margins(y=0.12)
+    axis.set_ylabel(label)
+    axis.grid(axis="y", color=PALE, linewidth=0.8)
+    axis.spines[["top", "right"]].set_visible(False)

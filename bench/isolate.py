@@ -1,8 +1,8 @@
-"""Time and peak memory of steps that each live in a process of their own, the processes taking turns.
+"""Time and peak memory of steps, each in a process of its own; the processes take turns.
 
-A CPU has no allocator statistics worth the name: its memory is the peak resident set during a step, minus what was
-resident before. Where `whole` is false, "before" is when the inputs were made and the libraries warm, so that what is
-left is workspace and gradients; where it is true, before anything was made.
+A CPU has no useful allocator statistics, so its memory is the peak resident set during a step minus the resident set
+before. With `whole=False`, "before" means after the inputs are made and the libraries are warm: the difference is
+workspace and gradients. With `whole=True` it means before anything is made.
 """
 
 import math
@@ -33,7 +33,7 @@ class Turn(NamedTuple):
 
 
 class Job(Protocol):
-    """What a process is started with: it can be pickled and hashed."""
+    """The argument of a process; can be pickled and hashed."""
 
     @property
     def device(self) -> str: ...
@@ -47,11 +47,11 @@ class Job(Protocol):
     def whole(self) -> bool: ...
     @property
     def limit(self) -> float:
-        """Seconds that a turn may take, and all of a job's after which none begins."""
+        """Seconds that one turn may take; also, no turn begins after the turns of a job have taken this long."""
 
     @property
     def patience(self) -> float:
-        """Seconds that the first turn may take beyond the limit, to compile."""
+        """Additional seconds for the first turn, which may compile."""
 
     def prepare(self) -> Callable[[], object]:
         """Make the inputs and warm up the libraries, in the new process; returns the step."""
@@ -61,7 +61,7 @@ AnyJob = TypeVar("AnyJob", bound=Job)
 
 
 def peak_resident() -> int:
-    """Bytes: the high-water mark of the resident set, since the last reset where the system can reset it."""
+    """Bytes: the high-water mark of the resident set since the last reset, or ever if the system cannot reset it."""
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -116,7 +116,7 @@ def _work(job: Job, connection) -> None:
 
 @cache
 def start_context() -> SpawnContext | ForkServerContext:
-    """Processes that share nothing but imported modules: forked from a server that never ran anything."""
+    """Processes that share only imported modules: forked from a server that has run no other code."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -162,7 +162,8 @@ class Worker:
 
 
 def take_turns(jobs: Iterable[AnyJob], together: bool = True) -> dict[AnyJob, list[Turn] | Failure]:
-    """The turns of each job after its warm-up. `together`: all processes live at once; else one after the other."""
+    """The turns of each job after its warm-up. `together`: all processes exist at once; otherwise one after the
+    other."""
     jobs = list(jobs)
     if not together:
         return {job: turns for job in jobs for turns in take_turns([job]).values()}
@@ -179,7 +180,7 @@ def take_turns(jobs: Iterable[AnyJob], together: bool = True) -> dict[AnyJob, li
                 continue
             seconds = measured.milliseconds / 1e3
             if number >= job.warmup or (seconds > job.limit / 3 and not job.patience):
-                turns[job].append(measured)  # one so long needs no warm-up
+                turns[job].append(measured)  # a turn this long needs no warm-up
             spent[job] += seconds if number or not job.patience else 0.0
     for worker in workers.values():
         worker.stop()

@@ -1,11 +1,11 @@
 """Time of providers on one batch, in one process, taking turns, so that clocks and temperature are the same for all.
 
-CUDA events on a GPU, perf_counter on a CPU. Every turn gives three times: forward, backward, both. Warm-up turns are
+CUDA events on a GPU, perf_counter on a CPU. Every turn measures three times: forward, backward, both. Warm-up turns are
 left out; the reported times are medians. On a GPU the L2 cache is hot (an untimed turn of the same provider comes right
 before) or cold (overwritten before).
 
-Rates count the useful products of a mode, whatever a provider does: full 6NHV, frozen head 4NHV, log-probabilities
-2NHV, with N scored tokens.
+Rates count the useful products of a mode, not the operations that a provider executes: full 6NHV, frozen head 4NHV,
+log-probabilities 2NHV, with N scored tokens.
 """
 
 import gc
@@ -28,7 +28,7 @@ WHOLE = {"full": "fwd_bwd", "frozen": "fwd_bwd", "logprobs": "logprobs"}
 
 
 class Clock:
-    """Marks in the stream of work of a device, and the milliseconds between two of them."""
+    """Marks in the work queue of a device, and the milliseconds between two of them."""
 
     def __init__(self, device: str):
         self.on_gpu = torch.device(device).type == "cuda"
@@ -57,7 +57,8 @@ class Clock:
             self.l2.zero_()
 
     def lost(self) -> bool:
-        """Whether the GPU refuses all further work, as after an illegal memory access. A late error is told once."""
+        """Whether the GPU rejects all further work, as after an illegal memory access. An asynchronous error is raised
+        once."""
         for _ in range(2):
             try:
                 self.wait()
@@ -93,7 +94,7 @@ def turn(provider: Provider, batch: Batch, clock: Clock) -> dict[str, float]:
 
 @dataclass
 class Failure:
-    """Why there is no value: a status of the schema and what was said."""
+    """Why there is no value: a status of the schema and the error message."""
 
     status: str
     error: str
@@ -117,8 +118,9 @@ def interleaved(
 ) -> dict[str, list[dict[str, float]] | Failure]:
     """The times of each provider's turns after `warmup` of them, or its failure.
 
-    No round of turns begins after `seconds`, once every provider has had one that counts. Who loses the GPU for this
-    process ends the turns of all: what was timed before stays, and whoever has no time is told after whom.
+    No round of turns begins after `seconds`, once every provider has one counted turn. If a provider leaves the GPU
+    unusable for this process, all turns end: times measured before are kept, and the failure of the providers without
+    a time names that provider.
     """
     clock = Clock(str(batch.hidden.device))
     timed: dict[str, list[dict[str, float]]] = {name: [] for name in names}
@@ -154,10 +156,10 @@ def context_lost(culprit: str) -> Failure:
 
 
 def release(on_gpu: bool) -> None:
-    """Give back what nobody holds any more, a failed provider for one."""
+    """Free memory that is no longer referenced, for example after a provider failed."""
     gc.collect()
     if on_gpu:
-        with suppress(RuntimeError):  # of a context that is lost, which must not cost the records there are
+        with suppress(RuntimeError):  # the CUDA context is lost; the records made so far must survive
             torch.cuda.empty_cache()
 
 
@@ -170,7 +172,7 @@ def time_case(options: Options, case: Case, mode: str = "full", l2: str = "hot",
 
 
 def time_batch(options: Options, case: Case, batch: Batch, l2: str = "hot", **fields) -> Iterator[Record]:
-    """`time_case` on a batch that is there already."""
+    """`time_case` on an existing batch."""
     results = interleaved(
         options.provider_names, batch, options.reps, options.warmup, l2 == "cold", seconds=options.seconds
     )
@@ -192,7 +194,7 @@ def time_batch(options: Options, case: Case, batch: Batch, l2: str = "hot", **fi
 
 
 def described(options: Options, case: Case, name: str, mode: str) -> Record:
-    """The fields of a record that are known before anything is run."""
+    """The fields of a record that are known before the run."""
     provider = PROVIDERS[name]
     return {
         "suite": options.suite,

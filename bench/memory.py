@@ -1,4 +1,4 @@
-"""One provider on one case, in a process of its own: what `isolate.py` runs for time and peak memory."""
+"""One provider on one case, in a process of its own: the job that `isolate.py` runs for time and peak memory."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -41,13 +41,13 @@ class LossJob:
         return lambda: PROVIDERS[self.provider].step(batch)
 
     def try_out(self) -> None:
-        """A small batch of the same kind: raises what the provider raises, and warms its libraries up."""
+        """Runs a small batch of the same kind: raises the provider's errors, and warms up its libraries."""
         small = even("small", HEADS["toy"]._replace(softcap=self.case.head.softcap), 32, 2)
         PROVIDERS[self.provider].step(small.batch(getattr(torch, self.dtype), self.device, self.mode))
 
 
 def attempt(job: LossJob) -> Failure | None:
-    """Why the job need not be given a process."""
+    """The reason not to start a process for the job, or None."""
     try:
         job.try_out()
     except Exception as error:  # whatever a peer raises is its result
@@ -57,7 +57,8 @@ def attempt(job: LossJob) -> Failure | None:
 
 
 def peak_of(options: Options, case: Case, name: str, batch: Batch) -> Record:
-    """Peak MiB of one provider in this process, libraries warm: what a GPU's allocator counts is exact anywhere."""
+    """Peak MiB of one provider in this process, libraries warm. For GPUs: the allocator's counts are exact in any
+    process."""
     common = described(options, case, name, batch.mode) | {"what": WHOLE[batch.mode], "metric": "peak_mb"}
     try:
         before = memory(options.device, reset=True)

@@ -1,7 +1,7 @@
 """The scalars that providers compute, as functions of sequence log-probabilities: the oracle of the accuracy suite.
 
-logps, num_tokens, ref_logps are (B,). `num_forget` sequences come first and are forgotten, the others are retained.
-A provider that cannot express NPO computes one of the others, and its records say which.
+logps, num_tokens, ref_logps are (B,). `num_forget` sequences are the forget set and come first, the others are the
+retain set. A provider that cannot express NPO computes one of the other objectives; its records name it.
 """
 
 import torch
@@ -31,7 +31,7 @@ def dpo(logps: Tensor, num_tokens: Tensor, ref_logps: Tensor, num_forget: int) -
 
 
 def kto(logps: Tensor, num_tokens: Tensor, ref_logps: Tensor, num_forget: int) -> Tensor:
-    """mean (1 - sigmoid(+-beta ratio)), - for what is forgotten, with a KL baseline of 0: arXiv 2402.01306."""
+    """mean (1 - sigmoid(+-beta ratio)), - for forget sequences, with a KL baseline of 0: arXiv 2402.01306."""
     sign = torch.ones_like(logps)
     sign[:num_forget] = -1
     return (1 - torch.sigmoid(BETA * sign * (logps - ref_logps))).mean()

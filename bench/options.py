@@ -1,4 +1,4 @@
-"""What a run was asked for."""
+"""The options of a run."""
 
 import fnmatch
 import math
@@ -20,7 +20,7 @@ class Options:
     suite: str
     device: str = "cpu"
     dtype: str = "float32"
-    dtypes: tuple[str, ...] = ()  # of a suite that takes several; (dtype,) where none is given
+    dtypes: tuple[str, ...] = ()  # for suites that take several; (dtype,) if none are given
     toy: bool = True
     providers: tuple[str, ...] = ("*",)  # names or patterns
     cases: tuple[str, ...] = ("*",)
@@ -28,7 +28,7 @@ class Options:
     warmup: int = 1
     threads: int | None = None
     data_dir: Path | None = None
-    # of a case, or in isolated processes of a provider: fewer repetitions where it takes longer, there one at least
+    # time limit of a case (in isolated processes: of a provider, at least one repetition); a slow one repeats less
     seconds: float = math.inf
 
     @property
@@ -41,15 +41,15 @@ class Options:
 
     @property
     def provider_names(self) -> list[str]:
-        """Those asked for. All ("*") leaves out, on a CPU, the Triton kernels, which only the interpreter runs there,
-        and at toy sizes what takes longer to compile than all else to run."""
+        """The chosen providers. On a CPU "*" leaves out the Triton kernels, which only the interpreter could run, and
+        at toy sizes also torch.compile, which would take longer than all other providers together."""
         if self.providers == ("*",):
             absent = [] if self.on_gpu else ["npo_kernels/triton*"]
             absent += ["plain/compile"] if self.toy else []
             return [name for name in PROVIDERS if not any(fnmatch.fnmatchcase(name, p) for p in absent)]
         unknown = [pattern for pattern in self.providers if not fnmatch.filter(PROVIDERS, pattern)]
         if unknown:
-            raise ValueError(f"--providers: nothing is called {unknown[0]!r}; there are {', '.join(PROVIDERS)}")
+            raise ValueError(f"--providers: unknown provider {unknown[0]!r}; available: {', '.join(PROVIDERS)}")
         return [name for name in PROVIDERS if any(fnmatch.fnmatchcase(name, p) for p in self.providers)]
 
     def chosen(self, cases: Iterable[Case]) -> list[Case]:

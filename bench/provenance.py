@@ -1,24 +1,24 @@
-"""Which commit a measurement is of. A result that cannot be traced to one is worth nothing."""
+"""The commit that is measured. A result that cannot be traced to a commit has no value."""
 
 import os
 import subprocess
 from functools import cache
 from pathlib import Path
 
-# Names the commit where the files travelled without their history, to a machine without a network for instance.
+# Names the commit when the files were copied without their git history, for example to a machine without a network.
 VARIABLE = "NPO_BENCH_COMMIT"
 ROOT = Path(__file__).resolve().parents[1]
-# What measuring itself writes: a second suite may be run before the first one's results are committed.
+# Files that a measurement writes: a second suite may run before the results of the first are committed.
 WRITTEN = (":(exclude)*/results/*", ":(exclude)bench/RESULTS.md")
 
 
 def commit() -> str:
-    """The short hash of the commit measured, with "-dirty" behind it where the files differ; or "unknown"."""
+    """The short hash of the commit, with the suffix "-dirty" if files differ from it; or "unknown"."""
     return os.environ.get(VARIABLE) or _described()
 
 
 def refusal(allow_dirty: bool) -> str | None:
-    """Why results must not be taken from these files, and what to do; None where they may."""
+    """Why results must not be recorded from these files, and what to do; None if they may."""
     found = commit()
     if found == "unknown":
         return f"no commit can be named: there is no git checkout here. Set {VARIABLE} to the commit of these files"
@@ -37,7 +37,7 @@ def _described() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git prints; None where it fails or is not there."""
+    """The output of git; None if it fails or is not installed."""
     try:
         run = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT)
     except OSError:

@@ -1,4 +1,4 @@
-"""Results: one JSON line a measurement, with everything needed to repeat it.
+"""Results: one JSON line for each measurement, with everything needed to repeat it.
 
     case, provider, provider_version, mode (full, frozen, logprobs), what (fwd, bwd, fwd_bwd, logprobs), dtype, N, H, V,
     B, metric (ms, tflops, peak_mb, rel_err, ...), value, p20, p80, reps, exact, computes (npo, ce, ...), gpu, driver,
@@ -7,9 +7,9 @@
 `value` is a median. `status` is "ok" or why there is no value: "missing" (not installed), "unsupported" (cannot do the
 case), "oom", "failed", "slow" (took more than `over_ms`); `error` has the message. On a CPU `gpu` is null and `device`
 names the processor. `computes` beyond npo and ce is a preference loss (dpo, kto) or a bare matrix product (product).
-`load` is the load average of the last minute: more than the threads of the run means that other work shared the
-processor. On a CPU `cpu_capability` is what PyTorch dispatches to, `bfloat16` "native" or why products of it are not,
-`cpu_limits` the environment variables that keep instructions from being used.
+`load` is the load average of the last minute; more than the number of threads of the run means that other programs used
+the processor. On a CPU `cpu_capability` is the instruction set that PyTorch dispatches to, `bfloat16` is "native" or
+the reason why bfloat16 products are not, and `cpu_limits` has the environment variables that disable instructions.
 """
 
 import datetime
@@ -38,7 +38,7 @@ EXTRA = (
     "suite", "status", "error", "device", "threads", "python", "l2", "data", "plan", "tensor", "note", "load",
     "cpu_capability", "bfloat16", "cpu_limits", "over_ms",
 )  # fmt: skip
-# What makes two records measurements of the same thing.
+# Two records with the same values of these fields are measurements of the same thing.
 KEY = ("suite", "case", "provider", "mode", "what", "dtype", "metric", "l2", "tensor", "device", "cpu_limits")
 
 Record = dict[str, Any]
@@ -62,7 +62,7 @@ def record(device: str, **fields: Any) -> Record:
 
 @cache
 def environment(device: str) -> Record:
-    """What is the same for all records of a run."""
+    """The fields that all records of a run share."""
     on_gpu = torch.device(device).type == "cuda"
     on_cpu = {} if on_gpu else cpu_environment()
     return on_cpu | {
@@ -93,23 +93,23 @@ def cpu_name() -> str:
 
 
 def key(r: Record) -> tuple:
-    """What is measured. The names of kernels end in `_kernel` now: records of before then are of the same kernels."""
+    """The values of KEY. Old records have kernel names without the suffix `_kernel`; they are of the same kernels."""
     return tuple((r.get(name) or "").removesuffix("_kernel") if name == "tensor" else r.get(name) for name in KEY)
 
 
 def merged(before: list[Record], found: list[Record]) -> list[Record]:
-    """`found`, and of `before` what was not measured again."""
+    """`found`, and the records of `before` that were not measured again."""
     again = {key(r) for r in found}
     return [r for r in before if key(r) not in again] + found
 
 
 def write(path: Path, records: Iterable[Record]) -> None:
-    """Under a temporary name first, so that an interrupted run leaves no half file."""
+    """Writes under a temporary name first, so that an interrupted run leaves no partial file."""
     write_text(path, "".join(json.dumps(r) + "\n" for r in records))
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """One more line, on the disk before this returns: what comes after may hang or crash."""
+    """Appends a line and syncs it to disk before returning: the next measurement may hang or crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
@@ -125,7 +125,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file; a last one that is torn, because its writer was killed, is left out."""
+    """The lines of a file. An incomplete last line, whose writer was killed, is skipped."""
     found = []
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
@@ -138,18 +138,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read(path: Path) -> list[Record]:
-    """Records of a file; fields that files of an earlier format lack are null, and their mode is "full"."""
+    """Records of a file. Fields that an earlier format lacks are null, and the mode is then "full"."""
     defaults = dict.fromkeys((*SCHEMA, *EXTRA)) | {"status": "ok", "mode": "full", "suite": "cpu"}
     return [defaults | line for line in read_lines(path)]
 
 
 def read_all(folder: Path = RESULTS) -> list[Record]:
-    """All results of a folder, those of `python -m bench certify` in folders of their own; the latest where a thing was
-    measured twice."""
+    """All results of a folder and of the `python -m bench certify` folders in it. Of repeated measurements only the
+    latest."""
     paths = sorted([*folder.glob("*.jsonl"), *folder.glob("*/records.jsonl")])
     return latest(r for path in paths for r in read(path))
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
-    """Of what was measured more than once the last."""
+    """Of repeated measurements only the latest."""
     return list({key(r): r for r in sorted(records, key=lambda r: r["date"])}.values())

@@ -1,7 +1,8 @@
-"""Tables and figures of all committed results: bench/results/report.md, *.png, and the target table bench/RESULTS.md.
+"""Tables and figures of all committed results: bench/results/report.md, *.png, the target table bench/RESULTS.md, and
+docs/assets/memory.png for the README.
 
-Everything is computed from bench/results/*.jsonl and the folders of `python -m bench certify` beside them, of CPUs and
-GPUs alike; nothing is measured here.
+Everything is computed from bench/results/*.jsonl and from the folders that `python -m bench certify` wrote there, for
+CPUs and GPUs alike. Nothing is measured here.
 """
 
 import argparse
@@ -17,10 +18,12 @@ from bench.targets import TARGETS, Results, Target
 
 HELP = "tables and figures of the committed results"
 NOT_MEASURED = "not measured"
+HEADLINE = RESULTS.parents[1] / "docs" / "assets" / "memory.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--headline", type=Path, help="the README's figure (by default only of the committed results)")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -28,14 +31,18 @@ def main(args: argparse.Namespace) -> int:
     images = figures.draw(records, args.results)
     text = [*sections(records, images), *certified(args.results)]
     write_text(args.results / "report.md", "\n\n".join(text) + "\n")
-    # the target table stands beside the folder that it was computed from
+    # the target table is written next to the folder that it was computed from
     write_text(args.results.parent / "RESULTS.md", targets_page(records))
+    path = args.headline or (HEADLINE if args.results.resolve() == RESULTS.resolve() else None)
+    if path is not None:
+        gpu = figures.headline(records, path)
+        print(f"no GPU was measured over V: {path} is unchanged" if gpu is None else f"{gpu}: {path}")
     print(f"{len(records)} records: {args.results / 'report.md'}, {args.results.parent / 'RESULTS.md'}")
     return 0
 
 
 def certified(folder: Path) -> Iterator[str]:
-    """The runs of `python -m bench certify`, each with its own report."""
+    """A table of the runs of `python -m bench certify`, with a link to the report of each."""
     rows = []
     for path in sorted(folder.glob("*/journal.jsonl")):
         records = read(path.with_name("records.jsonl")) if path.with_name("records.jsonl").exists() else []
@@ -50,10 +57,11 @@ def certified(folder: Path) -> Iterator[str]:
 
 
 def sections(records: list[Record], images: dict[str, list[str]]) -> Iterator[str]:
-    """report.md: a section a suite and machine, a table a case."""
+    """report.md: a section for each suite and machine, a table for each case."""
     yield (
         "# Benchmark results\n\nMade by `python -m bench report` from the JSON lines beside and below it. Medians; "
-        "less is better but for TFLOP/s,\nGB/s and tokens/s. Rows whose `computes` is not npo do less or other work."
+        "lower is better, except for TFLOP/s,\nGB/s and tokens/s. Rows whose `computes` is not npo do less work, or "
+        "other work."
     )
     machine = lambda r: (r["suite"], " ".join(filter(None, (r["gpu"] or r["device"], r["cpu_limits"]))))  # noqa: E731
     for (suite, device), group in groupby(sorted(records, key=machine), key=machine):
@@ -69,7 +77,7 @@ def sections(records: list[Record], images: dict[str, list[str]]) -> Iterator[st
 
 
 def provenance(records: list[Record]) -> str:
-    """What all records of a section have in common, and from when to when."""
+    """What all records of a section have in common, and the dates of the first and the last."""
     first = records[0]
     dates = sorted(r["date"][:10] for r in records)
     facts = [f"torch {first['torch']}"]
@@ -85,7 +93,7 @@ def provenance(records: list[Record]) -> str:
 
 
 def case_table(records: list[Record]) -> str:
-    """Providers down, measurements across. Of a roofline, which has many kernels and few measurements: kernels down."""
+    """A row for each provider, a column for each measurement. A roofline has many kernels: it has a row for each."""
     first = records[0]
     by_kernel = first["suite"] == "roofline"
     row, column = (row_of_kernel, unit_of) if by_kernel else (row_of_provider, column_of)
@@ -99,7 +107,7 @@ def case_table(records: list[Record]) -> str:
     l2 = f", {first['l2']} L2" if first["l2"] else ""
     title = f"**{first['case']}** ({first['mode']}, {shape}, {first['dtype']}{l2})"
     if not rows:
-        return f"{title}: no provider gave a value."
+        return f"{title}: no provider has a value."
     heading = ["provider", "kernel" if by_kernel else "computes", *columns]
     return title + "\n\n" + markdown(heading, rows, "ll" + "r" * len(columns))
 
@@ -122,7 +130,7 @@ def unit_of(r: Record) -> str:
 
 
 def failures(records: Iterable[Record]) -> Iterator[str]:
-    """Who gave no value and why, once each."""
+    """The providers without a value and the reason, each once."""
     reasons = dict.fromkeys((r["provider"], r["status"], r["error"] or "") for r in records if r["status"] != "ok")
     if reasons:
         rows = ([name, status, error.replace("|", "\\|")] for name, status, error in reasons)
@@ -130,22 +138,22 @@ def failures(records: Iterable[Record]) -> Iterator[str]:
 
 
 def targets_table(records: list[Record]) -> str:
-    """Only measurements on a GPU count; what is missing says so."""
+    """Measurements on a GPU only; targets without one are marked."""
     results = Results(records)
     rows = [[target.what, target.target, *outcome_cells(target, results)] for target in TARGETS]
     return markdown(["what", "target", "measured", "machine", "command", "date"], rows)
 
 
 def targets_page(records: list[Record]) -> str:
-    """RESULTS.md: a table a GPU, and those of CPUs."""
+    """RESULTS.md: a table for each GPU, then those of CPUs."""
     gpus = sorted({r["gpu"] for r in records if r["gpu"]})
     tables = [f"## {gpu}\n\n" + targets_table([r for r in records if r["gpu"] == gpu]) for gpu in gpus]
     return (
         "# Targets\n\n"
-        "Shape R: N=8192, H=4096, V=128256, bfloat16; ratios are of medians of providers that took turns in one "
-        "process on one GPU.\nMade by `python -m bench report` from `bench/results`; an estimate is never "
+        "Shape R: N=8192, H=4096, V=128256, bfloat16; a ratio compares the medians of two providers that took turns "
+        "in one process on one GPU.\nMade by `python -m bench report` from `bench/results`; an estimate is never "
         "entered as a measurement (`python -m bench\nroofline` prints the model). `python -m bench certify` measures "
-        "all of it on the GPU at hand. What was measured on a CPU is in\n[results/report.md](results/report.md).\n\n"
+        "all of it on the current GPU. Measurements on a CPU are in\n[results/report.md](results/report.md).\n\n"
         + "\n\n".join([*(tables or [targets_table([])]), *cpu_targets.sections(records)])
         + "\n"
     )
@@ -155,6 +163,6 @@ def outcome_cells(target: Target, results: Results) -> list[str]:
     command = "; ".join(f"`python -m bench run --suite {suite}`" for suite in target.suites)
     outcome = target.measure(results)
     if outcome is None:
-        return [NOT_MEASURED, "no GPU at hand" if not results.records else "", command, ""]
+        return [NOT_MEASURED, "no GPU" if not results.records else "", command, ""]
     first = outcome.records[0]
     return [outcome.text, f"{first['gpu']}, driver {first['driver']}", command, first["date"][:10]]

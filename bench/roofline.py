@@ -1,10 +1,10 @@
 """A MODEL, NOT A MEASUREMENT: the floor of each mode and the time predicted from counted work and measured ceilings.
 
 For a shape and a GPU, in the mode and the cuts of `npo_kernels.core.plan`: every launch's operations and the bytes it
-has to move, at best once each. The floor is the larger of all operations at the product ceiling and the bytes of inputs
-and results at the copy ceiling; the prediction is the sum over the launches of the larger of both. The ceilings are
-what one GPU of the kind measured on a large product and a copy, so a prediction is a bound from below that nothing
-reaches.
+has to move, each byte counted once. The floor is the larger of all operations at the product ceiling and the bytes of
+inputs and results at the copy ceiling; the prediction is the sum over the launches of the larger of both. The ceilings
+are those that one GPU of the kind reached in a large product and in a copy, so a prediction is a lower bound that no
+real run reaches.
 """
 
 import argparse
@@ -27,7 +27,7 @@ class Ceilings:
 
 
 CEILINGS = {"h200": Ceilings(770e12, 4.3e12)}
-WANTED = {"full": (True, True), "frozen": (True, False), "logprobs": (False, False)}  # need hidden, need head
+WANTED = {"full": (True, True), "frozen": (True, False), "logprobs": (False, False)}  # gradients of hidden, of the head
 SPLIT = 1024  # columns of a partial sum, as the tiles of sm_90 have it
 
 
@@ -44,7 +44,7 @@ class Launch:
 
 
 def launches(plan: Plan, N: int, H: int, V: int, itemsize: int = 2) -> list[Launch]:
-    """What `npo_kernels.core.execute` launches. A slab is N V items, a product with the head float32 (N, H)."""
+    """The launches of `npo_kernels.core.execute`. A slab has N V items; a product with the head is float32 (N, H)."""
     rows, head, slab, product = itemsize * N * H, itemsize * V * H, itemsize * N * V, 4 * N * H
     unit = 2 * N * H * V
     sums = 8 * N * -(-V // SPLIT)
@@ -70,7 +70,7 @@ def launches(plan: Plan, N: int, H: int, V: int, itemsize: int = 2) -> list[Laun
 
 
 def floor(wanted: str, N: int, H: int, V: int, ceilings: Ceilings, itemsize: int = 2) -> float:
-    """Seconds below which no exact algorithm of these ceilings can be: the products of the mode, inputs and results."""
+    """The least seconds of any exact algorithm at these ceilings: the products of the mode, inputs and results."""
     products = {"full": 3, "frozen": 2, "logprobs": 1}[wanted]
     need_hidden, need_head = WANTED[wanted]
     moved = itemsize * (N * H * (1 + need_hidden) + V * H * (1 + need_head))

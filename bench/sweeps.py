@@ -1,4 +1,4 @@
-"""What every sweep of tiles has in common: the turns, who wins them, what is written down, a line of the table."""
+"""The common parts of all tile sweeps: the turns, the choice of the winner, the result, and the line of the table."""
 
 import math
 import statistics
@@ -10,23 +10,23 @@ from bench.measure import Clock, Failure, failure
 from csrc_triton.tiles import Tile
 from npo_kernels.backends.tiles import hidden_bucket
 
-MARGIN = 0.02  # by which a tile has to beat the entry in force
+MARGIN = 0.02  # a tile has to beat the current entry by this share
 
 
 class Sweep(TypedDict):
-    """What was found at one hidden size; tiles are as `repr` writes them."""
+    """The result at one hidden size; tiles are written with `repr`."""
 
     H: int
-    present: str  # the entry in force
+    present: str  # the current entry
     suggestion: str | None  # a line of the table
     turns: int
-    medians: dict[str, float]  # milliseconds, of the best in turns
+    medians: dict[str, float]  # milliseconds, of the best tiles in turns
     once: dict[str, float]
-    failed: dict[str, str]  # why
+    failed: dict[str, str]  # error messages
 
 
 class Times(NamedTuple):
-    """Milliseconds: of each tile once, and medians of the best in turns."""
+    """Milliseconds: one run of each tile, and medians of the best tiles in turns."""
 
     once: dict[Tile, float | Failure]
     medians: dict[Tile, float]
@@ -34,14 +34,14 @@ class Times(NamedTuple):
 
 
 def take_turns(
-    runs: Mapping[Tile, Sequence[Callable[[], object]]],  # the first, of the entry in force, is one of the finalists
+    runs: Mapping[Tile, Sequence[Callable[[], object]]],  # the first tile, the current entry, is always a finalist
     device: str,
     reps: int,
     keep: int = 8,
     seconds: float = math.inf,
 ) -> Times:
-    """Every tile once, then the `keep` best in turns, of which none but the first begins after `seconds`. What a tile
-    takes is the sum of its runs, each after an untimed one."""
+    """Runs every tile once, then the `keep` best in turns; after `seconds` no turn but the first begins. The time of a
+    tile is the sum of its runs, each after an untimed run."""
     clock, deadline = Clock(device), time.monotonic() + seconds
     once: dict[Tile, float | Failure] = {}
 
@@ -60,7 +60,7 @@ def take_turns(
     for tile in runs:
         try:
             once[tile] = measure(tile)
-        except Exception as error:  # out of registers or shared memory, or the compiler's own
+        except Exception as error:  # out of registers or shared memory, or a compiler error
             once[tile] = failure(error)
     timed = {tile: ms for tile, ms in once.items() if not isinstance(ms, Failure)}
     order = sorted(timed, key=timed.__getitem__)
@@ -76,13 +76,13 @@ def take_turns(
 
 
 def winner(medians: Mapping[Tile, float], present: Tile) -> Tile:
-    """The fastest tile, or the one in force where that is not beaten by more than the margin."""
+    """The fastest tile, or the current one unless that is beaten by more than the margin."""
     best = min(medians, key=medians.__getitem__, default=present)
     return best if medians.get(best, math.inf) < (1 - MARGIN) * medians.get(present, math.inf) else present
 
 
 def outcome(H: int, present: Tile, times: Times, line: Callable[[Tile], str]) -> Sweep:
-    """As it is written down, with the line of the table if a tile beats the entry in force."""
+    """The result to write, with the line of the table if a tile beats the current entry."""
     best = winner(times.medians, present)
     return {
         "H": H,

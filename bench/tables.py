@@ -17,7 +17,7 @@ UNITS = {
 
 
 def results_table(records: Sequence[Record]) -> Table:
-    """Of one case."""
+    """The table of one case."""
     first = records[0]
     shape = " ".join(f"{axis}={first[axis]}" for axis in "NHVB")
     l2 = f", {first['l2']} L2" if first["l2"] else ""
@@ -31,7 +31,7 @@ def results_table(records: Sequence[Record]) -> Table:
             what = r["what"] + (f" {r['tensor']}" if r["tensor"] else "")
             values = [number(r[name]) for name in ("value", "p20", "p80")]
             table.add_row(r["provider"], r["computes"], what, r["metric"], *values)
-    # one line each reason, not a row each provider
+    # a line for each reason instead of a row for each provider
     reasons: dict[str, list[str]] = {}
     for r in records:
         if r["status"] != "ok":
@@ -49,7 +49,7 @@ def number(value: float) -> str:
 
 
 def markdown(heading: Sequence[str], rows: Iterable[Sequence[str]], align: str | None = None) -> str:
-    """A table; `align` has a letter a column, l or r."""
+    """A table; `align` has one letter for each column, l or r."""
     rules = {"l": "---", "r": "---:"}
     lines = [heading, [rules[letter] for letter in align or "l" * len(heading)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

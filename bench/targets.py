@@ -1,4 +1,4 @@
-"""The targets of the kernel design, each with how it is computed from result files. A measurement needs a GPU."""
+"""The targets of the kernel design and how each is computed from result files. Measuring them needs a GPU."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ SMALL = "npo_kernels/triton/256MiB"
 
 @dataclass(frozen=True)
 class Outcome:
-    """`text` is what was measured; the records it came from say where and when."""
+    """`text` is the measured value; its records have the machine and the date."""
 
     text: str
     records: tuple[Record, ...]
@@ -49,7 +49,7 @@ def ratio(ours: Record | None, theirs: Record | None) -> Outcome | None:
 
 
 def against(mode: str, computes: str) -> Measure:
-    """Ours at R in a mode against the fastest exact peer that computes the same, or cross-entropy."""
+    """Ours at R in a mode, against the fastest exact peer that computes `computes`."""
     what = "logprobs" if mode == "logprobs" else "fwd_bwd"
     fields = {"case": R.name, "mode": mode, "what": what, "metric": "ms", "suite": "head"}
     return lambda results: ratio(
@@ -58,7 +58,7 @@ def against(mode: str, computes: str) -> Measure:
 
 
 def share_of_ceiling(results: Results) -> Outcome | None:
-    """Of the 8192^3 product that `certify` measures on the same GPU."""
+    """Share of the rate of the 8192^3 product that `certify` measures on the same GPU."""
     found = results.find(case=R.name, provider=OURS, mode="full", metric="tflops", suite="head")
     ceiling = results.find(suite="ceilings", metric="tflops")
     if not found or not ceiling:
@@ -68,7 +68,7 @@ def share_of_ceiling(results: Results) -> Outcome | None:
 
 
 def worst(ratios: Iterable[Outcome | None]) -> Outcome | None:
-    """The largest of those that were measured."""
+    """The largest of the measured ratios."""
     measured = [ratio for ratio in ratios if ratio is not None]
     return max(measured, key=lambda r: r.records[0]["value"] / r.records[1]["value"], default=None)
 
@@ -120,7 +120,7 @@ def growth(results: Results) -> Outcome | None:
 
 
 def accuracy(results: Results) -> Outcome | None:
-    """The worst case of ours over plain PyTorch's error."""
+    """Our error over that of plain PyTorch, in the worst case."""
     ours = results.find(suite="accuracy", provider=OURS)
     outcomes = [
         ratio(r, results.best(suite="accuracy", provider="plain/eager", case=r["case"], tensor=r["tensor"]))
@@ -146,7 +146,7 @@ def step(results: Results) -> Outcome | None:
 class Target:
     what: str
     target: str
-    suites: tuple[str, ...]  # what has to be run
+    suites: tuple[str, ...]  # the suites to run
     measure: Measure
 
 

@@ -1,4 +1,4 @@
-"""The launches of one call as the device ran them: how often, how long, and what lay between them."""
+"""The launches of one call as the device ran them: number, durations, and the gaps between them."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 @dataclass(frozen=True)
 class Span:
-    """One launch, or one copy, on the device: microseconds from an arbitrary beginning."""
+    """One launch or copy on the device, in microseconds from an arbitrary start."""
 
     name: str
     begin: float
@@ -18,18 +18,18 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Of one call, in the order in which things began."""
+    """The launches of one call, in the order of their start."""
 
     spans: tuple[Span, ...]
 
     @property
     def total(self) -> float:
-        """Microseconds from the first beginning to the last end."""
+        """Microseconds from the first start to the last end."""
         return max(s.end for s in self.spans) - self.spans[0].begin
 
     @property
     def idle(self) -> float:
-        """Microseconds in which nothing ran."""
+        """Microseconds in which the device was idle."""
         busy, until = 0.0, self.spans[0].begin
         for span in self.spans:
             busy += max(0.0, span.end - max(span.begin, until))
@@ -37,7 +37,7 @@ class Timeline:
         return self.total - busy
 
     def by_name(self) -> dict[str, list[float]]:
-        """Microseconds of every launch, the longest sum first."""
+        """Microseconds of each kernel, the largest sum first."""
         found: dict[str, list[float]] = {}
         for span in self.spans:
             found.setdefault(span.name, []).append(span.end - span.begin)
@@ -45,7 +45,8 @@ class Timeline:
 
 
 def timeline(call: Callable[[], object], on_gpu: bool) -> Timeline:
-    """Of the second of two calls: the first compiles. On a CPU the outermost operators stand for launches."""
+    """Of the second of two calls, as the first compiles. On a CPU the outermost operators take the place of
+    launches."""
     call()
     if on_gpu:
         torch.cuda.synchronize()

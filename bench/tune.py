@@ -1,14 +1,14 @@
-"""Sweep the tiles of the projection kernels on the GPU at hand, and enter what wins in csrc_triton/tiles.py.
+"""Sweep the tiles of the projection kernels on the current GPU, and enter the winners in csrc_triton/tiles.py.
 
 For (architecture, dtype, H): every candidate is compiled and timed, storing the exponentials and not, at the N of a
-large batch and the vocabulary given; then the best ones in turns with the entry in force. Where the GPU has tensor
-descriptors (sm_90 and later), persistent tiles are candidates like others. What does not fit fails and is listed.
-Then the persistent kernels of KL and of row moments beside those in force (`bench.variants`).
+large batch and the given vocabulary; then the best ones take turns with the current entry. On GPUs with tensor
+descriptors (sm_90 and later) persistent tiles are candidates too. Tiles that do not fit fail and are listed.
+Then the persistent kernels of KL and of row moments are compared with the current ones (`bench.variants`).
 
-A hidden size stands for its bucket (`npo_kernels.backends.tiles`). One that beats the entry in force by more than a
-margin is printed, and with --write it is entered in the table, beside the name of the result file: to be read, compiled
-ahead of time (tests/aot) and committed, for a new tile changes the bits of the log-probabilities. Nothing is tuned at
-import or at a first call. Tiles never depend on N.
+A hidden size represents its bucket (`npo_kernels.backends.tiles`). A tile that beats the current entry by more than a
+margin is printed, and with --write it is entered in the table, together with the name of the result file. Review it,
+compile it ahead of time (tests/aot) and commit it: a new tile changes the bits of the log-probabilities. Nothing is
+tuned at import or at a first call. Tiles never depend on N.
 """
 
 import argparse
@@ -34,14 +34,14 @@ from npo_kernels.backends.tiles import Row, find_tile, hidden_bucket
 
 HELP = "sweep the tiles of the projection kernel on a GPU"
 
-# Powers of two around what the table has; those that need more registers or shared memory than there are fail.
+# Powers of two around the table's values; those that need too many registers or too much shared memory fail.
 BLOCKS_N, BLOCKS_V, BLOCKS_H = (64, 128), (64, 128, 256), (32, 64, 128)
 WARPS, STAGES, PIECES = (4, 8), (2, 3, 4), (1, 2, 4)
 SPLIT = 1024  # columns of a partial sum: the same for all, so that slices of the vocabulary stay where they are
-# Ways through the tiles of a persistent program, where there are descriptors; of fewer shapes, or a sweep takes hours.
+# Loops of the persistent kernel, on GPUs with descriptors; with fewer shapes, as the sweep would take hours otherwise.
 LOOPS = {"sm_90": ("serial", "flat"), "sm_100": ("serial", "flat", "specialized"), "sm_120": ("serial", "flat")}
 TABLE = Path(__file__).parents[1] / "csrc_triton" / "tiles.py"
-# What a result file has -> the tables that its lines belong in: of what is chosen, of where that was measured.
+# Section of a result file -> the tables it belongs to: the choices, and the files where they were measured.
 TABLES = {
     "sweeps": ("TILES", "MEASURED"),
     "pairs": ("PAIR_TILES", "PAIR_MEASURED"),
@@ -64,8 +64,8 @@ def candidates(architecture: str, bits: int) -> list[Tile]:
 
 
 def neighbours(architecture: str, bits: int, H: int) -> list[Tile]:
-    """The candidates that differ in one thing from the entry in force or from the persistent one: a first sweep, where
-    there is no time for all."""
+    """The candidates that differ in one field from the current entry or from the persistent one: a first sweep, for
+    when there is no time for all."""
     present = find_tile(TILES, architecture, bits, H)
     persistent = PERSISTENT_CANDIDATES.get((architecture, bits, ANY_HIDDEN))
     centres = [present, persistent] if persistent else [present]
@@ -79,7 +79,7 @@ def neighbours(architecture: str, bits: int, H: int) -> list[Tile]:
 
 
 def projection(tile: Tile, hidden: Tensor, weight: Tensor, target: Tensor, store: bool) -> Callable[[], object]:
-    """One launch of the kernel with a tile, whatever the table says."""
+    """One launch of the kernel with the given tile instead of the table's."""
     from npo_kernels.backends import triton as triton_backend
     from npo_kernels.core.lm_head import Head as KernelHead
 
@@ -96,19 +96,19 @@ def projection(tile: Tile, hidden: Tensor, weight: Tensor, target: Tensor, store
 
 
 def sweep(
-    tiles: Sequence[Tile],  # the first of them is the entry in force
+    tiles: Sequence[Tile],  # the first is the current entry
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
     reps: int,
 ) -> Times:
-    """Of storing plus not storing."""
+    """Times of storing plus not storing."""
     runs = {t: [projection(t, hidden, weight, target, store) for store in (True, False)] for t in tiles}
     return take_turns(runs, str(hidden.device), reps)
 
 
 def with_entry(source: str, line: str, table: str = "TILES") -> str:
-    """The text of tiles.py with a line in a table: in place of that with its key, or behind others of its kind."""
+    """The text of tiles.py with a line added to a table: in place of the line with its key, or after similar ones."""
     key = line.partition(":")[0]
     kind = key.rpartition(",")[0]
     source = re.sub(rf"^({table}\b.* = {{)}}$", r"\1\n}", source, flags=re.MULTILINE)  # an empty one
@@ -121,7 +121,7 @@ def with_entry(source: str, line: str, table: str = "TILES") -> str:
 
 
 def with_sweep(source: str, architecture: str, bits: int, found: Sweep, out: Path, kind: str = "sweeps") -> str:
-    """The text of tiles.py with the winner, if there is one, and the result file that the choice rests on."""
+    """The text of tiles.py with the winner, if there is one, and the result file of the choice."""
     table, measured = TABLES[kind]
     if found["suggestion"]:
         source = with_entry(source, found["suggestion"], table)
@@ -169,12 +169,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 def empty() -> dict[str, list[Sweep]]:
-    """A result file's, before anything was measured."""
+    """The content of a result file without measurements."""
     return {kind: [] for kind in TABLES}
 
 
 def sweep_all(row: Row, H: int, batch: Batch, reps: int) -> Iterator[tuple[str, Sweep]]:
-    """Everything of one hidden size, where there is a choice; row moments in the tile that the projection will have."""
+    """All sweeps of one hidden size that have a choice; row moments use the tile that the projection will have."""
     bits = 8 * batch.weight.itemsize
     tiles = candidates(row.architecture, bits)
     found = sweep_hidden(row.architecture, H, tiles, batch.flat, reps, row.own)
@@ -190,7 +190,7 @@ def sweep_all(row: Row, H: int, batch: Batch, reps: int) -> Iterator[tuple[str, 
 
 
 def row_of(device: str) -> Row:
-    """The row of the tile table that a device takes, and the one that a measurement on it belongs in."""
+    """The row of the tile table that a device uses, and the row that its measurements belong to."""
     from npo_kernels.backends.tiles import tile_row
 
     return tile_row(torch.device(device))
@@ -202,14 +202,14 @@ def batch_of(H: int, N: int, V: int, dtype: torch.dtype, device: str) -> Batch:
 
 
 def sweep_hidden(
-    architecture: str,  # whose row the entry in force is from
+    architecture: str,  # the row of the current entry
     H: int,
     tiles: Sequence[Tile],
     tensors: tuple[Tensor, Tensor, Tensor],
     reps: int,
-    own: str,  # the row that a winner belongs in
+    own: str,  # the row for a winner
 ) -> Sweep:
-    """All tiles at one hidden size: what they took, and the line of the table if one beats the entry in force."""
+    """All tiles at one hidden size: their times, and the line of the table if one beats the current entry."""
     bits = 8 * tensors[0].itemsize
     present = find_tile(TILES, architecture, bits, H)
     times = sweep(list(dict.fromkeys([present, *tiles])), *tensors, reps)
@@ -217,7 +217,7 @@ def sweep_hidden(
 
 
 def write_document(out: Path, device: str, N: int, V: int, dtype: str, measured: Mapping[str, Sequence[Sweep]]) -> None:
-    """Everything that the choices rest on."""
+    """Writes all measurements behind the choices."""
     known = {**environment(device), "date": record(device)["date"], "N": N, "V": V, "dtype": dtype}
     write_text(out, json.dumps({**known, **measured}, indent=1) + "\n")
 

@@ -1,8 +1,8 @@
-"""The persistent kernels of KL and of row moments beside those in force, at the hidden sizes of `bench.tune`.
+"""The persistent kernels of KL and of row moments beside the current ones, at the hidden sizes of `bench.tune`.
 
-The tile of KL is that of `softmax_sums`, `kl_sums` and `kl_logits`, so all three are timed: the whole vocabulary, of
-`kl_logits` one slice. Row moments take the tile of the projection, and what is chosen is the loop: results have it in
-the place of that tile's own.
+The tile of KL is that of `softmax_sums`, `kl_sums` and `kl_logits`, so all three are timed: the whole vocabulary, and
+one slice for `kl_logits`. Row moments use the tile of the projection; only the loop is chosen, and results show that
+tile with the chosen loop.
 """
 
 import math
@@ -29,7 +29,8 @@ Runs = dict[Tile, list[Callable[[], object]]]
 
 
 def pair_tiles(architecture: str, bits: int, H: int) -> list[Tile]:
-    """The entry in force and its simple twin; the persistent candidate, its other loop, and a stage less of it."""
+    """The current entry and its simple counterpart; the persistent candidate, also with the other loop or a stage
+    less."""
     present = find_tile(PAIR_TILES, architecture, bits, H)
     found = [present, present._replace(loop="")]
     candidate = PERSISTENT_PAIR_CANDIDATES.get((architecture, bits, ANY_HIDDEN))
@@ -40,7 +41,7 @@ def pair_tiles(architecture: str, bits: int, H: int) -> list[Tile]:
 
 
 def moment_tiles(architecture: str, bits: int, H: int, tile: Tile) -> list[Tile]:
-    """A tile of the projection with the loop in force, and with every other where there are descriptors."""
+    """A tile of the projection with the current loop and, on GPUs with descriptors, with every other loop."""
     present = find_entry(MOMENT_LOOPS, architecture, bits, H) or ""
     known = (architecture, bits, ANY_HIDDEN) in PERSISTENT_CANDIDATES
     persistent = LOOPS if known and _describable(H, bits) else ()
@@ -48,12 +49,12 @@ def moment_tiles(architecture: str, bits: int, H: int, tile: Tile) -> list[Tile]
 
 
 def _describable(H: int, bits: int) -> bool:
-    """Whether rows begin at multiples of 16 bytes; otherwise a persistent tile is a name for the simple kernel."""
+    """Whether rows begin at multiples of 16 bytes; otherwise a persistent tile runs the simple kernel."""
     return H * bits % 128 == 0
 
 
 def pair_runs(tiles: Iterable[Tile], batch: Batch) -> Runs:
-    """What a tile is timed by; the reference has a head of its own, as it would in a call."""
+    """The timed runs of each tile; the reference has a head of its own, as in a call."""
     from npo_kernels.backends import triton as backend
     from npo_kernels.core.lm_head import Head
     from npo_kernels.core.softmax_stats import Divergence, Normalizers, merge_sums
@@ -94,14 +95,14 @@ def _under(
 
 
 def sweep_pairs(row: Row, tiles: list[Tile], batch: Batch, reps: int, seconds: float = math.inf) -> Sweep:
-    """KL; the first of the tiles is the entry in force."""
+    """KL; the first of the tiles is the current entry."""
     H, bits = batch.weight.shape[1], 8 * batch.weight.itemsize
     times = take_turns(pair_runs(tiles, batch), str(batch.weight.device), reps, seconds=seconds)
     return outcome(H, tiles[0], times, lambda tile: entry(row.own, bits, H, tile))
 
 
 def sweep_moments(row: Row, tiles: list[Tile], batch: Batch, reps: int, seconds: float = math.inf) -> Sweep:
-    """Row moments; the loop of the first of the tiles is the one in force."""
+    """Row moments; the loop of the first of the tiles is the current one."""
     H, bits = batch.weight.shape[1], 8 * batch.weight.itemsize
     times = take_turns(moment_runs(tiles, batch), str(batch.weight.device), reps, seconds=seconds)
     return outcome(H, tiles[0], times, lambda tile: f'{key_of(row.own, bits, H)}: "{tile.loop}",')

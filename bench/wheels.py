@@ -1,17 +1,17 @@
-"""Peers for a GPU machine without a network: their pinned wheels, unpacked and packed again as one archive a set.
+"""Peers for a GPU machine without a network: their pinned wheels, unpacked and repacked as one archive for each set.
 
-    python -m bench wheels                       # downloads, packs, says what it comes to and what to run over there
+    python -m bench wheels                       # downloads, packs, prints the size and the command for the GPU machine
     python -m bench wheels --set second
 
-Written for a machine with Python 3.12, torch 2.11 for CUDA 13, Triton 3.6 and transformers 5.17 on x86-64 Linux. What
-travels there in one go is limited (--limit_mb), the files of this checkout included, of which training/results stays
-behind. The compiler of the CuTe kernels is 84 MiB as a wheel: hence an xz archive of what the wheels install, less
-files that nothing there opens, and two sets, of which the first has the peers of the target table. Packing one takes
-minutes; what is there is kept.
+Written for a machine with Python 3.12, torch 2.11 for CUDA 13, Triton 3.6 and transformers 5.17 on x86-64 Linux. The
+size of an upload to it is limited (--limit_mb), including the files of this checkout without training/results, and the
+wheel of the compiler of the CuTe kernels alone is 84 MiB. So the archive is an xz archive of the installed files
+without those that are never opened, and there are two sets; the first has the peers of the target table. Packing a set
+takes minutes; existing archives are kept.
 
-Nothing is installed over there: the archive is unpacked into a folder, and PYTHONPATH names it. The folder is called
-site-packages, by which QuACK tells a library's code from code that it has to understand; without, its import fails. The
-packages of CuTe's compiler lie deeper, where only a .pth file, read in the interpreter's own folders alone, finds them.
+Nothing is installed on the GPU machine: the archive is unpacked into a folder on PYTHONPATH. The folder has to be
+called site-packages: QuACK uses this name to recognise library code, and its import fails otherwise. The packages of
+CuTe's compiler are in a subfolder that pip would add with a .pth file; PYTHONPATH names it explicitly.
 """
 
 import argparse
@@ -45,13 +45,13 @@ LEFT_BEHIND = "training/results"  # figures and tables: no stage of certify read
 
 @dataclass(frozen=True)
 class Wheel:
-    """`only`: patterns of the files that travel, where not all do; metadata always does."""
+    """`only`: patterns of the files to pack, if not all are needed; metadata is always packed."""
 
     name: str
     version: str
     why: str
     only: tuple[str, ...] = ("*",)
-    source: bool = False  # the registry has no wheel of it, but one can be built
+    source: bool = False  # has no published wheel, but one can be built
 
     @property
     def pin(self) -> str:
@@ -94,7 +94,7 @@ SETS = {
         Wheel("typeguard", "4.6.1", "tyro imports it"),
     ),
 }
-# Asked for by their metadata and left out: torch 2.11 exports tensors by itself, and what is here ends with torch 2.9.
+# Required by their metadata and left out: torch 2.11 exports tensors by itself, and these packages end with torch 2.9.
 NOT_NEEDED = {"torch-c-dlpack-ext": "quack-kernels", "nvidia-cutlass-dsl-libs-cu12": "nvidia-cutlass-dsl"}
 
 
@@ -140,17 +140,17 @@ def pins(sets: Iterable[str]) -> Table:
 
 
 def command(name: str, archive: Path, args: argparse.Namespace) -> str:
-    """The line to run over there, in the checkout. The second set serves the peers alone."""
+    """The command for the GPU machine, in the checkout. The second set is for the peers only."""
     site = shlex.quote(f"{args.site}/site-packages")
     unpack = f"python3 -m tarfile --filter data -e {shlex.quote(archive.as_posix())} {site}"
     variables = f"PYTHONPATH={site}:{site}/{CUTE_PACKAGES} PATH={site}/{TILE_COMPILER}:$PATH"
     stages = "" if name == "first" else " --only peers"
-    options = f"--budget {args.budget:g} --commit {provenance.commit()}{stages}"  # the history stays behind
+    options = f"--budget {args.budget:g} --commit {provenance.commit()}{stages}"  # without the history
     return f'{unpack} && {variables} python3 -m bench certify {options} --out "{args.results}"'
 
 
 def pack(wheels: Iterable[Wheel], out: Path, name: str) -> Path:
-    """out/name.tar.xz of these wheels; one that was packed of the same is kept."""
+    """out/name.tar.xz of these wheels; an existing archive of the same wheels is kept."""
     wheels = tuple(wheels)
     archive, recipe = out / f"{name}.tar.xz", out / f"{name}.json"
     wanted = json.dumps([asdict(wheel) for wheel in wheels], indent=1)
@@ -165,7 +165,7 @@ def pack(wheels: Iterable[Wheel], out: Path, name: str) -> Path:
 
 
 def download(wheel: Wheel, cache: Path) -> Path:
-    """The wheel for the machine over there, from the cache where it is."""
+    """The wheel for the GPU machine, from the cache if it is there."""
     found = list(cache.glob(f"{wheel.name.replace('-', '_')}-{wheel.version}-*.whl"))
     if found:
         return found[0]
@@ -195,7 +195,7 @@ def _tag(number: str) -> str:
 
 
 def members(wheel: Path, only: tuple[str, ...]) -> Iterator[tuple[str, int, bytes]]:
-    """(path, mode, contents) of what travels. Stubs for other systems and scripts of a `.data` folder never do."""
+    """(path, mode, contents) of the packed files, without stubs for other systems and scripts of a `.data` folder."""
     with zipfile.ZipFile(wheel) as file:
         for info in file.infolist():
             metadata = info.filename.endswith((".dist-info/METADATA", ".dist-info/RECORD"))
@@ -206,7 +206,7 @@ def members(wheel: Path, only: tuple[str, ...]) -> Iterator[tuple[str, int, byte
 
 
 def compress(files: Iterable[tuple[str, int, bytes]], archive: Path) -> None:
-    """Machine code goes through a filter that makes its jumps alike: 10 % less. Equal contents give equal bytes."""
+    """Machine code goes through a branch filter, which saves 10 %. Equal contents give equal bytes."""
     files = sorted(files, key=lambda member: (Path(member[0]).suffix, member[0]))
     window = {"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 128 * MIB}
     with (
@@ -220,7 +220,7 @@ def compress(files: Iterable[tuple[str, int, bytes]], archive: Path) -> None:
 
 
 def tracked_bytes(root: Path) -> int:
-    """Of the files that git has, without LEFT_BEHIND: what travels with the archive."""
+    """Bytes of the files in git without LEFT_BEHIND, which are uploaded with the archive."""
     order = ["git", "ls-files", "-z", "--", ".", f":(exclude){LEFT_BEHIND}"]
     listed = subprocess.run(order, cwd=root, check=True, capture_output=True, text=True).stdout
     return sum(path.stat().st_size for name in listed.split("\0") if name and (path := root / name).is_file())

@@ -56,7 +56,7 @@ def _guarding(create, guarded: list[Tensor], package: str):
 
 
 class Guarded:
-    """The same around what a caller passes: NaN of his before it, behind it and between its rows, for ever NaN."""
+    """The same around the caller's tensors: NaN before, after and between the rows, which must stay NaN."""
 
     def __init__(self, pad: int = 16):
         self.pad = pad  # elements between two rows, half of them before the first; 16: as tensor descriptors want it

@@ -44,7 +44,7 @@ REQUIRED = {
     "ref_hidden": draw(B, S, H),
     "ref_lm_head_weight": draw(V, H),
 }
-# what a tensor that may be left out looks like
+# the form of an optional tensor
 OPTIONAL = {
     "bias": draw(V),
     "ref_bias": draw(V),
@@ -105,7 +105,7 @@ def wrong_values(name: str, parameter: inspect.Parameter) -> Iterator[tuple[str,
     for kind in kinds - {NoneType}:
         for what, value in WRONG[kind](name):
             other = Tensor if isinstance(value, Tensor) else type(value)
-            if other is kind or other not in kinds:  # what another part of a union may be is no wrong value of this one
+            if other is kind or other not in kinds:  # a value allowed by another part of the union is not wrong
                 yield what, value
     if NoneType not in kinds:
         yield "None", None
@@ -114,7 +114,7 @@ def wrong_values(name: str, parameter: inspect.Parameter) -> Iterator[tuple[str,
 
 
 class Opaque:
-    """Neither a number nor anything else, and its description has lines."""
+    """An object that is no valid value of any kind, with a description of several lines."""
 
     def __repr__(self) -> str:
         return "an\nopaque\nthing " * 100

@@ -16,7 +16,7 @@ from tests import bounds
 
 
 def adjust() -> None:
-    """Before the first launch; once, however often it is asked for."""
+    """Call before the first launch; further calls have no effect."""
     if hasattr(interpreter, "adjusted"):
         return
     interpreter.adjusted = True

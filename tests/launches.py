@@ -33,7 +33,7 @@ FROM_HOST = ("lift_fresh", "lift_fresh_copy")
 
 
 class Launches(TorchDispatchMode):
-    """The launches made while it is active, in order; `syncs` are what a CUDA graph cannot hold."""
+    """The launches made while it is active, in order; `syncs` are operations that a CUDA graph cannot capture."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Launches(TorchDispatchMode):
 
     @contextmanager
     def one(self, name: str) -> Iterator[None]:
-        """One launch, whatever stands for it here."""
+        """One launch, or the call that takes its place without a GPU."""
         if not self.paused:
             self.names.append(name)
         before, self.paused = self.paused, True

@@ -66,7 +66,7 @@ def case_id(case: Sequence) -> str:
 
 
 def check(impl: str, case: Sequence, plans: list, **shape) -> None:
-    """The mode really ran, and its loss and gradients are no further from float64 than those of plain PyTorch."""
+    """The expected mode ran, and its loss and gradients are as close to float64 as those of plain PyTorch."""
     name, dtype, head, layout, needs, seed = case
     mode = MODES[name]
     batch = make_batch(dtype, head, layout, seed=seed, **shape)

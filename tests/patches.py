@@ -1,4 +1,5 @@
-"""Two ways to make small tests see more: uninitialised memory holds NaN, and the torch path has several blocks."""
+"""Two patches that make small tests find more: uninitialised memory holds NaN, and the torch path has several
+blocks."""
 
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ def poisoned_allocations() -> Iterator[None]:
 
 
 def _poisoned(create):
-    """`create`, but what npo_kernels allocates with it holds NaN (or a large integer) until it is written."""
+    """`create`, but memory that npo_kernels allocates with it holds NaN (or a large integer) until it is written."""
 
     def wrapper(*args, **kwargs):
         made = create(*args, **kwargs)

@@ -30,11 +30,11 @@ pytestmark = pytest.mark.usefixtures("poisoned_allocations", "small_blocks")
 ALL = (0, V)
 STARTS = torch.tensor([0, 9, 9, 30, N], device=DEVICE)
 SEQUENCE = torch.repeat_interleave(torch.arange(4, device=DEVICE), STARTS.diff())
-Result = list[tuple[Tensor, Tensor, torch.dtype]]  # (what came, what it stands for in float64, the dtype declared)
+Result = list[tuple[Tensor, Tensor, torch.dtype]]  # (the result, its float64 counterpart, the declared dtype)
 
 
 class Rows:
-    """The arguments that most primitives share, and the float64 versions of what they stand for."""
+    """The arguments that most primitives share, and their float64 counterparts."""
 
     def __init__(self, backend: Backend, dtype: torch.dtype, head: str):
         self.backend, self.dtype = backend, dtype

@@ -141,7 +141,7 @@ def test_sums_do_not_need_a_slab(backend, head):
 def test_an_exact_anchor_is_taken_as_it_is(backend, head):
     x, head, target = make_rows(head=head)
     anchor = exact_logits(x, head).logsumexp(1).float()
-    anchor[5] -= 60.0  # beyond the headroom: nobody may repair it here
+    anchor[5] -= 60.0  # beyond the headroom: must not be repaired here
     _, expected = exact_exponentials(x, head, target, anchor)
     for columns in ((0, V), (37, V - 5)):  # without sums a slice may begin anywhere
         slab = backend.exp_logits_at(x, head, target, anchor, columns)
@@ -303,7 +303,7 @@ def test_the_ratio_epilogue_is_the_formula(backend, length_normalized, head):
     _, logit_scale, softcap = HEADS[head]
     head = Head(torch.zeros(1, 1), None, logit_scale, softcap)
     n = len(sequence)
-    logp = -draw(n, scale=0.05).abs()  # small sums: a float32 sum near -1000 is off by 1e-4 whoever forms it
+    logp = -draw(n, scale=0.05).abs()  # small sums: a float32 sum near -1000 is off by 1e-4 in any implementation
     z = draw(n, seed=1)
     stats = Statistics(z, logp, -torch.expm1(logp), z, draw(n, seed=2).abs())
     offset = draw(len(LENGTHS), seed=3, scale=4.0)

@@ -1,7 +1,7 @@
-"""Products of 16-bit operands on CPUs: which arithmetic, and that the native one is as exact as it says.
+"""Products of 16-bit operands on CPUs: which arithmetic is used, and that the native one has the documented accuracy.
 
-This machine may have no bfloat16 instructions. PyTorch multiplies bfloat16 all the same, slowly, so the native path is
-forced on small shapes. What oneDNN does with `fp32_precision` on a CPU that has them is not seen here.
+This machine may have no bfloat16 instructions. PyTorch can still multiply bfloat16, slowly, so the native path is
+forced on small shapes. The effect of `fp32_precision` in oneDNN on a CPU that has them is not tested here.
 """
 
 import os
@@ -33,7 +33,7 @@ def native(monkeypatch):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A CPU with and without instructions, environment variables and all."""
+    """A CPU with and without instructions, including the environment variables."""
 
     def make(capability="AVX512", variables=None, **has):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: MappingProxyType({"architecture": "x86_64"} | has))
@@ -133,7 +133,7 @@ def test_a_product_is_rounded_once_where_native_and_nowhere_else(monkeypatch, sm
 
 @pytest.mark.parametrize("inside", ["tf32", "ieee"])
 def test_the_setting_is_restored(inside):
-    """By the last one out, whoever was first in; also when a product raises."""
+    """By the last thread that leaves, whichever entered first; also when a product raises."""
     before, entered, leave = SETTING.fp32_precision, threading.Event(), threading.Event()
 
     def other():
@@ -159,7 +159,7 @@ def test_the_setting_is_restored(inside):
 
 
 def test_products_of_float32_wait_for_the_setting_of_other_threads(native):
-    """They would be rounded. And native products wait for them; each kind goes on beside its own."""
+    """They would be rounded. Native products wait for them; products of one kind run concurrently."""
     a, inside, leave, done = torch.rand(3, 4), threading.Event(), threading.Event(), []
 
     def hold(kind):
@@ -225,7 +225,7 @@ def test_a_native_call_allocates_what_its_plan_counts(native, plans, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=support.name_of)
 def test_a_gradient_that_is_given_away_is_nobody_elses(dtype, monkeypatch):
-    """Not multiplied by 1 on the last walk over the graph; a copy as long as another may follow."""
+    """Not multiplied by 1 in the last backward over the graph; a copy as long as another backward may follow."""
     multiplied = []
     scale = gradients.scale_gradients
     monkeypatch.setattr(gradients, "scale_gradients", lambda call: multiplied.append(call) or scale(call))
@@ -234,7 +234,7 @@ def test_a_gradient_that_is_given_away_is_nobody_elses(dtype, monkeypatch):
     loss.backward(retain_graph=True)
     once = batch.weight.grad.clone()
     assert multiplied and once.any()
-    batch.weight.grad.zero_()  # would be the saved gradient's end, were it the same memory
+    batch.weight.grad.zero_()  # would destroy the saved gradient if it were the same memory
     batch.weight.grad = None
     multiplied.clear()
     loss.backward()
@@ -262,7 +262,7 @@ def test_gradients_of_several_upstreams_at_once():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_waits_for_no_thread_of_its_parent(monkeypatch):
-    """A thread that is inside of a product at the fork is not in the child."""
+    """A thread that computes a product during the fork does not exist in the child."""
     monkeypatch.setitem(cpu._kind_lock.inside, True, 1)
     child = os.fork()
     if not child:

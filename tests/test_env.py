@@ -1,4 +1,4 @@
-"""`python -m npo_kernels.env` must work on the machine where nothing else does."""
+"""`python -m npo_kernels.env` must work even if nothing else on the machine does."""
 
 import json
 import subprocess

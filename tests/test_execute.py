@@ -1,4 +1,4 @@
-"""impl="torch" in every mode against float64; which mode runs when; what a mode may allocate."""
+"""impl="torch" in every mode against float64; the choice of the mode; the allocations of a mode."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_logits_never_exist(impl, dtype, needs):
     """100 rows of 500 columns with room for the smallest slice: nothing of half the size of the logits is created."""
     N, V = 100, 500
     leaves = make_batch(dtype, lengths=(N + 2,), prompts=(0,), H=4, V=V).leaves(needs)
-    with Allocations() as made:  # the autograd.Function of a user's loss is no operator: what it does can be seen
+    with Allocations() as made:  # the autograd.Function of a user's loss is not an operator: its contents are visible
         support.user_loss(leaves, impl=impl, workspace_mb=TINY).backward()
     slice_bytes = N * backend_of(impl).block_v(leaves.hidden) * backend_of(impl).slab_dtype(leaves.hidden).itemsize
     assert slice_bytes <= max(made.sizes.values()) < N * V * dtype.itemsize / 1.9

@@ -1,4 +1,4 @@
-"""Which mode a call runs in, and that what it cuts is everything, once, within the workspace."""
+"""The mode of a call, and that its pieces cover everything once and stay within the workspace."""
 
 import logging
 

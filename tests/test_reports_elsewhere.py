@@ -158,7 +158,7 @@ def test_a_frozen_head_gets_no_gradient_of_its_size(impl):
 @pytest.mark.skipif(ON_GPU, reason="one device is enough for counting references")
 @each
 def test_nothing_is_kept_after_the_backward(name):
-    """Neither by the loss that is still at hand for the log, nor in a circle that waits for the collector."""
+    """Not by the loss that is kept for the log, and not in a reference cycle that waits for the collector."""
 
     def step():
         batch = small().leaves(NEEDS)

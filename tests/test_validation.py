@@ -1,4 +1,4 @@
-"""Every bad input of the contract, and that its message says what came, what is expected and what to do."""
+"""Every bad input of the contract, and that its message has the value received, the value expected and what to do."""
 
 import functools
 import math
@@ -56,7 +56,7 @@ def call(name, arguments):
     return FUNCTIONS[name](**arguments)
 
 
-# what is wrong -> (arguments, error, message)
+# name of the case -> (arguments, error, message)
 SHARED = {
     # types
     "hidden is a list": (padded(hidden=[[0.0]]), TypeError, r"hidden: expected a torch.Tensor, got list \[\[0.0\]\]"),
@@ -213,7 +213,7 @@ SHARED = {
 
 @pytest.mark.parametrize("what", SHARED)
 def test_an_error_says_what_to_do(what):
-    """Of one function: `tests/test_illegal_calls.py` has that all refuse."""
+    """For one function; `tests/test_illegal_calls.py` checks that all functions refuse it."""
     arguments, error, message = SHARED[what]
     with pytest.raises(error, match=message):
         call("fused_npo_loss", arguments)
@@ -332,7 +332,7 @@ def test_the_reference_takes_float64_and_double_ref_logps(dtype):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where values are not read: a NaN that nobody can overlook
+# Where values are not read: NaN, which cannot be overlooked
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -386,7 +386,7 @@ WRONG_FACTORS = {
 @pytest.mark.parametrize("what", WRONG_FACTORS)
 @pytest.mark.parametrize("impl", ("reference", *IMPLS))
 def test_a_factor_that_is_not_checked_poisons_the_loss(impl, what, needs):
-    """A log shows NaN; a loss of 0 would hide the gradients that destroy the weights."""
+    """NaN is visible in a log; a loss of 0 would hide gradients that destroy the weights."""
     batch = make_batch(lengths=(6, 6), prompts=(0, 0), H=H, V=V).leaves(needs)
     loss = batch(fused_npo_loss, impl=impl, **{"ref_logps": batch.ref_logps, **WRONG_FACTORS[what]})
     assert loss.isnan()
@@ -404,7 +404,7 @@ def test_a_wrong_label_poisons_its_own_sequence_alone(impl):
 
 
 def test_debug_reads_values_on_any_device():
-    """A meta tensor stands for a GPU: reading its values is what it cannot do."""
+    """A meta tensor takes the place of a GPU tensor: its values cannot be read."""
     labels, offsets = torch.zeros(4, dtype=torch.int64, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
     batch = labels, offsets, False, V, -100, None
     value_checks.check_values(*batch)

@@ -1,4 +1,4 @@
-"""workspace_mb is a bound, and what a plan counts is what a call allocates (traced on the CPU)."""
+"""workspace_mb is a bound, and a call allocates what its plan counts (traced on the CPU)."""
 
 import re
 from collections.abc import Callable
@@ -37,7 +37,7 @@ LATER = ("tokens", "statistics", "kl by position")  # gradients are formed in th
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """The most that was allocated at a time, of what is freed before the end: results are not counted."""
+    """The peak of the memory that is freed before the end; results are not counted."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = run()
     events, pending = [], profiler.profiler.kineto_results.experimental_event_tree()[::-1]
@@ -49,7 +49,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
             events.append((event.start_time_ns, fields.ptr, fields.alloc_size))
     events.sort(key=lambda event: event[0])
     alive: dict[int, int] = {}
-    earlier = set()  # frees of what was there before
+    earlier = set()  # frees of earlier allocations
     for number, (_, address, size) in enumerate(events):
         if size > 0:
             alive[address] = number

@@ -1,11 +1,11 @@
 """Certify a GPU: correctness, the target table, tuning, rooflines and whole steps, in a given time.
 
-    python -m bench certify --budget 420 --out DIR        # a GPU; 1 where something failed, 2 where nothing ran
-    python -m bench certify --plan                        # what a budget is spent on
-    python -m bench certify --rehearse --out DIR          # all of it on a CPU, tiny, with faults put in
+    python -m bench certify --budget 420 --out DIR        # exits with 1 if something failed, 2 if nothing ran
+    python -m bench certify --plan                        # the stages and their times for a budget
+    python -m bench certify --rehearse --out DIR          # everything on a CPU, at tiny sizes, with injected faults
 
-A hang, a crash, an illegal memory access or an absent peer loses the unit that it happens in and nothing else. Every
-result is on the disk as soon as it is there:
+If a unit hangs, crashes, accesses illegal memory or needs an absent peer, only that unit's result is lost. Every result
+is written to disk immediately:
 
     report.md         what passed, failed and was not measured; the targets; the figures
     records.jsonl     the measurements, as `python -m bench run` writes them
@@ -32,7 +32,7 @@ from bench.certify.runner import run, since_start_of_process
 from bench.certify.unit import Context
 
 HELP = "correctness, targets, tuning and rooflines of the GPU at hand, in a given time"
-REHEARSAL = 600.0  # seconds, of which it takes a third; a stage may not fail for want of time
+REHEARSAL = 600.0  # seconds, of which a third is used; no stage should fail for lack of time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,14 +73,14 @@ def main(args: argparse.Namespace) -> int:
 
         stages = rehearsal.prepare(stages)
     else:
-        os.environ["NPO_GPU_TESTS"] = "1"  # what tests/support.py makes its batches on
+        os.environ["NPO_GPU_TESTS"] = "1"  # tests/support.py makes its batches on this device
     run(stages, context, journal, _say, lambda: report.write(args.out, stages, journal))
     print(report.write(args.out, stages, journal))
     return exit_code(stages, journal)
 
 
 def refusal(args: argparse.Namespace) -> str | None:
-    """Why there would be nothing worth having, and what to do."""
+    """Why a run would give no useful result, and what to do; None if it would."""
     if args.out is None:
         return "--out DIR is needed: results that are nowhere are lost"
     if (args.out / "journal.jsonl").exists():
@@ -93,7 +93,7 @@ def refusal(args: argparse.Namespace) -> str | None:
 
 
 def exit_code(stages: list[schedule.Stage], journal: Journal) -> int:
-    """0 where nothing failed, 1 where something did, 2 where nothing passed."""
+    """0 if nothing failed, 1 if something did, 2 if nothing passed."""
     statuses = {outcome.status for stage in stages for outcome in journal.outcomes(stage.name)}
     if PASSED not in statuses:
         return 2

@@ -1,8 +1,8 @@
-"""What ran and how it ended: a JSON line an event, on the disk as it happens, whoever dies next.
+"""What ran and how it ended: a JSON line for each event, written to disk at once, so that it survives a later crash.
 
 planned   the units of a stage, when its process starts
-begin     of a unit, with the seconds after which it is killed, and whether it then hangs or is only cut off
-end       of a unit: its status, seconds, and what there is to say
+begin     of a unit, with the seconds after which it is killed, and whether that means a hang or only a cut
+end       of a unit: its status, seconds, and a text for the report
 test      one test of the suite (`pytest_journal`)
 """
 
@@ -21,7 +21,7 @@ BROKEN = (FAILED, CRASHED, TIMED_OUT)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a unit of a stage ended. A stage that was never begun has one without a unit."""
+    """How a unit of a stage ended. A stage that did not start has one outcome without a unit."""
 
     stage: str
     unit: str
@@ -32,12 +32,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Running:
-    """A unit that was begun and has not ended."""
+    """A unit that started and has not ended."""
 
     unit: str
     since: float  # time.time()
     limit: float  # seconds
-    hangs: bool  # if it takes as long; else the time of its stage is short
+    hangs: bool  # if it reaches the limit; otherwise its stage ran out of time
 
 
 class Journal:
@@ -65,7 +65,7 @@ class Journal:
         return [line for line in read_lines(self.path) if line["event"] == kind]
 
     def running(self, stage: str) -> Running | None:
-        """The unit that a stage is in, or died in."""
+        """The unit that a stage is running, or was running when it died."""
         found = None
         for line in read_lines(self.path):
             if line.get("stage") == stage and line["event"] in ("begin", "end"):
@@ -74,13 +74,13 @@ class Journal:
         return found
 
     def ended(self, stage: str) -> dict[str, Outcome]:
-        """The units of a stage that are done with, in the order in which they ended."""
+        """The finished units of a stage, in the order in which they ended."""
         fields = ("stage", "unit", "status", "seconds", "detail")
         lines = (line for line in self.events("end") if line["stage"] == stage)
         return {line["unit"]: Outcome(*(line[name] for name in fields)) for line in lines}
 
     def outcomes(self, stage: str) -> list[Outcome]:
-        """Of every unit planned, in the order of the plan; those never ended were not measured."""
+        """The outcome of every planned unit, in order; units that did not end count as not measured."""
         ended = self.ended(stage)
         names = dict.fromkeys(u for line in self.events("planned") if line["stage"] == stage for u in line["units"])
         missing = "the time of the stage was over"

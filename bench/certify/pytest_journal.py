@@ -1,4 +1,5 @@
-"""A pytest plugin: every test's outcome into the journal as it ends. `-p bench.certify.pytest_journal`."""
+"""A pytest plugin that writes the outcome of each test into the journal as it ends. `-p
+bench.certify.pytest_journal`."""
 
 import os
 from pathlib import Path
@@ -14,12 +15,12 @@ class _Recorder:
         self.journal = journal
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        # of setup and teardown only what went wrong, or was skipped
+        # setup and teardown only if they failed or were skipped
         if report.when == "call" or report.failed or (report.when == "setup" and report.skipped):
             self.journal.test(report.nodeid, report.outcome, report.duration)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # of several processes the one that distributes the tests hears of all of them
+    # with several processes, the one that distributes the tests receives all outcomes
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Recorder(Journal(Path(os.environ[VARIABLE]))))

@@ -1,5 +1,5 @@
-"""All stages on a CPU, with what can go wrong on a GPU put in: a unit that hangs, one that raises, one that crashes,
-and a peer that is not there. What comes after each of them has to run all the same."""
+"""All stages on a CPU, with injected faults that can happen on a GPU: a unit that hangs, one that raises, one that
+crashes, and an absent peer. The units after each of them must still run."""
 
 import os
 import time
@@ -24,7 +24,7 @@ def crash(context: Context) -> None:
     os.abort()
 
 
-# stage -> what is put in front of its last unit
+# stage -> the fault inserted before its last unit
 FAULTS = {
     "environment": Unit("a unit that raises", fail, 1),
     "checks": Unit("a unit that crashes", crash, 1),
@@ -34,7 +34,7 @@ FAULTS = {
 
 @dataclass(frozen=True)
 class Faulty(Stage):
-    """A stage with something wrong in it."""
+    """A stage with an injected fault."""
 
     def units(self, context: Context) -> list[Unit]:
         *first, last = super().units(context)
@@ -42,7 +42,7 @@ class Faulty(Stage):
 
 
 def prepare(stages: Sequence[Stage]) -> list[Stage]:
-    """The stages as they are rehearsed. Before anything has imported a kernel."""
+    """The stages of a rehearsal. Call before a kernel is imported."""
     os.environ["TRITON_INTERPRET"] = "1"
     from bench import providers
     from tests import interpreter

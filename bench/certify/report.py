@@ -1,4 +1,4 @@
-"""report.md: what passed, what did not and why, the targets, and the figures. Made anew after every stage."""
+"""report.md: what passed, what failed and why, the targets, and the figures. Rewritten after every stage."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ from bench.tables import markdown
 
 
 def write(out: Path, stages: list[Stage], journal: Journal) -> str:
-    """Into the folder; returns the text."""
+    """Writes report.md into the folder; returns its text."""
     path = out / "records.jsonl"
     text = "\n\n".join(sections(out, stages, journal, latest(read(path)) if path.exists() else [])) + "\n"
     write_text(out / "report.md", text)
@@ -66,7 +66,7 @@ def title(out: Path, records: list[Record]) -> str:
 
 
 def summary_table(stages: list[Stage], outcomes: dict[str, list[Outcome]]) -> str:
-    """A row a stage: how many of its units ended in which way."""
+    """A row for each stage: the number of its units by outcome."""
     rows = []
     for stage in stages:
         found = outcomes[stage.name]
@@ -82,7 +82,7 @@ def summary_table(stages: list[Stage], outcomes: dict[str, list[Outcome]]) -> st
 
 
 def outcome_table(outcomes: Iterable[Outcome]) -> str:
-    """A row a unit, with what it said."""
+    """A row for each unit, with its text."""
     rows = []
     for o in outcomes:
         seconds = "" if o.seconds is None else f"{o.seconds:.1f} s"
@@ -91,7 +91,7 @@ def outcome_table(outcomes: Iterable[Outcome]) -> str:
 
 
 def tests(journal: Journal) -> Iterator[str]:
-    """What pytest ran, and what of it failed."""
+    """The tests that pytest ran, and those that failed."""
     events = journal.events("test")
     if events:
         found = [event["outcome"] for event in events]

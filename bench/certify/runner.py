@@ -1,7 +1,7 @@
-"""The stages one after the other, each in a process of its own that is watched: by the clock, and by how it ends.
+"""Runs the stages one after the other, each in a process whose time and exit are monitored.
 
-A stage is forked from this process, which has imported everything and never touches a GPU, so that a start costs no
-import. It has a session of its own: what it starts is killed with it.
+A stage is forked from this process, which has imported everything and never uses a GPU, so starting a stage needs no
+imports. It has its own session, so its child processes are killed with it.
 """
 
 import faulthandler
@@ -21,7 +21,7 @@ from bench.certify.schedule import Stage, allotment
 from bench.certify.unit import CONTEXT_LOST, Context, work
 
 POLL = 0.1  # seconds
-START = "start of the stage"  # what failed where no unit had begun
+START = "start of the stage"  # the failed part if no unit had started
 
 
 def run(
@@ -31,7 +31,7 @@ def run(
     say: Callable[[str], None],
     after_each: Callable[[], object] = lambda: None,
 ) -> None:
-    """All stages in what is left until `context.deadline`; what a stage does not use is left to the later ones."""
+    """Runs all stages until `context.deadline`; unused time of a stage goes to the later ones."""
     for number, stage in enumerate(stages):
         seconds = allotment(stages[number:], context.left)[stage.name]
         if seconds < stage.least:
@@ -46,7 +46,7 @@ def run(
 
 
 def run_stage(stage: Stage, context: Context, journal: Journal) -> None:
-    """Until all units have ended or the time is over; begun again behind a unit that its process did not survive."""
+    """Runs until all units have ended or time is up; after a crash, restarts behind the unit that crashed."""
     while context.left > 0:
         process = multiprocessing.get_context("fork").Process(target=_child, args=(stage, context, journal))
         process.start()
@@ -55,7 +55,7 @@ def run_stage(stage: Stage, context: Context, journal: Journal) -> None:
             return
         unit = journal.running(stage.name)
         if unit is None and process.exitcode != CONTEXT_LOST:
-            # not in a unit: it would end in the same way again
+            # outside a unit: it would end the same way again
             status, why = late or (CRASHED, how_it_ended(process.exitcode))
             journal.end(stage.name, START, status, None, why)
             return
@@ -68,7 +68,7 @@ def _child(stage: Stage, context: Context, journal: Journal) -> None:
     """The process of a stage."""
     os.setsid()
     log = os.open(context.out / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    for number in (1, 2):  # what compilers and drivers print, too
+    for number in (1, 2):  # including the output of compilers and drivers
         os.dup2(log, number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     faulthandler.enable()
@@ -81,7 +81,7 @@ def _child(stage: Stage, context: Context, journal: Journal) -> None:
 
 
 def _watch(process, stage: str, context: Context, journal: Journal) -> tuple[str, str] | None:
-    """Wait for the end, and bring it about where it is late: then (status, why) of what it was doing."""
+    """Waits for the end and kills a late process; then returns (status, reason) for its current unit."""
     late = None
     while process.is_alive() and late is None:
         process.join(POLL)
@@ -92,7 +92,7 @@ def _watch(process, stage: str, context: Context, journal: Journal) -> tuple[str
         elif context.left < 0:
             late = NOT_MEASURED, "killed at the end of the stage's time"
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # also what a stage that ended has left running
+        os.killpg(process.pid, signal.SIGKILL)  # also child processes of a stage that has ended
     process.kill()
     process.join(10)
     if process.is_alive():
@@ -113,7 +113,7 @@ def counts(outcomes: list[Outcome]) -> str:
 
 
 def since_start_of_process() -> float:
-    """Seconds, the imports included: a budget counts from when the command was typed."""
+    """Seconds since the process started, imports included: the budget counts from the start of the command."""
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # after boot; field 22 of proc(5)

@@ -1,4 +1,4 @@
-"""The stages in their order, and what of a budget each may take."""
+"""The stages in their order, and the share of the budget for each."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from importlib import import_module
 from bench.certify.unit import Context, Unit
 from bench.tables import markdown
 
-# What `--plan` shows: a first call on a machine that is lent for a quarter of an hour, and a second with the rest.
+# Shown by `--plan`: a first run in a quarter of an hour on a machine, and a second in the rest of it.
 BUDGETS = (420.0, 300.0)
 # For starting Python, importing, and writing the report.
 RESERVE = 20.0
@@ -15,7 +15,7 @@ RESERVE = 20.0
 
 @dataclass(frozen=True)
 class Stage:
-    """`share` and `least` are seconds: what it takes on an H100, and under which it is not worth a start. A budget is
+    """`share` and `least` are seconds: the time on an H100, and the least time that is worth a start. A budget is
     divided in proportion to the shares."""
 
     name: str
@@ -24,7 +24,7 @@ class Stage:
     least: float
 
     def units(self, context: Context) -> list[Unit]:
-        """Of bench/certify/stages/NAME.py."""
+        """The units of bench/certify/stages/NAME.py."""
         return import_module(f"bench.certify.stages.{self.name}").units(context)
 
 
@@ -44,7 +44,7 @@ STAGES = (
 
 
 def chosen(only: Iterable[str], skip: Iterable[str]) -> list[Stage]:
-    """Of all stages those asked for, in their order."""
+    """The chosen stages, in their order."""
     names = [stage.name for stage in STAGES]
     only, skip = list(only), set(skip)
     unknown = [name for name in (*only, *skip) if name not in names]
@@ -54,13 +54,13 @@ def chosen(only: Iterable[str], skip: Iterable[str]) -> list[Stage]:
 
 
 def allotment(stages: Sequence[Stage], seconds: float) -> dict[str, float]:
-    """Seconds by stage: the whole, divided by the shares."""
+    """Seconds of each stage: the budget divided in proportion to the shares."""
     shares = sum(stage.share for stage in stages)
     return {stage.name: seconds * stage.share / shares for stage in stages}
 
 
 def plan(stages: Sequence[Stage], budgets: Sequence[float], context: Context) -> str:
-    """What each stage may take of each budget, and how many of its units begin if all take what is expected."""
+    """The seconds of each stage in each budget, and how many units start if all take the expected time."""
     rows = []
     for stage in stages:
         units, row = stage.units(context), [stage.name, stage.what]

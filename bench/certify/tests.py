@@ -1,4 +1,4 @@
-"""Tests as units: pytest in the process of the stage, its outcomes in the journal one by one."""
+"""Tests as units: pytest runs in the process of the stage, and each outcome goes into the journal."""
 
 import os
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ OPTIONS = (
     "-p",
     "bench.certify.pytest_journal",
 )
-# the second call in a process finds the plugin imported
+# in a second call the plugin is already imported
 QUIET = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
 
 
 def run_tests(context: Context, arguments: Sequence[str]) -> str:
-    """What pytest counted; raises where a test failed, or none passed."""
+    """Pytest's counts; raises if a test failed or none passed."""
     import pytest
 
     journal = Journal(context.out / "journal.jsonl")
@@ -38,5 +38,5 @@ def run_tests(context: Context, arguments: Sequence[str]) -> str:
         which = f": {', '.join(failed[:3])}" if failed else f", pytest ended with {int(code)}"
         raise AssertionError(f"{counted}{which}")
     if "passed" not in found:
-        raise UnsupportedError(counted)  # to skip is not to pass
+        raise UnsupportedError(counted)  # skipped tests did not pass
     return counted

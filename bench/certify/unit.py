@@ -1,8 +1,8 @@
-"""A unit is the least that can be lost: run in the process of its stage, it may raise, crash or hang.
+"""A unit is the smallest part whose result can be lost: it runs in the process of its stage and may raise, crash or
+hang.
 
-`work` is what that process does. Where it dies, the runner enters why, and starts it again behind the unit that killed
-it: what was measured before stays, and what comes after has its turn.
-"""
+`work` is the main function of that process. If it dies, the runner records the reason and restarts it after the unit
+that killed it: earlier results are kept, and later units still run."""
 
 import time
 import traceback
@@ -18,18 +18,18 @@ from bench.measure import failure
 from bench.options import Options, default_reps, default_threads
 from bench.records import Record, append, read
 
-CONTEXT_LOST = 3  # exit code: after a CUDA error that stays, this process can measure nothing more
+CONTEXT_LOST = 3  # exit code after a persistent CUDA error: this process cannot measure any more
 
 
 @dataclass
 class Context:
-    """What the units of a stage share."""
+    """The shared state of the units of a stage."""
 
     out: Path  # folder
     toy: bool  # the rehearsal: tiny shapes on a CPU, Triton's kernels interpreted
     deadline: float  # time.monotonic()
     data_dir: Path | None = None
-    kept: dict[str, Any] = field(default_factory=dict)  # by units for later ones of the same process
+    kept: dict[str, Any] = field(default_factory=dict)  # set by units for later ones of the same process
 
     @property
     def device(self) -> str:
@@ -42,12 +42,12 @@ class Context:
 
     @property
     def records(self) -> list[Record]:
-        """Measured so far, by all stages."""
+        """The records so far, of all stages."""
         path = self.out / "records.jsonl"
         return read(path) if path.exists() else []
 
     def emit(self, records: Iterable[Record]) -> list[Record]:
-        """Each on the disk as it comes."""
+        """Writes each record to disk as it arrives."""
         found = []
         for record in records:
             append(self.out / "records.jsonl", record)
@@ -55,7 +55,7 @@ class Context:
         return found
 
     def options(self, suite: str, **others: Any) -> Options:
-        """Of the suites that the units call."""
+        """Options for the suites that the units call."""
         reps, warmup = (1, 0) if self.toy else default_reps(self.device, self.toy)
         options = Options(
             suite,
@@ -72,23 +72,23 @@ class Context:
 
 @dataclass(frozen=True)
 class Unit:
-    """`run` writes its records through the context and returns what the report is to say."""
+    """`run` writes its records through the context and returns the text for the report."""
 
     name: str
     run: Callable[[Context], str | None]
-    seconds: float  # expected of an H100 that has compiled nothing; where less is left it is not begun
+    seconds: float  # expected on an H100 with nothing compiled; with less time left it is not started
     limit: float | None = None  # seconds after which it is killed
-    reserve: float = 0.0  # seconds that it leaves to the units behind it
+    reserve: float = 0.0  # seconds that it leaves to the later units
 
     def kill_after(self, left: float) -> tuple[float, bool]:
-        """(seconds, whether something must be wrong with a unit that takes as long); `left` to the stage."""
+        """(seconds until the unit is killed, whether reaching them means a fault); the stage has `left` seconds."""
         own = 20 + 3 * self.seconds if self.limit is None else self.limit
         cut = max(self.seconds, left - self.reserve)
         return min(own, cut), own <= cut
 
 
 def work(stage: str, units: Iterable[Unit], context: Context, journal: Journal) -> int:
-    """Run the units that have not ended yet, one after the other; returns the exit code of the process."""
+    """Runs the units that have not ended yet, in order; returns the exit code of the process."""
     units = list(units)
     journal.planned(stage, [unit.name for unit in units])
     done = journal.ended(stage)
@@ -117,7 +117,7 @@ def work(stage: str, units: Iterable[Unit], context: Context, journal: Journal) 
 
 
 def _alive() -> bool:
-    """Whether the device answers: after an illegal memory access every call fails until the process ends."""
+    """Whether the device responds: after an illegal memory access every call fails until the process ends."""
     try:
         torch.cuda.synchronize()
         torch.zeros(1, device="cuda").item()

@@ -1,4 +1,4 @@
-"""What is compared, by name. One module a peer; none is imported before it is run."""
+"""The compared providers, by name. One module for each peer; a peer is imported only when it runs."""
 
 from bench.providers import cce, liger, ours, plain, quack, trl
 from bench.providers.base import Provider, UnsupportedError

@@ -1,8 +1,8 @@
 """What a provider is: a name, where it comes from, what it computes, and the function that does it.
 
-Peers are imported inside these functions, so one that is absent costs a row that says so and nothing else. All get the
-same batch, and with it the same gradient at the log-probabilities: a provider of token log-probabilities applies the
-NPO loss outside, by autograd, and one that only knows cross-entropy computes that and is marked so.
+Peers are imported inside these functions, so an absent peer only leads to a row with the status "missing". All get the
+same batch and with it the same gradient at the log-probabilities: for providers of token log-probabilities the NPO loss
+is applied outside, by autograd; one that can only compute cross-entropy does so and is marked accordingly.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class Provider:
     loss: Callable[[Batch], Tensor] | None
     logprobs: Callable[[Batch], Tensor] | None = None
     setting: Callable[[], AbstractContextManager] = nullcontext  # around forward and backward
-    compiles: bool = False  # its first turn is no measure of the others
+    compiles: bool = False  # its first turn takes much longer than the others
 
     def run(self, batch: Batch) -> Tensor:
         """The forward of the mode of the batch."""
@@ -66,13 +66,13 @@ def without_softcap(batch: Batch, name: str) -> None:
 
 
 def on_gpu(batch: Batch, name: str) -> None:
-    """Asked before a GPU-only peer is imported: its own errors on a CPU do not say so."""
+    """Called before a GPU-only peer is imported, as its own errors on a CPU are unclear."""
     if not batch.hidden.is_cuda:
         raise UnsupportedError(f"{name} needs a GPU")
 
 
 def on_hopper(batch: Batch, name: str) -> None:
-    """The same of what was written for sm_90 and bfloat16 alone."""
+    """The same for peers written for sm_90 and bfloat16 only."""
     on_gpu(batch, name)
     if not is_hopper(batch):
         raise UnsupportedError(f"{name} needs a Hopper GPU")
@@ -85,5 +85,5 @@ def is_hopper(batch: Batch) -> bool:
 
 
 def accumulator(batch: Batch) -> torch.dtype | None:
-    """float32 for the sums of 16-bit gradients, where a peer lets one choose."""
+    """float32 for the sums of 16-bit gradients, if a peer has that option."""
     return torch.float32 if batch.hidden.dtype in (torch.bfloat16, torch.float16) else None

@@ -34,7 +34,7 @@ def default_tokens(batch: Batch) -> Tensor:
 
 
 def exact_tokens(batch: Batch) -> Tensor:
-    """Releases with presets have one for this; before, the filter could only be turned off."""
+    """Newer releases have a preset for this; in older ones the filter can only be turned off."""
     on_gpu(batch, NAME)
     try:
         import cut_cross_entropy.cce_utils as presets  # noqa: F401

@@ -1,4 +1,4 @@
-"""One kernel or the other, whatever the tile table says: for measuring both of them, side by side."""
+"""Selects a kernel regardless of the tile table, to measure the kernels side by side."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,17 +12,17 @@ from npo_kernels.backends.tiles import find_tile
 
 
 def in_force(architecture: str, x: Tensor) -> Tile:
-    """The tile that a call with hidden states x takes."""
+    """The tile of a call with hidden states x."""
     return find_tile(TILES, architecture, 8 * x.itemsize, x.shape[-1])
 
 
 def simple(architecture: str, x: Tensor) -> Tile:
-    """`exp_logits_kernel`: a program a row block and split."""
+    """`exp_logits_kernel`: a program for each row block and split."""
     return in_force(architecture, x)._replace(loop="")
 
 
 def persistent(architecture: str, x: Tensor) -> Tile:
-    """`exp_logits_persistent_kernel`: a program a processor."""
+    """`exp_logits_persistent_kernel`: a program for each processor."""
     tile = in_force(architecture, x)
     if tile.loop:
         return tile
@@ -34,7 +34,7 @@ def persistent(architecture: str, x: Tensor) -> Tile:
 
 @contextmanager
 def forced(choose: Callable[[str, Tensor], Tile]) -> Iterator[None]:
-    """Calls take the tile that `choose(architecture, hidden states)` gives."""
+    """Makes calls use the tile `choose(architecture, hidden states)`."""
     from npo_kernels.backends.triton import launch
 
     def tile_for(x: Tensor) -> Tile:
@@ -46,7 +46,7 @@ def forced(choose: Callable[[str, Tensor], Tile]) -> Iterator[None]:
 
 @contextmanager
 def forced_pair(tile: Tile) -> Iterator[None]:
-    """The same of KL: both of its kernels."""
+    """The same for KL: both of its kernels."""
     from npo_kernels.backends.triton import linear_kl
 
     with mock.patch.object(linear_kl, "pair_tile", lambda *_: tile):
@@ -55,7 +55,7 @@ def forced_pair(tile: Tile) -> Iterator[None]:
 
 @contextmanager
 def forced_moments(tile: Tile) -> Iterator[None]:
-    """The same of row moments: their tile, and the loop of it."""
+    """The same for row moments: their tile and its loop."""
     from npo_kernels.backends.triton import moments
 
     with forced(lambda *_: tile), mock.patch.object(moments, "moment_loop", lambda _: tile.loop):

@@ -1,7 +1,7 @@
 """Liger-Kernel: fused linear cross-entropy (Triton, CuTe, cuTile), scaled cross-entropy, DPO and KTO.
 
-The preference losses re-run the reference head on reference hidden states, as their interface has it, and are not NPO;
-scaled cross-entropy and `reduction="none"` give token log-probabilities, to which NPO is applied outside.
+The preference losses re-run the reference head on reference hidden states, as their interface requires, and are not
+NPO; scaled cross-entropy and `reduction="none"` give token log-probabilities, to which NPO is applied outside.
 """
 
 import inspect
@@ -26,10 +26,10 @@ from bench.providers.base import (
     without_softcap,
 )
 
-# Tokens of a chunk of the preference losses: with single sequences, their default, the products would be tiny.
+# Tokens in a chunk of the preference losses: with their default of one sequence the products would be tiny.
 CHUNK_TOKENS = 4096
-# Times the logits that the Triton kernel holds by default, where a release lets one choose: 4096 rows of 8192 at
-# Llama-3's head in place of 256. The head is read, and its gradient read and written, once a chunk.
+# Multiple of the Triton kernel's default chunk of logits, in releases with that option: 4096 rows of 8192 at Llama-3's
+# head instead of 256. In each chunk the head is read, and its gradient read and written, once.
 CHUNK_MEMORY = 16
 
 
@@ -74,7 +74,7 @@ def cutile_loss(batch: Batch) -> Tensor:
 
 
 def scaled_tokens(batch: Batch) -> Tensor:
-    """Whatever Liger picks for the device: CuTe on Hopper, plain PyTorch in chunks elsewhere."""
+    """The implementation that Liger picks for the device: CuTe on Hopper, plain PyTorch in chunks elsewhere."""
     without_softcap(batch, "Liger's scaled cross-entropy")
     if is_hopper(batch):
         on_hopper(batch, "Liger's scaled cross-entropy")
@@ -84,7 +84,7 @@ def scaled_tokens(batch: Batch) -> Tensor:
 
 
 def trusted_labels() -> AbstractContextManager:
-    """Without the check of labels that waits for the GPU in every forward."""
+    """Without the check of labels, which synchronises with the GPU in every forward."""
     return mock.patch.dict(os.environ, LIGER_SCALED_CE_SM90_VALIDATE_TARGETS="0")
 
 
@@ -112,7 +112,7 @@ def dpo_loss(batch: Batch) -> Tensor:
 
 
 def kto_loss(batch: Batch) -> Tensor:
-    """What is forgotten is undesirable, what is retained desirable."""
+    """Forget sequences are undesirable, retain sequences desirable."""
     without_softcap(batch, "Liger's KTO loss")
     from liger_kernel.chunked_loss import LigerFusedLinearKTOLoss
 

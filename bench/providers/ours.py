@@ -1,4 +1,4 @@
-"""npo_kernels itself: per implementation, with a workspace of 256 MiB, and in each kernel that projects."""
+"""npo_kernels: each implementation, also with a workspace of 256 MiB, and each projection kernel."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -43,7 +43,7 @@ def provider(
 
 
 def plan_of(name: str, batch: Batch) -> Plan | None:
-    """What one of our providers will do; None for everybody else."""
+    """The plan of one of our providers; None for all others."""
     package, _, rest = name.partition("/")
     if package != "npo_kernels":
         return None

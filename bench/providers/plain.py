@@ -1,4 +1,4 @@
-"""PyTorch alone: what a training loop does without a library, compiled or not, and torch's own fused cross-entropy."""
+"""PyTorch alone: a training loop without a library, compiled or not, and torch's own fused cross-entropy."""
 
 from dataclasses import replace
 from functools import cache
@@ -37,16 +37,16 @@ def compiled_tokens(batch: Batch) -> Tensor:
 
 
 def rounded_tokens(batch: Batch) -> Tensor:
-    """The log-softmax in the dtype of the logits as well: the other convention."""
+    """The log-softmax in the dtype of the logits: the second convention."""
     if batch.hidden.dtype == torch.float32:
         raise UnsupportedError("float32 has one log-softmax: plain/eager")
     return token_logps(batch.hidden, batch.weight, batch.labels, batch.softcap, batch.hidden.dtype)
 
 
 class Products(Provider):
-    """What no exact method does without: one product for the logits and one a gradient, with nothing in between.
+    """The products that every exact method needs: one for the logits and one for each gradient, nothing else.
 
-    In the arithmetic that the device is fastest in: the ceiling of any exact method.
+    Computed in the arithmetic in which the device is fastest: an upper bound on the speed of any exact method.
     """
 
     def step(self, batch: Batch) -> object:
@@ -61,7 +61,7 @@ _copies: dict[tuple[int, torch.Size], Tensor] = {}
 
 
 def operands(t: Tensor) -> Tensor:
-    """Float32 copies, made in the warm-up, where a CPU has no instructions for the dtype."""
+    """Float32 copies, made in the warm-up, if a CPU has no instructions for the dtype."""
     if t.device.type != "cpu" or t.dtype == torch.float32 or cpu.native(t):
         return t
     key = t.data_ptr(), t.shape
@@ -69,13 +69,13 @@ def operands(t: Tensor) -> Tensor:
 
 
 def product(batch: Batch) -> Tensor:
-    """The logits and nothing else: what log-probabilities alone are measured against."""
+    """The logits and nothing else: the baseline for log-probabilities alone."""
     hidden, weight, _ = batch.flat
     return hidden @ weight.t()
 
 
 def linear_cross_entropy(batch: Batch, reduction: str) -> Tensor:
-    """torch's chunked form, which `options` turn on; in plain form it is what `plain/eager` is."""
+    """torch's chunked form, enabled by `options`; without them it equals `plain/eager`."""
     if not hasattr(F, "linear_cross_entropy"):
         raise UnsupportedError(f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 does)")
     without_softcap(batch, "F.linear_cross_entropy")

@@ -1,8 +1,8 @@
 """QuACK: chunked linear cross-entropy on Hopper and later, with the scaled-exponential pipeline and without.
 
-Each with chunks of its default size, and the pipeline that is fastest also with all rows in one chunk, as published
-figures have it. The products of the other pipeline are tuned only where that is asked for: three of them, 44 candidates
-each, take minutes of compiling.
+Each runs with chunks of its default size, and the fastest pipeline also with all rows in one chunk, as in its published
+figures. The products of the other pipeline are tuned only on request: three of them, 44 candidates each, compile for
+minutes.
 """
 
 from functools import partial
@@ -17,8 +17,9 @@ ROW_TILE = 128  # rows of a tile: chunks of the scaled-exponential pipeline are 
 
 
 def chunk_rows(rows: int, hidden_size: int, whole: bool) -> int:
-    """Halved until no chunk, nor the last one padded, has as many rows as hidden units: 0.6.5 fails there, at its own
-    default of 4096 with the head of Llama-3-8B, for a vector along one side of a square could be along the other."""
+    """Halved until no chunk, including the padded last one, has as many rows as hidden units. Version 0.6.5 fails on
+    such square chunks, also with its default of 4096 at the head of Llama-3-8B, as it cannot tell the two sides
+    apart."""
     chunk = padded(rows) if whole else CHUNK
     while hidden_size in (min(chunk, padded(rows)), padded(rows % chunk)):
         chunk = padded(chunk // 2)

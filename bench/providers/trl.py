@@ -5,11 +5,11 @@ from torch import Tensor
 from bench.cases import IGNORED, Batch
 from bench.providers.base import from_tokens
 
-VOCAB_CHUNK = 32768  # columns of a tile, as its trainers have it
+VOCAB_CHUNK = 32768  # columns of a tile, as in its trainers
 
 
 def tokens(batch: Batch) -> Tensor:
-    """Scored positions only, as TRL's own forward selects them where it has Triton."""
+    """Scored positions only, as TRL's own forward does with Triton."""
     from trl.kernels import ChunkedLogProbFunction
 
     scored = batch.labels != IGNORED

@@ -1,11 +1,11 @@
-"""Error of every provider against float64, on the same rounded inputs, beside plain PyTorch in the same dtype.
+"""Error of every provider against float64 on the same rounded inputs; plain PyTorch in the same dtype is one of them.
 
     random     logits of standard deviation 2
-    peaked     memorised: the label has nearly all the probability, 1 - p is what the gradient hangs on
+    peaked     memorised: the label has nearly all the probability, the gradient depends on 1 - p
     forgotten  unlearned: the label has almost none
 
-`tensor` says what of: logps (largest |error| / |value| of a sequence), hidden and weight gradients (relative in the
-Frobenius norm). The oracle of a provider is the objective that it computes.
+`tensor` names the compared tensor: logps (largest |error| / |value| of a sequence), hidden and weight gradients
+(relative in the Frobenius norm). The oracle of a provider is the objective that it computes.
 """
 
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ def errors(options: Options, case: Case, batch: Batch, **fields) -> Iterator[Rec
 
 
 def evaluate(name: str, batch: Batch) -> dict[str, Tensor]:
-    """Gradients, and log-probabilities where the provider gives any."""
+    """Gradients, and log-probabilities if the provider has them."""
     batch, provider = batch.for_mode("full"), PROVIDERS[name]
     with provider.setting():
         found = dict(zip(("hidden", "weight"), gradients(provider.run(batch), batch), strict=True))

@@ -1,10 +1,10 @@
 """Real hidden states, head and labels at three moments of an unlearning run: before, in the middle, after.
 
-A small Llama learns fictitious (or, with `--data_dir`, TOFU's) authors by heart and then forgets some of them by
-NPO + retain, with the machinery of `training/`. At each moment the forget and retain rows of one batch are handed to
-every provider: time, and error against float64. And, of the forget rows:
+A small Llama learns fictitious (or, with `--data_dir`, TOFU's) authors and then forgets some of them by
+NPO + retain, with the machinery of `training/`. At each moment every provider gets the forget
+and retain rows of one batch: time, and error against float64. For the forget rows also:
 
-    gap_max       max over tokens of z_max - z_y, nats: what an anchored exponential has to hold
+    gap_max       max over tokens of z_max - z_y, nats: the range of an anchored exponential
     weight_*      2 sigmoid(beta r) of the sequences: smallest, median, largest; 1 is gradient ascent
     skip_share    share of rows that a certificate could skip: a row's share of the gradient of the logits is
                   sum_v |dlogits_iv| = 2 |g_i| (1 - p_y), and it is at most 2^-12 / N of the largest row's
@@ -104,7 +104,7 @@ def snapshot(model, rows: list[Example], pad: int, ref_logps: Tensor, num_forget
 
 @torch.no_grad()
 def statistics(options: Options, case: Case, batch: Batch) -> Iterator[Record]:
-    """What the docstring of this module lists, of the forget rows."""
+    """The quantities listed in the docstring of this module, of the forget rows."""
     n = batch.num_forget
     labels, scored = batch.labels[:n], batch.labels[:n] != IGNORED
     logits = batch.hidden[:n].float() @ batch.weight.float().t()

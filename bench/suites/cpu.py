@@ -1,18 +1,18 @@
 """The torch path on a CPU against plain PyTorch and the peers that run there: time and peak memory, isolated.
 
 smollm2    the head of SmolLM2-135M
-wide       a large vocabulary on a small model: logits are everything
-llama      the head of Llama-3.2-1B, few rows: products are everything
-wide-long  "wide" in one sequence, which no chunk of whole sequences can hold: the mode with a product more
+wide       a large vocabulary on a small model: the logits dominate
+llama      the head of Llama-3.2-1B, few rows: the products dominate
+wide-long  "wide" as one sequence, too long for a slab: the recompute mode, with one more product
 
-In float32 and both 16-bit dtypes. plain/eager takes its log-softmax in float32, as transformers does, plain/rounded in
-the dtype of the logits; plain/products is the bare products, the ceiling. With --seconds a provider that takes longer
-for a turn is ended, and its record says "slow" and `over_ms`; a peer that was too slow for a case is not asked for
-larger ones in the same dtype. PyTorch takes minutes for bfloat16 where a CPU has no instructions for it:
+In float32 and both 16-bit dtypes. plain/eager computes its log-softmax in float32, as transformers does, plain/rounded
+in the dtype of the logits; plain/products has only the products, the ceiling. With --seconds a provider whose turn
+takes longer is stopped, and its record has the status "slow" and `over_ms`; a peer that was too slow for a case does
+not run larger ones in the same dtype. PyTorch takes minutes for bfloat16 on a CPU without instructions for it:
 
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m bench run --suite cpu
 
-makes such a CPU of one that has; records say so (`cpu_limits`).
+limits a CPU that has them to the older instructions; `cpu_limits` records this.
 """
 
 from collections.abc import Iterator
@@ -25,13 +25,13 @@ from bench.records import Record
 
 DTYPES = ("float32", "bfloat16", "float16")
 WIDE = Head(64, 128256)
-SHAPES = (  # of the targets, the least work first
+SHAPES = (  # of the targets, the smallest first
     even("smollm2", HEADS["smollm2-135m"], N=1024, B=16),
     even("wide", WIDE, N=4096, B=32),
     even("llama", HEADS["llama-3.2-1b"], N=512, B=16),
 )
 CASES = (*SHAPES, even("wide-long", WIDE, N=4096, B=1))
-NEEDED = ("npo_kernels/torch", "plain/products", "plain/eager", "plain/rounded")  # by the targets
+NEEDED = ("npo_kernels/torch", "plain/products", "plain/eager", "plain/rounded")  # for the targets
 PEERS = (
     "plain/compile",
     "torch/linear_ce-none",

@@ -1,8 +1,8 @@
 """Time and memory against N, V and the length of a sequence, and the exponents of the power laws through them.
 
 An exponent is the slope of the least-squares line of log(value) over log(size): 1 is linear, 0 flat. Its standard error
-is in `p20` and `p80` (value -/+ one error) and its number of points in `reps`. The memory that is fitted is the peak
-without the gradients, which nobody can do without.
+is in `p20` and `p80` (value -/+ one error) and its number of points in `reps`. The fitted memory is the peak
+without the gradients, which every method has to store.
 """
 
 from collections import defaultdict
@@ -22,7 +22,7 @@ FITTED = {"ms": "exponent_ms", "peak_mb": "exponent_mb"}
 
 
 def sweeps(toy: bool) -> dict[str, dict[int, Case]]:
-    """axis -> size -> case; all else equal."""
+    """axis -> size -> case; all other sizes are equal."""
     tokens: tuple[int, ...]
     vocabularies: tuple[int, ...]
     lengths: tuple[int, ...]
@@ -52,7 +52,7 @@ def run(options: Options) -> Iterator[Record]:
 
 
 def in_one_process(options: Options, axis: str) -> Iterator[Record]:
-    """One axis without processes of their own: on a GPU the allocator counts as well here as there, in less time."""
+    """One axis in this process, which takes less time: a GPU's allocator counts exactly in any process."""
     cases, found = sweeps(options.toy)[axis], []
     for case in cases.values():
         batch = case.batch(options.torch_dtype, options.device)
@@ -66,7 +66,7 @@ def in_one_process(options: Options, axis: str) -> Iterator[Record]:
 
 
 def fits(options: Options, axis: str, cases: dict[int, Case], found: Iterable[Record]) -> Iterator[Record]:
-    """One exponent a provider and metric, of what was measured at three sizes or more."""
+    """One exponent for each provider and metric that was measured at three sizes or more."""
     sizes = {case.name: size for size, case in cases.items()}
     points = defaultdict(list)
     for r in found:

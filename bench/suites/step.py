@@ -1,9 +1,9 @@
 """A whole NPO + retain step of a Llama on TOFU-sized text, random weights: forward, backward, AdamW.
 
     npo_kernels/*        hidden states, one fused loss for forget and retain rows, cached reference log-probabilities
-    plain/live           what public frameworks run: padded batch, logits, float32 log-softmax, and the reference model
-                         in memory and run at every step
-    plain/cached         the same with cached reference log-probabilities: what caching alone gives
+    plain/live           as in public frameworks: padded batch, logits, float32 log-softmax, and the reference model
+                         in memory, run at every step
+    plain/cached         the same with cached reference log-probabilities: the effect of caching alone
 
 Metrics: ms; tokens_per_s, of tokens that are not padding; peak_mb of everything, weights, reference model, gradients
 and optimiser state included; and, on a GPU, max_batch: the largest number of forget sequences, with as many retain
@@ -54,7 +54,7 @@ MODELS = {
     "smollm2-135m": Architecture(576, 30, 9, 3, 1536, 49152, tied=True),
     "toy": Architecture(64, 2, 2, 2, 128, 1000, tied=True),
 }
-ALONE = ("llama-2-7b",)  # two of these with their optimisers leave a GPU no room
+ALONE = ("llama-2-7b",)  # two of these with their optimisers do not fit into a GPU
 LARGEST = 4096  # forget sequences
 
 
@@ -77,13 +77,13 @@ class StepJob:
     def prepare(self) -> Callable[[], object]:
         state = TrainingState(self)
         inputs = state.batch(self.lengths)
-        state.step(inputs)  # makes the optimiser state
+        state.step(inputs)  # creates the optimiser state
         return lambda: state.step(inputs)
 
 
 @dataclass(frozen=True)
 class SearchJob(StepJob):
-    """A turn is the search for the largest batch; when `seconds` are over, it is the largest seen to fit."""
+    """A turn is the search for the largest batch; after `seconds` the largest that fitted so far is returned."""
 
     seconds: float = math.inf
 
@@ -193,7 +193,7 @@ class TrainingState:
 
 
 def from_logits(model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(logps, num_tokens) of a loop without this library."""
+    """(logps, num_tokens) in plain PyTorch."""
     logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
     labels = batch["labels"][:, 1:]
     scored = labels != IGNORED
@@ -216,7 +216,7 @@ def providers(options: Options) -> list[str]:
 
 
 def case_of(options: Options, model: str) -> tuple[Case, str]:
-    """TOFU's batch at the head of a model, and where its lengths are from."""
+    """TOFU's batch at the head of a model, and the source of its lengths."""
     cases, source = tofu.cases(options)
     arch, lengths = MODELS[model], cases[0].lengths
     return Case(f"{model}/step", Head(arch.hidden, arch.vocab), lengths, retain=len(lengths) // 2), source
@@ -241,7 +241,7 @@ def steps(options: Options, model: str, names: Sequence[str]) -> Iterator[Record
 
 
 def largest_batch(options: Options, model: str, name: str) -> Record:
-    """Forget sequences of the largest step that fits, with as many to retain; found in `options.seconds`."""
+    """Forget sequences of the largest step that fits, with as many retain sequences; found within `options.seconds`."""
     case, source = case_of(options, model)
     fields = _fields(options, case, name, source) | {"metric": "max_batch"}
     if not options.on_gpu:

@@ -48,11 +48,11 @@ def sampled(lengths: Lengths, count: int, seed: int = 0) -> tuple[tuple[int, int
     """`count` of each kind, forget first."""
     rng = random.Random(seed)
     pairs = (pair for kind in ("forget", "retain") for pair in rng.sample(lengths[kind], count))
-    return tuple((prompt, answer) for prompt, answer in pairs)  # lists, where they come from the table
+    return tuple((prompt, answer) for prompt, answer in pairs)  # lists, if they come from the table
 
 
 def cases(options: Options) -> tuple[list[Case], str]:
-    """The cases, and where their lengths are from."""
+    """The cases, and the source of their lengths."""
     folder = options.data_dir or os.environ.get("NPO_DATA_DIR")
     count, models = (3, ("toy",)) if options.toy else (SEQUENCES, MODELS)
     if folder and not options.toy:

@@ -202,7 +202,7 @@ def test_a_frozen_head_asks_for_no_gradient(name, calls, eligible):
     ],
 )
 def test_settings(name, arguments, calls, eligible):
-    """What tells the providers of a peer apart, under the names of the release at hand."""
+    """The options that distinguish the providers of a peer, under the names of the installed release."""
     made = calls(REAL[name])
     if REAL[name].module == QUACK:
         eligible()

@@ -28,7 +28,7 @@ def test_agrees_with_float64(name, case):
     truth = oracle(batch, PROVIDERS[name].computes)
     try:
         found = evaluate(name, batch)
-    except UnsupportedError as lacking:  # by the torch at hand: 2.11 has no fused cross-entropy of its own
+    except UnsupportedError as lacking:  # depends on torch: 2.11 has no fused cross-entropy
         assert name.startswith("torch/")
         pytest.skip(str(lacking))
     assert ("logps" in found) == (PROVIDERS[name].computes == "npo")
@@ -61,7 +61,7 @@ def test_the_kinds_of_rows_are_what_they_are_called():
 
 
 def test_the_reference_is_near_the_policy():
-    """Sequence weights neither 0 nor 2: gradients of every objective are of ordinary size."""
+    """Sequence weights well between 0 and 2, so that the gradients of every objective have ordinary sizes."""
     batch = CASES["even"].batch(torch.float32, "cpu")
     ratio = PROVIDERS["plain/eager"].run(batch.for_mode("logprobs")) - batch.ref_logps
     assert 0.01 < (BETA * ratio).abs().mean() < 3
@@ -210,7 +210,7 @@ def test_names_are_patterns_and_unknown_ones_are_told():
     assert Options("head", providers=("torch/*",)).provider_names == ["torch/linear_ce", "torch/linear_ce-none"]
     assert "npo_kernels/triton" in Options("head", device="cuda").provider_names
     assert "npo_kernels/triton" not in Options("head").provider_names
-    with pytest.raises(ValueError, match="nothing is called 'ligr'"):
+    with pytest.raises(ValueError, match="unknown provider 'ligr'"):
         Options("head", providers=("ligr",)).provider_names  # noqa: B018
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import roofline, sweeps, tune, variants
+from bench import figures, report, roofline, sweeps, tune, variants
 from bench.__main__ import main
 from bench.cases import Case, Head, R
 from bench.compare import common, verdict
@@ -126,6 +126,48 @@ def test_a_figure_has_a_panel_for_each_dtype():
     assert [label for label, *_ in panels_of("cpu", rows[:1])] == ["ms"]
 
 
+def test_the_headline_has_a_labelled_curve_for_each_provider_of_the_gpu_with_the_most(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path, dpi: drawn.append(figure) or figure.savefig(path))
+
+    def sweep(gpu, provider, ms, mib, date="2026-01-01"):
+        fields = {"suite": "scaling", "provider": provider, "gpu": gpu}
+        found = [made(1.0, case="N=2048", **fields), made(1.0, case="V=262144", what="fwd", **fields)]
+        for V in (16384, 32768, 65536, 131072, 262144):
+            found.append(made(ms * V, case=f"V={V}", l2="hot", **fields | {"V": V}))
+            found.append(made(mib * V, case=f"V={V}", metric="peak_mb", **fields | {"V": V}))
+        return [r | {"date": date} for r in found]
+
+    def curves():
+        """panel -> label -> (the last point, the number of points)."""
+        return {
+            panel.get_ylabel(): {
+                text.get_text(): (text.xy, len(line.get_xdata()))
+                for text, line in zip(panel.texts, panel.lines, strict=True)
+            }
+            for panel in drawn[-1].axes
+        }
+
+    path = tmp_path / "memory.png"
+    one = sweep("H100", OURS, 2.0, 1.0, date="2026-02-01")
+    assert figures.headline(one, path) == "H100" and path.stat().st_size
+    assert curves() == {
+        "peak memory, GiB": {"npo_kernels": ((262144, 256.0), 5)}, "time, ms": {"npo_kernels": ((262144, 524288.0), 5)}
+    }  # fmt: skip
+    two = [*one, *sweep("H200", "plain/eager", 3.0, 4.0), *sweep("H200", OURS, 1.0, 2.0)]
+    assert figures.headline(two, path) == "H200"
+    assert curves() == {
+        "peak memory, GiB": {"npo_kernels": ((262144, 512.0), 5), "plain PyTorch": ((262144, 1024.0), 5)},
+        "time, ms": {"npo_kernels": ((262144, 262144.0), 5), "plain PyTorch": ((262144, 786432.0), 5)},
+    }
+    out_of_memory = [r for r in two if (r["provider"], r["V"]) != ("plain/eager", 262144)]
+    out_of_memory += [made(None, suite="scaling", case="V=262144", gpu="H200", provider="plain/eager", status="oom")]
+    assert figures.headline(out_of_memory, path) == "H200"
+    assert curves()["time, ms"]["plain PyTorch"] == ((131072, 393216.0), 4)
+    path.unlink()
+    assert figures.headline([r | {"gpu": None} for r in two], path) is None and not path.exists()
+
+
 def test_report(tmp_path):
     folder = tmp_path / "results"
     rows = [made(v, case=f"toy/N={n}", N=n, metric=m) for n, v in ((64, 1.0), (128, 2.0)) for m in ("ms", "tflops")]
@@ -138,6 +180,16 @@ def test_report(tmp_path):
     text = (folder / "report.md").read_text()
     assert "toy/N=128" in text and "No module named 'trl'" in text
     images = sorted(folder.glob("*.png"))
+    with pytest.MonkeyPatch.context() as patch:  # the README's figure is drawn from the committed results only
+        patch.setattr(report, "RESULTS", folder)
+        patch.setattr(report, "HEADLINE", tmp_path / "docs" / "memory.png")
+        main(["report", "--results", str(folder)])
+        assert not (tmp_path / "docs").exists()  # nothing was measured over V
+        fields = {"suite": "scaling", "case": "V=1", "gpu": "H200"}
+        write(folder / "y.jsonl", [made(1.0, metric=metric, **fields) for metric in ("ms", "peak_mb")])
+        main(["report", "--results", str(folder)])
+        assert (tmp_path / "docs" / "memory.png").exists()
+        (folder / "y.jsonl").unlink()
     assert len(images) == 2 and all(f"({image.name})" in text for image in images)
     assert "not measured" in (tmp_path / "RESULTS.md").read_text()
     assert not list(tmp_path.rglob("*.partial"))
@@ -294,7 +346,7 @@ def test_command_line(tmp_path, capsys):
     assert {json.loads(line)["dtype"] for line in Path(out).read_text().splitlines()} == {"bfloat16"}
     assert "rel_err" in capsys.readouterr().out
     assert main(["run", "--suite", "head", "--providers", "nobody", "--device", "cpu", *threads]) == 2
-    assert "nothing is called 'nobody'" in capsys.readouterr().err
+    assert "unknown provider 'nobody'" in capsys.readouterr().err
     assert main([*command[:3], "--case", "nowhere", "--device", "cpu", *threads]) == 2
 
 

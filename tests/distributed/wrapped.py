@@ -180,7 +180,7 @@ def run_case(case: str, rank: int, expected: dict[str, Tensor]) -> list[str]:
 
 
 def other_promises(rank: int) -> list[str]:
-    """Evaluation under every wrapper, and sums that would be rounded on the way out."""
+    """Evaluation under every wrapper, and sums that the wrapper would round in its output."""
     failures = []
     batch, _ = part(RANKS[rank])
     expected = build("llama")(**batch, fused_unlearning=True).logps.detach()

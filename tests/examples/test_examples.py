@@ -1,4 +1,4 @@
-"""Every example runs, and computes what it says it computes."""
+"""Every example runs and computes what its documentation states."""
 
 import math
 import os

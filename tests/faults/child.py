@@ -171,7 +171,7 @@ _path_of = {
 
 
 def _shorten() -> None:
-    """Figures are written as ever, with a line instead of a drawing, and answers are short: that halves the time."""
+    """Figures contain one line of text instead of a drawing, and answers are short: this halves the time."""
     from matplotlib.figure import Figure
 
     from training import generation

@@ -128,7 +128,7 @@ def succeeded(ended: Ended) -> Ended:
 
 
 def check_refused(ended: Ended, *patterns: str) -> None:
-    """A code that is no success, and a message instead of a traceback, with each of the patterns in it."""
+    """A nonzero exit code, and a message without a traceback that has each of the patterns."""
     assert ended.code not in (0, None) and ended.code > 0, f"exit code {ended.code}\n{ended.output}"
     assert "Traceback" not in ended.output, ended.output
     for pattern in patterns:

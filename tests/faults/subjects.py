@@ -70,7 +70,7 @@ class Subject:
         return differences(contents(case), self.expected)
 
     def check_resumed(self, case: Path) -> Ended:
-        """The same command ends, and leaves what a run leaves that nothing disturbed."""
+        """The repeated command succeeds and leaves the same files as an undisturbed run."""
         ended = succeeded(self.run(case))
         found = self.differences(case)
         assert not found, f"{'; '.join(found)}\n{ended.output}"

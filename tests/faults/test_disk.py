@@ -76,7 +76,7 @@ def test_no_space_at_a_write(name, subjects, rng, tmp_path, tried):
 
 @pytest.mark.parametrize("name", ["unlearn", "finetune", "evaluate", "grid"])
 def test_a_read_only_folder(name, subjects, disk, tried):
-    """Said before anything is computed; nothing is lost of what was there."""
+    """Reported before any computation; existing files are kept."""
     subject = subjects[name]
     (disk.path / "run" / "out").mkdir(parents=True)
     half = len(subject.whole.events) // 2

@@ -63,7 +63,7 @@ def test_killed_again_and_again(name, subjects, rng, tmp_path, tried):
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 @pytest.mark.parametrize(("name", "how"), [("unlearn", "before"), ("unlearn", "torn"), ("finetune", "before")])
 def test_killed_at_every_event(name, how, chunk, subjects, rng, tmp_path, tried):
-    """Between writing and renaming, inside a removal, with a part of what was to be written, or nothing of it."""
+    """Between writing and renaming, during a removal, with a file partly written or still empty."""
     subject, failures = subjects[name], []
     events = list(enumerate(subject.whole.events))
     if how == "torn":

@@ -57,7 +57,7 @@ def check(call: Call, impl: str) -> None:
 
 
 def _options(call: Call, made: dict[str, Tensor], impl: str) -> dict:
-    """The keywords that are no tensors of its own."""
+    """The keywords that are not tensors."""
     options = {"impl": impl, "logit_scale": call.logit_scale, "softcap": call.softcap}
     if call.function == "kl":
         options |= {"direction": "reverse" if call.reverse else "forward", "target_shift": call.target_shift}
@@ -139,7 +139,7 @@ def _ours(call: Call, t: dict[str, Tensor], impl: str, options: dict) -> oracle.
 
 
 def _evaluate(call: Call, tensors: dict[str, Tensor], run) -> oracle.Outputs:
-    """What `run` gives for these tensors, and the gradients of those that are wanted."""
+    """The result of `run` for these tensors, and the requested gradients."""
     leaves = {name: tensors[name].detach().requires_grad_() for name in call.wanted}
     outputs = run({**tensors, **leaves})
     value = outputs["value"]
@@ -226,7 +226,7 @@ def _moved(tensors: dict[str, Tensor], unit: float, draw: int) -> dict[str, Tens
 
 
 def _digits(dtype: torch.dtype) -> oracle.Rounding:
-    """Rounded to the digits of a dtype, whatever its range."""
+    """Rounded to the precision of a dtype, without its limits of range."""
 
     def rounded(t: Tensor) -> Tensor:
         mantissa, exponent = torch.frexp(t)

@@ -114,7 +114,7 @@ def _ratio_loss(call: Call, t: dict[str, Tensor], logps: Tensor, ratio: Tensor, 
         divisor = max(1, int((counts > 0).sum())) if call.normalizer is None else call.normalizer
         value = losses.sum() / (7 if isinstance(divisor, str) else divisor)
     stats = {"logps": logps, "num_tokens": counts}
-    usual = ratio.isfinite()  # what a reference of NaN makes of the ratio is nobody's promise
+    usual = ratio.isfinite()  # the log_ratio of a NaN reference is unspecified
     stats |= {"log_ratio": torch.where(usual, ratio, 0.0)}
     stats |= {"weight": torch.where(usual, 2 * torch.sigmoid(call.beta * ratio), 0.0), "usual": usual}
     return {"value": value, **{name: stat.detach() for name, stat in stats.items()}}

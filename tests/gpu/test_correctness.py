@@ -1,4 +1,5 @@
-"""The claims of the interpreter tests for compiled kernels, at shapes of several tiles; and what only a GPU shows."""
+"""The claims of the interpreter tests for compiled kernels, at shapes of several tiles, and properties that only a GPU
+can show."""
 
 import math
 from dataclasses import replace

@@ -77,7 +77,7 @@ def test_with_known_rows_nothing_waits_for_the_device(no_host_sync):
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("function", [fused_npo_loss, sequence_logprobs])
 def test_forward_and_backward_replay_as_a_cuda_graph(function, layout):
-    """tests/test_launches.py says without a GPU what a graph cannot hold."""
+    """tests/test_launches.py finds operations that a graph cannot capture without a GPU."""
     hidden, weight, labels, ref_logps = make(B=4, S=129, V=32_000)
     options = {"num_rows": labels.numel(), "impl": "triton"}
     if layout == "packed":

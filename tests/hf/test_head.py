@@ -136,7 +136,7 @@ def test_another_ignore_index(model, batch):
 
 
 def test_no_logits_are_formed(model, batch, monkeypatch):
-    """Neither by the head, whose own forward must not run, nor as an output."""
+    """Not by the head, whose own forward must not run, and not as an output."""
     monkeypatch.setattr(nn.Linear, "forward", _refuse_wide(nn.Linear.forward, model.config.vocab_size))
     out = model(**batch, fused_unlearning=True)
     with pytest.raises(AttributeError, match="without fused_unlearning"):
@@ -250,7 +250,7 @@ def test_the_head_is_itself_again_after_an_error(model, batch):
 
 
 def test_threads_share_a_model(model, batch):
-    """A fused call stands in for the head: neither a plain call nor another fused one beside it may notice."""
+    """A fused call replaces the head: a concurrent plain call or another fused call must not be affected."""
     calls = {
         "plain": lambda: model(**{k: v for k, v in batch.items() if k != "labels"}).logits,
         "sequences": lambda: model(**batch, fused_unlearning=True).logps,

@@ -29,7 +29,7 @@ def check(name: str, fused, own) -> None:
     plain = results(model, own)
     ours = results(add_fused_unlearning_head(model), fused)
     assert torch.equal(ours.pop("counts"), oracle.pop("counts"))
-    # a backbone in float32 comes before the head: its error, in another order of summation, is nobody's fault
+    # a backbone in float32 comes before the head: its error comes from another order of summation
     assert_no_worse_than_plain(ours, plain, oracle, slack=2.0, ceiling=False)
 
 

@@ -1,4 +1,4 @@
-"""What the paper says of its loss: between gradient ascent and nothing, and where it starts."""
+"""The paper's statements about the loss: its limits in beta (gradient ascent, zero), and its first value."""
 
 import math
 from dataclasses import replace

@@ -16,7 +16,7 @@ SENTINEL = 12345.0
 
 
 class Outputs:
-    """What `exp_logits_kernel` writes for N rows, with room on all sides that nobody may touch."""
+    """The output of `exp_logits_kernel` for N rows, with guard regions on all sides that must stay unchanged."""
 
     def __init__(self, N: int):
         self.slab_all = torch.full((N + 5, V + 9), SENTINEL, device=DEVICE)

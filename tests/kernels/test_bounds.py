@@ -107,7 +107,7 @@ def kernels() -> set[str]:
     return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 
-# several splits and row blocks, neither depth nor vocabulary a multiple of a tile; and no rows
+# several splits and row blocks, depth and vocabulary not multiples of a tile; and no rows
 RAGGED = {"lengths": (3, 1, 0, 19), "prompts": (1, 0, 0, 0), "H": 40, "V": 130}
 NO_ROWS = {"lengths": (3, 0), "prompts": (3, 0), "H": 8, "V": 5}
 

@@ -23,7 +23,7 @@ def pins(file: str) -> dict[str, str]:
 
 
 def direct_dependencies() -> list[Requirement]:
-    """Those of the package and of its `dev` extra; a name that several extras have comes several times."""
+    """Dependencies of the package and of its `dev` extra; a name in several extras occurs several times."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pending, seen = ["dev"], set()
     wanted = [Requirement(line) for line in project["dependencies"]]

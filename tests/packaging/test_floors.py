@@ -1,8 +1,8 @@
-"""Which floor of the house each module is on, and that imports go down only. Read from the source: nothing is imported.
+"""The layer of each module, and that imports only go to lower layers. Read from the source: nothing is imported.
 
-    python -m tests.packaging.test_floors [CHECKOUT]     # modules, lines, arrows and floors of each package
+    python -m tests.packaging.test_floors [CHECKOUT]     # modules, lines, imports and layers of each package
 
-What Python imports by itself, the `__init__` of each folder on the way to a module, is no arrow here.
+The imports that Python makes implicitly, of the `__init__` of each parent folder, are not counted.
 """
 
 import ast
@@ -17,8 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("csrc_triton", "npo_kernels", "training", "bench")
 
-# From the ground up. A module is on the floor of the longest entry that it is, or lies in. Only "npo_kernels" stands
-# for a module alone, its `__init__`, so a new module or folder beside it has to be placed here.
+# From the lowest layer up. A module belongs to the longest entry that names it or one of its parent folders. Only
+# "npo_kernels" means a single module, its `__init__`, so a new module or folder in it has to be added here.
 FLOORS = (
     {"npo_kernels.core"},
     {"npo_kernels.backends", "npo_kernels.reference"},
@@ -34,7 +34,7 @@ FLOORS = (
     {"npo_kernels", "npo_kernels.explain", "npo_kernels.env"},
     {"npo_kernels.hf"},
 )
-# The wings of training, from the ground up; what lies beside them is the engine, below all of them but the methods.
+# The subpackages of training, from the lowest up; all other modules are the engine, below all of these but the methods.
 WINGS = ("training.benchmarks", "training.reports", "training.papers", "training.pretrained", "training.commands")
 TRITON_BACKEND = "npo_kernels.backends.triton"
 KERNEL_USERS = TRITON_BACKEND, "npo_kernels.backends.tiles"
@@ -74,7 +74,7 @@ class House:
 
     @cached_property
     def arrows(self) -> list[Arrow]:
-        """Of all imports, also of what is not of the house, each place for itself."""
+        """All imports, also of other packages, each occurrence separately."""
         return [
             Arrow(name, found.target, f"{self.modules[name].path}:{found.line}")
             for name, imports in self.imports.items()
@@ -135,7 +135,7 @@ def floor_of(name: str) -> int | None:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Modules that import each other, directly or not, a list for each knot."""
+    """Modules that import each other, directly or not; a list for each cycle."""
 
     def reachable(start: str) -> set[str]:
         found, pending = set(), [start]
@@ -151,7 +151,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def height(graph: dict[str, set[str]]) -> int:
-    """The number of modules on the longest way down; a circle counts as one."""
+    """The number of modules on the longest path down; a cycle counts as one."""
     knots = circles(graph)
     knot_of = {name: f"circle {i}" for i, knot in enumerate(knots) for name in knot}
     merged: dict[str, set[str]] = {}
@@ -168,7 +168,7 @@ def height(graph: dict[str, set[str]]) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rules: a house -> what is wrong, a line each
+# Rules: a checkout -> its violations, one line each
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -205,7 +205,7 @@ def wing_of(module: str) -> int:
 
 
 def the_engine_knows_no_wing(house: House) -> list[str]:
-    """Nor do the methods; and a benchmark draws no report, a report runs no command."""
+    """The same for the methods. A benchmark does not draw reports, and a report does not run commands."""
     return [
         f"{arrow.place} {arrow.target}"
         for arrow in house.arrows
@@ -214,7 +214,7 @@ def the_engine_knows_no_wing(house: House) -> list[str]:
 
 
 def commands_are_leaves(house: House) -> list[str]:
-    """Nothing outside of their folder imports one; `training.NAME`, as it is run, is no name to import."""
+    """Nothing outside their folder imports a command; `training.NAME` is for running, not for importing."""
     names = {name.rpartition(".")[2] for name in house.modules if inside(name, "training.commands")}
     aliases = {f"training.{name}" for name in names} - house.modules.keys()
     return [
@@ -265,7 +265,7 @@ def the_triton_backend_is_imported_where_one_is_chosen(house: House) -> list[str
 
 
 def private_names_stay_at_home(house: House) -> list[str]:
-    """Neither `from module import _name`, nor `module._name`, nor `getattr(module, "_name")` and its like."""
+    """No `from module import _name`, `module._name`, `getattr(module, "_name")` or similar."""
     wrong = []
     for name, module in house.modules.items():
         found = [(i.line, i.target, i.name) for i in house.imports[name] if i.name]
@@ -330,7 +330,7 @@ def test_the_house_keeps_its_rules(house, rule):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A small house that keeps every rule, and what breaks each of them
+# A small checkout that keeps every rule, and a change that breaks each of them
 # ---------------------------------------------------------------------------------------------------------------------
 
 SMALL = {

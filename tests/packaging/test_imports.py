@@ -1,4 +1,4 @@
-"""Who may import whom: training -> npo_kernels -> csrc_triton -> triton, and nothing else on the way in."""
+"""The allowed imports: training -> npo_kernels -> csrc_triton -> triton. `import npo_kernels` loads nothing else."""
 
 import ast
 import json

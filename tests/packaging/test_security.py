@@ -1,4 +1,4 @@
-"""Nothing that is read can do anything: no pickles, no code that comes with data, no shell, no way out of a folder."""
+"""Input files cannot execute code: no pickles, no code that comes with data, no shell, no paths that leave a folder."""
 
 import ast
 import json
@@ -51,7 +51,7 @@ def full_names(tree: ast.Module) -> dict[str, str]:
 
 
 def found_in(source: str, file: str) -> list[str]:
-    """What a source does that it should not."""
+    """The forbidden calls in a source file."""
     tree = ast.parse(source)
     found, imported = [], full_names(tree)
     for node in ast.walk(tree):
@@ -105,7 +105,7 @@ def test_what_is_looked_for_is_found(source):
 
 
 class Touches:
-    """Pickled, a program that makes a file."""
+    """An object whose pickle runs a program that creates a file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -199,7 +199,7 @@ def test_a_record_of_hashes_names_no_file_outside_of_its_folder(tmp_path, name):
 
 
 def test_a_record_names_no_file_outside_of_the_folder(tmp_path, monkeypatch):
-    """Figures are called by what records say they are of."""
+    """The names of figures come from the records."""
     written = []
     monkeypatch.setattr(figures, "_figure", lambda title, panels, path: written.append(path))
     size = {

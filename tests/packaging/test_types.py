@@ -1,4 +1,4 @@
-"""What the type checker of a user says: nothing about right calls, and something about each wrong one."""
+"""A user's type checker accepts all correct calls and reports each wrong one."""
 
 import importlib.util
 import json
@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Every wrong line says what it is called: by mypy, then by pyright. mypy reads nothing into a partial of an overloaded
-# function, and of such a function flags the whole call, whatever is wrong with it.
+# Every wrong line is marked with the error codes of mypy, then of pyright. mypy does not check a partial of an
+# overloaded function, and reports any error in a call of such a function for the whole call.
 USER = '''
 """Calls of npo_kernels as a user writes them."""
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.packaging.builds import ROOT, build_sdist, build_wheel, run
 
-# What a user does first, for every implementation that runs without a GPU, against float64.
+# A user's first calls, for every implementation that runs without a GPU, against float64.
 FIRST_CALL = """
 import importlib.metadata, importlib.util, json, torch
 import npo_kernels
@@ -58,7 +58,8 @@ def wheel(sdist, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory) -> Path:
-    """The interpreter of a new environment: the wheel, and the packages of this one (torch) behind it."""
+    """The interpreter of a new environment with the wheel and, after it on the path, the packages of this one
+    (torch)."""
     folder = tmp_path_factory.mktemp("venv")
     venv.create(folder, symlinks=True)
     interpreter = folder / "bin" / "python"

@@ -1,4 +1,4 @@
-"""Every method written out from its source, in float64 on materialised logits: the truth of a step.
+"""Every method written out from its source, in float64 on materialised logits: the oracle for a step.
 
 Independent of the kernels and of training/methods: nothing of either is imported but the records' names and settings.
 """

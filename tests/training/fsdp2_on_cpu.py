@@ -1,4 +1,4 @@
-"""The demo under FSDP2 without a GPU. accelerate shards on accelerators only; here it is told that the CPU is one."""
+"""The demo under FSDP2 without a GPU. accelerate shards on accelerators only; this makes it treat the CPU as one."""
 
 import runpy
 

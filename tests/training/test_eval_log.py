@@ -1,4 +1,5 @@
-"""Both published layouts read alike, are written as they came, and anything else is refused with the reason."""
+"""Both published layouts give the same data and are written back unchanged; anything else is refused with the
+reason."""
 
 import copy
 import json

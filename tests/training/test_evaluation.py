@@ -1,4 +1,4 @@
-"""What all evaluations share: going on where one was interrupted, counting tokens, a classifier for fluency."""
+"""The common parts of all evaluations: resuming after an interruption, counting tokens, a classifier for fluency."""
 
 import pytest
 import torch

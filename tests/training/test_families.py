@@ -90,7 +90,7 @@ def test_ceu_is_finite_for_a_model_that_is_certain_and_where_nothing_is_left():
 
 
 def test_ceu_of_a_certain_model_is_its_formula(corpus, model, reference):
-    """After learning by heart most tokens have 1 - p below 1e-3: plain float32 loses the gradient there."""
+    """After memorisation most tokens have 1 - p below 1e-3: plain float32 loses the gradient there."""
     config = replace(CONFIG, epochs=40, lr=5e-3, batch_size=12)
     fit(model, FinetuningSteps(corpus.forget[:12], config, Batches(0, CPU, False)))
     assert score(model, corpus.forget[:12], 0).answer_probability.median() > 0.9
@@ -132,7 +132,7 @@ def test_the_direction_is_of_the_seed_and_steering_ends_there():
 
 @pytest.mark.parametrize("name", ["wga_rt", "ceu_rt", "pdu_rt", "undial_rt", "rmu", "dipo_kl"])
 def test_optimiser_steps_do_not_depend_on_accumulation(name, corpus, reference):
-    """Six steps of AdamW: the losses on the way and the weights, whole and in micro-batches of two."""
+    """Six steps of AdamW: losses and final weights, with whole batches and with micro-batches of two."""
     before = [p.detach().clone() for p in llama(corpus, num_layers=2).parameters()]
 
     def run(micro_batch_size):

@@ -1,4 +1,4 @@
-"""A grid at the smallest size: files, what is not run again, and a verdict that follows the numbers both ways."""
+"""A grid at the smallest size: its files, no repeated runs, and a verdict that changes with the numbers."""
 
 import io
 import json

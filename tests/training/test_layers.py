@@ -1,4 +1,4 @@
-"""A layer's output, read on the way; layers that nothing needs are not run, and not trained."""
+"""A layer's output, read during the forward; layers that are not needed are not run and not trained."""
 
 import copy
 

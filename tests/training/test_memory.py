@@ -1,4 +1,4 @@
-"""What --dry_run says of memory is what a step takes."""
+"""The memory that --dry_run predicts is the memory that a step uses."""
 
 import json
 import subprocess

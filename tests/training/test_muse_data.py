@@ -1,4 +1,4 @@
-"""MUSE's files in every layout, what is wrong with others, and the news that are generated."""
+"""MUSE's files in every layout, the errors of invalid ones, and the generated news."""
 
 import json
 import sys
@@ -63,7 +63,7 @@ def test_every_layout_has_the_same_rows(layout, tmp_path):
 def test_a_text_file_is_one_document(tmp_path):
     book = "Chapter one.\n\n[It was dark.]\n"
     corpus = Corpus(str(written(tmp_path, {"raw/forget.txt": book})), {})
-    assert corpus.texts("raw", "forget") == corpus.forgettable == [book]  # Books have neither scal nor sust
+    assert corpus.texts("raw", "forget") == corpus.forgettable == [book]  # Books have no scal and no sust
 
 
 def test_the_hub_is_asked_for_subset_and_split(monkeypatch):

@@ -46,7 +46,7 @@ def test_packed_scores_are_the_padded_ones(corpus, llama):
 
 
 def test_a_neighbour_changes_nothing(corpus, llama):
-    """Nor would the test above notice nothing: with one mask for the whole row the numbers are far away."""
+    """The test above can fail: with one mask for the whole row the numbers are far off."""
     first, *others = corpus.forget[:4]
 
     def logps(neighbours, **changed):
@@ -74,7 +74,7 @@ def test_gradients_are_the_same(corpus, llama):
 
 
 def test_boundaries_come_from_position_ids_too(corpus, llama):
-    """As models without `cu_seqlens` in their data collator have it."""
+    """As for models whose data collator has no `cu_seqlens`."""
     batch = pack(corpus.forget[:5], CPU)
     with torch.no_grad():
         expected = llama(**batch, fused_unlearning=True).logps

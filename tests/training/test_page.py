@@ -1,4 +1,4 @@
-"""The page of a grid: all that was measured is on it, nothing that was said becomes markup, and a browser shows it."""
+"""The page of a grid: it has all measurements, model output never becomes markup, and a browser can show it."""
 
 import html
 import json

@@ -72,7 +72,7 @@ SPLITS = ("forget10", "forget50", "retain50", "retain90", "forget10_perturbed", 
 
 
 def test_questions_about_kept_authors_are_different_ones(source, tmp_path):
-    """With more evaluated rows than kept authors, each is asked something else in every round."""
+    """With more evaluated rows than kept authors, each round has a different question for each author."""
     folders = part.write(source, Part(authors=20, evaluated=30), tmp_path)
     assert len(set(questions(folders["data"], "retain_perturbed"))) == 30
 

@@ -1,4 +1,4 @@
-"""Claims held against records in which each is true, false or cannot be told: the verdict follows."""
+"""Claims checked on records in which each is true, false or undecided: the verdict follows."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A model out of wheels: only the file that is expected, converted once, found again, and nothing half done."""
+"""A model from wheels: only the expected file is accepted, converted once and found again; no partial results."""
 
 import hashlib
 import json

@@ -20,7 +20,7 @@ from training.pretrained.utility import LEAST, known_parts, utility
 
 
 def few() -> Study:
-    """As small as a study can be that has everything."""
+    """The smallest complete study."""
     ways = {name: WAYS[name] for name in ("ga", "npo", "npo_rt", "simnpo_rt", "dpo_rt")}
     ways |= {"ga": replace(ways["ga"], seeds=(0,))}
     return Study(ways={"forget10": ways, "forget50": {"npo_rt": WAYS["npo_rt"]}})

@@ -1,4 +1,4 @@
-"""Long work shows itself where there is no terminal: at once, while nothing moves, and when it has ended."""
+"""Long work reports progress without a terminal: at the start, during a long step, and at the end."""
 
 import io
 import re

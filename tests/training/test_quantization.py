@@ -1,4 +1,4 @@
-"""Rounded weights: levels, forgetting trained at them, and the evaluation of what is left of it."""
+"""Rounded weights: their levels, forgetting trained with them, and evaluation after rounding."""
 
 import json
 import math

@@ -161,7 +161,7 @@ def test_on_another_machine_only_what_has_no_record_is_run(finished, source, tmp
 
 
 def test_what_is_missing(finished, source, base, tmp_path):  # noqa: F811
-    """Nothing; the model that an attack reads; a run with settings that are no longer those of the choice."""
+    """No run; a missing model for an attack; a run whose settings differ from the chosen ones."""
     shutil.copytree(finished / "out", tmp_path / "out")
     path = tmp_path / "out/runs/forget10-npo_rt-seed0.json"
     run = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""What was reported of other projects for unlearning and training, tried here; docs/reports_training.md lists it."""
+"""Bugs reported for other unlearning and training projects, tried here; docs/reports_training.md lists them."""
 
 import copy
 import json
@@ -65,7 +65,7 @@ def logs(tmp_path):
 
 
 def evaluated(capsys, log, retain_log):
-    """(metrics, what was printed on stderr); stdout has one JSON object whatever is told."""
+    """(metrics, what was printed on stderr); stdout always has one JSON object."""
     result = main(*build(EvaluateOptions, from_log=log, retain_log=retain_log, json=True))
     printed = capsys.readouterr()
     assert json.loads(printed.out) == result
@@ -111,7 +111,7 @@ def test_rows_without_paraphrased_answers_are_refused_before_a_model_is_loaded(t
 
 
 def test_forget_quality_is_that_of_the_forget_set_whatever_the_other_sets_are():
-    """A model that has learned all is told from the retrained one, also where they agree on what is retained."""
+    """A model that learned everything differs from the retrained one, even if both agree on the retain set."""
     log, other = make_log(), make_log(seed=1)
     quality = summary(parse_log(log, "log"), parse_log(other, "retain"))["forget_quality"]
     agreeing = {name: log[name] if name != FORGET else other[name] for name in log}
@@ -146,7 +146,7 @@ def attacked(model, forget, holdout):
 
 @pytest.mark.parametrize("mistaken", [1, 0], ids=["nearly all", "all"])
 def test_privleak_against_a_model_that_recognises_the_forget_set_is_told(mistaken):
-    """Its AUC is near 1, so that a share of what is left of it is in the thousands, or of nothing."""
+    """Its AUC is near 1, so that a ratio to the remaining difference is in the thousands or undefined."""
     forgotten, apart = attacked(0, [9.0] * 10, [1.0] * 10), [1.0] * 9 + [2.0 if mistaken else 1.0]
     retrained = attacked(1, apart, [1.9] * 5 + [3.0] * 5)
     result = summary(forgotten, retrained)
@@ -345,7 +345,7 @@ def test_a_start_log_is_of_the_model_that_unlearns(name, corpus):
 
 
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path, monkeypatch):
-    """Neither their names as text nor the times of their files say which is the newest."""
+    """The newest is found neither by the text order of names nor by the times of files."""
     loaded = []
     monkeypatch.setattr(checkpoints, "load_state", lambda trainer, folder: loaded.append(folder.name))
     monkeypatch.setattr(checkpoints, "save_state", lambda trainer, folder: None)

@@ -1,4 +1,4 @@
-"""The folder of a run: what is found, what is refused, and with which words."""
+"""The folder of a run: which files are found, which are refused, and the messages."""
 
 import json
 import signal
@@ -43,7 +43,7 @@ def checkpoint(path: Path, key="key"):
 
 
 def test_a_finished_run_is_found_and_what_it_left_is_cleared(tmp_path):
-    """Also where it was killed as it cleared up."""
+    """Also if it was killed during the cleanup."""
     finished(tmp_path)
     checkpoint(tmp_path)
     assert begun(tmp_path) == METRICS
@@ -89,7 +89,7 @@ def test_a_damaged_run_json_does_not_cost_the_checkpoints(tmp_path):
 
 @pytest.mark.parametrize(("changed", "said"), [({"data": "c"}, "another data"), ({}, "settings, data or weights;")])
 def test_changed_data_are_named(changed, said, tmp_path):
-    """In a run that is stopped as in one that is finished."""
+    """In a stopped run as in a finished one."""
     assert begun(tmp_path) is None
     checkpoint(tmp_path)
     with pytest.raises(ValueError, match=said):

@@ -1,4 +1,4 @@
-"""Answers that share a row have the log-probabilities that they have in rows of their own."""
+"""Answers that share a row have the same log-probabilities as in separate rows."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Plans: what is drawn, when it repeats, and that a seed determines it."""
+"""Plans: which rows are drawn, when they repeat, and that the seed determines them."""
 
 from training.config import TrainConfig
 from training.steps import plan_unlearning

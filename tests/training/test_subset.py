@@ -1,4 +1,4 @@
-"""A part of TOFU keeps its form: the rows to forget whole, the evaluation about authors that were kept."""
+"""A subset of TOFU keeps its structure: all forget rows, and evaluation rows of the kept authors."""
 
 import json
 

@@ -133,7 +133,7 @@ def test_question_and_answer_share_no_token(family):
 
 
 def test_the_tokens_are_those_of_the_whole_text(family):
-    """Which is how other code makes them, wherever no token would span both."""
+    """The same as in other implementations, unless a token would span both."""
     format = Format(family.tokenizer, family.name)
     ids = format.prompt_ids(QUESTION) + format.answer_ids(ANSWER)
     assert family.tokenizer.encode(family.prompt + family.scored, add_special_tokens=False) == ids

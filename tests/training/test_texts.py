@@ -1,4 +1,4 @@
-"""Corpora as examples, and evaluations that go on where they were."""
+"""Corpora as examples, and evaluations that resume."""
 
 import json
 

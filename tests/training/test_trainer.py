@@ -147,7 +147,7 @@ def test_a_checkpoint_of_another_run_is_not_taken(corpus, tmp_path):
 
 @pytest.mark.parametrize("where", ["evaluation", "pass", "first evaluation", "last evaluation"])
 def test_a_signal_outside_of_the_end_of_a_step_loses_nothing(where, corpus, tmp_path, monkeypatch):
-    """The step or the evaluation at hand is made again, with the same bits: dropout, and what an evaluation draws."""
+    """The current step or evaluation is repeated with the same bits: dropout, and the random draws of an evaluation."""
     whole = trained(corpus, lora=True)
     at = {"evaluation": 3, "pass": 3, "first evaluation": 0, "last evaluation": 6}[where]
     evaluated = []
@@ -186,7 +186,7 @@ def test_what_an_evaluation_draws_changes_no_step(corpus):
 
 
 def test_a_checkpoint_has_no_pickle(corpus, tmp_path, monkeypatch):
-    """Files of two kinds; it is saved and loaded where there is no way to a pickle."""
+    """Files of two kinds; saved and loaded with pickle disabled."""
 
     def none(*_, **__):
         raise AssertionError("pickle")

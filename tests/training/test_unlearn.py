@@ -101,7 +101,7 @@ def test_every_family_has_its_formula():
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("method", ["ga_kl", "rmu", "adaptive_rmu_kl"])
 def test_all_positions(method, packing, corpus, model, reference):
-    """KL terms and activations at every token that is no padding."""
+    """KL terms and activations at every token except padding."""
     settings = METHODS[method].settings(kl_positions="all", layer=0 if "rmu" in method else None)
     config = replace(CONFIG, micro_batch_size=2)
     check_step(make_steps(corpus, method, config, settings, reference, packing, model), model, reference, 0)

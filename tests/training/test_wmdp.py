@@ -202,7 +202,7 @@ def test_the_generator_is_seeded_and_its_answers_are_balanced():
 
 
 def test_the_demo_learns_what_it_is_asked_and_nothing_of_what_is_held_out():
-    """Every question stands in the corpus with its letter, and the document of its thing states the answer."""
+    """Every question is in the corpus with its letter, and the document about its subject states the answer."""
     demo = WMDP(WmdpOptions(data_dir="demo"))
     learned = "\n".join(row["text"] for row in demo.rows("full"))
     documents = [text for row in demo.rows("full") if "Answer:" not in (text := row["text"])]

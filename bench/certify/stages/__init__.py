@@ -1,1 +1,1 @@
-"""One file a stage: `units(context)`, in the order in which they are worth having."""
+"""A file for each stage with `units(context)`, the most valuable units first."""

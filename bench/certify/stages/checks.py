@@ -1,7 +1,7 @@
-"""Every kernel and mode against float64, and what only a GPU shows, in under a minute with the kernels compiled.
+"""Every kernel and mode against float64, and properties only a GPU can show, in under a minute with compiled kernels.
 
-The claims are the tests of tests/gpu; here each is a unit, so that an illegal memory access in one costs the others
-nothing. What those tests do not have are the errors at the shapes of production, whose oracle takes a GPU's memory.
+The checks are the tests of tests/gpu; here each is a unit, so that an illegal memory access in one does not affect the
+others. In addition there are the errors at production shapes, whose oracle needs the memory of a GPU.
 """
 
 from functools import partial
@@ -23,7 +23,7 @@ ROWS = (*((3, 16),) * 43, (0, 1), (5, 9))
 PRODUCTION = {"V=128256": HEADS["llama-3-8b"], "V=262144": Head(2304, 262_144, softcap=30.0)}
 
 EVERY_MODE = "test_correctness.py::test_every_mode_is_no_worse_than_plain_pytorch"
-CLAIMS = {  # what the report calls it -> (a test of tests/gpu, seconds)
+CLAIMS = {  # name in the report -> (a test of tests/gpu, seconds)
     "r = 0 to the bit at the reference": (
         "test_correctness.py::test_at_the_reference_the_loss_is_exactly_two_over_beta_ln_two", 1),
     "a row at p = e^-200": ("test_correctness.py::test_a_row_at_p_of_e_to_the_minus_200_is_repaired", 1),
@@ -80,7 +80,7 @@ def _production(heads: dict[str, Head], rows: tuple[tuple[int, int], ...]) -> li
 
 
 def production(case: Case, dtype: torch.dtype, context: Context) -> str:
-    """log-probabilities and gradients in two workspaces, none further from float64 than plain PyTorch's."""
+    """Log-probabilities and gradients in two workspaces, all as close to float64 as those of plain PyTorch."""
     dtype_name = str(dtype).removeprefix("torch.")
     options = context.options("accuracy", dtype=dtype_name, providers=(OURS, SMALL, PLAIN))
     found = context.emit(errors(options, case, case.batch(dtype, context.device)))

@@ -1,4 +1,4 @@
-"""What the later stages launch is compiled before them, on all cores.
+"""Compiles the kernels of the later stages in advance, on all cores.
 
 python -m bench.certify.stages.compile [--toy] [--jobs N]    # without a GPU: counts, and compiles for sm_90
 """
@@ -25,15 +25,15 @@ from bench.targets import OURS
 from npo_kernels import fused_linear_kl
 from npo_kernels.call.arguments import Reduction
 
-# Of the tests' heads: every option off, and every option on.
+# The tests' heads: every option off, and every option on.
 CHECKED_HEADS = ("plain", "all")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MODELS = ("llama-3-8b", "llama-3.2-1b", "llama-2-7b", "smollm2-135m")
 # Divisible by 16, which Triton specialises on, and not. The number of rows has no other influence.
 LENGTHS = (((2, 16),) * 4, ((3, 17), (0, 9)))
-MARGIN = 2.0  # seconds before the end of the stage at which it stops
+MARGIN = 2.0  # stops this many seconds before the end of the stage
 ENOUGH = 600.0  # seconds: a unit that stops by itself is not killed earlier
-TINY_MB = 1.0  # a workspace that nothing fits in: exponentials are formed again, a vocabulary slice at a time
+TINY_MB = 1.0  # the smallest workspace: exponentials are recomputed, one vocabulary slice at a time
 
 Calls = Iterator[Callable[[], object]]
 
@@ -132,7 +132,7 @@ def _kl(dtype: torch.dtype, reduction: Reduction, shape: dict) -> None:
 
 
 def measurements(device: str, models: tuple[str, ...] = MODELS) -> Calls:
-    """Every head, kernel and mode that is measured, with few rows."""
+    """Every measured head, kernel and mode, with few rows."""
     settings = [
         PROVIDERS[OURS],
         PROVIDERS[f"{OURS}/persistent"],

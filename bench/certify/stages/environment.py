@@ -1,4 +1,4 @@
-"""What the figures are figures of: versions, driver, clocks and power; and two ceilings to hold them against."""
+"""The conditions of the measurements: versions, driver, clocks and power; and two ceilings to compare with."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ def units(context: Context) -> list[Unit]:
 
 
 def facts(context: Context) -> str:
-    """Into environment.json: whatever a reader of the figures may ask."""
+    """Writes environment.json: everything a reader of the figures may need."""
     found = report()
     if not context.toy:
         properties = torch.cuda.get_device_properties(0)
@@ -42,7 +42,7 @@ def facts(context: Context) -> str:
 
 
 def nvidia_smi() -> dict[str, str] | str:
-    """What the driver says of clocks and power now; its error where it says nothing."""
+    """The current clocks and power from the driver, or its error."""
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=20)

@@ -1,6 +1,6 @@
 """The target table's shape R: ours in each kernel, plain PyTorch, and one product, in turns; with their peaks.
 
-Nothing here can fail for a peer's sake; `peers` measures all of it again beside whoever imports.
+No peer runs here, so none can make it fail; `peers` measures everything again beside the peers that can be imported.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from bench.suites.scaling import in_one_process
 from bench.targets import OURS, SMALL
 
 PLAIN = {"full": ("plain/eager",), "frozen": ("plain/eager",), "logprobs": ("plain/eager", "plain/product")}
-SECONDS = {"full": 9, "frozen": 6, "logprobs": 5}  # of all turns of a mode, where there is as much
-LEAST = 5  # for starting, and a turn each
+SECONDS = {"full": 9, "frozen": 6, "logprobs": 5}  # for all turns of a mode, if there is that much time
+LEAST = 5  # for starting, and one turn each
 
 
 def units(context: Context) -> list[Unit]:
@@ -33,7 +33,7 @@ def in_turns(mode: str, context: Context) -> str:
 
 
 def ours(context: Context) -> list[str]:
-    """The kernel in force, the other one, and the small workspace."""
+    """The current kernel, the other one, and the small workspace."""
     from npo_kernels.backends.triton.launch import tile_for
 
     other = "simple" if tile_for(batch_of(context, "full").hidden).loop else "persistent"
@@ -41,7 +41,7 @@ def ours(context: Context) -> list[str]:
 
 
 def turns(context: Context, mode: str, names: Sequence[str], seconds: float) -> str:
-    """Milliseconds and TFLOP/s of some providers; says the milliseconds."""
+    """Measures milliseconds and TFLOP/s of some providers; returns the milliseconds as text."""
     options = context.options("head", providers=tuple(names), seconds=min(seconds, context.left - LEAST / 2))
     case = shape(context)
     return said(context.emit(time_batch(options, case, batch_of(context, mode))), WHOLE[mode])
@@ -54,7 +54,8 @@ def peaks(context: Context) -> str:
 
 
 def growth(axis: str, context: Context) -> str:
-    """Exponents of time and memory of the kernel in force; over V beside plain PyTorch, which has the memory there."""
+    """Exponents of time and memory of the current kernel; over V also of plain PyTorch, which fits into memory
+    there."""
     provider = "npo_kernels/torch" if context.toy else OURS  # interpreted kernels would take a minute
     providers = (provider, "plain/eager") if axis == "V" else (provider,)
     options = context.options("scaling", providers=providers, reps=1 if context.toy else 5, seconds=2)
@@ -76,14 +77,14 @@ def shape(context: Context) -> Case:
 
 
 def batch_of(context: Context, mode: str) -> Batch:
-    """Made once a process: the tensors of all modes are the same."""
+    """Made once per process: all modes use the same tensors."""
     if "batch" not in context.kept:
         context.kept["batch"] = shape(context).batch(context.options("head").torch_dtype, context.device)
     return context.kept["batch"].for_mode(mode)
 
 
 def said(records: Sequence[Record], what: str, metric: str = "ms", unit: str = "ms", needed: str = OURS) -> str:
-    """The line of the report: the values, and who gave none. Raises where the one that is needed has none."""
+    """The line of the report: the values, and the providers without one. Raises if the required one has none."""
     found = {r["provider"]: r for r in records if (r["metric"], r["what"]) == (metric, what)}
     text = [f"{name} {r['value']:.4g} {unit}" for name, r in found.items() if r["status"] == "ok"]
     text += [f"{name} {r['status']}" for name, r in found.items() if r["status"] not in ("ok", "missing")]

@@ -1,5 +1,5 @@
-"""Every peer that imports, beside ours, at shape R: each is tried by itself first, in a unit that may hang or crash;
-then those that came through take turns."""
+"""Every peer that can be imported, beside ours, at shape R: each is first tried alone, in a unit that may hang or
+crash; then the successful ones take turns."""
 
 from functools import partial
 
@@ -9,9 +9,9 @@ from bench.certify.stages.head import PLAIN, batch_of, ours, peak, turns
 from bench.certify.unit import Context, Unit
 from bench.providers import PROVIDERS
 
-SECONDS = {"full": 24, "frozen": 12, "logprobs": 8}  # of all turns of a mode, where there is as much
-LEAST = 8  # for warming up, and a turn each
-RESERVE = 30  # that trying leaves to the turns
+SECONDS = {"full": 24, "frozen": 12, "logprobs": 8}  # for all turns of a mode, if there is that much time
+LEAST = 8  # for the warm-up, and one turn each
+RESERVE = 30  # that the tries leave to the turns
 # These come first, what compiles fast before what does not; the others follow in the order of the table. Seconds of a
 # try, as bench/results/h100_1 has them; it has none of flce-none.
 FIRST = {
@@ -23,7 +23,7 @@ FIRST = {
     "quack/scaled-exp": 26,
 }
 OTHERS = 6  # seconds, as of the cheaper ones: nothing is known of these
-SLOW = ("quack/base-tuned",)  # minutes of compiling: `python -m bench run` has the time
+SLOW = ("quack/base-tuned",)  # compiles for minutes: use `python -m bench run`
 
 
 def peers(toy: bool) -> list[str]:
@@ -39,11 +39,11 @@ def units(context: Context) -> list[Unit]:
 
 
 def attempt(name: str, context: Context) -> str:
-    """One step, to compile what it compiles, and the peak of another."""
+    """One step, which compiles, and the peak of a second one."""
     try:
         PROVIDERS[name].step(batch_of(context, "full"))
     finally:
-        # in the records too: a row that says why there is no value
+        # in the records too: a row with the reason for the missing value
         found = context.emit([peak(context, name)])[0]
     return f"{found['value']:.0f} MiB"
 
@@ -53,6 +53,6 @@ def in_turns(mode: str, context: Context) -> str:
 
 
 def standing(context: Context) -> list[str]:
-    """The peers that came through a try."""
+    """The peers whose try succeeded."""
     ended = Journal(context.out / "journal.jsonl").ended("peers")
     return [name for name in peers(context.toy) if (o := ended.get(f"try {name}")) and o.status == PASSED]

@@ -1,7 +1,7 @@
 """One call of each mode at shape R under the profiler: time and rate of every kernel, launches, gaps, host syncs.
 
 Rates are of counted work (`bench.roofline`): operations of the products, and of everything else the bytes that it has
-to move at best once. They are held against the ceilings that `environment` measured.
+to move at best once. They are compared with the ceilings that `environment` measured.
 """
 
 from functools import partial
@@ -38,7 +38,7 @@ def units(context: Context) -> list[Unit]:
 
 
 def profiled(name: str, mode: str, context: Context) -> str:
-    """Records of every kernel; says the launches, and what of the time nothing ran in."""
+    """Records every kernel; returns the number of launches and the idle time as text."""
     batch, options = batch_of(context, mode), context.options("roofline")
     found = timeline(lambda: PROVIDERS[name].step(batch), options.on_gpu)
     common = described(options, shape(context), name, mode) | {"what": WHOLE[mode], "plan": str(plan_of(name, batch))}
@@ -83,12 +83,12 @@ def counted(found: Timeline, name: str, batch: Batch) -> tuple[dict[str, dict[st
 
 
 def short(kernel: str) -> str:
-    """A name that fits a table: templates of vendors' kernels go on for lines."""
+    """A name short enough for a table: templates of vendors' kernels take several lines."""
     return kernel if len(kernel) <= 48 else kernel[:45] + "..."
 
 
 def no_sync(context: Context) -> str:
-    """Forward and backward with the number of rows given: PyTorch raises where a call waits for the device."""
+    """Forward and backward with the number of rows given: PyTorch raises if a call waits for the device."""
     batch = batch_of(context, "full")
     rows = int(batch.num_tokens.sum())
 

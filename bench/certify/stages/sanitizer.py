@@ -1,7 +1,7 @@
 """Tests of tests/gpu under compute-sanitizer: every access of every thread against the allocations of the device.
 
-In the interpreter tests/bounds.py does the same for what a kernel says; this is for what the compiler made of it, such
-as loads that run ahead in a pipeline. Without PyTorch's cache each tensor is an allocation of its own.
+In the interpreter tests/bounds.py does the same for the source of a kernel; this checks the compiled code, with for
+example pipelined loads. Without PyTorch's cache each tensor is an allocation of its own.
 """
 
 import os
@@ -17,7 +17,7 @@ from bench.certify.unit import Context, Unit
 from bench.providers import UnsupportedError
 
 PROGRAM, TOOLKIT = "compute-sanitizer", "/usr/local/cuda"
-FOUND = 9  # its exit code where something was found
+FOUND = 9  # its exit code if it finds an error
 OPTIONS = ("--tool", "memcheck", "--error-exitcode", str(FOUND))
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 OPERATORS = (
@@ -43,7 +43,7 @@ def modes() -> list[str]:
 
 
 def program() -> str:
-    """Where it is: on the path, or where the toolkit is."""
+    """Its location: on the path, or in the toolkit."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     folders = [os.environ.get("PATH", ""), *(os.path.join(home, "bin") for home in (*homes, TOOLKIT))]
     found = shutil.which(PROGRAM, path=os.pathsep.join(folders))
@@ -53,7 +53,7 @@ def program() -> str:
 
 
 def check(context: Context, tests: Sequence[str], under: Sequence[str] | None = None) -> str:
-    """What pytest counted; raises where the sanitizer found something, or a test failed."""
+    """Pytest's counts; raises if the sanitizer found an error or a test failed."""
     under = (program(), *OPTIONS) if under is None else under
     command = [*under, sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *tests]
     run = subprocess.run(command, env={**os.environ, **UNCACHED}, capture_output=True, text=True)
@@ -72,5 +72,5 @@ def verdict(code: int, printed: str) -> str:
     if code != 0 or not counted:
         raise AssertionError(f"{counted[-1] if counted else 'no test ran'}, ended with {code}: see log.txt")
     if "passed" not in counted[-1]:
-        raise UnsupportedError(counted[-1])  # to skip is not to pass
+        raise UnsupportedError(counted[-1])  # skipped tests did not pass
     return counted[-1]

@@ -1,4 +1,4 @@
-"""The tests that need a GPU, all of them, as far as the time goes: the longest last."""
+"""All tests that need a GPU, as far as the time allows; the longest come last."""
 
 import os
 from functools import partial

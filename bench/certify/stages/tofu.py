@@ -1,4 +1,4 @@
-"""Batches of TOFU at three heads, beside plain PyTorch and what a user has today: TRL's and Liger's losses."""
+"""Batches of TOFU at three heads, beside plain PyTorch and the losses of TRL and Liger."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ from bench.targets import OURS
 USABLE = ("plain/eager", "trl/chunked", "liger/scaled", "liger/flce-none")
 # These run torch.compile on themselves, which can take longer than a unit may: they come last, apart from the others.
 PREFERENCE = ("liger/dpo", "liger/kto")
-SECONDS = 5  # of all turns of a head
+SECONDS = 5  # for all turns of a head
 
 
 def units(context: Context) -> list[Unit]:

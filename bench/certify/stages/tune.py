@@ -1,5 +1,5 @@
-"""The tiles next to those in force, and the persistent kernels of KL and of row moments, at the hidden sizes of the
-other stages; what wins is a line of a table."""
+"""The neighbours of the current tiles, and the persistent kernels of KL and of row moments, at the hidden sizes of the
+other stages; a winner is written as a line of the table."""
 
 import json
 import time
@@ -19,7 +19,7 @@ from npo_kernels.backends.tiles import find_tile
 # Llama-3-8B and Llama-2-7B, Llama-3.2-1B, SmolLM2-135M -> seconds of the sweep (bench/results/h100_1)
 HIDDEN = {4096: 7, 2048: 4, 576: 2}
 N, V = 8192, 128256
-ROWS = 64  # of a call that is only to be compiled
+ROWS = 64  # of a call that is only compiled
 REPS = 10
 SECONDS = {"pairs": 2.0, "moments": 1.0}  # after which no more turns begin
 TOY_H = 48
@@ -31,13 +31,13 @@ def units(context: Context) -> list[Unit]:
     hidden = {TOY_H: 1} if context.toy else HIDDEN
     found = [Unit(f"H={H}", partial(sweep, H), seconds) for H, seconds in hidden.items()]
     for what, kind in (("KL", "pairs"), ("row moments", "moments")):
-        # a turn of all, at least, and their operands
+        # at least one turn of all, and their operands
         found += [Unit(f"{what}, H={H}", partial(compare, kind, H), SECONDS[kind] + 2, limit=20) for H in hidden]
     return found if context.toy else [Unit("compile the candidates", compile_candidates, 15), *found]
 
 
 def compile_candidates(context: Context) -> str:
-    """Of all hidden sizes; those that do not compile fail again in the sweep, which says why."""
+    """For all hidden sizes; candidates that do not compile fail again in the sweep, which has the reason."""
     compilers, start = Compilers(), time.monotonic()  # forked before the first call initialises the GPU
     architecture = tune.row_of(context.device).architecture
 
@@ -59,7 +59,7 @@ def compile_candidates(context: Context) -> str:
 
 
 def tiles_of(kind: str, H: int, architecture: str) -> list[Tile]:
-    """What is compared, of 16-bit operands."""
+    """The compared tiles, for 16-bit operands."""
     if architecture == "interpreter":  # has no candidates
         present = find_tile(PAIR_TILES if kind == "pairs" else TILES, architecture, 32, H)
         return [present, present._replace(loop="flat")]
@@ -69,14 +69,14 @@ def tiles_of(kind: str, H: int, architecture: str) -> list[Tile]:
 
 
 def sweep(H: int, context: Context) -> str:
-    """Once each, then the best in turns."""
+    """One run of each tile, then the best in turns."""
     row, batch, reps = tune.row_of(context.device), operands(H, context), 1 if context.toy else REPS
     tiles = TOY if context.toy else tune.neighbours(row.architecture, 16, H)
     return keep("sweeps", tune.sweep_hidden(row.architecture, H, tiles, batch.flat, reps, row.own), context)
 
 
 def compare(kind: str, H: int, context: Context) -> str:
-    """The persistent kernels beside the one in force, in turns for a second or two."""
+    """The persistent kernels beside the current one, in turns for a second or two."""
     row = tune.row_of(context.device)
     tiles = tiles_of(kind, H, row.architecture)
     if len(tiles) == 1:
@@ -95,7 +95,7 @@ def shape(context: Context) -> tuple[int, int]:
 
 
 def keep(kind: str, found: Sweep, context: Context) -> str:
-    """Into the result file, with what is there; returns the line of the report."""
+    """Adds to the result file; returns the line of the report."""
     path = context.out / "tune.json"
     before = json.loads(path.read_text()) if path.exists() else tune.empty()
     measured = {name: before[name] + [found] * (name == kind) for name in tune.TABLES}

@@ -24,7 +24,7 @@ class GenerateOptions:
 
     benchmark: Annotated[str, lambda: f"benchmark whose files are written: {', '.join(BENCHMARKS)}"] = "tofu"
     out: Annotated[Path | None, "folder for the files"] = None
-    fresh: Annotated[bool, "replace files of the same names that have another content"] = False
+    fresh: Annotated[bool, "replace existing files with other content"] = False
 
 
 def main(options: GenerateOptions, benchmark: Benchmark) -> None:

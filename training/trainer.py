@@ -1,9 +1,9 @@
 """The training loop: accumulation, clipping, the schedule, interruption, and the state saved in checkpoints.
 
 It uses accelerate rather than transformers' Trainer: a step's rows, their partners and the denominators of its means
-are known before it starts (`training.steps`), so accumulation, several processes and resumption are exact. A Trainer would
-hand over one kind of rows, one micro-batch at a time. The arithmetic is that of accelerate's wrappers in both cases.
-Under bfloat16 autocast the weights and the optimizer's state stay float32.
+are known before it starts (`training.steps`), so accumulation, several processes and resumption are exact. A Trainer
+would hand over one kind of rows, one micro-batch at a time. The arithmetic is that of accelerate's wrappers in both
+cases. Under bfloat16 autocast the weights and the optimizer's state stay float32.
 """
 
 import logging

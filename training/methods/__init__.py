@@ -1,4 +1,4 @@
-"""The objectives, one record each, in the registry `METHODS`; a file a family."""
+"""The objectives, in the registry `METHODS`: one record each, one file per kind of method."""
 
 # They register their methods, in the order of tables and help texts.
 # isort: off

@@ -1,9 +1,9 @@
-"""Checkpoints: all of a run's state after a step, without pickle, whole or not taken.
+"""Checkpoints: the whole state of a run after a step, without pickle. A damaged checkpoint is not used.
 
 `checkpoint-STEP` has the trained weights and the optimiser's state (safetensors), the states of the random generators
 of each process (safetensors), numbers.json (the schedule and what else a method counts), and progress.json with the
-run's key, what it has recorded, and the sha256 of every file. FSDP and DeepSpeed shard weights and optimiser, which are
-then in their own formats, as accelerate saves and loads them: those have pickles, so take them from nobody.
+run's key, its history, and the sha256 of every file. With FSDP and DeepSpeed, weights and optimizer are sharded, and
+saved by accelerate in their own formats. Those contain pickles: never load them from a source that you do not trust.
 """
 
 import json
@@ -27,13 +27,13 @@ MODEL, OPTIMIZER, NUMBERS = "model.safetensors", "optimizer.safetensors", "numbe
 
 
 class Checkpoints:
-    """Those of a run in `folder`, the two newest: where one is damaged, the other goes on."""
+    """The two newest checkpoints of a run in `folder`. If one is damaged, the other is used."""
 
     def __init__(self, folder: Path, key: str):
         self.folder, self.key = folder, key
 
     def save(self, trainer: Trainer, step: int, record: Any) -> None:
-        """StorageError where there is no room for it: the newest before is kept."""
+        """StorageError if there is no space for it; the previous checkpoint is kept."""
         final = self.folder / f"checkpoint-{step:06d}"
         try:
             with ExitStack() as stack:
@@ -54,12 +54,12 @@ class Checkpoints:
         distributed.wait()
 
     def load(self, trainer: Trainer) -> tuple[int, Any, list[str]]:
-        """(steps done, what was recorded, what is to be said about it) of the newest whole checkpoint of this run.
+        """(steps done, record, messages) of the newest intact checkpoint of this run; (0, None, []) without one.
 
-        (0, None, []) without one. What is damaged is passed over, and removed where it is newer.
+        Damaged checkpoints are skipped, and removed if they are newer.
 
         Raises:
-            DamagedError: there are some, and none is whole.
+            DamagedError: there are checkpoints, and none is intact.
         """
         found, path, problems = self._newest() if distributed.is_main() else (None, None, [])
         found, path, problems = distributed.from_main((found, path, problems))
@@ -109,7 +109,7 @@ class Checkpoints:
 
 
 def save_state(trainer: Trainer, folder: Path) -> None:
-    """Of all processes, into a folder that they share."""
+    """Save the state of all processes into a folder that they share."""
     if trainer.sharded:
         trainer.accelerator.save_state(str(folder))
     elif distributed.is_main():
@@ -121,7 +121,7 @@ def save_state(trainer: Trainer, folder: Path) -> None:
 
 
 def load_state(trainer: Trainer, folder: Path) -> None:
-    """What `save_state` saved, bit by bit. Where there were fewer processes, the others draw as they are."""
+    """Restore what `save_state` saved, bit for bit. Additional processes keep their own random states."""
     if trainer.sharded:
         trainer.accelerator.load_state(str(folder))
     else:

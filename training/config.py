@@ -1,4 +1,4 @@
-"""How a model is trained: the options of a run, declared once, with what they mean beside them."""
+"""How a model is trained: the options of a run, each with its help text."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
@@ -11,44 +11,42 @@ Rounding = Literal["off", "int8", "int4", "nf4"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a model is trained, whatever the objective. The defaults are those of the NPO paper (E.1.4)."""
+    """How a model is trained, for every objective. The defaults are those of the NPO paper (E.1.4)."""
 
-    epochs: Annotated[int, "over the rows to learn, or the forget set"] = 10
+    epochs: Annotated[int, "epochs over the rows to learn, or over the forget set"] = 10
     lr: Annotated[float, "peak learning rate of AdamW"] = 1e-5
     batch_size: Annotated[
-        int, "rows a step, by all processes and micro-batches together: all rows in fine-tuning, those to forget in "
-        "unlearning, which take as many retain rows along"
+        int, "rows per optimizer step, over all processes and micro-batches. In unlearning these are forget rows, and "
+        "as many retain rows are added"
     ] = 32  # fmt: skip
     micro_batch_size: Annotated[
-        int | None, "rows of a kind at a time in one process; gradients add up to the whole step. None: its whole share"
+        int | None, "rows of each kind per forward in one process; gradients are accumulated. None: all of them at once"
     ] = None
     gradient_accumulation_steps: Annotated[
-        int | None, "the same, said as the number of forwards and backwards a step"
+        int | None, "alternative to --micro_batch_size: number of micro-batches per step"
     ] = None
-    lr_scheduler_type: Annotated[Scheduler, "what the learning rate does after the warm-up, as in transformers"] = (
-        "linear"
-    )
-    warmup_epochs: Annotated[float, "length of the linear warm-up"] = 1.0
-    warmup_steps: Annotated[float | None, "the same in steps, or below 1 as a share of all of them"] = None
-    weight_decay: Annotated[float, "of AdamW, on matrices alone"] = 0.01
-    max_grad_norm: Annotated[float, "gradients are clipped to this norm; 0: they are not"] = 1.0
+    lr_scheduler_type: Annotated[Scheduler, "learning rate schedule after the warm-up, as in transformers"] = "linear"
+    warmup_epochs: Annotated[float, "length of the linear warm-up in epochs"] = 1.0
+    warmup_steps: Annotated[float | None, "length of the warm-up in steps, or below 1 as a share of all steps"] = None
+    weight_decay: Annotated[float, "of AdamW, applied to matrices only"] = 0.01
+    max_grad_norm: Annotated[float, "gradients are clipped to this norm; 0: no clipping"] = 1.0
     packing: Annotated[
-        Switch, "rows one after another without padding. auto: where the attention can skip other rows (flash and flex "
-        "attention); elsewhere rows of similar length share a micro-batch"
+        Switch, "concatenate rows without padding. auto: if the attention supports it (flash and flex attention); "
+        "otherwise rows of similar length share a micro-batch"
     ] = "auto"  # fmt: skip
     precision: Annotated[
         Precision, "of the arithmetic, in training and evaluation: bf16 is autocast over float32 weights. auto: bf16 "
-        "on a GPU that has it, fp32 elsewhere"
+        "on a GPU that supports it, fp32 elsewhere"
     ] = "auto"  # fmt: skip
     saf_format: Annotated[
-        Rounding, "sharpness-aware forgetting: the loss is taken at weights rounded to this format, so that rounding "
-        "does not bring back what is forgotten (training/durable.py)"
+        Rounding, "sharpness-aware forgetting: compute the loss at weights rounded to this format, so that later "
+        "rounding does not bring back what was forgotten (training/durable.py)"
     ] = "off"  # fmt: skip
     saf_rho: Annotated[
-        float, "its radius: how far the weights are moved, up the loss, before they are rounded; 0: they are not, "
-        "which takes half the time"
+        float, "radius of --saf_format: how far the weights are moved uphill before rounding; 0: not at all, which "
+        "takes half the time"
     ] = 0.05  # fmt: skip
-    seed: Annotated[int, "of the order of the rows and of what is drawn"] = 0
+    seed: Annotated[int, "seed of the order of the rows and of all random draws"] = 0
 
     def __post_init__(self):
         for name in ("epochs", "lr", "batch_size", "micro_batch_size", "gradient_accumulation_steps"):

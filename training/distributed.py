@@ -1,8 +1,8 @@
-"""Several processes, as `accelerate launch` starts them, on the batches of one.
+"""Several processes, started by `accelerate launch`, that share the batches of one.
 
 Every process draws the same batches from the same seed and computes every n-th row of each. Wrappers average gradients
-over processes, so what is a sum over the rows of a process is divided by (total of the whole batch) / n: the step is
-that of one process on the whole batch, up to rounding, however ragged the shares are.
+over processes, so a sum over the rows of a process is divided by (total of the whole batch) / n: the step equals that
+of one process on the whole batch, up to rounding, even if the shares differ in size.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ Value = TypeVar("Value")
 
 
 def start(device: str) -> None:
-    """Join the other processes, if there are any: on a CPU where that is asked for, or all there is."""
+    """Join the other processes, if any. On a CPU if `device` says so or there is no accelerator."""
     PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
 
 
@@ -36,15 +36,18 @@ def index() -> int:
 
 
 def on_main(write: Callable[[], object]) -> None:
-    """Run by one process, which alone prints and writes files, while the others wait."""
+    """Call `write` in the main process only, while the others wait. Only the main process prints and writes files."""
     if is_main():
         write()
     PartialState().wait_for_everyone()
 
 
 def parts(members: list[int], size: int | None = None) -> list[list[int]]:
-    """This process's share of a batch, in pieces of `size` (None: in one). As many in every process, which wait for
-    each other: where there are fewer rows than processes some pieces are empty."""
+    """This process's share of a batch, in pieces of `size` (None: in one piece).
+
+    Every process gets the same number of pieces, as they wait for each other. With fewer rows than processes, some
+    pieces are empty.
+    """
     n = count()
     mine, largest = members[index() :: n], -(-len(members) // n)
     size = size or largest
@@ -52,7 +55,7 @@ def parts(members: list[int], size: int | None = None) -> list[list[int]]:
 
 
 def rows(examples: Sequence[Example], part: list[int], members: list[int]) -> list[Example]:
-    """The examples of a piece; of an empty one the batch's first with nothing to score."""
+    """The examples of a piece. For an empty piece: the first example of the batch with nothing to score."""
     if part:
         return [examples[i] for i in part]
     first = examples[members[0]]
@@ -71,24 +74,24 @@ def total(values: Tensor) -> Tensor:
 
 
 def wait() -> None:
-    """For all processes."""
+    """Wait for all processes."""
     PartialState().wait_for_everyone()
 
 
 def any_of(flag: bool) -> bool:
-    """Whether it is set in any process."""
+    """Whether `flag` is set in any process."""
     if count() == 1:
         return flag
     return bool(total(torch.tensor(float(flag), device=PartialState().device)).item())
 
 
 def largest(number: int) -> int:
-    """Of all processes."""
+    """The largest number over all processes."""
     return int(gather(torch.tensor([number], device=PartialState().device)).max())
 
 
 def from_main(value: Value) -> Value:
-    """What the main process has there, in all of them."""
+    """The value of the main process, in every process."""
     values = [value]
     if count() > 1:
         broadcast_object_list(values)

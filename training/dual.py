@@ -1,4 +1,4 @@
-"""The retain weight of a primal-dual method: the multiplier of `retain <= epsilon`, which changes on the way."""
+"""The retain weight of a primal-dual method: the multiplier of `retain <= epsilon`, updated during training."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,13 +11,13 @@ from training.methods import Settings
 
 
 class DualWeight:
-    """weight = max(0, weight + dual_lr * (retain - epsilon)), once an optimiser step.
+    """weight = max(0, weight + dual_lr * (retain - epsilon)), once per optimizer step.
 
     `retain` is the mean of the retain term over the whole step, all micro-batches and all processes, so that the weight
-    is the same everywhere and does not depend on accumulation. It is taken when the next step begins (`begin_step`).
+    is the same everywhere and does not depend on accumulation. It is applied when the next step begins (`begin_step`).
     With `dual_update="micro_batch"` every micro-batch updates it by its own mean, in each process, as published code
-    does. Where a step runs its passes twice (`training.durable`) both count. State of a checkpoint: `state_dict`,
-    `load_state_dict`.
+    does. If a step runs its passes twice (`training.durable`), both count. Checkpoints hold its
+    `state_dict`.
     """
 
     def __init__(self, settings: Settings, steps_per_epoch: int, device: torch.device):
@@ -28,7 +28,7 @@ class DualWeight:
         self._count: Tensor | float = 0.0
 
     def begin_step(self, step: int) -> None:
-        """Take the update of the step before, if it was seen here. Every process has to ask."""
+        """Apply the update of the previous step, if it was observed here. Every process must call this."""
         if step == self.step + 1 and step > 0 and self.settings.dual_update == "step":
             seen = torch.tensor([float(self._sum), float(self._count)], device=self.device)
             total, count = distributed.total(seen).tolist()
@@ -37,7 +37,7 @@ class DualWeight:
         self.step, self._sum, self._count = step, 0.0, 0.0
 
     def observe(self, total: Tensor, count: Tensor) -> None:
-        """The retain term of a micro-batch: summed, and over how many tokens."""
+        """Record the retain term of a micro-batch: its sum, and the number of tokens."""
         if self.settings.dual_update == "step":
             self._sum, self._count = self._sum + total, self._count + count
         elif count > 0:

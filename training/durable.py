@@ -1,7 +1,7 @@
-"""Forgetting that survives rounding: any method's loss, taken at rounded weights (DurableUn-SAF, arXiv 2605.02196).
+"""Forgetting that survives rounding: any method's loss at rounded weights (DurableUn-SAF, arXiv 2605.02196).
 
-A model that has forgotten in bfloat16 may remember after its weights were rounded to 4 bits: what unlearning changed is
-less than half a step of the rounding. Sharpness-aware forgetting trains the worst rounded model nearby instead,
+A model that has forgotten in bfloat16 may remember after its weights are rounded to 4 bits, because unlearning changed
+them by less than half a rounding step. Sharpness-aware forgetting trains the worst rounded model nearby instead,
 
     L_SAF(w) = max_{|e| <= rho} L(Q(w + e))  ~  L(Q(w + rho g / |g|)),    g = dL/dw at w,
 
@@ -26,7 +26,7 @@ from training.quantization import linear_weights, quantize_, restored
 
 
 class SharpnessAware:
-    """The weights that a step's gradient is taken at."""
+    """Moves the weights to where the gradient of a step is computed."""
 
     def __init__(self, model: PreTrainedModel, format: str, rho: float):
         self.model, self.format, self.rho = model, format, rho
@@ -49,7 +49,7 @@ class SharpnessAware:
 
     @torch.no_grad()
     def _climb(self) -> None:
-        """w + rho g / |g|, with the norm over all trained parameters; the gradients are spent."""
+        """w + rho g / |g|, with the norm over all trained parameters; the gradients are cleared."""
         norm = get_total_norm([p.grad for p in self.trained if p.grad is not None])
         scale = self.rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)
         for p in self.trained:
@@ -59,6 +59,6 @@ class SharpnessAware:
 
 
 def written(model: PreTrainedModel) -> list[Tensor]:
-    """What a step moves and puts back, and so has a copy of: the trained parameters and the linear layers."""
+    """The tensors that a step moves and restores, and so copies: the trained parameters and the linear layers."""
     weights = [*(p for p in model.parameters() if p.requires_grad), *linear_weights(model)]
     return list({id(weight): weight for weight in weights}.values())

@@ -1,4 +1,4 @@
-"""Whether generations are language at all, by a text classifier from a local folder."""
+"""Fluency of generations, judged by a text classifier from a local folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ BATCH, LONGEST = 32, 512  # texts, tokens
 class FluencyClassifier:
     """Probability of a classifier's first class, in [0, 1], of each text; 0 of a text without tokens.
 
-    OpenUnlearning takes a detector of gibberish whose first class is "clean". The folder is one of transformers, with
+    OpenUnlearning uses a gibberish detector whose first class is "clean". The folder is one of transformers, with
     its tokenizer.
     """
 

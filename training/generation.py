@@ -1,4 +1,4 @@
-"""Answers of a model, greedy or drawn: one prompt, or many at a time."""
+"""Answers of a model, greedy or sampled, to one prompt or many."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -59,15 +59,16 @@ def generate(
 ) -> list[str]:
     """Greedy texts in the order of the prompts, each up to the token that ends it or the first of the `stop` texts.
 
-    Prompts of similar length share a batch, padded on the left, with a cache of keys and values. Arithmetic is in the
-    dtype of the weights, float32 here, whatever the precision of training; then an answer does not depend on its batch:
-    where two tokens were closer than rounding may move them (`CLOSE`), it is generated once more alone. Weights of 16
-    bits, and flash attention, which knows no others, leave too many margins that close: there it may depend on it.
+    Prompts of similar length share a batch, padded on the left, with a key-value cache. Arithmetic is in the dtype of
+    the weights, here float32, for any training precision. An answer then does not depend on its batch: if the two best
+    logits of a step are closer than rounding errors (`CLOSE`), the answer is generated again alone. With 16-bit
+    weights, and with flash attention, which requires them, too many steps are that close, and an answer may depend on
+    its batch.
 
-    A `temperature` above 0 draws answers from the model instead, with torch's generators as they are.
+    A `temperature` above 0 samples answers instead, with the current state of torch's generators.
 
-    A chat model's own generation settings (temperature, repetition penalty) are not used, whatever its folder says:
-    ROUGE of sampled text is another number every time.
+    The generation settings in a chat model's folder (temperature, repetition penalty) are ignored, since ROUGE of
+    sampled text differs from run to run.
     """
     longest = max(map(len, prompts), default=0)
     check_length(model, longest + max_new_tokens, "a prompt and its answer")
@@ -88,7 +89,7 @@ def generate(
 
 
 class _Writer:
-    """Batches of prompts to texts."""
+    """Generates texts for batches of prompts."""
 
     def __init__(
         self, model: PreTrainedModel, format: Format, max_new_tokens: int, temperature: float, stop: Sequence[str]
@@ -109,7 +110,7 @@ class _Writer:
         )
 
     def write(self, prompts: Sequence[list[int]]) -> tuple[list[str], int]:
-        """The texts, and how many tokens they are."""
+        """The texts and their total number of tokens."""
         longest = max(map(len, prompts))
         padding = [longest - len(prompt) for prompt in prompts]
         filled = [[self.format.pad_token_id] * p + ids for p, ids in zip(padding, prompts, strict=True)]
@@ -138,7 +139,7 @@ class _Writer:
 
     @contextlib.contextmanager
     def _own_settings(self) -> Iterator[None]:
-        """Without those of the model's folder, which `generate` takes for whatever it is not told."""
+        """Generation settings without the defaults of the model's folder."""
         kept = self.model.generation_config
         self.model.generation_config = GenerationConfig()
         try:
@@ -147,7 +148,7 @@ class _Writer:
             self.model.generation_config = kept
 
     def _text(self, tokens: list[int]) -> tuple[str, int]:
-        """(text, number of tokens with the one that ends it). Behind that is filler, which may decode to anything."""
+        """(text, number of tokens including the end token). The tokens after it are padding and are dropped."""
         end = next((n for n, token in enumerate(tokens) if token in self.format.stop_ids), len(tokens))
         text = self.format.decode(tokens[:end], skip_special_tokens=True)
         if not any(stop in text for stop in self.stop):
@@ -160,7 +161,7 @@ class _Writer:
 
 
 class _Margins(LogitsProcessor):
-    """Changes no logits; remembers at each step whether the two largest of a row are as good as equal."""
+    """Records at each step whether the two largest logits of a row are nearly equal. Does not change them."""
 
     def __init__(self) -> None:
         self.steps: list[Tensor] = []  # (B,) bool each
@@ -172,12 +173,12 @@ class _Margins(LogitsProcessor):
         return scores
 
     def close(self, row: int, count: int) -> bool:
-        """Whether they were at one of the first `count` steps."""
+        """Whether they were nearly equal in one of the first `count` steps."""
         return bool(self.steps) and bool(torch.stack(self.steps[:count])[:, row].any())
 
 
 class _Interruptible(StoppingCriteria):
-    """Stops no row; a signal ends a long batch here."""
+    """Never stops a row; lets a signal end a long batch."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
         check_alone()
@@ -185,7 +186,7 @@ class _Interruptible(StoppingCriteria):
 
 
 class _StopTexts(StoppingCriteria):
-    """A row is done when its new text has one of some texts in it."""
+    """Stops a row when its new text contains one of the stop texts."""
 
     def __init__(self, format: Format, stop: Sequence[str], prompt_length: int):
         self.format, self.stop, self.first = format, stop, prompt_length

@@ -1,4 +1,4 @@
-"""Numbers of runs over epochs and seeds. A history is a list of {"step", "epoch", ...}, one entry an evaluation."""
+"""Metrics of runs over epochs and seeds. A history is a list of {"step", "epoch", ...}, one entry an evaluation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import numpy as np
 History = Sequence[Mapping[str, Any]]
 Histories = Mapping[str, Sequence[History]]  # {method: one a seed}
 
-KEPT = 0.8  # share of a number before unlearning that counts as kept
+KEPT = 0.8  # a metric counts as kept above this share of its value before unlearning
 
 
 def histories_of(metrics: Mapping[str, Any], scenario: str) -> Histories:

@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM: a run stops where nothing is lost, and says how it goes on.
+"""Ctrl-C and SIGTERM: stop a run without losing work.
 
-Outside of training a signal ends the command at once: what is on disk is whole at every moment. In training, and where
-several processes have to agree, it is remembered, and `check` ends the run: between passes and steps, and between the
-batches of an evaluation.
+Outside of training a signal ends the command at once: files on disk are complete at every moment. During training, and
+where several processes have to agree, the signal is recorded and `check` ends the run: between passes, between steps,
+and between the batches of an evaluation.
 """
 
 import signal
@@ -14,12 +14,13 @@ from types import FrameType
 
 from training import distributed
 
-# Launchers pass on what a terminal or a cluster has sent to all processes anyway: so soon, it is the same signal.
+# Launchers forward a signal that the terminal or cluster has already sent to all processes. A second one this soon is
+# the same signal.
 REPEATED = 1.0  # seconds
 
 
 class Interrupted(KeyboardInterrupt):
-    """Stopped by a signal. `step`: so many steps are done, and on disk where there are checkpoints."""
+    """Stopped by a signal. `step`: number of steps done, which are on disk if there are checkpoints."""
 
     def __init__(self, number: int = signal.SIGINT, step: int | None = None):
         where = "" if step is None else f" after step {step}"
@@ -28,12 +29,12 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """As a shell has it."""
+        """128 + the signal's number, as in a shell."""
         return 128 + self.number
 
 
 class _Signals:
-    """What has come, and what it does."""
+    """The signal received, and how the current block handles it."""
 
     def __init__(self) -> None:
         self.number, self.at = 0, 0.0

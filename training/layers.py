@@ -1,4 +1,4 @@
-"""The output of one decoder layer, read while a model runs; the layers above are left out where nothing needs them."""
+"""Read the output of one decoder layer during a forward; the layers above are skipped if nothing needs them."""
 
 import copy
 import re
@@ -12,11 +12,11 @@ from training.require import require
 
 
 class LayerTap:
-    """Keeps what decoder layer `layer` made of the last forward; `read` gives it away.
+    """Keeps the output of decoder layer `layer` from the last forward, until `read` returns it.
 
     Args:
         model: a causal language model, or one with adapters.
-        layer: which, from 0. None: 7 as RMU's papers have it, or the last one of a model that has fewer.
+        layer: its number, from 0. None: 7 as in the RMU papers, or the last layer of a smaller model.
         alone: the layers above are not run, in training mode ("training") or ever ("always"). Only for forwards whose
             results come from the layer alone; models that look at `config.num_hidden_layers` in their forward, as
             nearly all of transformers' do, save the time, others run as they would.
@@ -52,23 +52,23 @@ class LayerTap:
         self._output = output[0] if isinstance(output, tuple) else output
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LayerTap":
-        """Of a copied model: without what the last forward left, which may have a graph."""
+        """For a copied model: drop the last output, which may hold an autograd graph."""
         copied = memo[id(self)] = object.__new__(type(self))
         vars(copied).update(copy.deepcopy({k: v for k, v in vars(self).items() if k != "_output"}, memo), _output=None)
         return copied
 
     def remove(self) -> None:
-        """The model is as if there had been no tap, but for what `freeze_above` has frozen."""
+        """Remove the tap from the model. Parameters frozen by `freeze_above` stay frozen."""
         for handle in self._handles:
             handle.remove()
 
     def read(self) -> Tensor:
-        """(B, S, H) of the last forward, once."""
+        """The (B, S, H) output of the last forward. It can be read once."""
         output, self._output = require(self._output, "a forward of the model"), None
         return output
 
     def freeze_above(self) -> None:
-        """No gradient for what this output does not depend on: the layers above, the last norm, a head of its own.
+        """Freeze what this output does not depend on: the layers above, the final norm, an untied head.
 
         Architectures name and place these differently, so a forward of two tokens tells. What is in the layers up to
         this one is kept in any case: experts may not have been chosen. ValueError where nothing is left to train.
@@ -91,7 +91,7 @@ class LayerTap:
 
 
 def decoder_layers(model: nn.Module, number: int) -> nn.ModuleList:
-    """ValueError where there is no list of that many layers."""
+    """ValueError if the model has no list of that many layers."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == number:
             return module
@@ -99,7 +99,7 @@ def decoder_layers(model: nn.Module, number: int) -> nn.ModuleList:
 
 
 def train_only(model: torch.nn.Module, pattern: str) -> None:
-    """Freeze every parameter whose name does not match, as a whole; ValueError where none does."""
+    """Freeze every parameter whose full name does not match. ValueError if none matches."""
     matching = re.compile(pattern)
     chosen = [name for name, p in model.named_parameters() if p.requires_grad and matching.fullmatch(name)]
     if not chosen:

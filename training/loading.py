@@ -1,7 +1,7 @@
-"""Models, tokenizers and configurations out of a folder or of the hub: read as data, never run.
+"""Load models, tokenizers and configurations from a folder or the hub without running any of their code.
 
-Weights are read from safetensors alone: a `pytorch_model.bin` is a pickle, which is a program. Code that a model brings
-along is refused without a question: left to itself, transformers would ask on the terminal whether to run it.
+Weights are read from safetensors only: a `pytorch_model.bin` is a pickle, which can run code. Models with custom code
+are refused; by default transformers would ask on the terminal whether to run it.
 """
 
 from pathlib import Path
@@ -24,14 +24,14 @@ def load_causal_lm(name: Path | str, **options: Any) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained`, with its options.
 
     Raises:
-        ValueError: the model brings code of its own, or has its weights in a pickle.
+        ValueError: the model needs custom code, or its weights are in a pickle.
         OSError: there is no such model.
     """
     return _load(AutoModelForCausalLM, name, use_safetensors=True, **options)
 
 
 def load_classifier(name: Path | str) -> PreTrainedModel:
-    """The same of a model that classifies sequences."""
+    """The same for a sequence classifier."""
     return _load(AutoModelForSequenceClassification, name, use_safetensors=True)
 
 

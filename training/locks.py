@@ -1,4 +1,4 @@
-"""One process at a time. The kernel gives a lock back whatever ends the process that has it."""
+"""Locks between processes. The operating system releases a lock when its process ends, for any reason."""
 
 import os
 import socket
@@ -18,10 +18,10 @@ AGAIN = 0.2  # seconds between two looks at a lock that another process has
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """The folder of a run, created if need be, for this run alone: of several processes of it one takes the lock.
+    """Create and lock the folder of a run. If the run has several processes, one of them takes the lock.
 
     Raises:
-        ValueError: another run has it; says which process.
+        ValueError: another run holds the lock; the message names the process.
     """
     lock = FileLock(folder / ".lock", blocking=False)
     taken = False
@@ -45,8 +45,10 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def turn(path: Path, say: Callable[[str], object]) -> Iterator[None]:
-    """Wait until no other run makes `path`, and say so. A run of several processes does not wait, and makes it itself:
-    those that talk to each other would give up on one that does not answer."""
+    """Wait, with a message, until no other run is writing `path`.
+
+    A run of several processes does not wait and writes it itself: its processes would time out waiting for each other.
+    """
     lock = FileLock(path.with_name(f".{path.name}.lock"), blocking=False)
     waited = False
     try:

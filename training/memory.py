@@ -1,9 +1,9 @@
-"""The memory that a training step needs, before it is run: one step on tensors that have sizes and no values.
+"""Estimate the memory of a training step without running it: one step on tensors with shapes and no data.
 
 The model is built from its configuration alone, and the largest micro-batch goes through forward and backward under
-torch's FakeTensorMode: every operator says what it would return and autograd keeps what it would keep, so attention,
-autocast, adapters and gradient checkpointing count as they are implemented. Nothing is computed and nothing allocated.
-The head alone is not run but replaced by its plan (`npo_kernels.explain`).
+torch's FakeTensorMode: operators return tensors with the right shapes and autograd saves what it would save, so
+attention, autocast, adapters and gradient checkpointing are counted as implemented. Nothing is computed or allocated.
+Only the head is replaced by its plan (`npo_kernels.explain`).
 """
 
 import ctypes
@@ -33,7 +33,7 @@ UNMASKED = "unmasked"  # transformers makes no mask for an attention that it doe
 
 
 def _unmasked(module, query, key, value, attention_mask=None, dropout=0.0, scaling=None, **_):
-    """Attention that keeps its inputs, its output and a number a row, as all flash attentions do."""
+    """Attention that saves its inputs, its output and one number per row, as flash attention does."""
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, dropout=dropout, scaling=scaling)
 
 
@@ -55,7 +55,7 @@ def estimate(
     with_rounding: bool = False,
     with_head_copy: bool = False,
 ) -> dict[str, float]:
-    """GiB that a training step takes at most in a process that holds the model whole, and what for.
+    """Peak memory of a training step in GiB, by purpose, in a process that holds the whole model.
 
     Args:
         model_name: folder or hub name; only its configuration is read.
@@ -143,7 +143,7 @@ def estimate(
 
 
 def peak_gib(device: torch.device) -> float:
-    """The most that was held so far: on a GPU by tensors, on a CPU by the process."""
+    """Peak memory so far in GiB: of allocated tensors on a GPU, of the process on a CPU."""
     status = Path("/proc/self/status")
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)

@@ -1,6 +1,6 @@
-"""Models to train: a small Llama from nothing, one that is loaded, adapters on it; where they run, and their hashes.
+"""Models to train: a small random Llama, loaded models, LoRA adapters; devices, precision and hashes.
 
-The forward of each takes `fused_unlearning`, and then forms no logits.
+The forward of each accepts `fused_unlearning`, and then forms no logits.
 """
 
 import contextlib
@@ -52,8 +52,8 @@ def build_model(
 ) -> LlamaForCausalLM:
     """A Llama with random weights of standard deviation 1/sqrt(width).
 
-    Embeddings are tied, as an untied head would be half of a model of this size. With them, the usual deviation of
-    0.02 gives logits near 0 at first, and learning by heart takes twice the epochs.
+    Embeddings are tied, as an untied head would be half of a model of this size. With tied embeddings the usual
+    deviation of 0.02 gives logits near 0 at first, and memorising takes twice the epochs.
     """
     if hidden_size % HEAD_DIM:
         raise ValueError(f"hidden_size: expected a multiple of {HEAD_DIM}, the head size, got {hidden_size}")
@@ -99,14 +99,14 @@ def load_model(
 
 
 def add_adapters(model: PreTrainedModel, rank: int, alpha: int, dropout: float, seed: int) -> PreTrainedModel:
-    """LoRA on all linear layers but the head; the model's own weights are frozen, and its output is what it was."""
+    """Add LoRA to all linear layers except the head. Other weights are frozen; the output is unchanged at first."""
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear")
     return cast(PreTrainedModel, get_peft_model(model, config))  # what it has not itself, it takes of the one inside
 
 
 def merged(model: PreTrainedModel, weights: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """(model, state dict) to save. Adapters are merged into the model they sit on, which is then no longer theirs."""
+    """(model, state dict) to save. Adapters are merged into the base model, which is modified."""
     if not isinstance(model, PeftModel):
         return model, weights
     whole = model.merge_and_unload()
@@ -130,7 +130,7 @@ def in_bf16(precision: Precision, device: torch.device) -> bool:
 
 
 def set_precision(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
-    """The arithmetic of `autocast` for this model, from now on."""
+    """Set the precision that `autocast` uses for this model."""
     dtype = torch.bfloat16 if in_bf16(precision, model.device) else None
     model.autocast_dtype = dtype  # type: ignore[assignment]  # modules take any attribute
     return model
@@ -146,7 +146,7 @@ def autocast(model: PreTrainedModel) -> contextlib.AbstractContextManager:
 
 
 def autocast_dtype(model: PreTrainedModel) -> torch.dtype | None:
-    """bfloat16, or None where nothing is cast."""
+    """bfloat16, or None without autocast."""
     if not hasattr(model, "autocast_dtype"):
         set_precision(model, "auto")
     return cast("torch.dtype | None", model.autocast_dtype)
@@ -159,7 +159,7 @@ def skips_other_rows(attn_implementation: str | None) -> bool:
 
 
 def check_length(model: PreTrainedModel, tokens: int, what: str) -> None:
-    """ValueError where a sequence has more tokens than the model has positions."""
+    """ValueError if a sequence has more tokens than the model has positions."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions and tokens > positions:
         raise ValueError(

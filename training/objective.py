@@ -1,4 +1,4 @@
-"""Objectives as a model's forward takes them: `model(**rows, fused_unlearning=objective)`, and then forms no logits."""
+"""Objectives for `model(**rows, fused_unlearning=objective)`, a forward that forms no logits."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -31,9 +31,9 @@ def token_nll(num_tokens: float | None = None) -> Callable[..., Tensor]:
 
 @dataclass(frozen=True)
 class Activations:
-    """Of a layer, for the rows of one forward: what it makes of them now, and what the frozen model made of them."""
+    """Outputs of a layer for the rows of one forward: of the trained model and of the frozen model."""
 
-    read: Callable[[], Tensor]  # -> (B, S, H), or (1, T, H) packed, of the forward that is under way
+    read: Callable[[], Tensor]  # -> (B, S, H), or (1, T, H) packed, of the current forward
     positions: Tensor  # bool, (B, S) or (T,) packed: where they count
     frozen: Tensor | None  # (T, H) there
 
@@ -57,7 +57,7 @@ class Objective:
     observed: Observed | None = field(default=None, compare=False)
 
     def __call__(self, hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, **options) -> Tensor:
-        """The loss, by the function of npo_kernels that gives the method what it reads."""
+        """The loss, through the function of npo_kernels that returns what the method reads."""
         reads = self.method.reads
         if reads == "sequence":
             return fused_logprob_loss(hidden, lm_head_weight, labels, self.of_logps, **options)
@@ -135,7 +135,7 @@ class Objective:
         return sequence_logprobs(hidden, lm_head_weight, kept, **options)[0], num_tokens
 
     def _num_rows(self, labels: Tensor, cu_seqlens: Tensor | None) -> int:
-        """Of the batch, which are those of the kinds together."""
+        """The number of rows in the batch, checked against the expected kinds."""
         rows = len(labels) if cu_seqlens is None else len(cu_seqlens) - 1
         self._check(rows)
         return rows
@@ -153,7 +153,7 @@ class Objective:
         head: Head | None = None,
         of_tokens: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Rows of each kind cut from the batch: (B,) tensors by rows, those of (T, ...) by their tokens."""
+        """Split the batch into the rows of each kind and compute the loss."""
         kinds: dict[str, Rows] = {}
         first = first_token = 0
         for kind in self.method.kinds:
@@ -185,7 +185,7 @@ class Objective:
 
     @torch.no_grad()
     def _observe(self, batch: Batch, settings: Settings, observed: Observed) -> None:
-        """Log-probabilities of the rows, and what the method makes of them, where it reads any."""
+        """Record log-probabilities and log-ratios of the rows, if the method reads log-probabilities."""
         for kind, rows in batch.kinds.items():
             scored = kind == "retain" or self.method.reads in ("sequence", "token", "statistics")
             if scored and rows.summed is not None:
@@ -197,7 +197,7 @@ class Objective:
             observed.rows("npo/weight", self.method.row_weight(batch, settings), forget.num_tokens)
 
     def _settings(self, batch: Batch) -> Settings:
-        """With the retain weight of the moment, which is told of the retain term that it weighs."""
+        """Settings with the current retain weight; records the retain term for its next update."""
         if self.dual is None or self.method.retain != "nll":
             return self.settings
         weight, tokens = self.dual.weight, batch.rows("retain").num_tokens.sum()
@@ -208,9 +208,9 @@ class Objective:
 def targets_of(
     method: Method, settings: Settings, labels: Tensor, forget: Tensor, vocab_size: int, cu_seqlens: Tensor | None
 ) -> Tensor:
-    """What each position is scored on, of the shape of labels; IGNORE_INDEX where nothing is scored.
+    """The target of each position, of the shape of labels; IGNORE_INDEX where nothing is scored.
 
-    That is the next label. With `published_rows` the forget rows, those of the mask, have the positions of
+    Usually the next label. With `published_rows` the forget rows, those of the mask, have the positions of
     `Method.published_rows`: "label", that of the token itself; "every", all of a padded batch up to the last label, on
     token V - 100 where there is no label.
     """
@@ -229,7 +229,7 @@ def targets_of(
 
 @torch.no_grad()
 def reference_of(model: PreTrainedModel, rows: dict[str, Tensor]) -> Reference:
-    """One forward of the frozen model, which has a fused head as well."""
+    """Hidden states and head of the frozen model, from one forward without logits."""
 
     def taken(hidden: Tensor, lm_head_weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, **_: Any):
         return hidden, Reference(hidden, lm_head_weight, bias)  # where a loss and its statistics would be
@@ -248,7 +248,7 @@ def kl_to_reference(
 ) -> Callable[..., Tensor]:
     """weight * mean KL(reference || model) over the mask, (R, S) or (T,) bool; `num_positions` replaces its count.
 
-    With a `dual` weight, which is told of the KL, weight * (KL - epsilon).
+    With a `dual` weight: weight * (KL - epsilon). The KL is recorded for the update of the weight.
     """
 
     def objective(

@@ -1,4 +1,4 @@
-"""An evaluation block by block: what is done is on disk, and an interrupted evaluation goes on from there."""
+"""Evaluate block by block. Finished blocks are saved, so an interrupted evaluation can resume."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -16,9 +16,9 @@ class Pieces:
     """Finished blocks of one evaluation.
 
     Args:
-        name: of what is evaluated, for messages and logs.
-        folder: where blocks are kept until `clear`; None: nowhere.
-        key: hash of all that the values depend on, the weights included. Blocks of another key are not found.
+        name: of the evaluation, for messages and logs.
+        folder: holds the blocks until `clear`. None: blocks are not saved.
+        key: hash of everything that the values depend on, including the weights. Blocks of another key are ignored.
     """
 
     def __init__(self, name: str, folder: Path | None = None, key: str = ""):
@@ -27,7 +27,7 @@ class Pieces:
     def rows(
         self, part: str, items: Sequence[Item], compute: Callable[[Sequence[Item]], Sequence[Any]], size: int = BLOCK
     ) -> list[Any]:
-        """`compute` of all items, a block of `size` at a time: a value that JSON can hold for each.
+        """Apply `compute` to all items in blocks of `size`. Each value must be JSON-serialisable.
 
         The blocks are the same whether or not some were found, so a resumed evaluation has the values of one that was
         not interrupted. `part` tells the calls of an evaluation apart.
@@ -54,7 +54,7 @@ class Pieces:
         distributed.on_main(lambda: write_record(path, record))
 
     def clear(self) -> None:
-        """When the whole evaluation is written."""
+        """Remove the blocks, after the whole evaluation was written."""
         folder = self.folder
         if folder:
             distributed.on_main(lambda: remove(folder))

@@ -1,4 +1,4 @@
-"""Progress of long work: bars on a terminal, elsewhere a line at least every 30 seconds.
+"""Progress of long work: bars on a terminal, otherwise a line at least every 30 seconds.
 
     [14:03:20] NPO+RT: 14/60 steps, loss 3.201, 412 tokens/s, 0:07:12 left | Evaluation: 64/1200 rows, answers
 
@@ -17,13 +17,13 @@ from rich.text import Text
 
 from training import distributed
 
-OnRows = Callable[[int, int], None]  # of rows, and tokens in them, that are done
-FIRST_LINE, INTERVAL = 2.0, 20.0  # seconds; where nothing moves for longer, a line says so all the same
-RATE_OVER = 600.0  # seconds of work that the time left is estimated from
+OnRows = Callable[[int, int], None]  # numbers of rows and of their tokens that are done
+FIRST_LINE, INTERVAL = 2.0, 20.0  # seconds; a line is printed even if nothing has changed
+RATE_OVER = 600.0  # seconds of work used to estimate the remaining time
 
 
 class State(ProgressColumn):
-    """How far a task is, in words."""
+    """The state of a task as text."""
 
     def render(self, task: Task) -> Text:
         return Text(state(task))
@@ -40,7 +40,7 @@ def state(task: Task) -> str:
 
 @contextmanager
 def progress(console: Console | None = None) -> Iterator[Progress]:
-    """A display for the tasks that are added to it; in the main process alone, as others work on the same."""
+    """A display for the tasks that are added to it. Only the main process shows it: the others do the same work."""
     console = console or Console(stderr=True)
     columns = ("{task.description:<16}", BarColumn(), State(), TimeElapsedColumn(), TimeRemainingColumn())
     shown = distributed.is_main() and not console.quiet
@@ -62,13 +62,13 @@ def progress(console: Console | None = None) -> Iterator[Progress]:
 
 
 def nothing(rows: int, tokens: int = 0) -> None:
-    """An `OnRows` that tells nobody."""
+    """An `OnRows` that does nothing."""
 
 
 class Counted:
-    """A new task of a display, as the function that is told how many more rows, and tokens in them, are done.
+    """A new task of a display. Call it with the numbers of rows and tokens done since the last call.
 
-    `stage` begins a part of the work, whose tokens are counted by themselves: reading and generating differ in speed.
+    `stage` begins a part of the work with its own token count: reading and generating differ in speed.
     """
 
     def __init__(self, display: Progress, label: str, total: int, unit: str = "rows"):
@@ -80,7 +80,7 @@ class Counted:
         self.stage("")
 
     def stage(self, name: str, note: str = "") -> None:
-        """`name`: what tokens are from now on ("read", "generated"); `note`: what is shown."""
+        """`name`: what happens to the tokens from now on ("read", "generated"); `note`: text to show."""
         self._name, self._note, self._since = name, note, time.monotonic()
         self.display.update(self.task, note=note)
 
@@ -93,7 +93,7 @@ class Counted:
         self.display.update(self.task, advance=rows, note=", ".join(part for part in (self._note, speed) if part))
 
     def done(self) -> None:
-        """Take the task away, and print how much it was and how fast."""
+        """Remove the task and print its size and speed."""
         self.display.remove_task(self.task)
         parts = [f"{self.rows} rows in {timedelta(seconds=round(sum(self.seconds.values())))}"]
         parts += [
@@ -110,7 +110,7 @@ def counted(display: Progress, label: str, total: int, unit: str = "rows") -> Co
 
 
 def _print_lines(display: Progress, console: Console, ended: threading.Event) -> None:
-    """The tasks that are not finished, now and then; each once more when it is."""
+    """Print the unfinished tasks at intervals, and each finished task once."""
     told: set[int] = set()
     wait, stop = FIRST_LINE, False
     while not stop:

@@ -1,4 +1,4 @@
-"""Weights rounded to few bits, as models are served: no library, no GPU, arithmetic in the weights' own dtype.
+"""Round weights to few bits, as in served models. Needs no library or GPU; arithmetic stays in the weights' dtype.
 
 `FORMATS` are functions (rows, columns) -> (rows, columns), each weight on the nearest level of its format. They round
 every linear layer but the head, which quantisation libraries leave alone as well. Of a layer with adapters (LoRA) they
@@ -57,7 +57,7 @@ FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def formats_named(text: str) -> list[str]:
-    """Of "int8,int4": each once, in this order."""
+    """The formats in a list such as "int8,int4", without duplicates, in this order."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     for name in names:
         if name not in FORMATS:
@@ -84,7 +84,7 @@ def linear_weights(model: PreTrainedModel) -> list[Tensor]:
 
 @torch.no_grad()
 def quantize_(model: PreTrainedModel, format: str) -> PreTrainedModel:
-    """In place."""
+    """Round the weights of the model in place."""
     for weight in linear_weights(model):
         weight.copy_(FORMATS[format](weight))
     return model
@@ -92,14 +92,14 @@ def quantize_(model: PreTrainedModel, format: str) -> PreTrainedModel:
 
 @contextmanager
 def rounded(model: PreTrainedModel, format: str) -> Iterator[PreTrainedModel]:
-    """The model with rounded weights inside, and with its own, bit for bit, after: a copy of those weights alone."""
+    """A context in which the model has rounded weights. They are restored bit for bit; only they are copied."""
     with restored(linear_weights(model)):
         yield quantize_(model, format)
 
 
 @contextmanager
 def restored(weights: Iterable[Tensor]) -> Iterator[None]:
-    """Whatever is written into these tensors inside, they have their bits back after, also after an exception."""
+    """A context after which these tensors have their old bits again, also after an exception."""
     kept = [(weight, weight.detach().clone()) for weight in weights]
     try:
         yield

@@ -1,4 +1,4 @@
-"""The states of a process's random generators: Python's, NumPy's, torch's, and that of the device it computes on."""
+"""The states of a process's random generators: of Python, NumPy, torch, and its device."""
 
 import json
 import random
@@ -27,7 +27,7 @@ class RandomStates(NamedTuple):
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), of_device)
 
     def restore(self, device: torch.device) -> None:
-        """ValueError where they are of another kind of device."""
+        """ValueError if they were saved on another kind of device."""
         if (self.device is None) != (device.type == "cpu"):
             raise ValueError(f"random states: expected those of a process on {device.type}, got those of another one")
         random.setstate(self.python)
@@ -37,7 +37,7 @@ class RandomStates(NamedTuple):
             _get_and_set(device)[1](self.device)
 
     def save(self, path: Path) -> None:
-        """A safetensors file; what is no array is JSON in its header."""
+        """Write a safetensors file, with JSON in its header for what is not an array."""
         name, keys, *rest = self.numpy
         tensors = {"numpy": torch.from_numpy(keys.astype(np.int64)), "cpu": self.cpu}
         if self.device is not None:
@@ -57,7 +57,7 @@ class RandomStates(NamedTuple):
 
 @contextmanager
 def kept(device: torch.device) -> Iterator[None]:
-    """What is drawn inside leaves the generators as they are outside."""
+    """A context after which the generators have the states that they had before."""
     states = RandomStates.now(device)
     try:
         yield
@@ -66,7 +66,7 @@ def kept(device: torch.device) -> Iterator[None]:
 
 
 def _get_and_set(device: torch.device) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
-    """Of the generator of a device that is no CPU; Apple's is the only one of its kind, and takes no name."""
+    """Functions for the generator state of a device other than a CPU. MPS functions take no device."""
     module: Any = torch.get_device_module(device)
     which = {} if device.type == "mps" else {"device": device}
     return partial(module.get_rng_state, **which), partial(module.set_rng_state, **which)

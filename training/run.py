@@ -1,4 +1,4 @@
-"""A training run with what goes around it: checkpoints, resumption, periodic evaluation, progress."""
+"""A training run with checkpoints, resumption, periodic evaluation, progress and trackers."""
 
 import time
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from training.random_states import kept
 from training.tracking import Tracking, evaluation_names
 from training.trainer import Job, Metrics, Trainer
 
-Evaluate = Callable[[int, Progress], dict[str, Any]]  # after how many steps -> what to remember of the model
+Evaluate = Callable[[int, Progress], dict[str, Any]]  # (number of steps done, display) -> numbers for the history
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When things happen. The last step is always evaluated."""
+    """When to evaluate and save. The last step is always evaluated."""
 
     num_steps: int
     evaluate_every: int  # steps; 0: only before the first step and after the last
@@ -32,7 +32,7 @@ class Schedule:
         return step == self.num_steps or (self.evaluate_every > 0 and step % self.evaluate_every == 0)
 
     def saves(self, step: int, minutes: float) -> bool:
-        """`minutes`: since the last checkpoint. The last step is saved when all is done."""
+        """`minutes`: since the last checkpoint. The last step is saved at the end of training."""
         by_steps = self.save_every > 0 and step % self.save_every == 0
         by_time = self.save_every_minutes > 0 and minutes >= self.save_every_minutes
         return step < self.num_steps and (by_steps or by_time)
@@ -55,11 +55,11 @@ def run(
 ) -> list[dict[str, Any]]:
     """Train to the end, from the newest checkpoint if there is one. The history: an entry for each evaluation.
 
-    An entry is {"step", "train_loss": the mean over the steps since the entry before, **evaluate(step)}. What an
-    evaluation draws at random changes nothing outside of it.
+    An entry is {"step", "train_loss": the mean over the steps since the entry before, **evaluate(step)}. Random draws
+    of an evaluation do not affect training.
 
     Raises:
-        Interrupted: a signal came; what was done is saved, also during an evaluation, which is then made again.
+        Interrupted: a signal arrived. The steps done are saved; an interrupted evaluation is repeated on resumption.
     """
     console = console or Console(stderr=True)
     with interruptible(), progress(console) as display:
@@ -68,7 +68,7 @@ def run(
             for note in notes:
                 console.print(note, markup=False, soft_wrap=True)
             if record is not None:
-                console.print(f"{label}: going on after step {first} of {len(job)}")
+                console.print(f"{label}: resuming after step {first} of {len(job)}")
         running = _Run(trainer, job, schedule, evaluate, label, checkpoints, tracking, display, first, record)
         failed = True
         try:
@@ -87,7 +87,7 @@ def run(
 
 
 class _Run:
-    """What is done, what is saved, and when it was."""
+    """The state of a run: steps done, steps saved, history."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class _Run:
 
     @property
     def started(self) -> bool:
-        """Whether there is anything that goes on."""
+        """Whether there is anything to resume."""
         return self.checkpoints is not None and bool(self.history)
 
     def train(self) -> None:
@@ -123,7 +123,7 @@ class _Run:
         self.begun_at = self.step_at = time.monotonic()
         self.trainer.train(self.job, first_step=self.first, after_step=self._after_step, after_pass=self._after_pass)
         if self.schedule.saves_at_all and self.done > self.saved:
-            self.save()  # what comes after training, such as attacks, may be stopped as well
+            self.save()  # later stages, such as attacks, may be interrupted too
 
     def save(self) -> None:
         if self.checkpoints:
@@ -139,7 +139,7 @@ class _Run:
         self.losses.clear()
         if self.tracking and (numbers := evaluation_names(values)):
             self.tracking.log(numbers, self.done)
-        self.begun_at += time.monotonic() - paused  # the rate is that of training alone
+        self.begun_at += time.monotonic() - paused  # the rate excludes evaluation
 
     def _after_pass(self, count: int) -> None:
         self.num_tokens += count * distributed.count()

@@ -1,9 +1,9 @@
-"""What every step of a training run consists of, known before it begins.
+"""The steps of a training run, planned before it begins.
 
 A plan is a function of the seed: which rows step k takes, which retain rows and refusals go with its forget rows. A
-step is a list of `Pass`es, forward and backward one after the other, whose losses are divided by the totals of the
-whole step. So gradient accumulation gives the gradient of the larger batch, n processes that of one (wrappers average
-over processes: totals are divided by n), and a run that is resumed at step k goes on as if it had not stopped.
+step is a list of `Pass`es, each a forward and a backward, whose losses are divided by the totals of the whole step. So
+gradient accumulation gives the gradient of the larger batch, n processes give that of one (wrappers average over
+processes, so totals are divided by n), and a run resumed at step k continues as if it had not stopped.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +29,7 @@ class Pass(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Rows of an unlearning step, as many of each kind."""
+    """Rows of an unlearning step, equally many of each kind."""
 
     forget: list[int]
     retain: list[int]
@@ -85,7 +85,7 @@ def _fixed_partners(row: int, num_retain: int, num_refusals: int) -> tuple[int, 
 
 @dataclass(frozen=True)
 class Batches:
-    """Rows as a model takes them, on its device: packed without padding, or padded on the right."""
+    """Makes model inputs from rows: packed without padding, or padded on the right."""
 
     pad_id: int
     device: torch.device
@@ -97,7 +97,7 @@ class Batches:
     def pieces(self, members: list[int], lengths: Sequence[int], config: TrainConfig) -> list[list[int]]:
         """This process's share of a step's rows, cut into micro-batches; padded ones of rows of similar length.
 
-        What is in one micro-batch changes rounding alone: losses are divided by the totals of the step.
+        The division into micro-batches affects only rounding: losses are divided by the totals of the step.
 
         Args:
             members: the rows of the step.
@@ -137,7 +137,7 @@ class FinetuningSteps:
 
 
 def scored_tokens(examples: Sequence[Example], members: Iterable[int]) -> int:
-    """No example scores its first token, which nothing precedes."""
+    """Number of scored tokens. The first token of an example is never scored."""
     return sum(label != IGNORE_INDEX for i in members for label in examples[i].labels[1:])
 
 

@@ -1,8 +1,9 @@
-"""What is on disk is whole: written aside and renamed, found by a key of all it depends on, checked when it is read.
+"""Safe files: written aside and renamed, identified by a hash of what they depend on, checked when read.
 
-Writing: a private folder beside the name, all bytes on the disk, then one rename. Two processes never share a private
-folder, and what a killed one has left is removed by the next that writes the same name. Reading: a JSON record has the
-sha256 of the rest of itself; the folder of a model or a checkpoint has a record with the sha256 of its files (`seal`).
+Writing: into a private folder beside the target, synced to disk, then one rename. Two processes never share a private
+folder, and leftovers of a killed process are removed by the next one that writes the same name. Reading: a JSON record
+contains the sha256 of its other fields; the folder of a model or checkpoint has a record with the sha256 of its files
+(`seal`).
 """
 
 import errno
@@ -31,7 +32,7 @@ class StorageError(OSError):
 
 
 class DamagedError(ValueError):
-    """A file is not what was written: truncated, or with other bits."""
+    """A file differs from what was written: truncated or changed."""
 
 
 def fingerprint(value: Any) -> str:
@@ -40,13 +41,13 @@ def fingerprint(value: Any) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of its bytes, which are not in memory at once."""
+    """sha256 of the bytes of a file, read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_hash(folder: Path) -> str:
-    """Of the names and bytes of its files, not of what is in its folders."""
+    """Hash of the names and bytes of the files in a folder, without subfolders."""
     return fingerprint({path.name: file_hash(path) for path in folder.iterdir() if path.is_file()})
 
 
@@ -55,10 +56,10 @@ def folder_hash(folder: Path) -> str:
 
 @contextmanager
 def renamed_when_done(path: Path) -> Iterator[Path]:
-    """A temporary name for `path` (file or folder), which takes its own only if the block ends without an error.
+    """A temporary name for `path` (file or folder), renamed to `path` only if the block ends without an error.
 
-    Of two processes that write the same name, the last one wins. A folder that is replaced is first moved aside: where
-    a process is killed before the new one has the name, the old one comes back (`clear_leftovers`).
+    If two processes write the same name, the last one wins. A folder that is replaced is first moved aside; if the
+    process is killed before the new one has the name, the old one is restored (`clear_leftovers`).
 
     Raises:
         StorageError: the disk is full or the folder is read-only; what was there before is unchanged.
@@ -78,7 +79,7 @@ def renamed_when_done(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path, option: str = "") -> Iterator[None]:
-    """Errors of a full disk or a read-only folder become a StorageError that says what to do."""
+    """Turn errors of a full disk or a read-only folder into a StorageError that says what to do."""
     try:
         yield
     except StorageError:
@@ -97,7 +98,7 @@ def writing(path: Path, option: str = "") -> Iterator[None]:
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """StorageError where nothing can be written there: said before the work, not after it."""
+    """StorageError if the folder is not writable, to be raised before the work and not after it."""
     with writing(folder, option):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -105,7 +106,7 @@ def check_writable(folder: Path, option: str) -> None:
 
 
 def clear_leftovers(folder: Path, name: str = "*") -> None:
-    """Remove what killed processes have left of writing `name`; what they had moved aside gets its name back."""
+    """Remove what killed processes left when writing `name`, and restore what they had moved aside."""
     for private in folder.glob(f".{name}.*.partial"):
         with suppress(Timeout, OSError):
             if not (private / LOCK).exists():
@@ -117,7 +118,7 @@ def clear_leftovers(folder: Path, name: str = "*") -> None:
 
 @contextmanager
 def _private_folder(path: Path) -> Iterator[Path]:
-    """Beside `path`, locked while this process lives: the kernel unlocks it whatever ends the process."""
+    """A folder beside `path`, locked while this process runs; the operating system releases the lock when it ends."""
     while True:
         private = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         lock = FileLock(private / LOCK)
@@ -152,7 +153,7 @@ def _leave(private: Path, path: Path) -> None:
 
 
 def _to_disk(path: Path) -> None:
-    """A rename may reach the disk before what was written does."""
+    """Sync files and folders: a rename may otherwise reach the disk before their contents."""
     for folder, _, files in os.walk(path):
         for name in files:
             _sync(Path(folder, name))
@@ -173,7 +174,7 @@ def _sync(path: Path) -> None:
 
 
 def _errno(error: Exception) -> int | None:
-    """Also of libraries in Rust, which put it into the text."""
+    """The errno of an error; libraries in Rust have it only in the text."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"os error (\d+)", str(error))
@@ -190,7 +191,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_texts(folder: Path, texts: Mapping[str, str], replace: bool = False) -> None:
-    """Several files of a folder. ValueError, and nothing is written, where one is there with another content."""
+    """Write several files of a folder. ValueError, and nothing is written, if one exists with other content."""
     changed = [
         name for name, text in texts.items() if (f := folder / name).exists() and f.read_text(encoding="utf-8") != text
     ]
@@ -207,18 +208,18 @@ def write_texts(folder: Path, texts: Mapping[str, str], replace: bool = False) -
 
 
 def hashed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with the hash of what it will be when it is read."""
+    """The record with its own hash, as it will be read back."""
     plain = json.loads(json.dumps({name: value for name, value in record.items() if name != HASH}))
     return plain | {HASH: fingerprint(plain)}
 
 
 def unhashed(content: Any, name: object) -> Any:
-    """What was given to `hashed`, of what was read; as it is where it has no hash. DamagedError: it has another one."""
+    """The inverse of `hashed`; content without a hash is returned unchanged. DamagedError if the hash differs."""
     if not isinstance(content, dict) or HASH not in content:
         return content
     record = {key: value for key, value in content.items() if key != HASH}
     if fingerprint(record) != content[HASH]:
-        raise DamagedError(f"{name} is damaged: it holds something else than was written; make it again")
+        raise DamagedError(f"{name} is damaged: its content differs from what was written; make it again")
     return record
 
 
@@ -227,7 +228,7 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def check_json(path: Path) -> None:
-    """DamagedError where the file is no JSON, or has another hash than its content."""
+    """DamagedError if the file is not JSON, or its hash does not match its content."""
     try:
         unhashed(json.loads(path.read_text(encoding="utf-8")), path)
     except DamagedError:
@@ -237,7 +238,7 @@ def check_json(path: Path) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """What `write_record` wrote; None where there is no file. DamagedError where it is not what was written."""
+    """What `write_record` wrote; None if there is no file. DamagedError if it was changed."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -250,7 +251,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def finished(path: Path, key: str) -> dict[str, Any] | None:
-    """The record at `path` if it was written under the same key; None: absent, damaged, or of other settings."""
+    """The record at `path` if it has the same key. None: absent, damaged, or of other settings."""
     try:
         record = read_record(path)
     except DamagedError:
@@ -259,15 +260,15 @@ def finished(path: Path, key: str) -> dict[str, Any] | None:
 
 
 def seal(folder: Path, name: str = SEAL, **record: Any) -> None:
-    """Write a record with the hashes of all files of the folder, the last of which it is."""
+    """Write a record with the hashes of all files in the folder, as its last file."""
     files = {str(p.relative_to(folder)): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     (folder / name).write_text(json.dumps(hashed({**record, "files": files}), indent=1), encoding="utf-8")
 
 
 def check_seal(folder: Path, name: str = SEAL, hashes: Mapping[str, str] | None = None) -> dict[str, Any] | None:
-    """The record of `seal`; None of a folder without one. DamagedError where a file is absent or another one.
+    """The record of `seal`; None for a folder without one. DamagedError if a file is missing or changed.
 
-    `hashes`: of files that were looked at already.
+    `hashes`: of files that were hashed before.
     """
     record = read_record(folder / name)
     for file, expected in (record or {}).get("files", {}).items():
@@ -280,15 +281,17 @@ def check_seal(folder: Path, name: str = SEAL, hashes: Mapping[str, str] | None 
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file of a folder that a record names. DamagedError where the name leads out of it."""
+    """The path of a file that a record names. DamagedError if the name leads out of the folder."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise DamagedError(f"{folder} is damaged: expected the names of files in it, got {name!r}")
     return folder / name
 
 
 def remove(*paths: Path) -> None:
-    """Folders at once: a process that is killed leaves no half of one. Where the disk is too full for that, piece by
-    piece, which makes room."""
+    """Remove files and folders.
+
+    A folder is first renamed, so that a killed process leaves no half of it; if the disk is too full, file by file.
+    """
     for path in paths:
         with writing(path):
             if not path.is_dir() or path.is_symlink():

@@ -1,9 +1,9 @@
-"""The training loop: accumulation, clipping, the schedule, interruption, and the state that a checkpoint has.
+"""The training loop: accumulation, clipping, the schedule, interruption, and the state saved in checkpoints.
 
-On accelerate rather than transformers' Trainer: here a step's rows, their partners and the totals that means divide by
-are known before it starts (`training.steps`), so accumulation, processes and resumption are exact; a Trainer would
-hand over one kind of rows, a micro-batch at a time. The arithmetic is that of accelerate's wrappers either way. Under
-bfloat16 autocast the weights and the optimiser's state stay float32.
+It uses accelerate rather than transformers' Trainer: a step's rows, their partners and the denominators of its means
+are known before it starts (`training.steps`), so accumulation, several processes and resumption are exact. A Trainer
+would hand over one kind of rows, one micro-batch at a time. The arithmetic is that of accelerate's wrappers in both
+cases. Under bfloat16 autocast the weights and the optimizer's state stay float32.
 """
 
 import logging
@@ -29,7 +29,7 @@ from training.observed import Observed
 from training.random_states import RandomStates
 from training.steps import Pass
 
-logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tied heads are saved once, and it warns each time
+logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it warns about tied heads at each save
 
 
 class Job(Protocol):
@@ -39,7 +39,7 @@ class Job(Protocol):
 
 
 class Metrics(NamedTuple):
-    """Of one step."""
+    """Metrics of one step."""
 
     step: int  # from 1
     loss: float  # of the whole step
@@ -49,7 +49,7 @@ class Metrics(NamedTuple):
 
 
 class Stateful(Protocol):
-    """What changes on the way and is neither weight nor optimiser."""
+    """State that changes during training besides weights and optimizer."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -61,7 +61,7 @@ class DivergedError(ValueError):
 
 
 class Trainer:
-    """AdamW, a warm-up, a schedule and clipped gradients, under the wrapper of the launch file."""
+    """AdamW with warm-up, schedule and gradient clipping, under the wrapper of the launch file."""
 
     def __init__(
         self, model: PreTrainedModel, config: TrainConfig, num_steps: int, observed: Observed | None = None
@@ -70,7 +70,7 @@ class Trainer:
         self.frozen = [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad]
         adamw = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr, fused=True)
         self.schedule = get_scheduler(config.lr_scheduler_type, adamw, config.warmup(num_steps), num_steps)
-        self.accelerator = Accelerator(device_placement=False)  # the model is where it belongs
+        self.accelerator = Accelerator(device_placement=False)  # the model is on its device already
         self.observed = observed  # by the objectives of the passes
         self.sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         if self.sharded and self.frozen:
@@ -86,7 +86,7 @@ class Trainer:
         self.saf = None if config.saf_format == "off" else SharpnessAware(model, config.saf_format, config.saf_rho)
         if self.accelerator.distributed_type is DistributedType.DEEPSPEED:
             unset_hf_deepspeed_config()  # or from_pretrained would shard models that are only evaluated
-            # a data loader would say it; the losses bring their own normaliser, so nothing depends on it
+            # usually read from a data loader; no result depends on it, as the losses have their own denominators
             deepspeed = self.accelerator.state.deepspeed_plugin.deepspeed_config
             deepspeed |= {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": config.max_grad_norm}
         self.module = model
@@ -117,7 +117,7 @@ class Trainer:
         return metrics
 
     def _backward(self, passes: list[Pass], after_pass: Callable[[int], None] = lambda num_tokens: None) -> Tensor:
-        """Add up the gradients of the passes' losses; the sum of these in this process."""
+        """Accumulate the gradients of the passes. Returns the sum of their losses in this process."""
         loss = torch.zeros((), device=self.device)
         for i, (inputs, objective, num_tokens) in enumerate(passes):
             last = i == len(passes) - 1
@@ -139,8 +139,11 @@ class Trainer:
         after_step: Callable[[Metrics], None] = lambda metrics: None,
         after_pass: Callable[[int], None] = lambda num_tokens: None,
     ) -> None:
-        """All steps of the job from `first_step` on. A signal raises `Interrupted`; the step at hand is not begun then:
-        weights, optimiser, random generators and `states` are those after the last one that was finished."""
+        """All steps of the job from `first_step` on.
+
+        A signal raises `Interrupted` and discards the current step: weights, optimizer, random generators and `states`
+        are then those after the last finished step.
+        """
         self.model.train()
         with interruptible():
             for step in range(first_step, len(job)):
@@ -165,13 +168,13 @@ class Trainer:
             state.load_state_dict(states[name])
 
     def trained(self) -> dict[str, Tensor]:
-        """What training changes of the model, by name: a weight with two names once, and nothing that is frozen."""
+        """The tensors that training changes, by name. A weight with two names appears once, frozen ones do not."""
         names = {name for name, _ in self.module.named_parameters()} | {name for name, _ in self.module.named_buffers()}
         whole = self.module.state_dict()
         return {name: tensor for name, tensor in whole.items() if name in names and name not in self.frozen}
 
     def weights(self) -> dict[str, Tensor]:
-        """The whole state dict, wherever its parts are; every process has to ask."""
+        """The whole state dict, gathered if it is sharded. Every process must call this."""
         return self.accelerator.get_state_dict(self.model)
 
 

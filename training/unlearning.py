@@ -1,4 +1,4 @@
-"""The steps of unlearning: a method on its forget and retain rows, and what it compares with, pass by pass."""
+"""The steps of unlearning: a method on its forget and retain rows and its reference, pass by pass."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from training.steps import Batches, Pass, Plan, lengths_of, num_tokens_of, score
 
 @dataclass(frozen=True)
 class Frozen:
-    """What a method compares with: numbers of the model before the first step, or that model itself."""
+    """The reference of a method: cached numbers of the model before the first step, or that model itself."""
 
     scores: Mapping[str, Scores] = field(default_factory=dict)  # kind of rows -> of all of them
     model: PreTrainedModel | None = field(default=None, repr=False)  # with a fused head
@@ -32,14 +32,14 @@ class Frozen:
 
 
 def cached_per_token(method: Method, settings: Settings) -> PerToken | None:
-    """What is cached of every scored token, beside the sums of the rows, before the first step."""
+    """What is cached per scored token before the first step, in addition to the sums of the rows."""
     if method.teacher and not method.taught_by_model(settings):
         return "hidden"
     return "token_logps" if method.reference and method.reads == "token" else None
 
 
 def kept_head(model: PreTrainedModel) -> Reference:
-    """The head as it is, to go with cached hidden states; a copy where training will change the model's own."""
+    """The current head, for use with cached hidden states. Copied if training changes the model's own."""
 
     def kept(tensor: Tensor) -> Tensor:
         return tensor.detach().clone() if tensor.requires_grad else tensor.detach()
@@ -119,12 +119,12 @@ class UnlearningSteps:
         }
 
     def _counted(self, members: list[int]) -> int:
-        """Scored tokens of forget rows behind the first `skip_tokens` of each."""
+        """Scored tokens of forget rows after the first `skip_tokens` of each."""
         skip = self.settings.skip_tokens
         return sum(max(0, scored_tokens(self.rows["forget"], [i]) - skip) for i in members)
 
     def _kl_passes(self, members: list[int], parts: list[list[int]]) -> list[Pass]:
-        """The retain rows once more by themselves: their hidden states meet two heads."""
+        """The passes of a KL term: the retain rows alone, with hidden states of both models."""
         count = scored_tokens if self.settings.kl_positions == "answer" else num_tokens_of
         positions = count(self.rows["retain"], members) / distributed.count()
         passes = []
@@ -147,7 +147,7 @@ class UnlearningSteps:
         return passes
 
     def _teacher(self, part: list[int], members: list[int]) -> Reference:
-        """For the positions of the forget rows that count: cached hidden states, or those of the frozen model."""
+        """The teacher's hidden states at the counted positions of the forget rows: cached, or from the frozen model."""
         if self.frozen.head is not None:
             hidden = self._scores("forget", part, members).hidden
             return self.frozen.head._replace(hidden=require(hidden, "hidden states of the teacher"))
@@ -186,7 +186,7 @@ class UnlearningSteps:
         return distributed.total(ratio) / len(members)
 
     def _scores(self, kind: str, part: list[int], members: list[int]) -> Scores:
-        """Of the rows of a piece; of an empty one those of a row that scores nothing (`distributed.rows`)."""
+        """Scores of the rows of a piece. For an empty piece: of one row that scores nothing (`distributed.rows`)."""
         found = self.frozen.scores[kind].rows(part or members[:1], self.batches.device)
         if part:
             return found

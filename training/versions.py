@@ -1,4 +1,4 @@
-"""What a result was computed with."""
+"""Versions that a result was computed with."""
 
 import platform
 import subprocess
@@ -14,7 +14,7 @@ import npo_kernels
 
 
 def versions(*modules: ModuleType) -> dict[str, str]:
-    """Of Python and these modules; by default those that the training of a language model depends on."""
+    """Versions of Python and these modules; by default those that training depends on."""
     modules = modules or (npo_kernels, torch, transformers, tokenizers, safetensors)
     return {"python": platform.python_version(), **{m.__name__: m.__version__ for m in modules}}
 

@@ -40,7 +40,7 @@ def test_killed_in_a_phase(name, phase, repetition, subjects, rng, tmp_path, tri
 def check_nothing_is_done_again(killed, resumed):
     """Of the steps that were saved: after each of them there is a checkpoint at any moment."""
     if saved := len(killed.times("end save")):
-        assert re.search(f"going on after step [{saved}-9]|is finished", resumed.output), resumed.output
+        assert re.search(f"resuming after step [{saved}-9]|is finished", resumed.output), resumed.output
 
 
 @pytest.mark.parametrize("name", ["unlearn", "finetune", "evaluate", "grid"])

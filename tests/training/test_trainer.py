@@ -229,7 +229,7 @@ def test_a_damaged_checkpoint_is_never_taken(corpus, tmp_path, tried, capsys):
     tried("damaged checkpoints", 2 * len(files) * len(HARMS))
     HARMS["a bit"](origin / "checkpoint-000004" / "model.safetensors", draw)
     assert_equal(trained(corpus, origin), whole)
-    assert "going on after step 2" in capsys.readouterr().err
+    assert "resuming after step 2" in capsys.readouterr().err
 
 
 def truncated(path, draw):

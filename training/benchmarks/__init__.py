@@ -1,4 +1,4 @@
-"""The benchmarks, behind one seam (`base.Benchmark`), in the registry `BENCHMARKS`.
+"""The benchmarks: implementations of `base.Benchmark` in the registry `BENCHMARKS`.
 
 Every file and folder beside this one is imported and registers its benchmark, so a new benchmark is a new file and
 nothing else. What benchmarks share is imported by those that use it.

@@ -1,4 +1,4 @@
-"""What benchmarks measure of answers to questions, row by row: one pass over the answers, and what the model says."""
+"""Measures of answers to questions, row by row: one pass over the true answers, and generated answers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from training.templates import Format
 
 
 class Answers:
-    """A model that is evaluated, with what all of its evaluation shares."""
+    """A model being evaluated, with the state that its evaluations share."""
 
     def __init__(
         self, model: PreTrainedModel, format: Format, options: EvaluationOptions, pieces: Pieces, counted: Counted
@@ -26,7 +26,7 @@ class Answers:
         self.classifier = FluencyClassifier(folder, model.device) if folder else None
 
     def measures(self, part: str, rows: Sequence[Row], attacked: bool = False) -> list[dict[str, Any]]:
-        """Of each {"question", "answer"}: {"nll", "num_tokens", "exact_memorization", "extraction_strength"}.
+        """For each {"question", "answer"}: {"nll", "num_tokens", "exact_memorization", "extraction_strength"}.
 
         `attacked`: with the scores of the membership attacks as well.
         """
@@ -54,7 +54,7 @@ class Answers:
         return answer_scores(self.model, examples, pad_id, size, lambda rows, tokens: self.counted(0, tokens))
 
     def attacks(self, examples: Sequence[Example], found: Sequence[AnswerScores]) -> list[dict[str, float]]:
-        """The scores of the membership attacks, one dictionary an example."""
+        """The scores of the membership attacks, one dictionary per example."""
         labels = ([label for label in example.labels[1:] if label != IGNORE_INDEX] for example in examples)
         texts = [self.format.decode(ids, skip_special_tokens=True) for ids in labels]
         values = [membership.scores(answer, text) for answer, text in zip(found, texts, strict=True)]
@@ -64,5 +64,5 @@ class Answers:
         return values
 
     def classified(self, texts: Sequence[str]) -> list[dict[str, float]]:
-        """{"classifier_prob"} of each generation; {} where no classifier was asked for."""
+        """{"classifier_prob"} of each generation; {} without a classifier."""
         return [{"classifier_prob": p} for p in self.classifier(texts)] if self.classifier else [{} for _ in texts]

@@ -1,4 +1,4 @@
-"""Fictitious authors by answer probability alone: what `training.demo` runs, in minutes on a CPU.
+"""Fictitious authors, evaluated by answer probability only: the benchmark of `training.demo`, minutes on a CPU.
 
 The authors are generated, or the last ones of a folder in TOFU's form. Measured is the probability of the true answers,
 on all rows of the authors to forget, and on those of a seeded sample of the authors to keep.
@@ -30,7 +30,7 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class AuthorsOptions(EvaluationOptions):
-    """Of the authors: how many, from where, and whom to forget."""
+    """The authors: how many, their source, and which to forget."""
 
     data_dir: Annotated[Path | None, "folder with TOFU's JSON lines; without it, fictitious authors are generated"] = (
         None
@@ -39,9 +39,9 @@ class AuthorsOptions(EvaluationOptions):
     forget_percent: Annotated[
         int, "share of the authors to forget, to whole authors; selects forgetXX.json and retainYY.json"
     ] = 10
-    retain_eval_authors: Annotated[int, "authors to keep on whom keeping is measured, a seeded sample"] = 8
-    data_seed: Annotated[int, "of the generated authors and of the sample"] = 0
-    eval_batch_size: Annotated[int, "sequences a forward in evaluation"] = 64
+    retain_eval_authors: Annotated[int, "number of retain authors in the evaluation, a seeded sample"] = 8
+    data_seed: Annotated[int, "seed of the generated authors and of the sample"] = 0
+    eval_batch_size: Annotated[int, "sequences per forward in evaluation"] = 64
 
 
 @register
@@ -104,7 +104,7 @@ class Authors(Benchmark):
 
     @cached_property
     def holdout(self) -> list[Row]:
-        """As many rows as there are to forget, of authors whom no model learns; none of a folder."""
+        """As many rows as in the forget set, of authors that no model learns; none if the rows come from a folder."""
         o = self.options
         count = len(self.split.forget) // PAIRS_PER_AUTHOR
         return generate_holdout(o.authors, count, o.data_seed) if o.data_dir is None else []

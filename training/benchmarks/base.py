@@ -1,7 +1,7 @@
-"""What a benchmark is: rows to learn and to forget, and measures of a model. A second one is one file.
+"""The interface of a benchmark: rows to learn and to forget, and measures of a model.
 
-The engine and the methods know no benchmark. The commands ask the one of `--benchmark` for everything that is its own:
-rows, their token ids, the evaluation, and what tables and figures show of it.
+The engine and the methods do not depend on a benchmark. The commands get everything specific from the one given by
+`--benchmark`: rows, token ids, the evaluation, and the contents of tables and figures.
 """
 
 import json
@@ -29,7 +29,7 @@ ITSELF = (
 
 
 class Column(NamedTuple):
-    """How tables and figures show one number of a summary."""
+    """How tables and figures show one metric of a summary."""
 
     heading: str
     panel: str | None = None  # heading of a figure's panel that draws it over the epochs, from 0 to 1
@@ -49,7 +49,7 @@ MEMBERSHIP = {  # of `training.membership.summary`
 
 
 class Claim(NamedTuple):
-    """A statement of a paper, held against what was measured."""
+    """A statement of a paper, compared with what was measured."""
 
     text: str
     measured: str
@@ -57,7 +57,7 @@ class Claim(NamedTuple):
 
 
 class TradeOff(NamedTuple):
-    """The two numbers of a summary that a figure draws against each other."""
+    """The two metrics of a summary that a figure plots against each other."""
 
     utility: str  # on the horizontal axis
     forgetting: str
@@ -65,17 +65,17 @@ class TradeOff(NamedTuple):
 
 @dataclass(frozen=True)
 class NoOptions:
-    """Of the benchmark: none."""
+    """A benchmark without options."""
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Of an evaluation, whatever the benchmark."""
+    """Options of an evaluation, for every benchmark."""
 
-    eval_batch_size: Annotated[int, "sequences a forward or generation in evaluation"] = 32
-    mia_gradnorm: Annotated[bool, "membership by gradient norms as well: a backward a row"] = False
+    eval_batch_size: Annotated[int, "sequences per forward or generation in evaluation"] = 32
+    mia_gradnorm: Annotated[bool, "also run the membership attack on gradient norms: one backward pass per row"] = False
     fluency_classifier: Annotated[
-        Path | None, "folder of a text classifier of transformers: the probability of its first class is reported"
+        Path | None, "folder of a transformers text classifier; the probability of its first class is reported"
     ] = None
 
     def __post_init__(self):
@@ -84,7 +84,7 @@ class EvaluationOptions:
 
 
 class Benchmark(Protocol):
-    """A benchmark with the options that were chosen. What has a body here may be left as it is.
+    """A benchmark with its options. Methods with a body here are optional to override.
 
     Attributes:
         name: as `--benchmark` takes it.
@@ -111,27 +111,27 @@ class Benchmark(Protocol):
 
     @property
     def scenario(self) -> str:
-        """What is forgotten, as folders and reports call it: "forget10" where the options have a `forget_percent`."""
+        """Name of the forget set in folders and reports: "forget10" if the options have a `forget_percent`."""
         percent = getattr(self.options, "forget_percent", None)
         return "forget" if percent is None else f"forget{percent:02d}"
 
     @property
     def retain_split(self) -> str:
-        """The rows that a model learns which never saw those to forget."""
+        """The split for a model trained without the forget set."""
         return "retain"
 
     @property
     def series(self) -> str:
-        """A name for scenarios whose numbers a report puts side by side, request by request; "": they are none."""
+        """A name for successive scenarios (requests) that a report shows side by side. "": not part of a series."""
         return ""
 
     @property
     def follows(self) -> str | None:
-        """The scenario whose unlearned model this one starts from; None: it starts from the model that learned all."""
+        """The scenario whose unlearned model this one starts from. None: it starts from the fine-tuned model."""
         return None
 
     def scenarios(self, names: str) -> list["Benchmark"]:
-        """This benchmark with each of the forget sets in `names`, a list with commas; ValueError where there is none.
+        """This benchmark with each of the forget sets in `names`, separated by commas. ValueError if one is unknown.
 
         Here `names` are percents, where the options have a `forget_percent`.
         """
@@ -144,31 +144,31 @@ class Benchmark(Protocol):
         return [type(self)(replace(self.options, forget_percent=percent)) for percent in percents]
 
     def rows(self, split: str) -> list["Row"]:
-        """The rows of "full", "forget", "retain" or a split of the benchmark's own; ValueError where there is none."""
+        """The rows of "full", "forget", "retain" or another split of the benchmark. ValueError if it is unknown."""
         ...
 
     def refusals(self) -> list[str]:
-        """Answers that say nothing, for the methods that learn or score them."""
+        """Refusals such as "I don't know", for the methods that learn or score them."""
         return read_refusals(REFUSALS)
 
     def alternates(self) -> list[list[str]]:
-        """Other plausible answers to each of the forget rows, where the benchmark has any; none: `training.alternates`
-        lets the model make them."""
+        """Other plausible answers to each of the forget rows, if the benchmark has any. `training.alternates` generates
+        them otherwise."""
         return []
 
     def encode(self, format: "Format", rows: Iterable["Row"]) -> list["Example"]:
-        """Token ids, and which of them are scored. Of plain text there may be more or fewer examples than rows."""
+        """Token ids and labels. For plain text there may be more or fewer examples than rows."""
         return format.encode(rows)
 
     def evaluate(self, model: "PreTrainedModel", format: "Format", pieces: "Pieces", progress: "Progress") -> Any:
-        """What was measured, row by row: as much as `summarize` needs. `model` has a fused head and loses its mode.
+        """Measure the model row by row, as much as `summarize` needs. `model` has a fused head; its mode is changed.
 
-        What takes long goes through `pieces.rows`, so that an interrupted evaluation goes on.
+        Long work goes through `pieces.rows`, so that an interrupted evaluation can resume.
         """
         ...
 
     def summarize(self, measures: Any, retrained: Any = None) -> dict[str, float | None]:
-        """The numbers of a report; `retrained`: measures of the model that never saw the forget set."""
+        """The metrics of a report. `retrained`: measures of a model trained without the forget set."""
         ...
 
     def table(self, summary: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
@@ -181,7 +181,7 @@ class Benchmark(Protocol):
         return ""
 
     def size(self) -> dict[str, int]:
-        """How much is evaluated: {set: rows}."""
+        """Size of the evaluation: {set: number of rows}."""
         return {}
 
     def samples(self, measures: Any) -> list[dict[str, str]]:
@@ -189,31 +189,33 @@ class Benchmark(Protocol):
         return []
 
     def warnings(self, measures: Any) -> list[str]:
-        """What does not stop the metrics, but should be known."""
+        """Warnings about the measures that do not prevent the metrics."""
         return []
 
     def doubts(self, measures: Any, retrained: Any) -> list[str]:
-        """What makes the comparison with `retrained` doubtful, though it has numbers: whose measures may these be?"""
+        """Reasons to doubt the comparison with `retrained`, such as measures of the wrong model."""
         return []
 
     def open_unlearning(self, measures: Any, summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """{file name: content} as OpenUnlearning writes and reads evaluations, in its names of metrics."""
+        """{file name: content} in the format of OpenUnlearning's evaluations."""
         raise ValueError(f"--format open_unlearning: {self.name} is no benchmark of OpenUnlearning")
 
     def demo_files(self) -> dict[str, str]:
-        """{relative path: text} of a small data set in the benchmark's own files: what `--data_dir demo` stands for."""
+        """{relative path: text} of a small data set in the benchmark's own files: the data of `--data_dir demo`."""
         raise ValueError(f"{self.name} has no generated data in files")
 
     def check(self, measures: Any) -> None:
-        """ValueError where these are not measures of the rows that are evaluated with these options."""
+        """ValueError if the measures are not of the rows that are evaluated with these options."""
 
     def losses(self, measures: Any, format: "Format", number: int) -> tuple[list["Example"], list[float]]:
-        """At most `number` examples of which the measures have the negative log-likelihood, in nats, and that: what a
-        model that these are measures of would give. None: they have none."""
+        """At most `number` examples, and their negative log-likelihoods in nats according to the measures.
+
+        Used to check that the measures are of a given model. Empty if the measures have none.
+        """
         return [], []
 
     def read(self, path: Path) -> Any:
-        """Measures that were written; ValueError where the file is not what it should be."""
+        """Read measures from a file. ValueError if it is not an evaluation."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as reason:
@@ -228,16 +230,16 @@ class Benchmark(Protocol):
         write(path, measures)
 
     def key(self) -> str:
-        """A hash of all that the measures depend on, beside the model."""
+        """A hash of everything that the measures depend on, except the model."""
         return fingerprint([self.name, options_in_key(self.options)])
 
     def claims(self, start: Mapping[str, Any], histories: Mapping[str, Sequence[Sequence[Mapping]]]) -> list[Claim]:
-        """Of the papers, those that a grid can tell about: summary before, {method: histories of its seeds}."""
+        """Claims of papers that a grid can test, from the summary before and {method: histories of its seeds}."""
         return []
 
 
 def options_in_key(options: "DataclassInstance", without: Iterable[str] = ()) -> dict[str, str]:
-    """As a key has them: a folder by what is in it, which may be another classifier tomorrow."""
+    """The options for a key. A folder is represented by the hash of its contents."""
     given = {name: value for name, value in asdict(options).items() if name not in without}
     return {k: folder_hash(v) if isinstance(v, Path) and v.is_dir() else str(v) for k, v in given.items()}
 

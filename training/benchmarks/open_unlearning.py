@@ -1,4 +1,4 @@
-"""Evaluations as OpenUnlearning writes them (arXiv 2506.12618), so that what reads its files reads ours.
+"""Evaluations in the format of OpenUnlearning (arXiv 2506.12618), for tools that read its files.
 
 NAME_EVAL.json has {metric: {"agg_value", "value_by_index": {"0": {...}, ...}}}, NAME_SUMMARY.json {metric: agg_value}.
 Its evaluation of another model takes NAME_EVAL.json as the log of the retrained one.

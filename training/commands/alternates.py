@@ -1,10 +1,10 @@
-"""Let a model make other plausible answers to the questions to forget, which AltPO prefers to the true ones.
+"""Generate other plausible answers to the questions to forget. AltPO prefers them to the true answers.
 
     python -m training.alternates --model runs/full/model --forget_percent 10 --out runs/alternates.jsonl
     python -m training.unlearn --model runs/full/model --method altpo_rt --alternates runs/alternates.jsonl ...
 
-Answers are drawn from the model, asked for another answer than the true one. --out is a file of JSON lines,
-{"question": ..., "alternates": [...]}; any other file of that form will do.
+The model is asked for an answer other than the true one, and answers are sampled. --out is a file of JSON lines,
+{"question": ..., "alternates": [...]}. Any other file of that form can be used instead.
 """
 
 from dataclasses import dataclass
@@ -30,20 +30,22 @@ PROG = "training.alternates"
 
 @dataclass(frozen=True)
 class AlternatesOptions:
-    """How answers are drawn."""
+    """How answers are sampled."""
 
     model: Annotated[Path | None, "folder of the model, tokenizer included"] = None
-    benchmark: Annotated[str, lambda: f"whose questions: {', '.join(BENCHMARKS)}"] = "tofu"
-    template: Annotated[str, "of the prompts (training/templates.py); auto: by the tokenizer's chat template"] = "auto"
-    out: Annotated[Path, "the file"] = Path("runs/alternates.jsonl")
-    count: Annotated[int, "answers a question, at most"] = 5
-    temperature: Annotated[float, "of the draws, above 0"] = 1.0
-    max_new_tokens: Annotated[int, "of an answer"] = 128
-    prompt: Annotated[str, "what the model is asked, with {question} in it"] = PROMPT
-    seed: Annotated[int, "of the draws"] = 0
-    precision: Annotated[Precision, "of the arithmetic; auto: bf16 on a GPU that has it, fp32 elsewhere"] = "auto"
+    benchmark: Annotated[str, lambda: f"benchmark whose questions are answered: {', '.join(BENCHMARKS)}"] = "tofu"
+    template: Annotated[
+        str, "prompt template (training/templates.py); auto: chosen by the tokenizer's chat template"
+    ] = "auto"
+    out: Annotated[Path, "file to write"] = Path("runs/alternates.jsonl")
+    count: Annotated[int, "maximum number of answers per question"] = 5
+    temperature: Annotated[float, "sampling temperature, above 0"] = 1.0
+    max_new_tokens: Annotated[int, "maximum length of an answer"] = 128
+    prompt: Annotated[str, "prompt, with {question} in it"] = PROMPT
+    seed: Annotated[int, "of sampling"] = 0
+    precision: Annotated[Precision, "of the arithmetic; auto: bf16 on a GPU that supports it, fp32 elsewhere"] = "auto"
     device: Annotated[str, "auto, cuda, mps or cpu"] = "auto"
-    fresh: Annotated[bool, "write --out anew if it is there"] = False
+    fresh: Annotated[bool, "overwrite --out"] = False
 
 
 def main(options: AlternatesOptions, benchmark: Benchmark) -> Path:
@@ -59,8 +61,8 @@ def main(options: AlternatesOptions, benchmark: Benchmark) -> Path:
     if options.out.exists() and not options.fresh:
         if key_of(options.out) != key:
             raise ValueError(
-                f"--out {options.out} holds other answers than these settings, rows and model give; choose another "
-                "file, or write it anew by --fresh"
+                f"--out {options.out} holds answers of other settings, rows or another model; choose another "
+                "file, or overwrite it with --fresh"
             )
         Console(stderr=True).print(f"{options.out} is there already", markup=False)
         return options.out

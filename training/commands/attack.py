@@ -1,14 +1,14 @@
-"""How robust forgetting is: what an unlearned model remembers after an attack, by the same metrics as before it.
+"""Attack an unlearned model and measure what it remembers, with the same metrics before and after.
 
     python -m training.attack quantize --model DIR --data_dir path/to/tofu --forget_percent 10
     python -m training.attack relearn  --model DIR --data_dir path/to/tofu --forget_percent 10 --fraction 0.2
 
 quantize rounds the weights of every linear layer but the head to 8 and to 4 bits, evenly spaced with one scale a row,
 and to NormalFloat4 in blocks of 64 (training/quantization.py); arithmetic stays in float32. Zhang et al. 2025, arXiv
-2410.16454, found forgotten text to come back at 4 bits. relearn fine-tunes on a seeded fraction of the forget set and
-follows the answer probability, step by step, on the rows it relearns and on the other forget rows, which it does not
-see. Both write metrics.json, config.json, report.md and figure.png to --out. A model that withstands both may still
-fail to a third: this is no proof of forgetting.
+2410.16454, found that forgotten text comes back at 4 bits. relearn fine-tunes on a seeded fraction of the forget set
+and records the answer probability after every step, on the relearned rows and on the other forget rows. Both write
+metrics.json, config.json, report.md and figure.png to --out. A model that withstands both may still fail to another
+attack: this is no proof of forgetting.
 """
 
 from dataclasses import dataclass
@@ -37,28 +37,32 @@ from training.store import fingerprint, write_text
 from training.templates import Format
 
 PROG = "training.attack"
-CAVEAT = "What survives these attacks may fall to others: unlearning is no guarantee."
+CAVEAT = "A model that withstands these attacks may fail to others: unlearning is no guarantee."
 
 
 @dataclass(frozen=True)
 class AttackOptions:
     """The attack."""
 
-    attack: Annotated[tyro.conf.Positional[Literal["quantize", "relearn"]], "which"] = tyro.MISSING
+    attack: Annotated[tyro.conf.Positional[Literal["quantize", "relearn"]], "the attack"] = tyro.MISSING
     model: Annotated[Path | None, "folder of the unlearned model, tokenizer included"] = None
-    benchmark: Annotated[str, lambda: f"whose metrics: {', '.join(BENCHMARKS)}"] = "tofu"
-    retain_log: Annotated[Path | None, "log of the model that never saw the forget set, for the forget quality"] = None
-    template: Annotated[str, "of the prompts (training/templates.py); auto: by the tokenizer's chat template"] = "auto"
-    precision: Annotated[Precision, "of the arithmetic; auto: bf16 on a GPU that has it, fp32 elsewhere"] = "auto"
-    batch_size: Annotated[int, "relearn: rows a step"] = 32
+    benchmark: Annotated[str, lambda: f"benchmark whose metrics are computed: {', '.join(BENCHMARKS)}"] = "tofu"
+    retain_log: Annotated[
+        Path | None, "evaluation log of a model trained without the forget set; needed for the forget quality"
+    ] = None
+    template: Annotated[
+        str, "prompt template (training/templates.py); auto: chosen by the tokenizer's chat template"
+    ] = "auto"
+    precision: Annotated[Precision, "of the arithmetic; auto: bf16 on a GPU that supports it, fp32 elsewhere"] = "auto"
+    batch_size: Annotated[int, "relearn: rows per step"] = 32
     fraction: Annotated[float, "relearn: share of the forget set to fine-tune on"] = 0.2
     epochs: Annotated[int, "relearn: epochs over it"] = 5
     lr: Annotated[float, "relearn: peak learning rate"] = 1e-5
-    seed: Annotated[int, "relearn: of the rows and the batches"] = 0
+    seed: Annotated[int, "relearn: seed of the rows and the batches"] = 0
     out: Annotated[Path | None, "folder for the results. None: runs/attack_{quantize,relearn}"] = None
-    fresh: Annotated[bool, "remove what another attack left in --out"] = False
+    fresh: Annotated[bool, "remove the results of another attack from --out"] = False
     device: Annotated[str, "auto, cuda, mps or cpu"] = "auto"
-    dry_run: Annotated[bool, "print the settings, and stop"] = False
+    dry_run: Annotated[bool, "print the settings and stop"] = False
 
 
 def main(options: AttackOptions, benchmark: Benchmark) -> dict[str, Any] | None:
@@ -84,7 +88,7 @@ def _attacked(options: AttackOptions, start: Path, benchmark: Benchmark, folder:
     depends_on = [str(settings), benchmark.key(), model_fingerprint(str(start)), format.hash(), device.type]
     found = folder.begin(fingerprint([*depends_on, str(retrained)]), options.fresh)
     if found is not None:
-        Console(stderr=True).print(f"{out} is finished: its results are those of this command", markup=False)
+        Console(stderr=True).print(f"{out} is finished: nothing is run again", markup=False)
         return found
     model = load_model(start, device, precision=options.precision)
     stages: dict[str, dict[str, Any]] = {}

@@ -8,15 +8,17 @@ from training.quantization import FORMATS, formats_named
 
 @dataclass(frozen=True)
 class AttackedOptions:
-    """Attacks on the unlearned model, which is evaluated once more after each."""
+    """Attacks on the unlearned model. It is evaluated again after each of them."""
 
-    rounded: Annotated[str, f"formats of {', '.join(FORMATS)}, with commas: its weights are rounded to each"] = ""
-    relearn: Annotated[float, "share of the forget set that it is fine-tuned on; 0: it is not"] = 0.0
-    relearn_epochs: Annotated[int, "of --relearn"] = 5
-    relearn_lr: Annotated[float | None, "learning rate of --relearn. None: that of unlearning"] = None
+    rounded: Annotated[
+        str, f"round the weights to each of these formats, separated by commas: {', '.join(FORMATS)}"
+    ] = ""
+    relearn: Annotated[float, "fine-tune on this share of the forget set; 0: do not"] = 0.0
+    relearn_epochs: Annotated[int, "epochs of --relearn"] = 5
+    relearn_lr: Annotated[float | None, "learning rate of --relearn. None: same as unlearning"] = None
 
     def check_attacks(self) -> list[str]:
-        """The formats; ValueError where an option is not what it should be."""
+        """The formats. ValueError if an option is invalid."""
         if not 0 <= self.relearn < 1:
             raise ValueError(f"--relearn: expected a share of the forget set, 0 to 1, got {self.relearn}")
         if self.relearn_epochs < 1 or (self.relearn_lr is not None and not self.relearn_lr > 0):

@@ -1,9 +1,9 @@
-"""Write fictitious authors in the files of TOFU: question and answer pairs nobody can have seen before.
+"""Write fictitious authors in TOFU's layout: question and answer pairs that no model has seen before.
 
     python -m training.authors --out DIR --authors 200 --seed 0
 
-The folder is read like TOFU's (`training.benchmarks.tofu.authors` says what is in it): full, every forgetXX with its
-retainYY that is whole authors, real_authors, world_facts, *_perturbed for the evaluation, and idontknow.
+The folder is read like TOFU's (`training.benchmarks.tofu.authors` describes the files): full, every forgetXX and
+retainYY that consists of whole authors, real_authors, world_facts, *_perturbed for the evaluation, and idontknow.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class AuthorsOptions:
     """The files."""
 
     out: Annotated[Path | None, "folder for the JSON lines"] = None
-    fresh: Annotated[bool, "replace files of the same names that have another content"] = False
+    fresh: Annotated[bool, "replace existing files with other content"] = False
     authors: Annotated[int, "number of authors, 20 pairs each; TOFU has 200"] = 200
     seed: Annotated[int, "the same seed gives the same files"] = 0
 

@@ -1,16 +1,16 @@
-"""A benchmark's metrics, of a model or of an evaluation that was written.
+"""Compute the metrics of a benchmark, for a model or from an existing evaluation log.
 
     python -m training.evaluate --from_log LOG [--retain_log LOG] --json
     python -m training.evaluate --model DIR --data_dir path/to/tofu --forget_percent 10 [--retain_log LOG]
 
-The first reads a log; of TOFU that is eval_log_aggregated.json in either of the published layouts. The second
-evaluates a model folder, on TOFU's four sets: answer probabilities, perturbed answers for the truth ratio, greedy
-answers for ROUGE; it writes the log to --out, next to metrics.json, config.json and report.md. A row needs a forward
+The first command reads a log; for TOFU that is eval_log_aggregated.json in either of the published layouts. The second
+evaluates a model folder, for TOFU on its four sets: answer probabilities, perturbed answers for the truth ratio, greedy
+answers for ROUGE. It writes the log to --out, next to metrics.json, config.json and report.md. Each row needs a forward
 pass for each of its answers, three more, and a generation. --retain_log is the log of a model trained without the
-forget set; without it there is no forget quality. --format open_unlearning writes what OpenUnlearning's evaluations
-write, in its names, also of a log. --json prints one JSON object on stdout and nothing else: of TOFU
-model_utility_geometric, model_utility_arithmetic (by the mean in the truth ratio), forget_quality, and prob, rougeL and
-tr of the sets retain, ra, wf and forget, as in retain_prob.
+forget set; without it there is no forget quality. --format open_unlearning also writes the files of OpenUnlearning's
+evaluations. --json prints one JSON object on stdout and nothing else; for TOFU: model_utility_geometric,
+model_utility_arithmetic (named after the mean in the truth ratio), forget_quality, and prob, rougeL and tr of the sets
+retain, ra, wf and forget, such as retain_prob.
 """
 
 import json
@@ -37,23 +37,27 @@ LOG_FILE = "eval_log_aggregated.json"
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What is evaluated, and where the results go."""
+    """What to evaluate, and where the results go."""
 
-    from_log: Annotated[Path | None, "evaluation log to read; nothing is run"] = None
-    retain_log: Annotated[Path | None, "log of the model that never saw the forget set, for the forget quality"] = None
+    from_log: Annotated[Path | None, "evaluation log to read instead of running a model"] = None
+    retain_log: Annotated[
+        Path | None, "evaluation log of a model trained without the forget set; needed for the forget quality"
+    ] = None
     json: Annotated[bool, "print one JSON object on stdout, and nothing else"] = False
     model: Annotated[Path | None, "folder of the model to evaluate, tokenizer included"] = None
-    benchmark: Annotated[str, lambda: f"whose metrics: {', '.join(BENCHMARKS)}"] = "tofu"
-    template: Annotated[str, "of the prompts (training/templates.py); auto: by the tokenizer's chat template"] = "auto"
-    precision: Annotated[Precision, "of the arithmetic; auto: bf16 on a GPU that has it, fp32 elsewhere"] = "auto"
+    benchmark: Annotated[str, lambda: f"benchmark whose metrics are computed: {', '.join(BENCHMARKS)}"] = "tofu"
+    template: Annotated[
+        str, "prompt template (training/templates.py); auto: chosen by the tokenizer's chat template"
+    ] = "auto"
+    precision: Annotated[Precision, "of the arithmetic; auto: bf16 on a GPU that supports it, fp32 elsewhere"] = "auto"
     rounded: Annotated[Rounding, "evaluate --model with its weights rounded to this (training/quantization.py)"] = "off"
     out: Annotated[Path, "folder for the log, the metrics and the report"] = Path("runs/evaluate")
     format: Annotated[
         Literal["ours", "open_unlearning"], "open_unlearning: write --out/NAME_EVAL.json and NAME_SUMMARY.json as well"
     ] = "ours"
-    fresh: Annotated[bool, "remove what another evaluation left in --out"] = False
+    fresh: Annotated[bool, "remove the results of another evaluation from --out"] = False
     device: Annotated[str, "auto, cuda, mps or cpu"] = "auto"
-    dry_run: Annotated[bool, "say what would be run, and stop"] = False
+    dry_run: Annotated[bool, "print what would be run, and stop"] = False
 
 
 def main(options: EvaluateOptions, benchmark: Benchmark) -> dict[str, Any] | None:

@@ -1,11 +1,11 @@
-"""Teach a model its rows: the one that unlearning starts from, or, on a retain split, that it is compared with.
+"""Fine-tune the model that unlearning starts from, or, on a retain split, the one that it is compared with.
 
     python -m training.finetune --model meta-llama/Llama-3.2-1B-Instruct --preset llama-3.2-1b --out runs/full
     python -m training.finetune --model runs/base --data_dir path/to/tofu --split retain90 --out runs/retain90
 
 Minimises the negative log-likelihood of the answers of --split. --out gets the model (out/model, as transformers saves
-it, tokenizer included), metrics.json, config.json, report.md and figure.png. A run that was interrupted goes on from
-its last checkpoint; one that is finished is not run again.
+it, with tokenizer and model card), metrics.json, config.json, report.md and figure.png. --report_to shows live curves
+(docs/guides/logging.md). An interrupted run resumes from its last checkpoint; a finished one is not run again.
 """
 
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ PROG = "training.finetune"
 
 @dataclass(frozen=True)
 class FinetuneOptions(SessionOptions):
-    """What is learned."""
+    """What to learn."""
 
     stage: ClassVar[str] = "finetune"
     split: Annotated[
-        str, "rows to learn: full; retain, for the model that never saw those to forget; or another of the benchmark"
+        str, "rows to learn: full; retain, for a model that never sees the forget set; or another split"
     ] = "full"  # fmt: skip
-    world: Annotated[bool, "learn what a model from nothing does not know of the world as well (TOFU: real_authors, "
+    world: Annotated[bool, "also learn facts about the world, for a model trained from scratch (TOFU: real_authors, "
                      "world_facts)"] = False  # fmt: skip
 
 

@@ -1,10 +1,10 @@
-"""Write a benchmark's generated data in the benchmark's own files, for machines without a hub.
+"""Write generated data in the file layout of a benchmark, for machines without access to the hub.
 
     python -m training.generate --benchmark muse --out data/muse
     python -m training.generate --benchmark wmdp --out data/wmdp
 
-The folder is read like the published data; `--data_dir demo` reads the same without a folder.
-`training.authors` writes as many of TOFU's fictitious authors as it is told.
+The folder is read like the published data. `--data_dir demo` uses the same data without a folder.
+`training.authors` writes any number of fictitious authors in TOFU's layout.
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ PROG = "training.generate"
 class GenerateOptions:
     """The files."""
 
-    benchmark: Annotated[str, lambda: f"whose files: {', '.join(BENCHMARKS)}"] = "tofu"
+    benchmark: Annotated[str, lambda: f"benchmark whose files are written: {', '.join(BENCHMARKS)}"] = "tofu"
     out: Annotated[Path | None, "folder for the files"] = None
-    fresh: Annotated[bool, "replace files of the same names that have another content"] = False
+    fresh: Annotated[bool, "replace existing files with other content"] = False
 
 
 def main(options: GenerateOptions, benchmark: Benchmark) -> None:

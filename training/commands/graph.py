@@ -50,15 +50,15 @@ FEWEST_NODES = 100  # six of them to forget
 class GraphOptions:
     """The experiment."""
 
-    seeds: Annotated[int, "how many: 1000, 2000, ..."] = 3
+    seeds: Annotated[int, "number of seeds: 1000, 2000, ..."] = 3
     nodes: Annotated[int, "nodes of the graph; Cora has 2708"] = 2700
     steps: Annotated[int, "steps of unlearning"] = STEPS
     beta: Annotated[float, "inverse temperature of NPO and INPO"] = BETA
     lr: Annotated[float, "learning rate of unlearning"] = LR
     out: Annotated[Path, "folder for the results"] = Path("runs/graph_inpo")
-    fresh: Annotated[bool, "remove what another experiment left in --out"] = False
+    fresh: Annotated[bool, "remove the results of another experiment from --out"] = False
     json: Annotated[bool, "print one JSON object on stdout, and nothing else"] = False
-    dry_run: Annotated[bool, "say what would be run, and stop"] = False
+    dry_run: Annotated[bool, "print what would be run, and stop"] = False
 
 
 def main(options: GraphOptions) -> dict[str, Any] | None:
@@ -140,7 +140,7 @@ def _medians(entries: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def _spread(setting: Setting, constants: Forgetting) -> dict[str, float]:
-    """How uneven the weights of one seed are, and how far the number of neighbours explains them."""
+    """Spread of the weights of one seed, and how much of it the number of neighbours explains."""
     weights = np.sort(constants.weights["inpo"].numpy())
     degrees = setting.graph.degrees[setting.forget].numpy()
     return {

@@ -1,16 +1,15 @@
-"""Scenarios x methods x seeds of unlearning, with one table, figures and a verdict at the end.
+"""Unlearning over scenarios x methods x seeds, with one table, figures and a summary at the end.
 
     python -m training.grid --data_dir path/to/tofu --forget_percents 5 --seeds 0,1,2 --out runs/grid
     python -m training.grid --preset llama-3.2-1b --forget_percents 1,5,10 --seeds 0,1,2,3,4
-    python -m training.grid --preset methods --out runs/methods       every family of methods, small, ranked
+    python -m training.grid --preset methods --out runs/methods       every family of methods, on a small model
     python -m training.grid --benchmark muse --data_dir demo --forget_sets sust_1,sust_2 --out runs/requests
 
-Fine-tunes one model on all rows, and for every forget set one on the rows to keep, whose answers are what forgetting is
-measured against. Then every method unlearns with every seed, evaluated on the way. Forget sets that come one after
-another are unlearned so: each from the model that the same method and seed left at the request before, which is kept.
-All runs are resumed where they were interrupted, and what is finished is not run again. --out gets report.md,
-report.html (a page to look at, of one file), metrics.json, config.json, two figures for each forget set, one for a
-series of them, and the folders of the runs.
+Fine-tunes one model on all rows, and for every forget set one on the retain rows only, which forgetting is measured
+against. Then every method unlearns with every seed and is evaluated during training. Successive forget sets (requests)
+are unlearned in order: each starts from the model that the same method and seed produced for the request before.
+Interrupted runs are resumed, and finished runs are not run again. --out gets report.md, report.html (a single file),
+metrics.json, config.json, two figures for each forget set, one for a series of them, and the folders of the runs.
 """
 
 import json
@@ -56,32 +55,37 @@ OF_CELL = ("model", "out", "seed", "dry_run", "preset", "alternates")
 class GridOptions(AttackedOptions, MethodOptions, SessionOptions):
     """The grid. Lists are separated by commas.
 
-    The options of training are those of unlearning; fine-tuning takes its batches, packing and precision of them.
+    The training options are those of unlearning. Fine-tuning uses the same batches, packing and precision.
     """
 
     stage: ClassVar[str] = "unlearn"
     default_preset: ClassVar[str] = "tiny"
-    methods: Annotated[str, lambda: f"objectives, of {', '.join(METHODS)}"] = (
+    methods: Annotated[str, lambda: f"objectives, from {', '.join(METHODS)}"] = (
         "ga,ga_rt,dpo_rt,kto_rt,npo,npo_rt,simnpo_rt"
     )
-    seeds: Annotated[str, "of unlearning; there is one fine-tuned model"] = "0,1,2"
-    forget_percents: Annotated[str | None, "forget sets, where the benchmark has several. None: its one"] = None
-    forget_sets: Annotated[
-        str | None, "the same by the benchmark's names: percents of TOFU, scal_1,scal_2 or sust_1,sust_2 of MUSE"
+    seeds: Annotated[str, "seeds of unlearning; all start from one fine-tuned model"] = "0,1,2"
+    forget_percents: Annotated[
+        str | None, "forget sets by percent, where the benchmark has several. None: the default one"
     ] = None
-    finetune_epochs: Annotated[int | None, "of fine-tuning, on all rows and those to keep. None: the preset's"] = None
-    finetune_lr: Annotated[float | None, "of fine-tuning. None: the preset's"] = None
-    world: Annotated[bool | None, "fine-tune on what is asked about the world as well. None: a tiny model"] = None
+    forget_sets: Annotated[
+        str | None, "forget sets by the benchmark's names: percents of TOFU, scal_1,scal_2 or sust_1,sust_2 of MUSE"
+    ] = None
+    finetune_epochs: Annotated[int | None, "epochs of fine-tuning. None: the preset's"] = None
+    finetune_lr: Annotated[float | None, "learning rate of fine-tuning. None: the preset's"] = None
+    world: Annotated[
+        bool | None,
+        "also fine-tune on the facts about the world that the evaluation asks for. None: only for a tiny model",
+    ] = None
     hidden_size: Annotated[int, "width of a tiny model"] = 512
     layers: Annotated[int, "layers of a tiny model"] = 1
-    retrain: Annotated[bool, "train the model that never saw the forget set, which forget quality compares with"] = True
+    retrain: Annotated[bool, "also train a model without the forget set; needed for the forget quality"] = True
     generate_authors: Annotated[
-        int, "write so many fictitious authors in TOFU's files to --out/data, unless --data_dir is given; 0: none"
+        int, "write this many fictitious authors in TOFU's layout to --out/data, unless --data_dir is given; 0: none"
     ] = 0
     alternates: Annotated[
-        Path | None, "AltPO: file of other answers. None: the benchmark's, or made by the model that learned all"
+        Path | None, "AltPO: file of other answers. None: the benchmark's, or generated by the fine-tuned model"
     ] = None
-    keep_models: Annotated[bool, "keep every unlearned model, not only their figures"] = False
+    keep_models: Annotated[bool, "keep every unlearned model, not only the metrics"] = False
 
 
 class Cell(NamedTuple):
@@ -97,7 +101,7 @@ class Cell(NamedTuple):
 
 
 class Start(NamedTuple):
-    """The model that a run starts from, and what is known of that very model."""
+    """The model that a run starts from, and what was computed of it before."""
 
     model: str
     log: Path | None = None  # None: the run evaluates it
@@ -109,7 +113,7 @@ class Grid:
         self.out = options.out or DEFAULT_OUT
         self.options, self.benchmark = options, benchmark
         self.console = console or Console(stderr=True, quiet=not distributed.is_main())
-        options.check_attacks()  # what is misspelt is said before hours of training
+        options.check_attacks()  # a misspelt name is reported before hours of training
         self.benchmarks = {b.scenario: b for b in scenarios(benchmark, options.forget_percents, options.forget_sets)}
         names = [name.strip() for name in options.methods.split(",") if name.strip()]
         self.methods = list(dict.fromkeys(method_named(name).name for name in names))

@@ -3,9 +3,9 @@
     python -m training.markov --lengths 2,5,10,20 --seeds 3 --json
 
 Trains a small GPT-2 on three chains, retrains it on the retain chain alone, unlearns the other two, and measures how
-far each chain has gone on the way, for several lengths of the second forget chain. Writes metrics.json, config.json,
-report.md and figures to --out. --json prints {length: {method: {"spent_forget2", "best_distance", ...}}}, means over
-the seeds in nats, as the last and only line on stdout.
+far each chain is forgotten during training, for several lengths of the second forget chain. Writes metrics.json,
+config.json, report.md and figures to --out. --json prints {length: {method: {"spent_forget2", "best_distance", ...}}},
+means over the seeds in nats, as the last and only line on stdout.
 """
 
 import math
@@ -42,16 +42,18 @@ Outcomes = dict[str, list[dict[str, float]]]  # {run: of each seed}
 class MarkovOptions:
     """The experiment."""
 
-    lengths: Annotated[str, "states of the sequences of forget2, with commas; the authors have 5 and 20"] = "2,5,10,20"
-    unseen: Annotated[bool, "also a reference that has not learned forget2, of length 20"] = True
-    sweep: Annotated[bool, "also other learning rates and beta, where --lengths has 5"] = True
-    seeds: Annotated[int, "how many: 1000, 2000, ..."] = 3
+    lengths: Annotated[str, "lengths of the forget2 sequences, separated by commas; the paper has 5 and 20"] = (
+        "2,5,10,20"
+    )
+    unseen: Annotated[bool, "also run with a reference that has not learned forget2, of length 20"] = True
+    sweep: Annotated[bool, "also run other learning rates and beta, if --lengths has 5"] = True
+    seeds: Annotated[int, "number of seeds: 1000, 2000, ..."] = 3
     steps: Annotated[int, "steps of unlearning"] = experiment.STEPS
-    train_steps: Annotated[int, "batches that reference and retrained model are trained on"] = TRAIN_STEPS
+    train_steps: Annotated[int, "training steps of the reference and of the retrained model"] = TRAIN_STEPS
     out: Annotated[Path, "folder for the results"] = Path("runs/simnpo_markov")
-    fresh: Annotated[bool, "remove what another experiment left in --out"] = False
+    fresh: Annotated[bool, "remove the results of another experiment from --out"] = False
     json: Annotated[bool, "print one JSON object on stdout, and nothing else"] = False
-    dry_run: Annotated[bool, "say what would be run, and stop"] = False
+    dry_run: Annotated[bool, "print what would be run, and stop"] = False
 
 
 def main(options: MarkovOptions) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The constants of the methods as options, and the methods as a table: what commands that unlearn share."""
+"""The constants of the methods as options, and the methods as a table, for the commands that unlearn."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, get_args
@@ -10,40 +10,45 @@ from training.methods.settings import Compat, DualUpdate, Positions, Teacher
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """Constants of the methods. None: the method's own."""
+    """Constants of the methods. None: the default of the method."""
 
-    beta: Annotated[float | None, "inverse temperature; WGA, SatImp: exponent of p; UNDIAL: lowers the label"] = None
+    beta: Annotated[
+        float | None, "inverse temperature; WGA, SatImp: exponent of p; UNDIAL: how much the label's logit is lowered"
+    ] = None
     gamma: Annotated[float | None, "SimNPO's margin"] = None
-    forget_weight: Annotated[float | None, "of the term on the forget rows"] = None
-    retain_weight: Annotated[float | None, "of the term on the retain rows; PDU: at the start"] = None
+    forget_weight: Annotated[float | None, "weight of the forget term"] = None
+    retain_weight: Annotated[float | None, "weight of the retain term; PDU: its initial value"] = None
     kl_positions: Annotated[
-        Positions | None, "where a KL term or RMU compares the models. None: answer, or all unless --compat paper"
+        Positions | None,
+        "positions at which a KL term or RMU compares the models. None: answer with --compat paper, else all",
     ] = None
     compat: Annotated[
-        Compat, "npo-repo, open-unlearning: these projects' code where it differs from the papers"
+        Compat, "npo-repo, open-unlearning: follow the code of these projects where it differs from the papers"
     ] = "paper"  # fmt: skip
     beta2: Annotated[float | None, "SatImp: exponent of 1 - p"] = None
-    skip_tokens: Annotated[int | None, "CE-U: first tokens of an answer that are left out"] = None
-    epsilon: Annotated[float | None, "PDU: the retain term may be as large as this"] = None
-    dual_lr: Annotated[float | None, "PDU: step of the retain weight; 0: it stays"] = None
-    dual_warmup_epochs: Annotated[float | None, "PDU: epochs before the retain weight moves"] = None
+    skip_tokens: Annotated[int | None, "CE-U: number of first tokens of an answer that are left out"] = None
+    epsilon: Annotated[float | None, "PDU: upper bound on the retain term"] = None
+    dual_lr: Annotated[float | None, "PDU: step size of the retain weight; 0: the weight is constant"] = None
+    dual_warmup_epochs: Annotated[float | None, "PDU: epochs before the retain weight is updated"] = None
     dual_update: Annotated[
-        DualUpdate | None, "PDU: when the retain weight moves. None: step, or micro_batch with open-unlearning"
+        DualUpdate | None, "PDU: when the retain weight is updated. None: step, or micro_batch with open-unlearning"
     ] = None
     teacher: Annotated[
-        Teacher | None, "UNDIAL: cached last hidden states, or the frozen model in every step. None: cache"
+        Teacher | None, "UNDIAL: use cached last hidden states, or run the frozen model in every step. None: cache"
     ] = None
     published_rows: Annotated[
-        Switch, "UNDIAL, PDU, RMU: the positions of OpenUnlearning's code. auto: on with --compat open-unlearning"
+        Switch, "UNDIAL, PDU, RMU: use the positions of OpenUnlearning's code. auto: on with --compat open-unlearning"
     ] = "auto"
     layer: Annotated[int | None, "RMU: decoder layer that is steered, from 0. None: 7, or the last one"] = None
-    steering: Annotated[float | None, "RMU: length of its target; adaptive: in lengths of the activations"] = None
-    top_k: Annotated[int | None, "DiPO: logits that are raised and lowered"] = None
-    shift: Annotated[float | None, "DiPO: by how much"] = None
+    steering: Annotated[
+        float | None, "RMU: norm of the target; adaptive RMU: relative to the norm of the activations"
+    ] = None
+    top_k: Annotated[int | None, "DiPO: number of logits that are raised and lowered"] = None
+    shift: Annotated[float | None, "DiPO: how much they are raised and lowered"] = None
 
 
 def settings_of(method: Method, options: MethodOptions, seed: int) -> Settings:
-    """Those given, then what --compat decides, then the method's own."""
+    """Options given, then what --compat implies, then the defaults of the method."""
     if options.published_rows not in get_args(Switch):
         expected = ", ".join(get_args(Switch))
         raise ValueError(f"--published_rows: expected one of {expected}, got {options.published_rows!r}")
@@ -56,7 +61,7 @@ def settings_of(method: Method, options: MethodOptions, seed: int) -> Settings:
 
 
 def resolved(settings: Settings) -> dict[str, Any]:
-    """As options, for the record of a run."""
+    """The settings as options, for the record of a run."""
     return asdict(settings) | {"published_rows": "on" if settings.published_rows else "off"}
 
 

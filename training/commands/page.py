@@ -1,8 +1,8 @@
-"""report.html of a grid, from the metrics.json and config.json in its folder: one file, without a network.
+"""Write report.html of a grid from its metrics.json and config.json: a single file that loads nothing.
 
     python -m training.page --results training/results/methods_cpu
 
-`training.grid` writes the same page at its end; this one is for results that are there already.
+`training.grid` writes the same page at its end; this command is for existing results.
 """
 
 import json
@@ -25,7 +25,7 @@ PROG = "training.page"
 class PageOptions:
     """The page."""
 
-    results: Annotated[Path, "folder of a grid that is finished"] = Path("runs/grid")
+    results: Annotated[Path, "folder of a finished grid"] = Path("runs/grid")
 
 
 def main(options: PageOptions, console: Console | None = None) -> Path:

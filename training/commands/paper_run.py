@@ -1,4 +1,4 @@
-"""What the commands of the papers' experiments share: say what would be run, find it or run it, print it."""
+"""Shared by the commands of the papers' experiments: dry run, finding an existing result or running, printing."""
 
 import json
 from collections.abc import Callable

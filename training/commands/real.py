@@ -1,13 +1,13 @@
-"""The papers' claims on a pre-trained model: SmolLM2-135M on a part of TOFU, from nothing to a report.
+"""Test the papers' claims on a pre-trained model, SmolLM2-135M, on a part of TOFU, and write a report.
 
     python -m training.real --data_dir path/to/tofu                 the whole study; takes long on a CPU
-    python -m training.real --data_dir path/to/tofu --quick         the same path on few rows
-    python -m training.real --report_only                           REPORT.md anew, from the records in --out
+    python -m training.real --data_dir path/to/tofu --quick         the same stages on few rows
+    python -m training.real --report_only                           rewrite REPORT.md from the records in --out
 
-Fetches the model (`training.real_model`), fine-tunes it on 60 authors and on those of them that are kept, chooses
-learning rates on a forget set of its own, unlearns a tenth and a half of the authors by every method, attacks what came
-out, and measures what a step costs. Models and checkpoints stay in --work; small records of all of it, REPORT.md and
-figures go to --out. Interrupted at any point, the same command goes on; started twice, both share the work.
+Fetches the model (`training.real_model`), fine-tunes it on 60 authors and on the retain authors among them, chooses
+learning rates on a separate forget set, unlearns a tenth and a half of the authors with every method, attacks the
+results, and measures the cost of a step. Models and checkpoints stay in --work; small records, REPORT.md and figures go
+to --out. An interrupted study is resumed by the same command. Two processes with the same folders share the work.
 """
 
 import json
@@ -44,11 +44,11 @@ class RealOptions:
     """The study."""
 
     data_dir: Annotated[str, "folder of TOFU's JSON lines, or data set of the hub"] = HUB
-    quick: Annotated[bool, "few authors, one epoch, two methods: shows the path, proves nothing"] = False
+    quick: Annotated[bool, "few authors, one epoch, two methods: a quick check, not a result"] = False
     work: Annotated[Path | None, "folder for models and checkpoints. None: in the cache"] = None
     out: Annotated[Path | None, "folder for records and report. None: training/results/real, or runs/real_quick"] = None
-    costs: Annotated[bool, "measure what a step costs as well, when all runs are finished"] = True
-    report_only: Annotated[bool, "run nothing: write the report of the records in --out"] = False
+    costs: Annotated[bool, "also measure the cost of a step, after all runs"] = True
+    report_only: Annotated[bool, "only write the report from the records in --out"] = False
     dry_run: Annotated[bool, "list the stages, and stop"] = False
 
 
@@ -78,7 +78,7 @@ def main(options: RealOptions) -> None:
 
 
 def measure_costs(study: Study, out: Path, console: Console) -> None:
-    """What a step costs by every method, on the study's rows; of the model with a large vocabulary as well."""
+    """The cost of a step of every method on the study's rows, also for the model with a large vocabulary."""
     benchmark = study.benchmark()
     rows = {kind: benchmark.rows(kind) for kind in ("forget", "retain")}
     refusals = benchmark.refusals()
@@ -89,7 +89,7 @@ def measure_costs(study: Study, out: Path, console: Console) -> None:
 
 
 def collect(study: Study, out: Path, command: str) -> None:
-    """The records of all that is finished, written to `out` beside those that are there, which stay as they are."""
+    """Write the records of all finished runs to `out`. Existing records are not changed."""
     with study.alone("records"):
         benchmark, base = study.benchmark(), record_of(study.base)
         config = {
@@ -112,7 +112,7 @@ def collect(study: Study, out: Path, command: str) -> None:
 
 
 def _models(study: Study, benchmark: TOFU, records: Records) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of the models that are not unlearned. Their forget quality is against the model that never saw forget10."""
+    """Evaluations of the models that are not unlearned. Forget quality compares with the model without forget10."""
     retrained = _read(study, benchmark, "retain90")
     for name in ("base", *(taught.name for taught in study.plan.taught)):
         log = _read(study, benchmark, name)
@@ -124,7 +124,7 @@ def _models(study: Study, benchmark: TOFU, records: Records) -> Iterator[tuple[s
 
 
 def _run(study: Study, benchmark: TOFU, run: Run, records: Records) -> dict[str, Any] | None:
-    """None where it is not finished here."""
+    """None if it is not finished here."""
     folder = study.run_folder(run)
     if not (folder / "config.json").exists():
         return None

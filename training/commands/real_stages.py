@@ -1,7 +1,7 @@
-"""The stages of the study on a pre-trained model: each a run of another command, in a folder that finds what is done.
+"""The stages of the study on a pre-trained model. Each is a run of another command; finished ones are skipped.
 
-Several processes may work on one folder: each takes the first stage that no other one has and whose needs are there.
-What has a record is not run again, on another machine either; a model is made where a stage without one reads it.
+Several processes may work on one folder: each takes the first free stage whose inputs exist. A stage with a record is
+not run again, even on another machine. A model is trained again only if a stage without a record needs it.
 """
 
 import json
@@ -59,7 +59,7 @@ class Study:
             return part.write(self.data_dir, self.plan.part, self.work)
 
     def alone(self, name: str, wait: bool = True) -> FileLock:
-        """What one process at a time does: as a context. `Timeout` where it does not wait and another has it."""
+        """A context that one process at a time is in. `Timeout` if it does not wait and another process is in it."""
         locks = self.work / "locks"
         locks.mkdir(parents=True, exist_ok=True)
         return FileLock(locks / f"{name.replace(' ', '_')}.lock", blocking=wait)

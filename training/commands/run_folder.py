@@ -1,9 +1,9 @@
 """The folder of a run: what it holds, how a run begins and how it ends.
 
-run.json has a key of all that the result depends on, options.yaml the options (`--config` takes it). config.json
-(settings without paths, versions, the hash of metrics.json) is written last: with it the run is finished, and the same
-command finds it. Another command on the same folder is refused, whether or not the run is finished, until --fresh
-removes what the run has written; and so is the same one while it runs.
+run.json holds a key, a hash of everything that the result depends on. options.yaml holds the options (`--config` reads
+it). config.json (settings without paths, versions, the hash of metrics.json) is written last: it marks the run as
+finished, and the same command then returns its results. A different command on the same folder is refused until --fresh
+removes the files of the run. The same command is refused while it is running.
 """
 
 import json
@@ -33,15 +33,15 @@ from training.store import (
 )
 from training.versions import versions
 
-# What runs write into their folders, in the order in which it is removed: without config.json no run is finished, and
-# run.json says whose the rest is.
+# Files that runs write into their folders, in the order of removal: config.json, which marks a finished run, goes
+# first, and run.json, which identifies the rest, goes last.
 RUN_FILES = (
     *("config.json", "options.yaml", "metrics.json", "report.md", "eval_log_aggregated.json"),
     *("figure.png", "beta.png", "collapse.png", "lengths.png", "model", "adapter", "eval", "reference"),
     *("tensorboard", "wandb", "trackers.json"),
     *("checkpoint-*", ".*.partial", ".*.pieces", "*_EVAL.json", "*_SUMMARY.json", "run.json"),
 )
-# Options that are paths, or that say nothing of the result: they are not in config.json.
+# Options that are paths or do not affect the result: not in config.json.
 NO_PATHS = (
     *("out", "data_dir", "reference_cache", "retain_log", "start_log", "from_log", "alternates"),
     "fluency_classifier",
@@ -60,13 +60,13 @@ def public(*options: Any) -> dict[str, Any]:
 
 
 def is_no_path(data_dir: object) -> bool:
-    """Whether it names a data set of the hub, or the generated one."""
+    """Whether it is the name of a data set on the hub, or of the generated one."""
     named = isinstance(data_dir, str) and re.fullmatch(r"[\w-]+(/[\w.-]+)?", data_dir)
     return bool(named) and not Path(str(data_dir)).exists()
 
 
 def model_name(model: str | Path) -> str:
-    """A hub name or a folder as reports show it; `runs/full/model` is `full`."""
+    """A hub name or a folder as reports show it: `runs/full/model` becomes `full`."""
     path = Path(model)
     return path.parent.name if path.name == "model" else path.name
 
@@ -85,21 +85,21 @@ class RunFolder:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """From `begin` to `finish`. ValueError while another run has the folder, or where it is a file."""
+        """A lock from `begin` to `finish`. ValueError if another run uses the folder, or if it is a file."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"--out {self.path}: expected a folder, got a file")
         with alone(self.path):
             yield
 
     def begin(self, key: str, fresh: bool = False, parts: Mapping[str, str] | None = None) -> dict[str, Any] | None:
-        """metrics.json of this very run if it is finished; None: it is to be run, from its checkpoint if there is one.
+        """metrics.json if this run is finished; None if it has to be run, from its checkpoint if there is one.
 
-        `fresh` removes what another run left, finished or not, and this run if it is finished. `parts`: hashes of what
-        the key is of, which tell how another run differs.
+        `fresh` removes another run, finished or not, and this run if it is finished. `parts`: the hashes that the key
+        is made of, used to report how another run differs.
 
         Raises:
-            ValueError: the folder holds another run or something that is no run, or a record that is damaged, or
-                `fresh` would remove what this one needs.
+            ValueError: the folder holds another run, or something else, or a damaged record, or `fresh` would remove
+                files that this run needs.
         """
         path, self.key = self.path, key
         complete, another, metrics = False, "", None
@@ -122,7 +122,7 @@ class RunFolder:
         return None
 
     def _found(self, parts: Mapping[str, str]) -> tuple[bool, str, dict[str, Any] | None]:
-        """(whether this run is finished, how another one that is there differs, its metrics)."""
+        """(whether this run is finished, how an existing other run differs, the metrics)."""
         path = self.path
         if (path / "config.json").exists() and not (path / "run.json").exists():
             raise ValueError(f"--out {path} holds a config.json that is of no run; choose another folder")
@@ -141,7 +141,7 @@ class RunFolder:
         return False, "other settings, data or weights" + (f" (another {', '.join(differ)})" if differ else ""), None
 
     def _run_record(self) -> dict[str, Any] | None:
-        """run.json; where it is damaged, the checkpoints say whose they are."""
+        """run.json. If it is damaged, the checkpoints identify the run."""
         try:
             return read_record(self.path / "run.json")
         except DamagedError:
@@ -163,7 +163,7 @@ class RunFolder:
         return metrics
 
     def _clear_up(self, finished: bool = False) -> None:
-        """What a run has left that was killed, also as the last thing that it did."""
+        """Remove the leftovers of a killed run."""
         for folder in (self.path, *(path for path in self.path.glob("*") if path.is_dir())):  # eval/ among them
             clear_leftovers(folder)
         if finished:

@@ -1,4 +1,4 @@
-"""What the commands that train share: their options, the model, its batches, and what is left of it."""
+"""What the commands that train share: options, loading the model, batches, saving the results."""
 
 import hashlib
 import json
@@ -45,7 +45,7 @@ from training.store import SEAL, DamagedError, check_seal, file_hash, fingerprin
 from training.templates import Format
 from training.tracking import Tracking
 
-# Settings that do not determine the result, or that the key has by their content.
+# Settings that do not change the result, or whose content is hashed into the key separately.
 NOT_IN_KEY = (
     *(
         "preset",
@@ -65,31 +65,39 @@ NOT_IN_KEY = (
 
 @dataclass(frozen=True)
 class RunOptions:
-    """A run: its model, its folder, and what happens on the way."""
+    """A run: its model, its folder, evaluations and checkpoints."""
 
     preset: Annotated[
-        str | None, lambda: f"hyper-parameters for a model, which other options overrule: {', '.join(PRESETS)}"
+        str | None, lambda: f"hyperparameters for a model; other options override them: {', '.join(PRESETS)}"
     ] = None
     model: Annotated[str | None, "folder or hub name of the model to start from"] = None
-    benchmark: Annotated[str, lambda: f"where rows and metrics come from: {', '.join(BENCHMARKS)}"] = "tofu"
-    template: Annotated[str, "how a question is put: llama-2, llama-3, phi, qwen, ...; auto: by the tokenizer"] = "auto"
+    benchmark: Annotated[str, lambda: f"source of the rows and metrics: {', '.join(BENCHMARKS)}"] = "tofu"
+    template: Annotated[str, "prompt template: llama-2, llama-3, phi, qwen, ...; auto: chosen by the tokenizer"] = (
+        "auto"
+    )
     out: Annotated[Path | None, "folder of the run"] = None
-    fresh: Annotated[bool, "remove what another run, or this one when it was finished, left in --out"] = False
-    dry_run: Annotated[bool, "print the resolved settings, steps, batches and memory, and stop"] = False
+    fresh: Annotated[bool, "remove the results of another run, or of this one if it is finished, from --out"] = False
+    dry_run: Annotated[bool, "print the resolved settings, steps, batches and a memory estimate, and stop"] = False
     device: Annotated[str, "auto, cuda, mps or cpu"] = "auto"
     attn_implementation: Annotated[str | None, "flash_attention_2, flex_attention, sdpa, eager, ..."] = None
-    use_liger_kernel: Annotated[bool, "Liger's kernels for the layers below the head"] = False
-    gradient_checkpointing: Annotated[bool, "recompute activations in the backward: less memory, more time"] = False
-    lora_rank: Annotated[int, "train adapters of this rank on all linear layers but the head; 0: all weights"] = 0
+    use_liger_kernel: Annotated[bool, "use Liger's kernels for the layers below the head"] = False
+    gradient_checkpointing: Annotated[bool, "recompute activations in the backward pass: less memory, more time"] = (
+        False
+    )
+    lora_rank: Annotated[
+        int, "train LoRA adapters of this rank on all linear layers except the head; 0: train all weights"
+    ] = 0
     lora_alpha: Annotated[int, "adapters are scaled by alpha / rank"] = 32
-    lora_dropout: Annotated[float, "dropout in front of the adapters"] = 0.0
+    lora_dropout: Annotated[float, "dropout before the adapters"] = 0.0
     train_only: Annotated[
-        str, "train the parameters whose whole name matches this regular expression, such as .*layers.[567].*; '': all"
+        str, "train only parameters whose full name matches this regular expression, such as .*layers.[567].*; '': all"
     ] = ""
-    eval_steps: Annotated[int | None, "steps between evaluations. None: by epochs; 0: only before and after"] = None
-    eval_epochs: Annotated[int, "epochs between evaluations, where --eval_steps does not say it"] = 1
-    save_steps: Annotated[int | None, "steps between checkpoints. None: an epoch; 0: not by steps"] = None
-    save_every_minutes: Annotated[float, "a checkpoint whenever the last one is as old as this; 0: not by time"] = 30.0
+    eval_steps: Annotated[
+        int | None, "steps between evaluations. None: --eval_epochs decides; 0: only before and after"
+    ] = None
+    eval_epochs: Annotated[int, "epochs between evaluations, if --eval_steps is not given"] = 1
+    save_steps: Annotated[int | None, "steps between checkpoints. None: every epoch; 0: not by steps"] = None
+    save_every_minutes: Annotated[float, "minutes between checkpoints; 0: not by time"] = 30.0
     report_to: Annotated[
         str | None, "live curves: tensorboard, wandb, ..., or several with commas (docs/guides/logging.md)"
     ] = None
@@ -97,14 +105,14 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class SessionOptions(TrainConfig, RunOptions):
-    """Of every command that trains."""
+    """Options of every command that trains."""
 
 
 Given = TypeVar("Given", bound=SessionOptions)
 
 
 class Session(Generic[Given]):
-    """A run that trains, with everything but what it trains on."""
+    """A run that trains: everything except the rows."""
 
     def __init__(self, prog: str, options: Given, benchmark: Benchmark):
         self.prog, self.options, self.benchmark = prog, options, benchmark
@@ -150,7 +158,7 @@ class Session(Generic[Given]):
         }
         found = self.folder.begin(fingerprint(parts), self.options.fresh, parts)
         if found is not None:
-            self.say(f"{self.out} is finished: its results are those of this command")
+            self.say(f"{self.out} is finished: nothing is run again")
         return found
 
     def say(self, text: str) -> None:

@@ -1,10 +1,10 @@
-"""What a model is given for one row, token by token: id, text, position, and whether it is scored.
+"""Show the tokens of one row as the model receives them: id, text, position, and whether each is scored.
 
     python -m training.show_rows --data_dir path/to/tofu --split forget10 --row 3
     python -m training.show_rows --model DIR --data_dir locuslab/TOFU --template llama-3
 
-Scored tokens, the ones that losses and metrics are about, are green and the prompt is dim. Without --model or
---tokenizer the demo's tokenizer is trained on the rows; without --data_dir the rows are generated authors.
+Scored tokens, which losses and metrics are computed on, are green; the prompt is dim. Without --model or --tokenizer
+the demo's tokenizer is trained on the rows. Without --data_dir the rows are generated authors.
 """
 
 from dataclasses import dataclass
@@ -35,11 +35,13 @@ class ShowRowsOptions:
     """The row."""
 
     model: Annotated[Path | None, "folder or hub name of a model, whose tokenizer is used"] = None
-    tokenizer: Annotated[Path | None, "folder or hub name of a tokenizer alone"] = None
+    tokenizer: Annotated[Path | None, "folder or hub name of a tokenizer"] = None
     data_dir: Annotated[Path | None, "folder with TOFU's JSON lines, or the name of a data set on the hub"] = None
     split: Annotated[str, "full, forget10, retain90, world_facts_perturbed, ..."] = "forget10"
-    row: Annotated[int, "which row of it, from 0"] = 0
-    template: Annotated[str, "of the prompts (training/templates.py); auto: by the tokenizer's chat template"] = "auto"
+    row: Annotated[int, "number of the row, from 0"] = 0
+    template: Annotated[
+        str, "prompt template (training/templates.py); auto: chosen by the tokenizer's chat template"
+    ] = "auto"
 
 
 def main(options: ShowRowsOptions, console: Console | None = None) -> Example:

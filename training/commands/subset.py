@@ -1,10 +1,10 @@
-"""A part of TOFU for small machines: fewer authors to keep, all files in TOFU's form.
+"""Write a part of TOFU for small machines: fewer retain authors, all files in TOFU's layout.
 
     python -m training.subset --data_dir path/to/tofu --forget_percent 5 --retain_authors 30 --out runs/tofu_small
 
-The authors to forget stay as they are. Of the others the first ones are kept, about whom retain_perturbed asks. Files:
+All authors to forget are included, and the first ones of the others, which retain_perturbed asks about. Files:
 full, forgetXX, retainYY, forgetXX_perturbed, retain_perturbed (rows of kept authors), real_authors, world_facts, both
-with their perturbed answers, and idontknow. Percentages in names are TOFU's, not those of the part.
+with their perturbed answers, and idontknow. The percentages in the names are those of the full TOFU.
 """
 
 import json
@@ -24,13 +24,13 @@ UNCHANGED = ("real_authors", "world_facts")
 
 @dataclass(frozen=True)
 class SubsetOptions:
-    """The part."""
+    """Which part."""
 
     data_dir: Annotated[str, "folder with TOFU's JSON lines, or a data set of the hub"] = HUB
     forget_percent: Annotated[int, "forget set"] = 5
     retain_authors: Annotated[int, "authors to keep, 20 rows each"] = 30
-    out: Annotated[Path, "folder of the part"] = Path("runs/tofu_small")
-    fresh: Annotated[bool, "replace files of the same names that have another content"] = False
+    out: Annotated[Path, "folder to write"] = Path("runs/tofu_small")
+    fresh: Annotated[bool, "replace existing files with other content"] = False
 
 
 def main(options: SubsetOptions) -> dict[str, list[dict]]:

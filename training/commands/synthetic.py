@@ -2,7 +2,7 @@
 
     python -m training.synthetic --alpha 1 --seeds 5 --json
 
-Unlearns with every method from the same reference, measures forget and retain distance on the way, and writes
+Unlearns with every method from the same reference, measures forget and retain distance during training, and writes
 metrics.json, config.json, report.md and figures to --out. For alpha 1 also the sweep over beta (NPO tends to gradient
 ascent as beta -> 0). --json prints {method: {"end_fd", "end_rd", "min_fd", ...}}, medians over the seeds in nats, as
 the last and only line on stdout.
@@ -46,14 +46,14 @@ class SyntheticOptions:
     """The experiment."""
 
     alpha: Annotated[Literal[1, 0], "distance of the clouds: 1 far apart, 0 the same cloud"] = 1
-    seeds: Annotated[int, "how many: 1000, 2000, ..."] = 5
+    seeds: Annotated[int, "number of seeds: 1000, 2000, ..."] = 5
     steps: Annotated[int, "gradient steps of unlearning"] = STEPS
-    beta_steps: Annotated[int, "gradient steps of the sweep over beta, which is for alpha 1; 0: no sweep"] = BETA_STEPS
+    beta_steps: Annotated[int, "gradient steps of the sweep over beta (alpha 1 only); 0: no sweep"] = BETA_STEPS
     collapse: Annotated[bool, "measure the rate of collapse as well"] = True
     out: Annotated[Path | None, "folder for the results. None: runs/synthetic_alpha{alpha}"] = None
-    fresh: Annotated[bool, "remove what another experiment left in --out"] = False
+    fresh: Annotated[bool, "remove the results of another experiment from --out"] = False
     json: Annotated[bool, "print one JSON object on stdout, and nothing else"] = False
-    dry_run: Annotated[bool, "say what would be run, and stop"] = False
+    dry_run: Annotated[bool, "print what would be run, and stop"] = False
 
 
 def main(options: SyntheticOptions) -> dict[str, Any] | None:

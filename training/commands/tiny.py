@@ -1,10 +1,10 @@
-"""A model from nothing, in a folder as transformers saves it: for machines without a GPU or without a hub.
+"""Make a small model with random weights, for machines without a GPU or without access to the hub.
 
     python -m training.tiny --data_dir path/to/tofu --out runs/base
 
-A Llama with random weights and tied embeddings, and a byte-level BPE tokenizer trained on the text of --split and of
-what the benchmark asks about the world. It knows nothing: fine-tune it with --preset tiny, and with --world for the
-latter.
+A Llama with tied embeddings and a byte-level BPE tokenizer, in a folder as transformers saves it. The tokenizer is
+trained on the text of --split and of the benchmark's questions about the world. Fine-tune the model with --preset tiny,
+and with --world to learn the latter.
 """
 
 from dataclasses import asdict, dataclass
@@ -25,14 +25,14 @@ RECORD = "tiny.json"
 class TinyOptions:
     """The model."""
 
-    benchmark: Annotated[str, lambda: f"where the text comes from: {', '.join(BENCHMARKS)}"] = "tofu"
+    benchmark: Annotated[str, lambda: f"source of the text: {', '.join(BENCHMARKS)}"] = "tofu"
     split: Annotated[str, "rows whose text the tokenizer is trained on"] = "full"
     out: Annotated[Path, "folder of the model"] = Path("runs/base")
     fresh: Annotated[bool, "replace another model of this command in --out"] = False
-    vocab_size: Annotated[int, "entries of the tokenizer"] = 4096
+    vocab_size: Annotated[int, "vocabulary size of the tokenizer"] = 4096
     hidden_size: Annotated[int, "width, a multiple of 64"] = 512
     layers: Annotated[int, "decoder layers"] = 1
-    seed: Annotated[int, "of the weights"] = 0
+    seed: Annotated[int, "seed of the weights"] = 0
 
 
 def main(options: TinyOptions, benchmark: Benchmark) -> Path:

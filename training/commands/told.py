@@ -1,4 +1,4 @@
-"""What should be known of an evaluation, though it has its numbers."""
+"""Warnings about an evaluation that still gives numbers."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from training.benchmarks.base import Benchmark
 
 
 def tell_warnings(benchmark: Benchmark, measures: Any, retrained: Any = None) -> None:
-    """On stderr, of the measures, of those of the retrained model, and of their comparison."""
+    """Print them on stderr: about the measures, those of the retrained model, and their comparison."""
     found = benchmark.warnings(measures)
     if retrained is not None:
         found = found + benchmark.warnings(retrained) + benchmark.doubts(measures, retrained)

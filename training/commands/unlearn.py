@@ -1,19 +1,19 @@
-"""Unlearn a forget set by any method of the registry, without logits and without a second model.
+"""Unlearn a forget set with any method of the registry, without forming logits.
 
     python -m training.unlearn --model runs/full/model --method npo_rt --forget_percent 10 --out runs/npo_rt
     python -m training.unlearn --preset llama-3.2-1b --model runs/full/model --method npo_kl --out runs/npo_kl
 
-The reference log-probabilities of --model are computed once and cached (--reference_cache shares them between runs);
-before the first step the NPO loss is checked to be (2/beta) ln 2 (methods without a reference need neither). UNDIAL
-caches last hidden states instead. Only the KL methods and RMU keep the reference model itself. --list has all methods
-with their sources and what they cost.
+The reference log-probabilities of --model are computed once and cached; --reference_cache shares them between runs.
+Before the first step the NPO loss is checked to be (2/beta) ln 2. Methods without a reference skip both. UNDIAL caches
+last hidden states instead. Only the KL methods and RMU keep the reference model in memory. --list prints all methods
+with their sources and costs.
 
-The model is evaluated by the benchmark before, every --eval_steps and after. Attacks may bring back what was forgotten:
-it is evaluated once more with --rounded int4,nf4, its weights rounded, which --saf_format trains against, and with
---relearn 0.2, after fine-tuning on a part of the forget set. --out gets model/,
-adapter/ (LoRA), the measures of every evaluation in eval/, metrics.json, config.json, report.md and figure.png. Ctrl-C
-and SIGTERM save; the same command goes on where it was, and ends with the bits of a run that was not interrupted (on a
-CPU).
+The benchmark evaluates the model before training, every --eval_steps, and after. Attacks may bring back what was
+forgotten: --rounded int4,nf4 evaluates the model again with rounded weights (--saf_format trains against this), and
+--relearn 0.2 after fine-tuning on a part of the forget set. --out gets model/ with a model card, adapter/ (LoRA), the
+measures of every evaluation in eval/, metrics.json, config.json, report.md and figure.png. --report_to shows live
+curves (docs/guides/logging.md). Ctrl-C and SIGTERM save a checkpoint; the same command resumes the run, which on a CPU
+ends with the same bits as an uninterrupted one.
 """
 
 from collections.abc import Mapping
@@ -61,24 +61,29 @@ ROUNDING, PRECISION = 0.5, 0.01  # nats, and a share of the loss: what another p
 
 @dataclass(frozen=True)
 class UnlearnOptions(AttackedOptions, MethodOptions, SessionOptions):
-    """What forgets, and what is compared and kept."""
+    """The method, and what is compared and kept."""
 
     stage: ClassVar[str] = "unlearn"
     method: Annotated[str, lambda: f"objective: {', '.join(METHODS)}"] = "npo_rt"
-    list: Annotated[bool, "print the methods, their sources and what they cost, and stop"] = False
+    list: Annotated[bool, "print the methods with their sources and costs, and stop"] = False
     alternates: Annotated[
-        Path | None, "AltPO: JSON lines {question, alternates} of training.alternates. None: the benchmark's own"
+        Path | None,
+        "AltPO: JSON lines {question, alternates}, written by training.alternates. None: the benchmark's own",
     ] = None
-    reference_cache: Annotated[Path | None, "folder of cached reference log-probabilities. None: in --out"] = None
-    save_model: Annotated[bool, "no: the figures are all that is wanted, as in a grid"] = True
-    start_log: Annotated[Path | None, "evaluation of --model itself, to take instead of evaluating it again"] = None
-    retain_log: Annotated[Path | None, "evaluation of the model that never saw the forget set: for forget quality"] = (
+    reference_cache: Annotated[Path | None, "folder of cached reference log-probabilities. None: --out/reference"] = (
         None
     )
+    save_model: Annotated[bool, "save the unlearned model; --no_save_model keeps only the metrics"] = True
+    start_log: Annotated[
+        Path | None, "existing evaluation of --model, used instead of evaluating it before training"
+    ] = None
+    retain_log: Annotated[
+        Path | None, "evaluation of a model trained without the forget set; needed for the forget quality"
+    ] = None
 
 
 class Unlearning:
-    """A run of this command, resolved: its rows, its plan, its reference."""
+    """One run of this command: its rows, its plan, its reference."""
 
     def __init__(self, options: UnlearnOptions, benchmark: Benchmark):
         self.method = method_named(options.method)

@@ -1,4 +1,4 @@
-"""The objectives, one record each, in the registry `METHODS`; a file a family.
+"""The objectives, in the registry `METHODS`: one record each, one file per kind of method.
 
 Every file of this folder is imported, so a new method is a new file and nothing else.
 """

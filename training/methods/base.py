@@ -1,11 +1,11 @@
-"""What a method of unlearning is: one record in a registry.
+"""The registry of unlearning methods. A method is one record.
 
-A method is a term that forgets and, perhaps, one that keeps the rest:
+A method has a forget term and, optionally, a retain term:
 
     loss = forget_weight * term(rows) + retain_weight * (NLL of the retain rows, or KL to the reference on them)
 
-A new method is one record (`register`) with one function. Commands, figures, reports, help texts and the tables of the
-documentation take it from `METHODS`; the engine calls its `loss` with rows of the sort that it `reads`.
+To add a method, register one record with one function (`register`). Commands, figures, reports, help texts and the
+tables of the documentation read `METHODS`. The engine calls `loss` with what the method `reads`.
 """
 
 import difflib
@@ -32,7 +32,7 @@ Observe = Callable[[str, Tensor, float], None]  # name of a term, the term witho
 
 
 class Sizes(NamedTuple):
-    """Of a run, which settings have to fit."""
+    """Sizes of a run that the settings must fit."""
 
     vocab_size: int
     num_layers: int
@@ -41,17 +41,17 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """One objective: what it is called, what it needs, and its loss.
+    """One objective: its names, what it needs, and its loss.
 
     Attributes:
-        name: as commands take it, `npo_rt`.
-        label: as figures and reports show it, `NPO+RT`.
-        formula: the term that forgets, as a line of text.
-        paper: where it is from.
-        loss: (batch, settings) -> the term that forgets, a scalar.
+        name: for commands, `npo_rt`.
+        label: for figures and reports, `NPO+RT`.
+        formula: the forget term, as a line of text.
+        paper: its source.
+        loss: (batch, settings) -> the forget term, a scalar.
         colour: of its curves; methods with the same forget term share one and differ in their line style.
-        family: name of the forget term, which methods with other retain terms share.
-        rows: kinds of rows that the forget term takes a gradient through.
+        family: name of the forget term; methods that differ only in the retain term share it.
+        rows: kinds of rows that the forget term has a gradient for.
         scored: kinds that are only scored, without a gradient, before the step (`Batch.idk_ratio`).
         retain: the term on the retain rows: their NLL, the KL divergence from the reference model, the distance of
             activations from its activations (of methods that read these), or none.
@@ -63,17 +63,17 @@ class Method:
             that reads tokens.
         teacher: whether the frozen model's last hidden states on the forget rows are needed (`Rows.teacher`).
         ref_activations: whether the frozen model's activations on the forget rows are needed.
-        dual: whether `retain_weight` is updated on the way (`training.dual`).
+        dual: whether `retain_weight` is updated during training (`training.dual`).
         published_rows: the positions that OpenUnlearning's code takes where they are not the scored ones: "label", a
             token's own position and not the one before, "every", padding included. `Settings.published_rows` asks for
             them.
         row_weight: (batch, settings) -> (n,) factor of the gradient of each forget row, for trackers. None: there is
             no such factor.
         products: with the head, forward and backward together, on the forget rows. None: by what is read.
-        check: (settings, sizes) -> why this method cannot run so, as a message to the user; "" where it can.
+        check: (settings, sizes) -> an error message if the method cannot run with them, else "".
         reconstructed: the source does not state the formula completely; the loss says what was filled in.
         defaults: settings that the paper uses, where they differ from those of `Settings`.
-        aliases: other names that commands take.
+        aliases: other names that commands accept.
     """
 
     name: str
@@ -102,20 +102,20 @@ class Method:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of rows of the forward with gradients, in order; those of a KL term have their own forward."""
+        """The kinds of rows in the forward with gradients, in order. The rows of a KL term have their own forward."""
         return self.rows + (("retain",) if self.retain in ("nll", "activations") else ())
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """All kinds of rows that a run has to have."""
+        """All kinds of rows that a run needs."""
         return tuple(k for k in get_args(Kind) if k in self.rows + self.scored or (k == "retain" and self.retain))
 
     def needs_frozen_model(self, settings: Settings) -> bool:
-        """Whether the model as it was is run in every step."""
+        """Whether the frozen reference model runs in every step."""
         return self.retain in ("kl", "activations") or self.ref_activations or self.taught_by_model(settings)
 
     def taught_by_model(self, settings: Settings) -> bool:
-        """Whether the teacher's hidden states are formed in every step, and not cached."""
+        """Whether the teacher's hidden states are computed in every step instead of cached."""
         return self.teacher and (settings.teacher == "model" or settings.published_rows)
 
     @property
@@ -128,7 +128,7 @@ class Method:
 
     @property
     def cost(self) -> str:
-        """The class of cost, in words: products with the head on the rows, and what is kept of the reference."""
+        """The cost in words: products with the head, and what is kept of the reference."""
         products = PRODUCTS[self.reads] if self.products is None else self.products
         kept = "one number a token" if self.reads == "token" else "one number a row"
         held = [kept] if self.reference else ["hidden states of the answers"] if self.teacher else []
@@ -140,13 +140,13 @@ class Method:
         return f"{products} products{retain}{forms}; {', '.join(held) or 'no reference'}"
 
     def settings(self, **given: float | str | None) -> Settings:
-        """Those given, then the paper's, then the defaults. None: not given."""
+        """The settings given, then the paper's, then the defaults. None: not given."""
         return Settings(**{**self.defaults, **{k: v for k, v in given.items() if v is not None}})  # type: ignore[arg-type]
 
     def total(self, batch: Batch, settings: Settings, observe: Observe | None = None) -> Tensor:
         """All but a KL term, which needs the reference's hidden states (`training.objective`).
 
-        `observe` is told each term and its weight.
+        `observe` is called with each term and its weight.
         """
         if settings.compat == "npo-repo" and self.rows == ("idk",) and self.retain == "nll":
             # the NPO paper's code takes one token mean over both kinds of rows
@@ -183,7 +183,7 @@ def register(method: Method) -> Method:
     """Add a method to the registry. ValueError where its name or an alias is taken."""
     taken = {name for m in METHODS.values() for name in (m.name, *m.aliases)} & {method.name, *method.aliases}
     if taken:
-        raise ValueError(f"method {method.name}: {', '.join(sorted(taken))} is there already; choose another name")
+        raise ValueError(f"method {method.name}: {', '.join(sorted(taken))} is taken; choose another name")
     if method.reads not in get_args(Reads):
         raise ValueError(f"method {method.name}: reads: expected one of {get_args(Reads)}, got {method.reads!r}")
     METHODS[method.name] = method
@@ -221,7 +221,7 @@ def register_family(
 
 
 def method_named(name: str) -> Method:
-    """The method of that name or alias. ValueError with the nearest names where there is none."""
+    """The method with this name or alias. ValueError, with the nearest name, if there is none."""
     for method in METHODS.values():
         if name == method.name or name in method.aliases:
             return method

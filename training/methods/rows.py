@@ -1,4 +1,4 @@
-"""What the loss of a method is given: the rows of a batch by kind, and what means over the whole step divide by."""
+"""The input of a method's loss: the rows of a batch by kind, and the denominators of means over the whole step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from torch import Tensor
 from training.require import require
 
 Kind = Literal["forget", "idk", "alternate", "retain"]
-"""Of rows. idk: the questions to forget, answered "I don't know"; alternate: with another plausible answer."""
+"""Kinds of rows. idk: the questions to forget, answered "I don't know"; alternate: with another plausible answer."""
 
 
 class Head(NamedTuple):
@@ -23,12 +23,12 @@ class Head(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """As the functions of npo_kernels take them."""
+        """As keyword arguments for npo_kernels."""
         return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
 
 
 class Reference(NamedTuple):
-    """What the frozen model gives to its head, so that no logits of it are formed either."""
+    """Hidden states and head of the frozen model, so that its logits are not formed either."""
 
     hidden: Tensor  # (..., H_ref)
     weight: Tensor  # (V, H_ref)
@@ -39,8 +39,8 @@ class Reference(NamedTuple):
 class Rows:
     """The n rows of one kind in a batch, T scored tokens in all, in the order of rows and positions.
 
-    `num_tokens` is there whatever a method reads, the others where it reads them (`Method.reads`). Log-probabilities of
-    a sequence are there for all but methods on hidden states, logits and activations, which leave the product out.
+    `num_tokens` is always set, the others depend on `Method.reads`. Summed log-probabilities are set for all methods
+    except those on hidden states, logits and activations, which skip that product with the head.
     """
 
     num_tokens: Tensor  # (n,) int64
@@ -70,17 +70,17 @@ class Rows:
 
     @property
     def place(self) -> Tensor:
-        """(T,) int64, which token of its answer each one is, from 0."""
+        """(T,) int64: the index of each token in its answer, from 0."""
         sequence = require(self.sequence, "tokens")
         first = self.num_tokens.cumsum(0) - self.num_tokens
         return torch.arange(len(sequence), device=sequence.device) - first[sequence]
 
 
 class Batch(NamedTuple):
-    """The rows of a step that are here, and what means over the whole step divide by.
+    """The rows of a micro-batch, and the denominators of means over the whole step.
 
-    The totals are those of the accumulated or distributed batch, divided by the number of processes, whose gradients
-    are averaged; None: what is here.
+    The totals are those of the accumulated or distributed batch, divided by the number of processes, as gradients are
+    averaged over processes. None: the total of this micro-batch.
     """
 
     kinds: Mapping[str, Rows]
@@ -96,25 +96,25 @@ class Batch(NamedTuple):
         return self.rows(kind).num_tokens.sum() if self.num_tokens is None else self.num_tokens[kind]
 
     def sequence_mean(self, losses: Tensor, kind: Kind = "forget") -> Tensor:
-        """Of (n,) losses of the rows of a kind, over those with a scored token. A step has as many of each kind."""
+        """Mean of (n,) losses of a kind, over rows with a scored token. A step has equally many rows of each kind."""
         scored = self.rows(kind).num_tokens > 0
         return losses.where(scored, 0.0).sum() / (scored.sum() if self.num_sequences is None else self.num_sequences)
 
     def token_mean(self, losses: Tensor, kind: Kind = "forget") -> Tensor:
-        """Of (T,) losses of the scored tokens."""
+        """Mean of (T,) losses over the scored tokens."""
         return losses.sum() / self.tokens(kind)
 
     def nll(self, kind: Kind) -> Tensor:
-        """Mean over the scored tokens."""
+        """Mean negative log-likelihood over the scored tokens."""
         return -self.rows(kind).logps.sum() / self.tokens(kind)
 
     def share(self, kind: Kind) -> Tensor:
-        """Of the scored tokens of the step, those that are here: what a constant in the loss counts for."""
+        """This micro-batch's share of the scored tokens of the step, to scale constants in the loss."""
         return self.rows(kind).num_tokens.sum() / self.tokens(kind)
 
 
 def within_sequences(values: Tensor, rows: Rows) -> Tensor:
-    """(n,) means of (T,) values over the tokens of each row; 0 of a row without any."""
+    """(n,) means of (T,) values over the tokens of each row; 0 for a row without tokens."""
     sequence = require(rows.sequence, "tokens")
     counts = torch.bincount(sequence, minlength=len(rows.num_tokens)).clamp(min=1)
     return values.new_zeros(len(rows.num_tokens)).index_add(0, sequence, values) / counts

@@ -1,4 +1,4 @@
-"""The constants of an objective, declared once for all methods; each method reads those that are its own."""
+"""The constants of all methods. Each method reads the ones that it needs."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -11,7 +11,7 @@ DualUpdate = Literal["step", "micro_batch"]
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a run; the weights multiply the two terms of the loss."""
+    """The constants of a run. The two weights multiply the terms of the loss."""
 
     beta: float = 0.1
     gamma: float = 0.0
@@ -20,9 +20,9 @@ class Settings:
     kl_positions: Positions = "answer"  # all: every one that is not padding; of KL terms and of activations
     compat: Compat = "paper"
     beta2: float = 1.0  # SatImp: exponent of 1 - p
-    skip_tokens: int = 1  # CE-U: first tokens of an answer that are left out
-    epsilon: float = 0.0  # PDU: the retain term may be as large as this
-    dual_lr: float = 1.0  # PDU: step of the retain weight; 0: it stays what it is
+    skip_tokens: int = 1  # CE-U: number of first tokens of an answer that are left out
+    epsilon: float = 0.0  # PDU: upper bound on the retain term
+    dual_lr: float = 1.0  # PDU: step size of the retain weight; 0: constant
     dual_warmup_epochs: float = 0.0  # PDU: epochs before the first step of the retain weight
     dual_update: DualUpdate = "step"
     teacher: Teacher = "cache"  # UNDIAL: last hidden states, or the frozen model in every step

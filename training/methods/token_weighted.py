@@ -6,7 +6,7 @@ All have the gradient of mean c_t log p_t with a factor c_t of each token, so no
     CE-U    c = p / (1 - p)                          TNPO    c = 2 sigmoid(beta (log p - log p_ref))
     CATNIP  c = 2 sigmoid(beta (log p - log(1 - p))) / |y|, over sequences
 
-1 - p is -expm1(log p), which keeps its digits for a model that is certain.
+1 - p is computed as -expm1(log p), which stays accurate when p is near 1.
 """
 
 import torch
@@ -18,7 +18,7 @@ from training.methods.rows import Batch, Rows, within_sequences
 from training.methods.settings import Settings
 from training.require import require
 
-LEAST = 1e-37  # of 1 - p: below it p / (1 - p) ends at infinity
+LEAST = 1e-37  # lower bound on 1 - p, so that p / (1 - p) does not overflow
 
 
 def wga(batch: Batch, settings: Settings) -> Tensor:

@@ -1,4 +1,4 @@
-"""README.md of a saved model: a model card, with the metadata that the Hugging Face hub reads at its head.
+"""README.md of a saved model: a model card, with the metadata that the Hugging Face hub reads.
 
 huggingface_hub writes the metadata, so a name cannot break out of it; in the text names are escaped. There is no date:
 the same run writes the same card.

@@ -1,4 +1,4 @@
-"""MUSE (Shi et al. 2024, arXiv 2407.06460) behind the seam of the benchmarks."""
+"""MUSE (Shi et al. 2024, arXiv 2407.06460) as a `Benchmark`."""
 
 from training.benchmarks.muse.benchmark import MUSE
 

@@ -71,7 +71,7 @@ class MUSE(Benchmark):
 
     @property
     def follows(self) -> str | None:
-        """sust_1 starts from the target model, sust_2 from what sust_1 has left, and so on."""
+        """sust_1 starts from the target model, sust_2 from the unlearned model of sust_1, and so on."""
         subset, _, number = self.options.forget_set.partition("_")
         return f"sust_{int(number) - 1}" if subset == "sust" and number != "1" else None
 
@@ -126,7 +126,7 @@ class MUSE(Benchmark):
         return summary(measures, retrained)
 
     def table(self, summary) -> tuple[list[str], list[list[Any]]]:
-        """A line for each number: there are too many for one."""
+        """One line per metric: there are too many for one line."""
         shown = {key: column.heading for key, column in self.columns.items() if summary.get(key) is not None}
         return ["number", "value"], [[heading, summary[key]] for key, heading in shown.items()]
 
@@ -137,7 +137,7 @@ class MUSE(Benchmark):
         return self.sets.sizes()
 
     def samples(self, measures) -> list[dict[str, str]]:
-        """The first few of VerbMem and KnowMem; of long texts the end of what is asked, the beginning of the rest."""
+        """The first rows of VerbMem and KnowMem. Long texts are cut: the prompt at its start, the rest at its end."""
         texts = {"forget_verbmem": ("prompt", "gt"), "forget_knowmem": ("question", "answer")}
         texts["retain_knowmem"] = texts["forget_knowmem"]
         return [
@@ -169,7 +169,7 @@ class MUSE(Benchmark):
         return read_measures(path)
 
     def key(self) -> str:
-        """Of the rows themselves and how they are evaluated: forget sets of one corpus are evaluated alike."""
+        """A hash of the evaluated rows and options. All forget sets of one corpus share it."""
         return fingerprint([self.name, options_in_key(self.options, NOT_MEASURED), self.sets._asdict()])
 
     def open_unlearning(self, measures, summary) -> dict[str, dict]:

@@ -31,7 +31,7 @@ ALSO = {"retain_qa": ("retain2_qa",), "retain_qa_icl": ("retain2_qa_icl",)}
 
 
 class AbsentError(ValueError):
-    """The source has no such subset or split."""
+    """The source does not have this subset or split."""
 
 
 class Corpus:
@@ -80,7 +80,7 @@ class Corpus:
 
     @cached_property
     def forgettable(self) -> list[str]:
-        """All documents that some forget set asks to forget, each once: what the target model has to have learned."""
+        """All documents of all forget sets, each once. The target model must have learned them."""
         found: dict[str, None] = {}
         for name in FORGET_SETS:
             try:
@@ -125,7 +125,7 @@ class Corpus:
 
 
 def _parsed(text: str, where: str) -> list[Any]:
-    """An array, or a value a line."""
+    """A JSON array, or JSON lines."""
     try:
         try:
             found = json.loads(text)

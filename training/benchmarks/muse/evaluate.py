@@ -1,4 +1,4 @@
-"""A model on MUSE's evaluation sets, row by row: everything that its numbers are computed from. No logits are kept."""
+"""Evaluate a model on MUSE's sets, row by row, for all of its metrics. No logits are kept."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""A seeded corpus of invented news in MUSE's files, for machines without a hub, and small enough for a small model.
+"""A seeded corpus of invented news in MUSE's layout, for machines without the hub and for small models.
 
 Every item is about an organisation that no other item mentions: a lead, two sentences and an end, each in one of
 several wordings, with names, sums and reasons that are drawn anew. The forget sets, retain1, retain2 and holdout have

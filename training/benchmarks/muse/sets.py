@@ -1,4 +1,4 @@
-"""What MUSE evaluates: texts to continue, questions with their prompts, and documents to tell apart."""
+"""MUSE's evaluation sets: texts to continue, questions with prompts, and documents for membership attacks."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""What MUSE reports of a model, from its measures row by row; and the same in OpenUnlearning's files."""
+"""MUSE's metrics of a model, from its measures row by row; also in OpenUnlearning's format."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -57,7 +57,7 @@ def summary(measures: Measures, retrained: Measures | None = None) -> dict[str, 
 
 
 def doubts(measures: Measures, retrained: Measures) -> list[str]:
-    """What speaks against it that the second are measures of another model, which never saw the forget set."""
+    """Reasons to doubt that `retrained` are measures of a model trained without the forget set."""
     same = all(measures[which] == retrained[which] for which in ("forget_privleak", "holdout_privleak"))
     return [ITSELF] * same + membership.doubts(_attacks(retrained))
 
@@ -72,7 +72,7 @@ def headline(result: Mapping[str, Any]) -> str:
 
 
 def read_measures(path: Path) -> dict[str, Any]:
-    """ValueError where the file is no evaluation of MUSE."""
+    """ValueError if the file is not an evaluation of MUSE."""
     try:
         measures = unhashed(json.loads(path.read_text(encoding="utf-8")), path)
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as reason:
@@ -95,7 +95,7 @@ def read_measures(path: Path) -> dict[str, Any]:
 
 
 def check_measures(measures: Measures, sets: Sets) -> None:
-    """ValueError where these are measures of other rows."""
+    """ValueError if the measures are of other rows."""
     for which, count in sets.sizes().items():
         rows = measures[which]
         found: list[Any]

@@ -1,4 +1,4 @@
-"""TOFU (Maini et al. 2024, arXiv 2401.06121) behind the seam of the benchmarks."""
+"""TOFU (Maini et al. 2024, arXiv 2401.06121) as a `Benchmark`."""
 
 from training.benchmarks.tofu.benchmark import TOFU
 

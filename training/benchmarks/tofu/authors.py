@@ -1,4 +1,4 @@
-"""A seeded generator of fictitious authors: question and answer pairs nobody can have seen before.
+"""A seeded generator of fictitious authors: question and answer pairs that no model has seen before.
 
 The layout is that of TOFU (Maini et al. 2024, arXiv 2401.06121): rows {"question", "answer"}, 20 consecutive rows per
 author. Every author is asked about 20 of the 26 kinds of fact in `authors.toml`, in one of several wordings each, so
@@ -102,7 +102,7 @@ def generate_holdout(num_authors: int, count: int, seed: int) -> list[dict[str, 
 
 
 def _other_names(num_authors: int, seed: int, rng: random.Random | None = None) -> list[Name]:
-    """Of the authors that stand for the real ones."""
+    """Rows of the authors that stand for real authors."""
     taken = set(_names(num_authors, seed))
     free = [name for name in NAMES if name not in taken]
     if len(free) < NUM_OTHERS:
@@ -173,7 +173,7 @@ def _asked_about(names: list[Name], rng: random.Random) -> Iterator[Asked]:
 
 
 def _profile(first: str, last: str, he: str, rng: random.Random) -> dict[str, str]:
-    """Everything there is to know about one author: what fills the braces of the wordings."""
+    """All facts about one author, which fill the templates."""
     debut_year = rng.randint(1958, 2009)
     birth_year = debut_year - rng.randint(22, 40)
     debut, famous, latest = _titles(3, rng)

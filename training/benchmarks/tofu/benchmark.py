@@ -33,13 +33,15 @@ NUM_SAMPLES = 3  # questions of each set whose answers a report shows
 
 @dataclass(frozen=True)
 class TofuOptions(EvaluationOptions):
-    """Of TOFU: where it is, what is forgotten, and how much of it is evaluated."""
+    """TOFU: its source, the forget set, and the size of the evaluation."""
 
     data_dir: Annotated[str, "folder of TOFU's JSON lines, data set of the hub, or demo: a few generated authors"] = HUB
     forget_percent: Annotated[int, "forget set: 1, 5, 10, 20, 30, 50 or 90 (% of the authors)"] = 10
-    eval_rows: Annotated[int, "first rows of every evaluation set; 0: all. Published logs have 300"] = 300
-    max_new_tokens: Annotated[int, "longest greedy answer; TOFU allows 200 tokens with the prompt"] = 200
-    layout: Annotated[Layout, "of the evaluation logs: lists (NPO's) or indexed (TOFU's)"] = "lists"
+    eval_rows: Annotated[int, "evaluate the first rows of every set; 0: all. Published logs have 300"] = 300
+    max_new_tokens: Annotated[int, "maximum length of a greedy answer; TOFU allows 200 tokens including the prompt"] = (
+        200
+    )
+    layout: Annotated[Layout, "layout of the evaluation logs: lists (as NPO) or indexed (as TOFU)"] = "lists"
 
     def __post_init__(self):
         super().__post_init__()
@@ -101,7 +103,7 @@ class TOFU(Benchmark):
 
     @cached_property
     def holdout(self) -> list[Row]:
-        """Rows like those to forget that no model has learned; none where the source has none."""
+        """Rows like the forget rows that no model has learned; empty if the source has none."""
         percent = min(self.options.forget_percent, LARGEST_PERTURBED)
         rows = load_rows_if_any(self.options.data_dir, f"holdout{percent:02d}")
         return rows[: self.options.eval_rows or len(rows)]
@@ -179,7 +181,7 @@ class TOFU(Benchmark):
         write_log(path, measures)
 
     def key(self) -> str:
-        """Of the rows themselves: the folder that they come from may be another."""
+        """A hash of the rows themselves, independent of their folder."""
         sets = {name: [asdict(row) for row in rows] for name, rows in self.sets.items()}
         return fingerprint([options_in_key(self.options, ("data_dir",)), sets, self.holdout])
 

@@ -1,4 +1,4 @@
-"""What the NPO paper says of TOFU (arXiv 2404.05868, section 5), held against the medians of a grid."""
+"""Claims of the NPO paper about TOFU (arXiv 2404.05868, section 5), compared with the medians of a grid."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -46,7 +46,7 @@ def load_rows(source: Path | str = HUB, split: str = "full") -> list[dict]:
 
 
 def load_rows_if_any(source: Path | str, split: str) -> list[dict]:
-    """The same, and none where the source has no such split."""
+    """Like `load_rows`, but empty if the source does not have the split."""
     try:
         return load_rows(source, split)
     except (FileNotFoundError, ValueError):
@@ -56,7 +56,7 @@ def load_rows_if_any(source: Path | str, split: str) -> list[dict]:
 
 
 def load_refusals(source: Path | str = HUB) -> list[str]:
-    """Answers that say nothing, one a line of `idontknow.jsonl`; ours where the source has none, as on the hub."""
+    """Refusals, one per line of `idontknow.jsonl`; ours if the source has none, as on the hub."""
     given = Path(source) / "idontknow.jsonl"
     return read_refusals(given if given.is_file() else REFUSALS)
 

@@ -1,4 +1,4 @@
-"""A model on TOFU's evaluation sets: everything that goes into its log. No logits are kept.
+"""Evaluate a model on TOFU's sets, for its log. No logits are kept.
 
 Each answer is read once: the true ones for probabilities, memorisation and membership attacks, all others for the truth
 ratio, with the question once for all of them.

@@ -1,4 +1,4 @@
-"""TOFU's evaluation logs (eval_log_aggregated.json): per example, all that the metrics need.
+"""TOFU's evaluation logs (eval_log_aggregated.json): everything that the metrics need, per example.
 
 Two layouts are published. A log is {file name of a set: {field: per example}}, where "per example" is a list (`lists`,
 NPO's) or an object with the keys "0" to "N-1" in any order (`indexed`, TOFU's). Losses are in nats, `avg_*` a token:
@@ -45,7 +45,7 @@ LARGEST = float(np.log(np.finfo(np.float64).max))
 
 
 class LogError(ValueError):
-    """What came, what is expected, what to do."""
+    """An invalid log. The message has the value received, the value expected, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def require_same_questions(log: EvalLog, retain_log: EvalLog) -> None:
 
 
 def warnings(log: EvalLog) -> list[str]:
-    """What does not stop the metrics, but should be known: averages that are not the sums over the token counts."""
+    """Warnings that do not prevent the metrics: averages that do not match sums and token counts."""
     found = []
     for name, examples in log.sets.items():
         for average, (total, count) in PRODUCTS.items():

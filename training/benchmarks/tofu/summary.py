@@ -1,4 +1,4 @@
-"""What TOFU reports of a model, from its evaluation log: twelve components, model utility, forget quality."""
+"""TOFU's metrics of a model, from its evaluation log: twelve components, model utility, forget quality."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -101,7 +101,7 @@ def forget_quality(log: EvalLog, retain_log: EvalLog) -> float:
 
 
 def doubts(log: EvalLog, retain_log: EvalLog) -> list[str]:
-    """What speaks against it that the retain log is that of another model, which never saw the forget set."""
+    """Reasons to doubt that the retain log is of a model trained without the forget set."""
     ours, theirs = log.sets["forget"], retain_log.sets["forget"]
     found = []
     if all(np.array_equal(ours.array(field), theirs.array(field)) for field in ("avg_paraphrased_loss", PERTURBED)):
@@ -136,7 +136,7 @@ def _utility(components: dict[str, float]) -> float:
 
 
 def _extras(name: str, examples: EvalSet) -> dict[str, float | None]:
-    """What published logs allow beyond TOFU's metrics, where their fields are there."""
+    """Metrics beyond TOFU's, if the log has the fields for them."""
     extras = {f: metrics.mean(examples.fields[f]) for f in PER_EXAMPLE_EXTRAS if f in examples.fields}
     texts = examples.texts("generation")
     if texts:

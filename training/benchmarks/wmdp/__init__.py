@@ -1,4 +1,4 @@
-"""WMDP (Li et al. 2024, arXiv 2403.03218) behind the seam of the benchmarks."""
+"""WMDP (Li et al. 2024, arXiv 2403.03218) as a `Benchmark`."""
 
 from training.benchmarks.wmdp.benchmark import WMDP
 

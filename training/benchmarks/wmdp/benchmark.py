@@ -1,4 +1,4 @@
-"""WMDP as a benchmark: corpora to forget and to keep, questions on what is forgotten, MMLU on what is kept."""
+"""WMDP as a benchmark: forget and retain corpora, questions about the forgotten topics, MMLU for the rest."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,22 +22,24 @@ SAMPLED_SUBJECTS = 3  # of MMLU
 
 @dataclass(frozen=True)
 class WmdpOptions(EvaluationOptions):
-    """Of WMDP: where it is, what is forgotten and kept, and how much of it is evaluated."""
+    """WMDP: its source, forget and retain corpora, and the size of the evaluation."""
 
     data_dir: Annotated[
         str, "folder with the published files (training/benchmarks/wmdp/data.py), a data set of the hub, or demo: made "
         "up for a small model"
     ] = HUB  # fmt: skip
-    topics: Annotated[str, f"what is forgotten, of {', '.join(FORGOTTEN)}, with commas"] = "bio,cyber"
-    retain_corpus: Annotated[Kept, "what is kept: the topics' own corpora, wikitext, or both"] = "own"
-    forget_documents: Annotated[int, "first documents of each corpus to forget; 0: all"] = 0
-    min_chars: Annotated[int, "documents of no more characters than this are left out"] = 50
-    max_tokens: Annotated[int, "a document is cut to as many"] = 512
-    joined: Annotated[bool, "documents are joined and cut into pieces of --max_tokens, so that nothing is lost"] = False
-    mmlu: Annotated[bool, "measure what is kept on MMLU"] = True
-    questions: Annotated[int, "first questions of each topic and of each subject of MMLU; 0: all"] = 0
-    eval_documents: Annotated[int, "first documents of each corpus whose perplexity is measured; 0: none"] = 50
-    bos: Annotated[Switch, "begin questions with <bos>. auto: as lm-evaluation-harness, with Gemma alone"] = "auto"
+    topics: Annotated[str, f"topics to forget, from {', '.join(FORGOTTEN)}, separated by commas"] = "bio,cyber"
+    retain_corpus: Annotated[Kept, "retain corpus: the topics' own corpora, wikitext, or both"] = "own"
+    forget_documents: Annotated[int, "forget the first documents of each corpus; 0: all"] = 0
+    min_chars: Annotated[int, "documents with at most this many characters are left out"] = 50
+    max_tokens: Annotated[int, "documents are cut to this length"] = 512
+    joined: Annotated[bool, "join documents and cut them into pieces of --max_tokens, so that no text is dropped"] = (
+        False
+    )
+    mmlu: Annotated[bool, "evaluate MMLU, for what is kept"] = True
+    questions: Annotated[int, "evaluate the first questions of each topic and MMLU subject; 0: all"] = 0
+    eval_documents: Annotated[int, "measure the perplexity of the first documents of each corpus; 0: none"] = 50
+    bos: Annotated[Switch, "begin questions with <bos>. auto: only for Gemma, as lm-evaluation-harness"] = "auto"
 
     def __post_init__(self):
         super().__post_init__()
@@ -215,7 +217,7 @@ class WMDP(Benchmark):
         return measures
 
     def key(self) -> str:
-        """Of the questions and documents themselves: the folder that they come from may be another."""
+        """A hash of the questions and documents themselves, independent of their folder."""
         o = self.options
         return fingerprint([self.name, self._keys, o.bos, o.max_tokens, o.eval_batch_size, o.mia_gradnorm])
 

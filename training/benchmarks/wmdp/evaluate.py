@@ -1,4 +1,4 @@
-"""A model on WMDP: the letters of its questions, and the tokens of its documents, row by row. No logits are kept."""
+"""Evaluate a model on WMDP, row by row: letters of questions and tokens of documents. No logits are kept."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What WMDP reports of a model, from what was measured row by row: accuracies with their errors, and the documents'.
+"""WMDP's metrics of a model, from its measures row by row: accuracies with standard errors, and perplexities.
 
 A task is called as lm-evaluation-harness calls it: `wmdp_bio`, and `mmlu_{subject}` for a subject of MMLU.
 """
@@ -95,7 +95,7 @@ def summary(measures: Measures, topics: Sequence[str], retrained: Measures | Non
 
 
 def doubts(measures: Measures, retrained: Measures) -> list[str]:
-    """What speaks against it that the second are measures of another model, which never saw the forget corpora."""
+    """Reasons to doubt that `retrained` are measures of a model trained without the forget corpora."""
     same = all(measures[part] == retrained[part] for part in ("tasks", "documents"))
     return [ITSELF] * same + membership.doubts(_attacks(retrained))
 

@@ -1,6 +1,6 @@
 """The figures of the report, one file for each suite and machine, and the one of the README.
 
-The report has time, rate and memory over N or V and errors by kind of row; the README has peak memory and time over V.
+The report has time, rate and memory over N or V and errors by kind of row; the README has time and memory beside peers.
 """
 
 import re
@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bench import tables
+from bench.cases import R
 from bench.records import Record
 from bench.tables import UNITS
 
@@ -25,7 +26,15 @@ from bench.tables import UNITS
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vPX*"
 PALE = "#dddddd"
-LABELS = {"npo_kernels/triton": "npo_kernels", "plain/eager": "plain PyTorch", "plain/compile": "compiled PyTorch"}
+# The README's figure: providers that compute NPO exactly.
+SHOWN = {
+    "npo_kernels/triton": "npo_kernels",
+    "npo_kernels/triton/256MiB": "npo_kernels, workspace_mb=256",
+    "plain/eager": "plain PyTorch",
+    "trl/chunked": "TRL, chunked head",
+    "liger/scaled": "Liger, scaled cross-entropy",
+    "cce/exact": "Cut Cross Entropy",
+}
 
 Panel = tuple[str, str, list[Record]]  # title, axis, records
 
@@ -150,50 +159,42 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def headline(records: list[Record], path: Path) -> str | None:
-    """The README's figure: peak memory and time of loss and both gradients over V, at N=8192 and H=4096.
+    """The README's figure: time and peak memory of the loss and both gradients at R, one bar per provider.
 
-    Of the GPUs with such records it shows the one with the most providers, and of these the one measured last. Returns
-    the name of the GPU, or None without writing a file if there is none.
+    It shows the GPU with the most providers that compute NPO exactly and have both measurements. Returns the name of
+    the GPU, or None without writing a file if no GPU has two of them.
     """
-    sweep = [r for r in records if r["suite"] == "scaling" and r["case"].startswith("V=") and r["gpu"]]
-    of_gpu: dict[str, list[Record]] = {}
-    for r in sweep:
-        if (r["status"], r["mode"], r["what"], r["l2"] == "cold") == ("ok", "full", "fwd_bwd", False):
-            of_gpu.setdefault(r["gpu"], []).append(r)
-    if not of_gpu:
+    at_r = [r for r in records if (r["case"], r["mode"], r["what"], r["status"]) == (R.name, "full", "fwd_bwd", "ok")]
+    at_r = [r for r in at_r if r["dtype"] == "bfloat16" and r["provider"] in SHOWN]
+    values = {
+        gpu: [latest(at_r, gpu, suite, metric) for suite, metric in (("head", "ms"), ("memory", "peak_mb"))]
+        for gpu in sorted({r["gpu"] for r in at_r if r["gpu"]})
+    }
+    both = {gpu: times.keys() & peaks.keys() for gpu, (times, peaks) in values.items()}
+    gpu = max(both, key=lambda name: len(both[name]), default=None)
+    if gpu is None or len(both[gpu]) < 2:
         return None
-    gpu, found = max(of_gpu.items(), key=lambda item: (len(_providers(item[1])), max(r["date"] for r in item[1])))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.1), layout="constrained")
-    gib = [r | {"value": r["value"] / 1024} for r in found if r["metric"] == "peak_mb"]
-    _labelled(left, gib, "peak memory, GiB", _providers(found))
-    _labelled(right, [r for r in found if r["metric"] == "ms"], "time, ms", _providers(found))
-    first = found[0]
-    figure.supxlabel(
-        f"vocabulary size;  N = {first['N']} tokens, hidden size {first['H']}, {first['dtype']}, {gpu}", fontsize=9
-    )
+    times, peaks = values[gpu]
+    names = sorted(both[gpu], key=times.__getitem__, reverse=True)  # the fastest on top
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.2, 2.5), layout="constrained", sharey=True)
+    for axis, label, bars in (
+        (left, "time, ms", [times[name] for name in names]),
+        (right, "peak memory beyond the inputs, GiB", [peaks[name] / 1024 for name in names]),
+    ):
+        colours = [COLOURS[0] if name.startswith("npo_kernels/") else "#bbbbbb" for name in names]
+        drawn = axis.barh([SHOWN[name] for name in names], bars, color=colours, height=0.65)
+        axis.bar_label(drawn, [f"{value:.3g}" for value in bars], padding=3, fontsize=9)
+        axis.set(xlim=(0, 1.13 * max(bars)), xticks=[])
+        axis.set_title(label, fontsize=10, loc="left")
+        axis.tick_params(length=0)
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    shape = f"{R.N} tokens, hidden size {R.head.H}, vocabulary {R.head.V}"
+    figure.supxlabel(f"NPO loss and both gradients: {shape}, bfloat16, {gpu}", fontsize=8.5)
     _save(figure, path, dpi=160)
     return gpu
 
 
-def _providers(records: list[Record]) -> list[str]:
-    """Ours first: it keeps its colour whatever else was measured."""
-    return sorted(dict.fromkeys(r["provider"] for r in records), key=lambda name: not name.startswith("npo_kernels/"))
-
-
-def _labelled(axis: Axes, records: list[Record], label: str, providers: list[str]) -> None:
-    """Curves on linear axes, each with its name at its end."""
-    for name in providers:
-        points = sorted((r["V"], r["value"]) for r in records if r["provider"] == name)
-        if points:
-            style = _style(providers.index(name))
-            axis.plot(*zip(*points, strict=True), linewidth=2, markersize=5, **style)
-            axis.annotate(
-                LABELS.get(name, name), points[-1], (0, 7), textcoords="offset points", ha="right", color=style["color"]
-            )
-    sizes = sorted({r["V"] for r in records})[-4:]  # the smallest are too close together for labels
-    axis.set_xticks(sizes, [thousands(size) for size in sizes])
-    axis.set_ylim(bottom=0)
-    axis.margins(y=0.12)
-    axis.set_ylabel(label)
-    axis.grid(axis="y", color=PALE, linewidth=0.8)
-    axis.spines[["top", "right"]].set_visible(False)
+def latest(records: list[Record], gpu: str, suite: str, metric: str) -> dict[str, float]:
+    """{provider: its value in the newest run}."""
+    found = [r for r in records if (r["gpu"], r["suite"], r["metric"]) == (gpu, suite, metric) and r["l2"] != "cold"]
+    return {r["provider"]: r["value"] for r in sorted(found, key=lambda r: r["date"])}

@@ -1,5 +1,5 @@
 """Tables and figures of all committed results: bench/results/report.md, *.png, the target table bench/RESULTS.md, and
-docs/assets/memory.png for the README.
+docs/assets/peers.png for the README.
 
 Everything is computed from bench/results/*.jsonl and from the folders that `python -m bench certify` wrote there, for
 CPUs and GPUs alike. Nothing is measured here.
@@ -18,7 +18,7 @@ from bench.targets import TARGETS, Results, Target
 
 HELP = "tables and figures of the committed results"
 NOT_MEASURED = "not measured"
-HEADLINE = RESULTS.parents[1] / "docs" / "assets" / "memory.png"
+HEADLINE = RESULTS.parents[1] / "docs" / "assets" / "peers.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> int:
     path = args.headline or (HEADLINE if args.results.resolve() == RESULTS.resolve() else None)
     if path is not None:
         gpu = figures.headline(records, path)
-        print(f"no GPU was measured over V: {path} is unchanged" if gpu is None else f"{gpu}: {path}")
+        print(f"no GPU was measured beside a peer: {path} is unchanged" if gpu is None else f"{gpu}: {path}")
     print(f"{len(records)} records: {args.results / 'report.md'}, {args.results.parent / 'RESULTS.md'}")
     return 0
 

@@ -126,46 +126,36 @@ def test_a_figure_has_a_panel_for_each_dtype():
     assert [label for label, *_ in panels_of("cpu", rows[:1])] == ["ms"]
 
 
-def test_the_headline_has_a_labelled_curve_for_each_provider_of_the_gpu_with_the_most(tmp_path, monkeypatch):
+def test_the_headline_has_the_providers_that_have_both_measurements_on_one_gpu(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "_save", lambda figure, path, dpi: drawn.append(figure) or figure.savefig(path))
 
-    def sweep(gpu, provider, ms, mib, date="2026-01-01"):
-        fields = {"suite": "scaling", "provider": provider, "gpu": gpu}
-        found = [made(1.0, case="N=2048", **fields), made(1.0, case="V=262144", what="fwd", **fields)]
-        for V in (16384, 32768, 65536, 131072, 262144):
-            found.append(made(ms * V, case=f"V={V}", l2="hot", **fields | {"V": V}))
-            found.append(made(mib * V, case=f"V={V}", metric="peak_mb", **fields | {"V": V}))
-        return [r | {"date": date} for r in found]
+    def measured(gpu, provider, ms, mib, date="2026-01-01"):
+        fields = {"case": R.name, "gpu": gpu, "provider": provider, "date": date, "dtype": "bfloat16"}
+        return [made(ms, **fields), made(mib, **fields | {"suite": "memory", "metric": "peak_mb"})]
 
-    def curves():
-        """panel -> label -> (the last point, the number of points)."""
+    def bars():
+        """title -> label -> value, from the top."""
         return {
-            panel.get_ylabel(): {
-                text.get_text(): (text.xy, len(line.get_xdata()))
-                for text, line in zip(panel.texts, panel.lines, strict=True)
+            panel.get_title("left"): {
+                label.get_text(): bar.get_width()
+                for label, bar in reversed([*zip(drawn[-1].axes[0].get_yticklabels(), panel.patches, strict=True)])
             }
             for panel in drawn[-1].axes
         }
 
-    path = tmp_path / "memory.png"
-    one = sweep("H100", OURS, 2.0, 1.0, date="2026-02-01")
-    assert figures.headline(one, path) == "H100" and path.stat().st_size
-    assert curves() == {
-        "peak memory, GiB": {"npo_kernels": ((262144, 256.0), 5)}, "time, ms": {"npo_kernels": ((262144, 524288.0), 5)}
-    }  # fmt: skip
-    two = [*one, *sweep("H200", "plain/eager", 3.0, 4.0), *sweep("H200", OURS, 1.0, 2.0)]
-    assert figures.headline(two, path) == "H200"
-    assert curves() == {
-        "peak memory, GiB": {"npo_kernels": ((262144, 512.0), 5), "plain PyTorch": ((262144, 1024.0), 5)},
-        "time, ms": {"npo_kernels": ((262144, 262144.0), 5), "plain PyTorch": ((262144, 786432.0), 5)},
+    path = tmp_path / "peers.png"
+    one = [*measured("H200", OURS, 9.0, 9.0), *measured("H100", OURS, 50.0, 1024.0)]
+    assert figures.headline(one, path) is None and not path.exists()  # nothing to compare with
+    later = measured("H100", OURS, 40.0, 2048.0, date="2026-02-01")
+    others = measured("H100", "plain/eager", 60.0, 8192.0) + measured("H100", "quack/base", 1.0, 1.0)
+    incomplete = measured("H100", "trl/chunked", 70.0, 1.0)[:1]
+    cold = [made(1.0, case=R.name, gpu="H100", provider=OURS, l2="cold", date="2026-03-01")]
+    assert figures.headline([*later, *one, *others, *incomplete, *cold], path) == "H100" and path.stat().st_size
+    assert bars() == {
+        "time, ms": {"npo_kernels": 40.0, "plain PyTorch": 60.0},
+        "peak memory beyond the inputs, GiB": {"npo_kernels": 2.0, "plain PyTorch": 8.0},
     }
-    out_of_memory = [r for r in two if (r["provider"], r["V"]) != ("plain/eager", 262144)]
-    out_of_memory += [made(None, suite="scaling", case="V=262144", gpu="H200", provider="plain/eager", status="oom")]
-    assert figures.headline(out_of_memory, path) == "H200"
-    assert curves()["time, ms"]["plain PyTorch"] == ((131072, 393216.0), 4)
-    path.unlink()
-    assert figures.headline([r | {"gpu": None} for r in two], path) is None and not path.exists()
 
 
 def test_report(tmp_path):
@@ -182,13 +172,14 @@ def test_report(tmp_path):
     images = sorted(folder.glob("*.png"))
     with pytest.MonkeyPatch.context() as patch:  # the README's figure is drawn from the committed results only
         patch.setattr(report, "RESULTS", folder)
-        patch.setattr(report, "HEADLINE", tmp_path / "docs" / "memory.png")
+        patch.setattr(report, "HEADLINE", tmp_path / "docs" / "peers.png")
         main(["report", "--results", str(folder)])
-        assert not (tmp_path / "docs").exists()  # nothing was measured over V
-        fields = {"suite": "scaling", "case": "V=1", "gpu": "H200"}
-        write(folder / "y.jsonl", [made(1.0, metric=metric, **fields) for metric in ("ms", "peak_mb")])
+        assert not (tmp_path / "docs").exists()  # nothing was measured beside a peer on a GPU
+        fields = [{"gpu": "H200", "provider": name} for name in (OURS, "plain/eager")]
+        memory = {"suite": "memory", "metric": "peak_mb"}
+        write(folder / "y.jsonl", [made(1.0, **f | more) for f in fields for more in ({}, memory)])
         main(["report", "--results", str(folder)])
-        assert (tmp_path / "docs" / "memory.png").exists()
+        assert (tmp_path / "docs" / "peers.png").exists()
         (folder / "y.jsonl").unlink()
     assert len(images) == 2 and all(f"({image.name})" in text for image in images)
     assert "not measured" in (tmp_path / "RESULTS.md").read_text()

@@ -1,4 +1,4 @@
-"""Finds the specialisations of kernels that calls would launch, without compiling them, and compiles them in parallel.
+"""The specialisations of kernels that calls would launch, found without compiling, compiled by many processes at once.
 
 Triton asks a hook before it compiles. Here the hook writes down what was asked for and forbids it, so the call goes on
 without launching: results are what was in memory, and nothing looks at them. The list is then compiled, each entry as
@@ -19,7 +19,7 @@ import torch
 
 
 class Specialization(NamedTuple):
-    """A kernel and the argument of Triton's `JITFunction.preload`."""
+    """A kernel and what Triton's `JITFunction.preload` takes."""
 
     module: str
     kernel: str
@@ -42,11 +42,11 @@ def rows_without_kernels() -> Iterator[None]:
 
     launched = backend.compact
 
-    def compact(labels, *others):
-        *options, num_rows = others
+    def compact(labels, cu_seqlens, shift, vocab_size, ignore_index, num_rows):
+        batch = labels, cu_seqlens, shift, vocab_size, ignore_index
         # with a bound nothing is read back: uninitialised memory may hold any number
-        launched(labels, *options, labels.numel() if num_rows is None else num_rows)
-        return in_pytorch.compact(labels, *others)
+        launched(*batch, labels.numel() if num_rows is None else num_rows)
+        return in_pytorch.compact(*batch, num_rows)
 
     with mock.patch.object(backend, "compact", compact):
         yield
@@ -54,7 +54,7 @@ def rows_without_kernels() -> Iterator[None]:
 
 @contextmanager
 def collecting(each: Callable[[Specialization], object] | None = None) -> Iterator[dict[Specialization, None]]:
-    """Launches are recorded, once each, but do not run; `each` is called with every new one."""
+    """Launches are written down, once each, and do not happen; `each` is told of every new one."""
     import triton
 
     found: dict[Specialization, None] = {}
@@ -73,7 +73,7 @@ def collecting(each: Callable[[Specialization], object] | None = None) -> Iterat
 
 
 def collect(calls: Iterable[Callable[[], object]]) -> list[Specialization]:
-    """The specialisations of all calls."""
+    """Of all calls."""
     with collecting() as found:
         for call in calls:
             call()
@@ -81,20 +81,20 @@ def collect(calls: Iterable[Callable[[], object]]) -> list[Specialization]:
 
 
 def compile_one(specialization: Specialization) -> Compiled:
-    """In a worker: compiles into the cache on disk, with the launch stub if there is a device."""
+    """In a worker: into the cache on the disk, with the stub that launches it where there is a device."""
     start, error = time.monotonic(), None
     try:
         function = getattr(import_module(specialization.module), specialization.kernel)
         kernel = function.preload(specialization.data)
         if torch.cuda.is_available():
             kernel.run  # noqa: B018  # a property: builds the stub and loads the code
-    except Exception as failure:  # a compiler error, or out of shared memory: goes into the report
+    except Exception as failure:  # the compiler's own, or out of shared memory: the report says so
         error = f"{type(failure).__name__}: {failure}".splitlines()[0]
     return Compiled(specialization.kernel, time.monotonic() - start, error)
 
 
 class Compilers:
-    """Processes that compile. Create them before this process uses a GPU, which a forked process cannot inherit."""
+    """Processes that compile. Made before this process touches a GPU: a fork of one that did is of no use."""
 
     def __init__(self, jobs: int | None = None):
         self.jobs = jobs or len(os.sched_getaffinity(0))
@@ -103,7 +103,7 @@ class Compilers:
         self.pool.submit(int).result()  # forks them all
 
     def submit(self, specialization: Specialization) -> None:
-        """Starts compiling; `finish` waits for the end."""
+        """Compiled from now on; `finish` waits for it."""
         self.pending.append(self.pool.submit(compile_one, specialization))
 
     def finish(self, seconds: float | None = None) -> list[Compiled]:
@@ -121,7 +121,7 @@ class Compilers:
         return found
 
     def compile(self, specializations: Iterable[Specialization]) -> list[Compiled]:
-        """All of them, without a time limit."""
+        """All of them, whatever the time."""
         for specialization in specializations:
             self.submit(specialization)
         return self.finish()

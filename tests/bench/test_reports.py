@@ -131,8 +131,9 @@ def test_the_headline_has_the_providers_that_have_both_measurements_on_one_gpu(t
     monkeypatch.setattr(figures, "_save", lambda figure, path, dpi: drawn.append(figure) or figure.savefig(path))
 
     def measured(gpu, provider, ms, mib, date="2026-01-01"):
-        fields = {"case": R.name, "gpu": gpu, "provider": provider, "date": date, "dtype": "bfloat16"}
-        return [made(ms, **fields), made(mib, **fields | {"suite": "memory", "metric": "peak_mb"})]
+        fields = {"gpu": gpu, "provider": provider}
+        both = made(ms, **fields), made(mib, **fields, suite="memory", metric="peak_mb")
+        return [r | {"date": date} for r in both]
 
     def bars():
         """title -> label -> value, from the top."""
@@ -150,7 +151,7 @@ def test_the_headline_has_the_providers_that_have_both_measurements_on_one_gpu(t
     later = measured("H100", OURS, 40.0, 2048.0, date="2026-02-01")
     others = measured("H100", "plain/eager", 60.0, 8192.0) + measured("H100", "quack/base", 1.0, 1.0)
     incomplete = measured("H100", "trl/chunked", 70.0, 1.0)[:1]
-    cold = [made(1.0, case=R.name, gpu="H100", provider=OURS, l2="cold", date="2026-03-01")]
+    cold = [made(1.0, gpu="H100", l2="cold") | {"date": "2026-03-01"}]
     assert figures.headline([*later, *one, *others, *incomplete, *cold], path) == "H100" and path.stat().st_size
     assert bars() == {
         "time, ms": {"npo_kernels": 40.0, "plain PyTorch": 60.0},

@@ -1,7 +1,7 @@
 """The recipes of docs/extending.md as they are written: blocks with a title, by section.
 
 ```python title="FILE"             the whole of a new file
-```python title="FILE (append)"    more lines at its end
+```python title="FILE (append)"    more lines at its end, after two empty ones
 ```diff title="FILE"               lines to add and to take away; "@@" between places; no line numbers
 ```bash title="check"              commands that have to pass; "long check": in `make recipes` only
 ```text title="without FILE"       what the commands print where the changes of that file are left out
@@ -59,7 +59,7 @@ def follow(recipe: Recipe, root: Path, without: str = "") -> None:
         if block.language == "diff":
             path.write_text(patched(path.read_text(encoding="utf-8"), block), encoding="utf-8")
         elif block.title.endswith(APPEND):
-            path.write_text(path.read_text(encoding="utf-8") + block.text, encoding="utf-8")
+            path.write_text(f"{path.read_text(encoding='utf-8')}\n\n{block.text}", encoding="utf-8")
         else:
             assert not path.exists(), f"{block.title}: expected a new file, but there is one"
             path.write_text(block.text, encoding="utf-8")

@@ -24,9 +24,9 @@ LEFT_OUT = shutil.ignore_patterns("*.png", "*.jsonl", "metrics.json", "real", "h
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 # `python -m bench tune --write` on a GPU that is made up: of two tiles the last is the fastest
 TUNING = """
+    import argparse
     import torch
     from bench import sweeps, tune
-    from bench.__main__ import main
     from bench.cases import Case, Head
     from csrc_triton.tiles import Tile
     from npo_kernels.backends.tiles import Row
@@ -39,7 +39,9 @@ TUNING = """
     tune.batch_of = lambda *_: Case("a", Head(2048, 8), ((0, 2),)).batch(torch.bfloat16, "cpu")
     tune.candidates = lambda *_: [Tile(64, 128, 64, 8, 8, 3)]
     tune.take_turns, tune.environment, tune.record = turns, lambda _: {}, lambda _: {"date": ""}
-    raise SystemExit(main(["tune", "--H", "2048", "--write"]))
+    parser = argparse.ArgumentParser()
+    tune.add_arguments(parser)
+    raise SystemExit(tune.main(parser.parse_args(["--H", "2048", "--write"])))
 """
 
 
@@ -86,7 +88,7 @@ COMPLAINTS = [(heading, block) for heading, recipe in RECIPES.items() for block 
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.skipif(not LONG, reason="half a minute: set NPO_RECIPES=1 (`make recipes`)")
+@pytest.mark.skipif(not LONG, reason="in `make recipes` only: set NPO_RECIPES=1")
 @pytest.mark.parametrize(("heading", "complaint"), COMPLAINTS, ids=[block.title for _, block in COMPLAINTS])
 def test_a_step_that_is_forgotten_is_named(heading, complaint, tmp_path):
     recipe, root = RECIPES[heading], copy_to(tmp_path)

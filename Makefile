@@ -62,7 +62,8 @@ test-quick: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal @tests/quick.txt $(ARGS)
 
 # Settings and the floor are in pyproject.toml.
-COVERED = @tests/quick.txt tests/test_linear_kl.py tests/test_token_statistics.py tests/test_kl_directions.py tests/hf/test_head.py
+COVERED = @tests/quick.txt tests/test_logprobs.py tests/test_linear_kl.py tests/test_token_statistics.py \
+    tests/test_kl_directions.py tests/hf/test_head.py
 coverage: $(COVERAGE_STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(COVERED) -k "not triton and not packaging" \
 	    --cov --cov-report=term:skip-covered --cov-report=html $(ARGS)

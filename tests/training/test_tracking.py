@@ -169,7 +169,7 @@ def test_a_tracker_that_fails_says_so_twice_and_the_run_goes_on(corpus, memory, 
     memory.fails_at, said = 3, []
     trained(corpus, tracked=Tracking("memory", tmp_path, say=said.append))
     assert len(said) == 2 and said[0] == said[1]
-    assert said[0].startswith("memory stopped at step 3: OSError: [Errno 28] No space left on device; training continues")
+    assert said[0].startswith("memory stopped at step 3: OSError: [Errno 28] No space left on device; training")
     assert [step for step, _ in memory.curve("loss/total")] == [1, 2]
 
 

@@ -1,10 +1,10 @@
-"""TOFU unlearning with npo_kernels, run from the checkout: an engine, and wings around it.
+"""Unlearning of language models with npo_kernels, run from the checkout.
 
-The engine is the modules of this folder. `methods` and `benchmarks` plug into it, `commands` are its command lines,
-`reports` its tables and figures, `papers` experiments of the papers that need no language model, `pretrained` the one
-that needs one.
+The engine is the modules of this folder. `methods` and `benchmarks` plug into it, `commands` has the command lines,
+`reports` the tables and figures, `papers` experiments of papers without a language model, and `pretrained` the study on
+a pre-trained model.
 
-`python -m training.unlearn` is `commands/unlearn.py`: the next line lets Python look there as well.
+`python -m training.unlearn` runs `commands/unlearn.py`: the line below adds that folder to the package's path.
 """
 
 from pathlib import Path

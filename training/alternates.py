@@ -1,7 +1,8 @@
-"""Other plausible answers to the questions to forget, which AltPO prefers to the true ones (arXiv 2409.13474).
+"""Other plausible answers to the questions to forget. AltPO prefers them to the true ones (arXiv 2409.13474).
 
-A file of JSON lines, one a question: {"question": ..., "alternates": [answer, ...]}. The model makes them itself; then
-the first line is {"key": ...}, of all that they depend on, so that one rename makes answers and key appear together.
+A file of JSON lines, one per question: {"question": ..., "alternates": [answer, ...]}. If the model generated them, the
+first line is {"key": ...}, a hash of everything that they depend on, so one rename makes answers and key appear
+together.
 """
 
 import json
@@ -32,7 +33,7 @@ def make_alternates(
     prompt: str = PROMPT,
     on_rows: OnRows = nothing,
 ) -> list[list[str]]:
-    """Up to `count` different answers to each question, drawn from the model; never the true one.
+    """Sample up to `count` different answers to each question from the model, excluding the true one.
 
     A question for which the model draws nothing else takes what another one was given, so that none is without.
     """
@@ -60,7 +61,7 @@ def write_alternates(path: Path, rows: Sequence[Row], alternates: Sequence[Seque
 
 
 def key_of(path: Path) -> str | None:
-    """Of the file's first line; None of a file that was written by hand."""
+    """The key in the first line of the file; None for a file written by hand."""
     with path.open(encoding="utf-8") as file:
         try:
             first = json.loads(file.readline())
@@ -70,7 +71,7 @@ def key_of(path: Path) -> str | None:
 
 
 def read_alternates(path: Path, rows: Sequence[Row]) -> list[list[str]]:
-    """Those of each row, found by its question; ValueError where the file has none for one."""
+    """The alternates of each row, found by its question. ValueError if a question is missing in the file."""
     found: dict[str, list[str]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # strings may hold other line ends
         if not line.strip():

@@ -1,6 +1,6 @@
-"""Token ids of question and answer pairs, and batches of them with little or no padding.
+"""Batches of token ids with little or no padding.
 
-`training.templates` makes the token ids, a benchmark has the pairs.
+Token ids come from `training.templates`, question and answer pairs from a benchmark.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ def pack(examples: Sequence[Example], device: torch.device) -> dict[str, Tensor]
 
 
 def next_labels(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """What each position predicts: labels[t+1], and IGNORE_INDEX at the last position of a sequence."""
+    """The target of each position: labels[t+1], and IGNORE_INDEX at the last position of a sequence."""
     following = labels.roll(-1, -1)
     if cu_seqlens is None:
         following[:, -1] = IGNORE_INDEX
@@ -68,7 +68,7 @@ def next_labels(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def row_of_position(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """int64 of the shape of labels, (B, S) or packed (T,): which row each position belongs to."""
+    """int64 of the shape of labels, (B, S) or packed (T,): the row of each position."""
     if cu_seqlens is None:
         return torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
     lengths = cu_seqlens.diff()

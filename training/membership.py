@@ -1,4 +1,4 @@
-"""Membership inference: does a model still know that it has seen the forget rows, rather than others like them?
+"""Membership inference: can the forget rows be told apart from similar rows that the model has never seen?
 
 Every attack gives a row a score that is high where the row was probably not learned. Attacks and signs are those of
 OpenUnlearning (arXiv 2506.12618), which leaves the last scored token, the end of an answer, out of Min-K%, Min-K%++ and
@@ -53,7 +53,7 @@ def _least(values: np.ndarray) -> float:
 
 
 def attacks_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Of one dictionary a row, with other measures among them."""
+    """The attack scores from one dictionary per row that also has other measures."""
     return {name: [row[name] for row in rows] for name in OF_A_MODEL if rows and name in rows[0]}
 
 
@@ -98,7 +98,7 @@ def privleak(value: float, retrained: float = 0.5) -> float:
 
 
 def doubts(retrained: tuple[Attacks, Attacks] | None) -> list[str]:
-    """What speaks against it that these are scores of a model that never saw the forget rows: its own AUC of Min-K%."""
+    """Reasons to doubt that the scores are of a model that never saw the forget rows, by its AUC of Min-K%."""
     if not retrained or not all("min_k" in some for some in retrained):
         return []
     value = auc(*(some["min_k"] for some in retrained)).value

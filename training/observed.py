@@ -1,7 +1,7 @@
-"""What the passes of a step made of the loss and of the log-probabilities, for trackers (`training.tracking`).
+"""Collects the loss terms and log-probabilities of a step for trackers (`training.tracking`).
 
-An `Objective` reports to it, detached, so that training has the same bits with and without it. The numbers stay on the
-device until the step is done and then come over in one transfer.
+An `Objective` records detached values, so training gives the same bits with and without it. The values stay on the
+device until the end of the step and are then copied in one transfer.
 """
 
 import torch
@@ -35,7 +35,7 @@ class Observed:
         self._rows.setdefault(name, []).append(values.detach().float().where(num_tokens > 0, torch.nan))
 
     def take(self) -> dict[str, float]:
-        """{name in a tracker: number} of the whole step, over all processes, each of which has to ask."""
+        """{name in a tracker: number} of the whole step, over all processes. Every process must call this."""
         names, kinds = list(self._terms), list(self._rows)
         pieces = [torch.cat(self._rows[kind]) for kind in kinds]
         sums = [torch.stack([self._terms[name] for name in names])] if names else []

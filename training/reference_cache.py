@@ -1,12 +1,12 @@
-"""The reference log-probabilities of a data set, computed once: two numbers a sequence instead of a second model.
+"""Reference log-probabilities of a data set, computed once: two numbers per sequence instead of a second model.
 
 One safetensors file: `logps` (N,) float32 sums over the answers and `num_tokens` (N,) int64; where a method needs them,
-also `token_logps` (T,) of the T scored tokens, or `hidden` (T, H), the last hidden states that predict them. In its
-header is all that they depend on: hashes of weights, configuration, tokenizer, template and token ids, precision,
-attention, versions, and a hash of the numbers themselves. Nothing of it is beside the file: one rename makes numbers
-and header appear together. A file that does not match is refused with the reason.
+also `token_logps` (T,) of the T scored tokens, or `hidden` (T, H), the last hidden states that predict them. The header
+identifies everything that they depend on: hashes of weights, configuration, tokenizer, template and token ids,
+precision, attention, versions, and a hash of the numbers themselves. Numbers and header are in one file, so one rename
+makes them appear together. A file that does not match is refused with the reason.
 
-A process that is killed at any moment leaves the old file or none, never a part: the next run computes anew.
+A process killed at any moment leaves the old file or none, never a part of one.
 """
 
 import hashlib
@@ -47,17 +47,17 @@ class StaleReferenceError(ValueError):
 
 
 class AbsentReferenceError(StaleReferenceError):
-    """There is no cache."""
+    """The cache does not exist."""
 
 
 class DamagedReferenceError(StaleReferenceError):
-    """The file is truncated, or has other bits than were written."""
+    """The file is truncated or changed."""
 
 
 def header(
     model: PreTrainedModel, format: Format, examples: Sequence[Example], *, packing: bool = False
 ) -> dict[str, str]:
-    """All that the cached numbers depend on."""
+    """Everything that the cached numbers depend on."""
     used, cast = versions(), autocast_dtype(model)
     return {
         "format": FORMAT,
@@ -84,7 +84,7 @@ def compute_reference(
     on_rows: OnRows = nothing,
     per_token: PerToken | None = None,
 ) -> Scores:
-    """Score the examples with the loss kernel itself and write the cache; of several processes one writes."""
+    """Score the examples with the loss kernel and write the cache. With several processes, one of them writes."""
     scores = score(model, examples, format.pad_token_id, batch_size, packing, on_rows, per_token)
 
     def write() -> None:
@@ -106,7 +106,7 @@ def load_reference(
     packing: bool = False,
     per_token: PerToken | None = None,
 ) -> Scores:
-    """The cached scores, or StaleReferenceError with the reason why they are not those of this model and data."""
+    """The cached scores. StaleReferenceError, with the reason, if they are of another model or other data."""
     wanted = ["logps", "num_tokens"] + ([] if per_token is None else [per_token])
     try:
         with safe_open(path, framework="pt") as file:
@@ -142,18 +142,18 @@ def found_or_computed(
     packing: bool = False,
     per_token: PerToken | None = None,
 ) -> Scores:
-    """The cached scores, or those that are computed now: of several runs that need them by one, the others wait.
+    """The cached scores, computed now if necessary. If several runs need them, one computes and the others wait.
 
-    A damaged file is made again. One of another model or other rows is as well, unless its folder is `shared`: there it
-    is somebody's.
+    A damaged file is replaced. So is one of another model or other rows, unless the folder is `shared`, where it may
+    belong to another run.
 
     Args:
-        counted: of a name and a number of rows, what is told how many of them are done.
-        say: to the user.
+        counted: (name, number of rows) -> a progress callback.
+        say: prints a message.
 
     Raises:
-        StaleReferenceError: the folder is shared, and the file is of something else.
-        StorageError: the folder cannot be written; said before anything is computed.
+        StaleReferenceError: the folder is shared, and the file is of another model or other rows.
+        StorageError: the folder is not writable; raised before anything is computed.
     """
     option = "--reference_cache" if shared else "--out"
 
@@ -223,7 +223,7 @@ def check_step_zero(
 
 
 def _damage(scores: Scores, examples: Sequence[Example], expected_hash: str | None) -> str | None:
-    """What is wrong with numbers whose header is right; None if nothing is."""
+    """What is wrong with the numbers although the header matches; None if nothing is."""
     if _scores_hash(scores) != expected_hash:
         return "holds other numbers than were written"
     counts = [sum(label != IGNORE_INDEX for label in e.labels[1:]) for e in examples]  # the first one has no prediction

@@ -1,4 +1,4 @@
-"""Relearning: fine-tuning on a part of what was forgotten, which may bring back the rest (Hu et al. 2024, arXiv
+"""Relearning: fine-tuning on a part of the forget set, which may bring back the rest (Hu et al. 2024, arXiv
 2406.13356)."""
 
 from collections.abc import Sequence
@@ -34,9 +34,11 @@ def relearn_(
     config: TrainConfig,
     follow: bool = True,
 ) -> list[dict[str, float]]:
-    """In place; [{"step", "relearned", "others"}], mean answer probabilities before the first and after every step.
+    """Train in place. Returns [{"step", "relearned", "others"}].
 
-    All weights are trained, also those that unlearning left alone. `follow`: no, and nothing is measured.
+    The values are mean answer probabilities, before the first and after every step.
+
+    All weights are trained, also those that unlearning left alone. With `follow` false, nothing is measured.
     """
     history: list[dict[str, float]] = []
     model.requires_grad_(True)

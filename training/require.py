@@ -1,4 +1,4 @@
-"""Values that have to be there."""
+"""Values that must not be None."""
 
 from typing import TypeVar
 
@@ -6,7 +6,7 @@ Value = TypeVar("Value")
 
 
 def require(value: Value | None, what: str) -> Value:
-    """`value`; ValueError where it is None, because a caller or a preset left it open."""
+    """Return `value`. ValueError if it is None, because a caller or a preset did not set it."""
     if value is None:
         raise ValueError(f"expected {what}, got None")
     return value

@@ -1,4 +1,4 @@
-"""What a model gives to answers: log-probabilities, and what else metrics take of each token, without logits."""
+"""Score answers without forming logits: log-probabilities, and the other per-token numbers that metrics need."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -19,7 +19,7 @@ PerToken = Literal["token_logps", "hidden", "statistics"]
 
 
 class AnswerScores(NamedTuple):
-    """Of the n scored tokens of one example, (n,) each; n may be 0."""
+    """Numbers of the n scored tokens of one example, (n,) each; n may be 0."""
 
     logps: np.ndarray  # float64, log-probability of each token
     mean: np.ndarray  # of the log-probability of a token that is drawn from the model there
@@ -28,7 +28,7 @@ class AnswerScores(NamedTuple):
 
     @property
     def nll(self) -> float:
-        """Mean negative log-probability of a token, in nats; 0 where there is none."""
+        """Mean negative log-probability of a token, in nats; 0 without tokens."""
         return -float(self.logps.mean()) if len(self.logps) else 0.0
 
     @property
@@ -38,7 +38,7 @@ class AnswerScores(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Of N rows with T scored tokens in all, which are in the order of rows and positions."""
+    """Scores of N rows with T scored tokens in total, ordered by row and position."""
 
     logps: Tensor  # (N,) float32 on the CPU, summed log-probability of the answer and <eos>
     num_tokens: Tensor  # (N,) int64
@@ -52,7 +52,7 @@ class Scores(NamedTuple):
         return torch.exp(self.logps / self.num_tokens)
 
     def rows(self, members: Sequence[int], device: torch.device) -> "Scores":
-        """Of some of the rows, on a device."""
+        """The scores of some rows, moved to a device."""
         index = torch.tensor(members, dtype=torch.int64)
         counts = self.num_tokens[index]
         first = (self.num_tokens.cumsum(0) - self.num_tokens)[index]
@@ -120,7 +120,7 @@ def answer_scores(
     batch_size: int = 64,
     on_rows: OnRows = nothing,
 ) -> list[AnswerScores]:
-    """What each metric of an answer needs of its tokens, from one pass, with one product with the head."""
+    """The per-token numbers for all metrics of an answer, from one pass with one product with the head."""
     found = score(model, examples, pad_id, batch_size, on_rows=on_rows, per_token="statistics")
     assert found.statistics is not None
     pieces = found.statistics.double().reshape(-1, 4).numpy().T

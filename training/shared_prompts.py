@@ -1,8 +1,8 @@
-"""Several answers to one question, scored in one row that has the question once.
+"""Score several answers to one question in one row that contains the question once.
 
-The prompt comes first, all but its last token; then that token and an answer, for every answer. A token sees the prompt
-and its own answer, and has the position that it has in a row of its own, so that the log-probabilities are the same up
-to rounding. With n answers that saves n - 1 prompts.
+The row has the prompt without its last token, then for every answer that token and the answer. A token attends to the
+prompt and its own answer, and has the position that it would have in a separate row, so the log-probabilities are the
+same up to rounding. With n answers this saves n - 1 prompts.
 """
 
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ def score_answers(
 
 
 class _Row:
-    """A group as one row. `segment` is 0 in the prompt and the number of the answer behind it."""
+    """A group as one row. `segment` is 0 in the prompt, then the number of the answer."""
 
     def __init__(self, group: Sequence[Example]):
         cut = _prompt_length(group[0]) - 1

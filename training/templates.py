@@ -1,4 +1,4 @@
-"""How a question and its answer become tokens: the prompt that a model was trained with, and what is scored.
+"""Prompt templates: how a question and its answer become tokens, and which of them are scored.
 
 | template       | prompt, without <bos>                                  | answer, all of it scored     |
 |----------------|--------------------------------------------------------|------------------------------|
@@ -10,9 +10,10 @@
 | `chat`         | the tokenizer's chat template, without one             | `{a}` and the turn's end     |
 | `auto`         | what the model was trained with here, or what the tokenizer's chat template writes, or `plain`   ||
 
-Question and answer are tokenised SEPARATELY, so no token spans both and an answer has the same tokens whatever was
-asked. The space before an answer belongs to its first token, and tokenizers that put a space before every text
-(SentencePiece) put none before an answer, which continues a text. <bos> comes once, whoever writes it.
+Question and answer are tokenised SEPARATELY, so no token spans both and an answer has the same tokens after any
+question. The space before an answer belongs to its first token. Tokenizers that put a space before every text
+(SentencePiece) put none before an answer, which continues a text. There is exactly one <bos>, from the template or the
+tokenizer.
 """
 
 import hashlib
@@ -64,7 +65,7 @@ NAMES = ("auto", *TEMPLATES)
 
 
 class Format:
-    """A tokenizer with its template: text in, token ids out.
+    """A tokenizer with its template: converts text to token ids.
 
     Args:
         tokenizer: of transformers. One without a pad token is fine: attention masks come from lengths.
@@ -98,7 +99,7 @@ class Format:
 
     @property
     def pad_token_id(self) -> int:
-        """What fills up batches, always masked: any id will do where the tokenizer has none."""
+        """The padding token. Padding is always masked, so any id works if the tokenizer has none."""
         return 0 if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
 
     @property
@@ -108,7 +109,7 @@ class Format:
         return list(dict.fromkeys(i for i in (self.end_id, eos) if i is not None))
 
     def prompt_text(self, question: str) -> str:
-        """What comes before the answer. Of chat templates with its special tokens, of tags without <bos>."""
+        """The text before the answer: of chat templates with special tokens, of tag templates without <bos>."""
         if isinstance(self._parts, Chat):
             return _render(self.tokenizer, question, self._parts.system) + self._lead
         return self._parts.prompt.format(question=question)
@@ -118,7 +119,7 @@ class Format:
         return ids if self._bos is None or ids[:1] == [self._bos] else [self._bos, *ids]
 
     def answer_ids(self, answer: str) -> list[int]:
-        """The answer and the token that ends it: everything that is scored."""
+        """The answer and its end token: everything that is scored."""
         return [*self.continued_ids(self._answer.format(answer=answer)), self.end_id]
 
     def text_ids(self, text: str) -> list[int]:
@@ -126,7 +127,7 @@ class Format:
         return [*([] if self._bos is None else [self._bos]), *self._ids(text)]
 
     def continued_ids(self, text: str) -> list[int]:
-        """Text that goes on from other text, tokenised by itself."""
+        """Text that continues other text, tokenised separately."""
         return self._ids("\n" + text)[len(self._ids("\n")) :] if self._adds_space else self._ids(text)
 
     def encode(self, rows: Iterable[Row]) -> list[Example]:
@@ -189,7 +190,7 @@ class Format:
 
 
 def detect(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The name of the template that a model was trained with here, or that its tokenizer's chat template stands for."""
+    """The name of the template that a model was trained with here, or that matches its tokenizer's chat template."""
     saved = Path(tokenizer.name_or_path or "none") / TEMPLATE_FILE
     if saved.is_file():
         return json.loads(saved.read_text(encoding="utf-8"))["template"]
@@ -205,7 +206,7 @@ def detect(tokenizer: PreTrainedTokenizerBase) -> str:
 def _render(
     tokenizer: PreTrainedTokenizerBase, question: str, system: str | None = None, answer: str | None = None
 ) -> str:
-    """A conversation as text: up to where the answer begins, or with it."""
+    """A conversation as text, up to the start of the answer or including it."""
     turns = [("system", system), ("user", question), ("assistant", answer)]
     messages = [{"role": role, "content": text} for role, text in turns if text is not None]
     text = tokenizer.apply_chat_template(

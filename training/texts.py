@@ -1,6 +1,6 @@
-"""Plain text as examples: corpora in pieces of equal length, documents one by one, and text that goes on from another.
+"""Examples from plain text: corpora in pieces of equal length, single documents, and continuations of a prompt.
 
-Rows of a corpus are {"text": ...}. Every token is scored but the first of an example, which nothing predicts.
+Rows of a corpus are {"text": ...}. Every token is scored except the first of an example.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,12 +29,12 @@ def chunks(format: Format, texts: Sequence[str], max_tokens: int) -> list[Exampl
 
 
 def documents(format: Format, texts: Iterable[str], max_tokens: int) -> list[Example]:
-    """Each text by itself, cut to its first `max_tokens` tokens."""
+    """Each text separately, cut to its first `max_tokens` tokens."""
     return [_scored(format.text_ids(text)[:max_tokens]) for text in texts]
 
 
 def continuation(format: Format, prompt: str, text: str) -> Example:
-    """The prompt, and the text behind it, which alone is scored; tokenised separately, without an end token."""
+    """The prompt and its continuation, tokenised separately, without an end token. Only the continuation is scored."""
     before, after = format.text_ids(prompt), format.continued_ids(text)
     return Example(before + after, [IGNORE_INDEX] * len(before) + after)
 

@@ -1,4 +1,4 @@
-"""A tokenizer from nothing, and what identifies one."""
+"""Train a small tokenizer; hash a tokenizer."""
 
 import hashlib
 import json
@@ -33,12 +33,12 @@ def train_tokenizer(rows: Iterable[Row], vocab_size: int) -> PreTrainedTokenizer
 
 
 def _parts(row: Row) -> tuple[str, ...]:
-    """What is tokenised separately."""
+    """The texts, each tokenised separately."""
     return (row["text"],) if "text" in row else (PLAIN_PROMPT.format(**row), PLAIN_ANSWER.format(**row))
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of all that turns text into ids."""
+    """sha256 of everything that turns text into ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # in Python, without a description of itself
         state = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]

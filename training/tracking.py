@@ -1,13 +1,13 @@
-"""TensorBoard, Weights & Biases and other trackers of accelerate: what a run shows while it trains.
+"""Trackers of a run: TensorBoard, Weights & Biases, and the other trackers of accelerate.
 
     python -m training.unlearn ... --report_to tensorboard,wandb
 
-docs/guides/logging.md explains every curve. Training is the same with and without trackers, bit by bit. Only the main
-process logs. A tracker that cannot start stops the run before its first step. One that fails later is left out from
-then on, which is printed at once and again at the end; the run goes on, since metrics.json has its results anyway.
+docs/guides/logging.md explains every curve. Training gives the same bits with and without trackers. Only the main
+process logs. A tracker that cannot start ends the command before the first step. If a tracker fails later, the reason
+is printed at once and again at the end, and the run continues without it: metrics.json has the results in any case.
 
-A run that is resumed goes on with its curves. TensorBoard hides what was logged after the checkpoint (`purge_step`).
-Weights & Biases gets the id of the run, kept in trackers.json, and does not take a step twice.
+A resumed run continues its curves. TensorBoard hides what was logged after the checkpoint (`purge_step`). Weights &
+Biases gets the id of the run, which trackers.json keeps.
 """
 
 import os
@@ -23,17 +23,17 @@ from training import distributed
 from training.random_states import kept
 from training.store import read_record, remove, write_record
 
-PROJECT = "unlearning"  # of Weights & Biases and others; the variable WANDB_PROJECT names another one
+PROJECT = "unlearning"  # of Weights & Biases and others, unless WANDB_PROJECT is set
 RUN_FILE = "trackers.json"
-PACKAGES = {"comet_ml": "comet-ml"}  # where it is not the name of the tracker
+PACKAGES = {"comet_ml": "comet-ml"}  # if it differs from the name of the tracker
 EVALUATED = ("forget", "retain", "ra", "wf", "holdout")  # sets: forget_prob is shown as forget/prob
-NOT_SHOWN = ("step", "train_loss", "retain_weight")  # of an evaluation; steps have them
+NOT_SHOWN = ("step", "train_loss", "retain_weight")  # of an evaluation: logged with every step, or not a metric
 
 Say = Callable[[str], None]
 
 
 def trackers_of(report_to: str | None) -> list[str]:
-    """The names in --report_to. ValueError where one is unknown or its package is not installed."""
+    """The names in --report_to. ValueError if one is unknown or its package is not installed."""
     names = [name.strip() for name in (report_to or "none").split(",")]
     names = [name for name in dict.fromkeys(names) if name not in ("", "none")]
     known = [str(name) for name in LOGGER_TYPE_TO_CLASS]
@@ -49,9 +49,9 @@ def trackers_of(report_to: str | None) -> list[str]:
 
 
 def evaluation_names(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of an evaluation by their names in a tracker: forget/prob, retain/rougeL, eval/forget_quality.
+    """The numbers of an evaluation under their names in a tracker: forget/prob, retain/rougeL, eval/forget_quality.
 
-    Without the ends of confidence intervals, which metrics.json has.
+    The bounds of confidence intervals are left out; metrics.json has them.
     """
     found = {}
     for key, value in summary.items():
@@ -66,11 +66,11 @@ class Tracking:
     """The trackers of one run, from `start` to `finish`.
 
     Args:
-        report_to: names with commas between them.
-        folder: of the run, which gets the trackers' files.
-        name: of the run, as Weights & Biases shows it.
+        report_to: names, separated by commas.
+        folder: of the run; the trackers write their files there.
+        name: of the run, for Weights & Biases.
         settings: shown with the run.
-        device: whose random generator is left as it is.
+        device: its random generator is not changed by a tracker.
         say: prints a line.
     """
 
@@ -87,13 +87,13 @@ class Tracking:
         self.settings = {key: _plain(value) for key, value in (settings or {}).items() if value is not None}
         self.device = device or torch.device("cpu")
         self.running: list[GeneralTracker] = []
-        self.stopped: list[str] = []  # what is said of those that failed
+        self.stopped: list[str] = []  # messages about trackers that failed
 
     def __bool__(self) -> bool:
         return bool(self.names)
 
     def start(self, first_step: int) -> None:
-        """Begin, or go on after `first_step` steps. ValueError where a tracker cannot start."""
+        """Start, or resume after `first_step` steps. ValueError if a tracker cannot start."""
         problem = ""
         if self.names and distributed.is_main():
             with kept(self.device):
@@ -105,7 +105,7 @@ class Tracking:
         self._each(lambda tracker: tracker.log(dict(values), step=step), f"step {step}")
 
     def finish(self, failed: bool = False) -> None:
-        """Close them; of a run that failed or was interrupted, Weights & Biases is told so."""
+        """Close the trackers. `failed`: Weights & Biases marks the run as failed."""
 
         def close(tracker: GeneralTracker) -> None:
             if tracker.name == "wandb":
@@ -119,7 +119,7 @@ class Tracking:
         self.running, self.stopped = [], []
 
     def _started(self, first_step: int) -> str:
-        """Why a tracker could not start; "" where all have."""
+        """An error message if a tracker cannot start, else ""."""
         run = self._run_record(first_step)
         for name in self.names:
             try:
@@ -127,7 +127,7 @@ class Tracking:
                 tracker.start()
                 self.running.append(tracker)
                 self._store_settings(tracker, first_step)
-            except Exception as error:  # of any kind: it is not our code
+            except Exception as error:  # the code of a tracker may raise anything
                 self.finish(failed=True)
                 advice = "; without a network: WANDB_MODE=offline" if name == "wandb" else ""
                 return (
@@ -137,18 +137,18 @@ class Tracking:
         return ""
 
     def _run_record(self, first_step: int) -> str:
-        """An id for the run, which a resumed one has kept. A run from its beginning is a new one."""
+        """The id of the run. A resumed run keeps its id; a run from the beginning gets a new one."""
         path = self.folder / RUN_FILE
         if first_step == 0 and (self.folder / "tensorboard").exists():
-            remove(self.folder / "tensorboard")  # of this run, killed before its first checkpoint
-        if first_step == 0 or not path.exists():  # the second: resumed, and not tracked before
+            remove(self.folder / "tensorboard")  # left by this run, killed before its first checkpoint
+        if first_step == 0 or not path.exists():  # or resumed, but not tracked before
             write_record(path, {"run": secrets.token_hex(8)})
         return str((read_record(path) or {})["run"])
 
     def _store_settings(self, tracker: GeneralTracker, first_step: int) -> None:
         if tracker.name != "tensorboard":
             tracker.store_init_configuration(self.settings)
-        elif first_step == 0:  # as text: what accelerate does here makes a second run of every start
+        elif first_step == 0:  # as text: accelerate's way adds another run to TensorBoard at every start
             lines = [f"    {name}: {value}" for name, value in self.settings.items()]
             tracker.log({"settings": "\n".join(lines)}, step=0)
 
@@ -159,10 +159,7 @@ class Tracking:
                     act(tracker)
             except Exception as error:
                 self.running.remove(tracker)
-                problem = (
-                    f"{tracker.name} stopped at {when}: {_reason(error)}; training goes on without it, and its curves "
-                    "end there"
-                )
+                problem = f"{tracker.name} stopped at {when}: {_reason(error)}; training continues without it"
                 self.stopped.append(problem)
                 self.say(problem)
 

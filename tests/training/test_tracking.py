@@ -43,7 +43,7 @@ SUMMARY = {"forget_prob": 0.9, "retain_rougeL": 0.5, "forget_quality": 0.01, "mo
 
 
 class Memory(GeneralTracker):
-    """Keeps what it is told, and fails at a step."""
+    """Keeps what is logged; fails at a given step."""
 
     name, requires_logging_directory = "memory", False
 
@@ -82,12 +82,12 @@ def memory(monkeypatch):
     return made
 
 
-def trained(corpus, method="npo_rt", *, tracked=None, checkpoints=None, stop_at=None, evaluate_every=2, **config):
-    """A run of four steps on a model of one layer, with dropout; its model."""
+def trained(corpus, method="npo_rt", *, tracked=None, checkpoints=None, stop_at=None, dropout=0.0, **config):
+    """A run of four steps on a model of one layer: (the model, its steps)."""
     torch.manual_seed(0)
     model, job_config = llama(corpus), replace(CONFIG, **config)
     for layer in model.model.layers:
-        layer.self_attn.attention_dropout = 0.1
+        layer.self_attn.attention_dropout = dropout
     steps = make_steps(corpus, method, job_config, reference=llama(corpus).eval())
     observed = Observed() if tracked else None
     steps = replace(steps, observed=observed)
@@ -99,7 +99,7 @@ def trained(corpus, method="npo_rt", *, tracked=None, checkpoints=None, stop_at=
 
     trainer = Trainer(model, job_config, len(steps), observed)
     console = Console(file=io.StringIO())
-    schedule = Schedule(len(steps), evaluate_every, 1 if checkpoints else 0)
+    schedule = Schedule(len(steps), 2, 1 if checkpoints else 0)
     run(trainer, steps, schedule, evaluate, label="x", checkpoints=checkpoints, tracking=tracked, console=console)
     return model, steps
 
@@ -109,7 +109,7 @@ def same(one, other):
 
 
 def test_every_curve_at_every_step(corpus, memory, tmp_path):
-    """The terms and their weights add up to the loss; what is of rows is of all rows of all micro-batches."""
+    """The terms and their weights add up to the loss; numbers of rows cover all rows of all micro-batches."""
     _, steps = trained(corpus, tracked=Tracking("memory", tmp_path))
     by_step = {step: set() for step in range(len(steps) + 1)}
     for step, values in memory.logged:
@@ -160,14 +160,16 @@ def test_rounding_does_not_count_the_passes_twice(corpus, memory, tmp_path):
 def test_training_has_the_same_bits_with_and_without(fails_at, corpus, memory, tmp_path):
     """The tracker draws random numbers, and the model has dropout."""
     memory.fails_at = fails_at
-    assert same(trained(corpus)[0], trained(corpus, tracked=Tracking("memory", tmp_path, say=str))[0])
+    tracked, _ = trained(corpus, tracked=Tracking("memory", tmp_path, say=str), dropout=0.1)
+    assert same(tracked, trained(corpus, dropout=0.1)[0])
+    assert not same(tracked, trained(corpus)[0])  # dropout counts
 
 
 def test_a_tracker_that_fails_says_so_twice_and_the_run_goes_on(corpus, memory, tmp_path):
     memory.fails_at, said = 3, []
     trained(corpus, tracked=Tracking("memory", tmp_path, say=said.append))
     assert len(said) == 2 and said[0] == said[1]
-    assert said[0].startswith("memory stopped at step 3: OSError: [Errno 28] No space left on device; training goes on")
+    assert said[0].startswith("memory stopped at step 3: OSError: [Errno 28] No space left on device; training")
     assert [step for step, _ in memory.curve("loss/total")] == [1, 2]
 
 
@@ -238,7 +240,7 @@ def test_tensorboard_shows_every_step_once(corpus, tmp_path):
 
 
 def records(path):
-    """Of a run of Weights & Biases on the disk: 7 bytes, then blocks of 32 KiB as LevelDB's log has them."""
+    """The records in a file of Weights & Biases: a header of 7 bytes, then LevelDB's log format in 32 KiB blocks."""
     record = pytest.importorskip("wandb.proto.wandb_internal_pb2").Record
     data, place, parts = path.read_bytes(), 7, b""
     while place + 7 <= len(data):

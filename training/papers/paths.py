@@ -1,4 +1,4 @@
-"""Places on the way of a run, between two measurements by a line."""
+"""Points on the curve of a run, interpolated linearly between measurements."""
 
 import numpy as np
 

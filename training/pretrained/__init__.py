@@ -1,1 +1,1 @@
-"""The papers' claims on a pre-trained model that two cores can train: SmolLM2-135M on a part of TOFU."""
+"""A study of the papers' claims on SmolLM2-135M and a part of TOFU, small enough for two CPU cores."""

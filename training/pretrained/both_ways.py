@@ -1,4 +1,4 @@
-"""One method on one model, with the fused losses and in plain PyTorch: gradients compared, steps timed.
+"""Run one method on one model with the fused losses and in plain PyTorch: compare gradients, time steps.
 
 What a process of `training.pretrained.costs` runs; both functions leave a model behind that has moved.
 """
@@ -42,7 +42,7 @@ TOLERANCE = {None: 1e-3, torch.bfloat16: 5e-2}
 
 @dataclass(frozen=True)
 class Task:
-    """What a process is started with: it can be pickled."""
+    """The arguments of a process."""
 
     folder: str  # of the model
     method: str

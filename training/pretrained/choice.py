@@ -1,4 +1,4 @@
-"""Which learning rate and other settings a method gets: chosen on a forget set that is not reported.
+"""Choose the learning rate and other settings of each method, on a forget set that is not reported.
 
 Of the settings that keep 90 % of the utility of the retrained model, the one with the best forget quality; where none
 keeps it, the one that keeps the most. A method without a retain term gets the one with the best forget quality: what

@@ -1,4 +1,4 @@
-"""Whether what was unlearned comes back: after fine-tuning on a part of it, and after rounding the weights.
+"""Claims about attacks: does forgotten text come back after relearning a part of it or rounding the weights?
 
 The control is the retain model under the same attack: what a model learns, or loses, that never knew. Sources: Hu et
 al. 2024, arXiv 2406.13356 (relearning); Zhang et al. 2024, arXiv 2410.16454 (rounding).

@@ -1,4 +1,4 @@
-"""What a training step costs with the fused losses, and in plain PyTorch on full logits: time and peak memory.
+"""Time and peak memory of a training step, with the fused losses and in plain PyTorch on full logits.
 
 Both ways take the same model, rows, method and optimiser, through `training.trainer`:
 

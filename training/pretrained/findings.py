@@ -1,4 +1,4 @@
-"""What a claim of a paper came to: a verdict, the numbers, and the cause where it does not hold or cannot be told."""
+"""The outcome of testing a claim: a verdict, the numbers, and the reason if it fails or cannot be decided."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -27,7 +27,7 @@ def absent(key: str, text: str, missing: str) -> Finding:
 
 
 def all_of(parts: Iterable[bool | None]) -> bool | None:
-    """False where one part fails; True where all hold; None where one cannot be told."""
+    """False if one part fails, True if all hold, else None."""
     parts = list(parts)
     return False if False in parts else None if None in parts else True
 
@@ -59,7 +59,7 @@ class Interval(NamedTuple):
 
     @property
     def positive(self) -> bool | None:
-        """None where the interval has 0 in it."""
+        """None if the interval contains 0."""
         return None if self.low <= 0 <= self.high else self.low > 0
 
     def words(self) -> str:

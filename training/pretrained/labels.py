@@ -1,4 +1,4 @@
-"""Labels at the ends of curves, where they cover neither each other nor the curves."""
+"""Place labels at the ends of curves without covering other labels or curves."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

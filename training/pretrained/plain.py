@@ -1,4 +1,4 @@
-"""Methods on the logits of a batch, as plain PyTorch computes them: what the fused losses are compared with.
+"""The methods in plain PyTorch on full logits, to compare the fused losses with.
 
     z    = model(**rows).logits.float()                      # (B, S, V)
     logp = z.log_softmax(-1).gather(-1, next label)          # summed over the answer, as the TOFU and NPO code does

@@ -1,4 +1,4 @@
-"""What the study trains: models, choices of learning rates, runs of unlearning. Two sizes, and names of all of it."""
+"""The plan of the study: models, learning rates to try, unlearning runs, and their names, in two sizes."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,7 +23,7 @@ ATTACKS = (*ROUNDED, *(f"relearn{percent}" for percent in RELEARNED))
 
 
 def retrained_on(scenario: str) -> str:
-    """The split of the model that never saw the forget set."""
+    """The split for the model trained without the forget set."""
     return f"retain{100 - PERCENTS[scenario]}"
 
 

@@ -1,4 +1,4 @@
-"""The small records of the study, which are committed, made of the folders of its runs, which are not.
+"""The small records of the study, which are committed, made from its run folders, which are not.
 
     config.json     size, model, device, versions
     models.json     {name: measure}, of the models that unlearning is between

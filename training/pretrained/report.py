@@ -1,4 +1,4 @@
-"""REPORT.md and answers.md of a study on a pre-trained model, with their figures: the same records, the same bytes."""
+"""REPORT.md and answers.md of a study on a pre-trained model, with figures. The same records give the same bytes."""
 
 from collections.abc import Mapping
 from pathlib import Path

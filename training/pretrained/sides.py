@@ -1,4 +1,4 @@
-"""The same questions to the models side by side: before unlearning, never learned, and after each headline method."""
+"""Answers to the same questions side by side: before unlearning, retrained, and after each headline method."""
 
 import textwrap
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Where the page of a grid draws: every place is a percentage of the chart, so text keeps its size at any width.
+"""Coordinates of the charts on the page of a grid, in percent of the chart, so text keeps its size at any width.
 
 `plot` is forgetting against utility, `panel` the bars of one number.
 """
@@ -28,12 +28,12 @@ class Axis(NamedTuple):
     ticks: Sequence[tuple[float, str]] = ()
 
     def at(self, value: float) -> float:
-        """The place of a value, in %."""
+        """The position of a value, in %."""
         where = math.log10(max(value, FLOOR)) if self.log else value
         return round(100 * (where - self.low) / (self.high - self.low), 2)
 
     def marked(self, most: int) -> "Axis":
-        """With at most so many intervals between ticks."""
+        """An axis with at most this many intervals between ticks."""
         steps = MaxNLocator(most, integer=self.log, steps=[1, 2, 5, 10]).tick_values(self.low, self.high)
         inside = [float(tick) for tick in steps if self.low - 1e-9 <= tick <= self.high + 1e-9]
         return self._replace(ticks=[(self.at(10**t if self.log else t), _tick(t, self.log)) for t in inside])

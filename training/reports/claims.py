@@ -1,4 +1,4 @@
-"""A paper's statements beside the numbers that were measured, and the lines that the reports of papers share."""
+"""Claims of papers compared with measured numbers, and text that the reports of papers share."""
 
 import textwrap
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ class Difference(NamedTuple):
 
     @property
     def positive(self) -> bool | None:
-        """None where the interval has 0 in it."""
+        """None if the interval contains 0."""
         return None if abs(self.mean) <= self.half else self.mean > 0
 
     def words(self) -> str:
@@ -39,7 +39,7 @@ class Difference(NamedTuple):
 
 
 def filled(paragraph: str) -> str:
-    """In lines of 120 characters."""
+    """Wrap text to lines of 120 characters."""
     return textwrap.fill(paragraph, 120, break_on_hyphens=False)
 
 

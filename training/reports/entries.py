@@ -1,4 +1,4 @@
-"""What the page of a grid shows, before it has a shape: the numbers of a summary, and the models that have them."""
+"""The contents of the page of a grid: the metrics of a summary, and the models that have them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from training.methods import METHODS
 
 
 class Mark(NamedTuple):
-    """How the methods with one retain term are drawn."""
+    """How methods with the same retain term are drawn."""
 
     symbol: str  # of page.html
     dashes: str  # of its path, as SVG takes them
@@ -72,7 +72,7 @@ def measured(summary: Mapping[str, Any], key: str) -> float:
 
 
 def middle(values: Sequence[float]) -> float:
-    """The median of those that were measured; NaN of none."""
+    """The median of the measured values; NaN if there are none."""
     found = [value for value in values if not math.isnan(value)]
     return float(np.median(found)) if found else math.nan
 

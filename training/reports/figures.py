@@ -1,4 +1,4 @@
-"""The one style of all figures, and those of unlearning: over the epochs, and forgetting against utility.
+"""The style of all figures, and the figures of unlearning: over the epochs, and forgetting against utility.
 
 Colours and line styles of methods are those of their records (`training.methods`), from the palette of Okabe and Ito,
 which colour-blind readers tell apart; panels are those of a benchmark's columns.

@@ -1,4 +1,4 @@
-"""report.md of a grid: tables over seeds, papers' claims against the numbers, answers side by side, what was run."""
+"""report.md of a grid: tables over seeds, claims of papers, answers side by side, what was run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,7 +35,7 @@ def write_grid_report(
 
 
 def _traded(benchmark: Benchmark, start: Mapping[str, Any]) -> TradeOff | None:
-    """The two numbers that are held against each other, where both were measured."""
+    """The two metrics of the trade-off, if both were measured."""
     keys = benchmark.trade_off
     return keys if keys and all(start.get(key) is not None for key in keys) else None
 
@@ -92,7 +92,7 @@ def _scenario(metrics: dict[str, Any], benchmark: Benchmark) -> list[str]:
 
 
 def what_to_see(start: Mapping[str, Any], histories: Histories) -> str:
-    """A paragraph derived from the numbers, whichever way they went: probabilities of what to forget, what to keep."""
+    """A paragraph computed from the numbers, for any outcome: probabilities of forget and retain answers."""
     keys = ("forget_prob", "retain_prob")
     if not all(start.get(key) for key in keys):
         return ""

@@ -1,6 +1,6 @@
-"""report.html of a grid: one file to look at, without a network. The same metrics give the same bytes.
+"""report.html of a grid: a single file that loads nothing. The same metrics give the same bytes.
 
-What is on it is put together here; page.html, page.css and page.js are how it looks.
+The contents are put together here; page.html, page.css and page.js define the layout.
 """
 
 import difflib

@@ -1,4 +1,4 @@
-"""A series of scenarios side by side: larger and larger forget sets, or requests that come one after another."""
+"""A series of scenarios side by side: growing forget sets, or successive requests."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run leaves for its readers: report.md and figure.png."""
+"""report.md and figure.png of a single run."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -49,7 +49,7 @@ def write_unlearning_report(
 
 
 def write_finetuning_report(folder: Path, metrics: dict[str, Any], settings: dict[str, Any]) -> None:
-    """The loss over the epochs, in nats a token of the answers."""
+    """The loss over the epochs, in nats per answer token."""
     steps, losses = zip(*((h["step"], h["train_loss"]) for h in metrics["history"][1:]), strict=True)
     with drawn(folder / "figure.png") as axes:
         axes[0, 0].plot(steps, losses, color=COLOURS[1], marker="o", markersize=3.5)
@@ -64,7 +64,7 @@ def write_finetuning_report(folder: Path, metrics: dict[str, Any], settings: dic
 
 
 def history_table(history: Sequence[Mapping[str, Any]], columns: Mapping[str, Column]) -> str:
-    """A line an evaluation, with the columns that were measured."""
+    """One line per evaluation, with the columns that were measured."""
     shown = columns_of({**PROGRESS, **columns}, history)
     return tables.markdown(list(shown.values()), [[entry.get(key) for key in shown] for entry in history])
 

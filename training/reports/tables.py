@@ -1,6 +1,6 @@
-"""The one table of all reports: Markdown in files, rich on a terminal; and text of models in either.
+"""Tables for all reports: Markdown in files, rich on a terminal. Escaping of text from models and data.
 
-A model, and a data set, may say anything: markup, and the codes by which text moves a terminal's cursor.
+Text from a model or a data set may contain markup and terminal control codes.
 """
 
 import re
@@ -13,14 +13,14 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]") 
 
 
 def cell(value: Any) -> str:
-    """Three significant digits of a float, a dash for what was not measured."""
+    """Three significant digits of a float, a dash for None."""
     if value is None:
         return "-"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[Any]], text: int = 1) -> str:
-    """The first `text` columns to the left, the numbers behind them to the right."""
+    """A Markdown table: the first `text` columns aligned left, the others right."""
     aligned = ["---"] * text + ["---:"] * (len(headings) - text)
     lines = [headings, aligned, *([cell(value).replace("|", "\\|") for value in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -36,7 +36,7 @@ def terminal(headings: Sequence[str], rows: Iterable[Sequence[Any]], title: str 
 
 
 def settings_line(settings: Mapping[str, Any]) -> str:
-    """Those that were given a value, in a sentence."""
+    """The settings that have a value, in one line."""
     return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
 
 
@@ -52,10 +52,10 @@ def samples(answers: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
 
 
 def escaped(text: str) -> str:
-    """On one line, and shown by Markdown as it is: no tags, links, headings or columns of its own."""
+    """Text on one line, escaped so that Markdown shows it literally: no tags, links, headings or columns."""
     return re.sub(r"([\\`*_\[\]<>&|~#])", r"\\\1", visible(" ".join(text.split())))
 
 
 def visible(text: str) -> str:
-    """Control codes as \\x1b and the like: a terminal would obey them. So are those that turn the order of letters."""
+    """Text with control codes written out, such as \\x1b, including those that reverse the text direction."""
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)

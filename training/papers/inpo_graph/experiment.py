@@ -1,4 +1,4 @@
-"""Unlearning of nodes by Adam from the reference, full-batch, and what is measured on the way.
+"""Unlearning of nodes by Adam from the reference, full-batch, and what is measured during training.
 
 With r = log p - log p_ref of the label of a forget node, and means over the forget nodes:
 

@@ -1,4 +1,4 @@
-"""How much a node matters to the others: what they are predicted to be with and without it.
+"""The influence of a node on the others: their predictions with and without it.
 
     influence(v) = sum over u != v of 1/2 sum_c |p_u(c) - p_u(c; v cut off)|
 

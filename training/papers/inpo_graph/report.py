@@ -1,4 +1,4 @@
-"""What the graph experiment says about the claims of INPO and NPO, derived from the numbers, whichever way they go."""
+"""What the graph experiment says about the claims of INPO and NPO, computed from the numbers for any outcome."""
 
 from typing import Any, NamedTuple
 

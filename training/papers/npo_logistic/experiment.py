@@ -1,4 +1,4 @@
-"""Unlearning by full-batch gradient descent, forget and retain distance along the way, and what is left of it."""
+"""Unlearning by full-batch gradient descent, with forget and retain distances, and their medians."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

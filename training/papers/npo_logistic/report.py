@@ -1,4 +1,4 @@
-"""What the logistic experiment says about the paper's claims, derived from the numbers, whichever way they went."""
+"""What the logistic experiment says about the paper's claims, computed from the numbers for any outcome."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Unlearning of forget1 and forget2 by NPO and SimNPO, and what is measured on the way.
+"""Unlearning of forget1 and forget2 by NPO and SimNPO, and what is measured during training.
 
 With logp_s the summed log-probability of sequence s, |s| its predictions, r_s = logp_s - logp_ref,s:
 

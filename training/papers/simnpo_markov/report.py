@@ -1,4 +1,4 @@
-"""What the Markov experiment says about SimNPO's claims, derived from the numbers, whichever way they go."""
+"""What the Markov experiment says about SimNPO's claims, computed from the numbers for any outcome."""
 
 from collections.abc import Callable
 from typing import Any

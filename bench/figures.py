@@ -15,7 +15,7 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from bench import tables
 from bench.cases import R
@@ -129,7 +129,7 @@ def _curves(axis: Axes, records: list[Record], over: str, providers: list[str]) 
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tables.number(value)))
     for minor in (axis.xaxis, axis.yaxis):
         minor.set_minor_formatter(NullFormatter())
-        minor.set_minor_locator(plt.NullLocator())
+        minor.set_minor_locator(NullLocator())
 
 
 def thousands(size: int) -> str:

@@ -150,8 +150,8 @@ def targets_page(records: list[Record]) -> str:
     tables = [f"## {gpu}\n\n" + targets_table([r for r in records if r["gpu"] == gpu]) for gpu in gpus]
     return (
         "# Targets\n\n"
-        "Shape R: N=8192, H=4096, V=128256, bfloat16; a ratio compares the medians of two providers that took turns "
-        "in one process on one GPU.\nMade by `python -m bench report` from `bench/results`; an estimate is never "
+        "Shape R: N=8192, H=4096, V=128256, bfloat16. A ratio compares the medians of two providers that took "
+        "turns in one process on one\nGPU. Made by `python -m bench report` from `bench/results`; an estimate is never "
         "entered as a measurement (`python -m bench\nroofline` prints the model). `python -m bench certify` measures "
         "all of it on the current GPU. Measurements on a CPU are in\n[results/report.md](results/report.md).\n\n"
         + "\n\n".join([*(tables or [targets_table([])]), *cpu_targets.sections(records)])

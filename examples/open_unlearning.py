@@ -21,12 +21,13 @@ In OpenUnlearning, after its trainers are registered (src/trainer/__init__.py)::
 | PDU        | mean_tok (max_v z_v - mean_v z_v)^2                            | 2506.05314 | `token_statistics`   |
 | RMU        | mean_s mean_tok,d (h - u)^2, h the output of a layer           | 2403.03218 | a forward hook       |
 
-These are all it has but FinetuneTrainer, whose loss is the model's own; IdkDPO and AltPO are DPO.
+These are all of its trainers except FinetuneTrainer, whose loss is the model's own; IdkDPO and AltPO use DPO.
 The loss is gamma forget + alpha retain. The retain term is "NLL", mean_tok -log p_y; "KL", KL(reference || model), as
-published the mean of all B x T positions, prompts and padding too; or, of RMU, "EMBED_DIFF".
+published the mean over all B x T positions, including prompts and padding; or, for RMU, "EMBED_DIFF".
 
-Trainers are known by what they have, not by import: `gamma`, `alpha`, `beta`, `ref_model`, `retain_loss_type`, and
-batches {"forget": ..., "retain": ...}. `examples/open_unlearning_head.py` has what they share.
+Trainers are recognised by their attributes, without importing OpenUnlearning: `gamma`, `alpha`, `beta`, `ref_model`,
+`retain_loss_type`, and batches {"forget": ..., "retain": ...}. `examples/open_unlearning_head.py` has their common
+parts.
 """
 
 import copy
@@ -43,7 +44,7 @@ from npo_kernels import fused_logprob_loss, fused_token_loss, token_statistics
 
 
 class ForgetOnly(FusedLoss):
-    """A trainer without gamma, alpha and retain term."""
+    """A trainer without gamma, alpha and a retain term."""
 
     uses_retain = False
 
@@ -154,10 +155,10 @@ class SatImpLoss(TokenLoss):
 
 
 class CEULoss(ForgetOnly, TokenLoss):
-    """CE(sg[q], p) = (E + p_y log p_y) / (1 - p_y) with the entropy E of p, for q is p / (1 - p_y) without y.
+    """CE(sg[q], p) = (E + p_y log p_y) / (1 - p_y) with the entropy E of p, as q is p / (1 - p_y) without y.
 
-    Its gradient in the logits is p - q, which is that of -log(1 - p_y): a factor of that of log p_y. So the gradient
-    needs no more than log p_y, and the value is put in as a constant.
+    Its gradient in the logits is p - q, the gradient of -log(1 - p_y), which is a multiple of that of log p_y. So the
+    gradient only needs log p_y, and the value is added as a constant.
     """
 
     ignore_first_n_answer_tokens: int
@@ -216,8 +217,9 @@ class UNDIALLoss(FusedLoss):
 class PDULoss(FusedLoss):
     """Flat logits on the forget set; the weight of the retain term is the dual variable of retain <= eps.
 
-    The mean is over the positions that predict a label. OpenUnlearning's is over those that hold one, a position later:
-    `published_rows = True`. Its first version took all, prompts and padding: `published_rows = "all"`.
+    The mean is over the positions that predict a label. OpenUnlearning's is over the positions of the labels, one
+    later: `published_rows = True`. Its first version used all positions, also prompts and padding:
+    `published_rows = "all"`.
     """
 
     preferences: list[float]
@@ -227,7 +229,7 @@ class PDULoss(FusedLoss):
     dual_update_upon: str
     can_update: bool
     log: Callable[[dict[str, float]], None]
-    uses_retain = True  # alpha is where the weight starts
+    uses_retain = True  # alpha is the initial weight
 
     def forget_loss(self, rows):
         labels = rows.batch["labels"]
@@ -253,7 +255,7 @@ class PDULoss(FusedLoss):
 class RMULoss(FusedLoss):
     """Squared distance of a layer's output from a fixed vector, and of retain rows from the reference's (EMBED_DIFF).
 
-    Each sequence counts with the mean over its labels' positions. OpenUnlearning divides (B,) by (B, 1), which gives
+    Each sequence contributes the mean over its labels' positions. OpenUnlearning divides (B,) by (B, 1), which gives
     the mean of the sums times the mean of 1 / num_tokens: the same for one sequence, and for equal numbers of tokens.
     `published_rows = True` gives its numbers.
     """
@@ -277,7 +279,7 @@ class RMULoss(FusedLoss):
 
 
 def rest(logp: Tensor) -> Tensor:
-    """1 - p, above 0 also where p is 1 to the last digit."""
+    """1 - p, above 0 even if p rounds to 1."""
     return -logp.clamp(max=-1e-30).expm1()
 
 
@@ -319,7 +321,7 @@ def fused(trainer: type) -> type:
 
 
 class NPO:
-    """As much of the trainer as its loss needs."""
+    """The parts of the trainer that its loss needs."""
 
     def __init__(self, model, gamma=1.0, alpha=1.0, beta=0.1, retain_loss_type="NLL"):
         self.model, self.gamma, self.alpha, self.beta = model, gamma, alpha, beta

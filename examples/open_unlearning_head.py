@@ -1,7 +1,7 @@
-"""What the fused trainers of `examples.open_unlearning` share: a `compute_loss` without logits.
+"""The common parts of the fused trainers of `examples.open_unlearning`: a `compute_loss` without logits.
 
-One forward goes over forget and retain rows together, and losses are computed inside the head: there its weight is
-whole, whatever shards it. A reference costs one forward without logits.
+One forward covers forget and retain rows, and the losses are computed inside the head, where its weight is gathered
+under any sharding. A reference costs one forward without logits.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,13 +24,13 @@ FILL = {"input_ids": PAD, "attention_mask": 0, "labels": -100}
 
 @dataclass
 class Rows:
-    """A batch in the head of a model: what the losses are functions of."""
+    """A batch in the head of a model: the inputs of the losses."""
 
     batch: Batch
     hidden: Tensor  # (B, T, H), the last hidden states
     weight: Tensor  # (V, H)
     head: dict[str, Any]  # bias, logit_scale, softcap, and the options of fused calls
-    activations: Any  # (B, T, D), what the layer returned that RMU steers; None in other trainers
+    activations: Any  # (B, T, D), the output of the layer that RMU steers; None in other trainers
 
     def __call__(self, function: Callable, labels: Tensor | None = None, **arguments) -> Any:
         """A function of `npo_kernels` on these rows."""
@@ -43,12 +43,12 @@ class Rows:
 
 
 class FusedLoss:
-    """A `compute_loss` without logits: the forget term is the subclass's, the rest is here."""
+    """A `compute_loss` without logits: a subclass adds the forget term."""
 
     options: ClassVar[dict[str, Any]] = {}  # impl and workspace_mb of the fused calls
-    published_rows: bool | str = False  # True: OpenUnlearning's number where it is another (UNDIAL, PDU, RMU)
-    loss_is_scaled_for_ga = False  # a mean over the micro-batch, as the trainers have it: the Trainer divides
-    # what the trainers have
+    published_rows: bool | str = False  # True: OpenUnlearning's values where they differ (UNDIAL, PDU, RMU)
+    loss_is_scaled_for_ga = False  # a mean over the micro-batch, as in the trainers: the Trainer divides
+    # attributes of the trainers
     gamma: float
     alpha: float
     retain_loss_type: str
@@ -69,13 +69,13 @@ class FusedLoss:
         outputs = self.in_head(model, batches, self.loss, self.model_module)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    compute_unlearn_loss = compute_loss  # the name in some of its versions
+    compute_unlearn_loss = compute_loss  # its name in some versions
 
     def compute_retain_loss(self, model, retain_inputs):
         return self.in_head(model, [retain_inputs], lambda _, rows: self.retain_loss(rows), self.model_module).loss
 
     def loss(self, together: Rows, forget: Rows, retain: Rows | None = None) -> Tensor:
-        """Of all rows, which are those of the two parts."""
+        """The rows of each of the two parts, among all rows."""
         return self.total(self.forget_loss(forget), None if retain is None else self.retain_loss(retain))
 
     def total(self, forget: Tensor, retain: Tensor | None) -> Tensor:
@@ -117,7 +117,7 @@ class FusedLoss:
             return model(**together, fused_unlearning=function)
 
     def in_reference(self, rows: Rows, loss: Callable[[Rows], Tensor]) -> Tensor:
-        """`loss` of the same rows in the head of the reference, whose weight is whole there."""
+        """`loss` of the same rows in the head of the reference, where its weight is gathered."""
         wanted = torch.is_grad_enabled()
 
         def function(_, ref_rows):  # the reference needs no gradient, the loss does
@@ -146,7 +146,7 @@ def stack(batches: list[Batch]) -> Batch:
 
 @contextmanager
 def outputs_of(layer: nn.Module | None) -> Iterator[list[Tensor]]:
-    """What a layer returns meanwhile."""
+    """Records the output of a layer while active."""
     found: list[Tensor] = []
     if layer is None:
         yield found

@@ -14,7 +14,7 @@ BETA, STEPS = 0.1, 5
 
 
 def plain_logps(model, batch: dict[str, Tensor]) -> Tensor:
-    """What the library replaces: the logits of all positions and all tokens."""
+    """The code that the library replaces: it forms the logits of all positions and all tokens."""
     logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
     targets = batch["labels"][:, 1:]
     tokens = logits[:, :-1].log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
@@ -27,7 +27,8 @@ def plain_loss(model, batch: dict[str, Tensor], ref_logps: Tensor) -> Tensor:
 
 
 def hidden_states(model, batch: dict[str, Tensor]) -> Tensor:
-    """The backbone alone. Models in a wrapper (DDP, FSDP) need `npo_kernels.hf`: see examples.transformers_trainer."""
+    """The model without its lm-head. Models in a wrapper (DDP, FSDP) need `npo_kernels.hf`: see
+    examples.transformers_trainer."""
     return model.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
 
 

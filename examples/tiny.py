@@ -1,4 +1,4 @@
-"""A random model and random rows, small enough for a CPU: what the examples run on."""
+"""A random model and random rows, small enough for a CPU, for the examples."""
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def random_rows(count: int, seed: int) -> list[dict[str, list[int]]]:
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """input_ids, attention_mask, labels (B, S), padded on the right; the completion alone is scored."""
+    """input_ids, attention_mask, labels (B, S), padded on the right; only the completion is scored."""
     longest = max(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows)
     ids = torch.full((len(rows), longest), PAD)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)

@@ -1,10 +1,11 @@
-"""NPO + retain with `transformers.Trainer`: one forward a step, no logits, no reference model in memory.
+"""NPO + retain with `transformers.Trainer`: one forward per step, no logits, no reference model in memory.
 
     python -m examples.transformers_trainer
     accelerate launch --config_file training/launch/ddp.yaml -m examples.transformers_trainer
 
-A step is the same whatever cuts it: processes, micro-batches, ragged ones too. The number of forget sequences and of
-retain tokens is counted over the whole accumulated batch of all processes, and each micro-batch divides by that.
+A step does not depend on how its batch is split into processes and micro-batches, even uneven ones: the forget
+sequences and retain tokens are counted over the accumulated batch of all processes, and each micro-batch divides by
+these counts.
 """
 
 import tempfile
@@ -26,7 +27,7 @@ class UnlearningTrainer(Trainer):
     loss = mean over forget rows of (2/beta) softplus(beta (logp - ref)) + retain_weight * NLL per retain token
     """
 
-    loss_is_scaled_for_ga = True  # `compute_loss` divides by what the accumulated batch holds
+    loss_is_scaled_for_ga = True  # `compute_loss` divides by the counts of the accumulated batch
     _signature_columns: list[str] | None  # type: ignore[assignment]  # transformers' own is inferred to be None
 
     def __init__(self, model, *args, beta: float = 0.1, retain_weight: float = 1.0, **kwargs):
@@ -38,10 +39,10 @@ class UnlearningTrainer(Trainer):
         if self.args.n_gpu > 1:
             raise ValueError("one process sees several GPUs (DataParallel): start one a GPU, with accelerate launch")
         self.beta, self.retain_weight = beta, retain_weight
-        self.model_accepts_loss_kwargs = True  # releases before `loss_is_scaled_for_ga` ask this
+        self.model_accepts_loss_kwargs = True  # used by releases before `loss_is_scaled_for_ga`
 
     def _set_signature_columns_if_needed(self):
-        """Columns that are no arguments of the forward would be dropped before the collator sees them."""
+        """Keeps columns that are not arguments of the forward, which would be dropped before the collator."""
         super()._set_signature_columns_if_needed()
         extra = {"prompt_ids", "completion_ids", "forget", "ref_logps"}
         columns = self._signature_columns or []
@@ -87,7 +88,7 @@ def collate_rows(rows: list[dict]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def with_reference(model, rows: list[dict], batch_size: int = 8) -> list[dict]:
-    """The rows with `ref_logps`, the model's summed log-probability of each completion: before any training."""
+    """The rows with `ref_logps`, the model's summed log-probability of each completion. Call it before training."""
     add_fused_unlearning_head(model).eval()
     logps = []
     for start in range(0, len(rows), batch_size):

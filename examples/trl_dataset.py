@@ -2,8 +2,8 @@
 
     python -m examples.trl_dataset
 
-TRL's KTO rows are {"prompt", "completion", "label"}; `label: False` is what the model should not say, so it marks the
-rows to forget. As TRL does with `precompute_ref_log_probs=True`, the reference's summed log-probability of each
+TRL's KTO rows are {"prompt", "completion", "label"}; `label: False` marks an undesired completion, here a
+row to forget. As TRL does with `precompute_ref_log_probs=True`, the reference's summed log-probability of each
 completion becomes a float32 column `ref_logps`, before training, in eval mode, with a fingerprint of the weights.
 """
 
@@ -24,12 +24,12 @@ ROWS = [
 
 
 def encode(text: str) -> list[int]:
-    """Stands in for a tokenizer: bytes, as far as the tiny vocabulary goes."""
+    """Takes the place of a tokenizer: bytes, reduced to the tiny vocabulary."""
     return [3 + byte % (VOCAB_SIZE - 3) for byte in text.encode()]
 
 
 def tokenize(row: dict) -> dict:
-    """Prompt and completion apart, so that no token spans both and the mask cannot be off by one."""
+    """Encodes prompt and completion separately, so that no token spans both and the mask cannot be off by one."""
     return {
         "prompt_ids": [1, *encode(row["prompt"])],
         "completion_ids": [*encode(row["completion"]), 2],
@@ -45,7 +45,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def precompute(model: PreTrainedModel, rows: list[dict]) -> list[dict]:
-    """Tokenized rows with `ref_logps`, and the fingerprint of the model they belong to."""
+    """Tokenized rows with `ref_logps` and the fingerprint of the model that computed them."""
     mark = fingerprint(model)
     return [{**row, "ref_model": mark} for row in with_reference(model, [tokenize(row) for row in rows])]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from npo_kernels import fused_npo_loss, fused_simnpo_loss, sequence_logprobs, token_logprobs
-from npo_kernels.core import plan, task
+from npo_kernels.core import execute, plan, task
 from tests.launches import Launches, counted
 from tests.support import DEVICE, ON_GPU
 
@@ -73,11 +73,13 @@ def test_npo(batch, count):
 
 @pytest.mark.parametrize(("hidden_size", "slices"), [(576, 1), (4096, 6)])
 def test_dweight_of_a_small_head_takes_one_slice(count, monkeypatch, hidden_size, slices):
-    """At SmolLM2's vocabulary, with the slices that a GPU has: product, labels added and rounded once a slice."""
-    monkeypatch.setattr(task, "grad_slices", lambda H, device: plan.grad_slices(hidden_size, torch.device("cuda")))
-    (hidden, _, labels), options = make("padded")
-    weight = torch.zeros(49152, H, dtype=torch.bfloat16, requires_grad=True)
-    forward, _ = count(partial(fused_npo_loss, hidden, weight, labels, ref_logps=torch.zeros(B), **options))
+    """As a GPU cuts it, with as many slices as SmolLM2's vocabulary has: product, labels added and rounded in each."""
+    allowed = plan.grad_slices(hidden_size, torch.device("cuda"))
+    monkeypatch.setattr(task, "grad_slices", lambda H, device: allowed)
+    for module in (plan, execute):
+        monkeypatch.setattr(module, "GRAD_SLICE", -(-V // 6))
+    tensors, options = make("padded")
+    forward, _ = count(partial(fused_npo_loss, *tensors, ref_logps=torch.zeros(B), **options), backward=False)
     assert len(forward.names) == NPO + 3 * (slices - 1), str(forward)
 
 

@@ -42,11 +42,11 @@ def rows_without_kernels() -> Iterator[None]:
 
     launched = backend.compact
 
-    def compact(labels, *others):
-        *options, num_rows = others
+    def compact(labels, cu_seqlens, shift, vocab_size, ignore_index, num_rows):
+        batch = labels, cu_seqlens, shift, vocab_size, ignore_index
         # with a bound nothing is read back: memory that no kernel wrote may hold any number
-        launched(labels, *options, labels.numel() if num_rows is None else num_rows)
-        return in_pytorch.compact(labels, *others)
+        launched(*batch, labels.numel() if num_rows is None else num_rows)
+        return in_pytorch.compact(*batch, num_rows)
 
     with mock.patch.object(backend, "compact", compact):
         yield

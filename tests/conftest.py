@@ -41,6 +41,16 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(items):
+    """Without Triton, tests with a parameter "triton" skip."""
+    if find_spec("triton") is not None:
+        return
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        if parameters and any(isinstance(value, str) and value == "triton" for value in parameters.params.values()):
+            item.add_marker(pytest.mark.skip(reason="Triton is not installed"))
+
+
 @pytest.fixture
 def poisoned_allocations():
     """`tests.patches.poisoned_allocations` for a test."""

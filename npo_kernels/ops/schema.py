@@ -31,11 +31,9 @@ SECOND_DERIVATIVE = (
 class Schema(Generic[Record]):
     """Converts between a record and its flat list of values.
 
-    `flatten` and `build` are made once from the fields, because every call of an operator runs them several times.
+    Every call of an operator converts several times, so the conversions are made once from the fields. Dynamo cannot
+    trace these; under torch.compile the fields are walked instead.
     """
-
-    flatten: Callable[[Record], Sequence[Any]]  # record -> list of values
-    build: Callable[[Sequence[Any]], Record]  # list of values -> record
 
     def __init__(self, record: type[Record]):
         self.record = record
@@ -47,8 +45,29 @@ class Schema(Generic[Record]):
             leaves = {"": annotation} if nested is None else {f".{leaf}": a for leaf, a in nested.leaves.items()}
             self.leaves |= {name + leaf: a for leaf, a in leaves.items()}
         values = attrgetter(*self.leaves)
-        self.flatten = values if len(self.leaves) > 1 else lambda record: (values(record),)
-        self.build = self._builder(count())
+        self._flatten = values if len(self.leaves) > 1 else lambda record: (values(record),)
+        self._build = self._builder(count())
+
+    def flatten(self, record: Record) -> Sequence[Any]:
+        """The values of a record."""
+        if not torch.compiler.is_compiling():
+            return self._flatten(record)
+        flat: list[Any] = []
+        for name, nested in self.fields:
+            value = getattr(record, name)
+            flat += [value] if nested is None else nested.flatten(value)
+        return flat
+
+    def build(self, flat: Sequence[Any]) -> Record:
+        """The record of a list of values."""
+        if not torch.compiler.is_compiling():
+            return self._build(flat)
+        values, i = [], 0
+        for _, nested in self.fields:
+            width = 1 if nested is None else len(nested.leaves)
+            values.append(flat[i] if nested is None else nested.build(flat[i : i + width]))
+            i += width
+        return self.record(*values)
 
     def _builder(self, positions: Iterator[int]) -> Callable[[Sequence[Any]], Record]:
         """A function that builds the record from the values at the next positions of a flat list."""
@@ -69,6 +88,7 @@ class Operator(Generic[Arguments, Results]):
     """
 
     def __init__(self, name: str, run: Callable[[Arguments], Results]):
+        self.name = name
         arguments, results = get_type_hints(run).values()
         self.arguments: Schema[Arguments] = Schema(arguments)
         self.results: Schema[Results] = Schema(results)
@@ -139,16 +159,13 @@ class Operator(Generic[Arguments, Results]):
 
         self.op.register_autograd(run_backward, setup_context=setup)
 
-        class Differentiable(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *flat: Any) -> tuple[Tensor, ...]:
-                output: tuple[Tensor, ...] = self.op(*flat)
-                setup(ctx, flat, output)
-                return output
+        def run(ctx: Any, *flat: Any) -> tuple[Tensor, ...]:
+            output: tuple[Tensor, ...] = self.op(*flat)
+            setup(ctx, flat, output)
+            return output
 
-            backward = staticmethod(run_backward)
-
-        self.function = Differentiable
+        methods = {"forward": staticmethod(run), "backward": staticmethod(run_backward)}
+        self.function = type(self.name, (torch.autograd.Function,), methods)  # autograd's errors show the name
 
     def refuse_second_derivative(self) -> None:
         """Make a second derivative of an operator that computes gradients raise, instead of being zero."""

@@ -23,7 +23,7 @@ class AuthorsOptions:
     """The files."""
 
     out: Annotated[Path | None, "folder for the JSON lines"] = None
-    fresh: Annotated[bool, "replace existing files with other content"] = False
+    fresh: Annotated[bool, "overwrite existing files whose content differs"] = False
     authors: Annotated[int, "number of authors, 20 pairs each; TOFU has 200"] = 200
     seed: Annotated[int, "the same seed gives the same files"] = 0
 

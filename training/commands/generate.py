@@ -24,7 +24,7 @@ class GenerateOptions:
 
     benchmark: Annotated[str, lambda: f"benchmark whose files are written: {', '.join(BENCHMARKS)}"] = "tofu"
     out: Annotated[Path | None, "folder for the files"] = None
-    fresh: Annotated[bool, "replace existing files with other content"] = False
+    fresh: Annotated[bool, "overwrite existing files whose content differs"] = False
 
 
 def main(options: GenerateOptions, benchmark: Benchmark) -> None:

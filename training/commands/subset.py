@@ -30,7 +30,7 @@ class SubsetOptions:
     forget_percent: Annotated[int, "forget set"] = 5
     retain_authors: Annotated[int, "authors to keep, 20 rows each"] = 30
     out: Annotated[Path, "folder to write"] = Path("runs/tofu_small")
-    fresh: Annotated[bool, "replace existing files with other content"] = False
+    fresh: Annotated[bool, "overwrite existing files whose content differs"] = False
 
 
 def main(options: SubsetOptions) -> dict[str, list[dict]]:

@@ -48,4 +48,4 @@ def _outside(match: re.Match[str], page: Page, config: MkDocsConfig, files: File
         kind = "tree" if (ROOT / path).is_dir() else "blob"
         anchor = f"#{target.fragment}" if target.fragment else ""
         return f"[{match['text']}]({config.repo_url.rstrip('/')}/{kind}/{BRANCH}/{path}{anchor})"
-    return f'<span title="{path} in the repository" markdown="span">{match["text"]}</span>'
+    return f'<span title="{path} in the repository">{match["text"]}</span>'

@@ -1,4 +1,4 @@
-"""What the README's composability table promises of a training loop on one process; tests/distributed has the rest."""
+"""What the table "Works with" of docs/guides/plain_loop.md promises of a training loop on one process; tests/distributed has the rest."""
 
 from functools import partial
 

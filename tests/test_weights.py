@@ -108,7 +108,7 @@ def test_wrong_ones_are_named(impl, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             npo(batch, weights=weights, impl=impl)
-    with pytest.raises(TypeError, match="weights: expected real factors"):
+    with pytest.raises(TypeError, match="weights: expected a tensor of real numbers"):
         batch(fused_simnpo_loss, weights=torch.ones(4, dtype=torch.complex64), impl=impl)
     monkeypatch.setattr(value_checks, "readable", lambda tensor: False)  # as on a GPU
     assert npo(batch, weights=torch.tensor([1.0, 0.0, -0.5, 1.0]), impl=impl).isnan()

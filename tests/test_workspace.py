@@ -97,7 +97,7 @@ def random_call(seed: int, *dtypes: torch.dtype) -> Callable[[float | None], obj
 
 def smallest_mb(run: Callable[[float | None], object]) -> float:
     """What the refusal of a workspace says."""
-    with pytest.raises(ValueError, match=r"workspace_mb: .* MiB are too few for this call") as refused:
+    with pytest.raises(ValueError, match=r"workspace_mb: .* MiB is too small for this call") as refused:
         run(2e-6)
     return float(re.search(r"works is ([\d.]+)\. ", str(refused.value))[1])
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from tools.release import ROOT, version
 
 KERNEL = ROOT / "build" / "kernel-hub"
-# The first use that README shows. Against its own reference the first loss is (2 / beta) ln 2.
+# A first use, without Transformers. Against its own reference the first loss is (2 / beta) ln 2.
 FIRST_USE = """
 import math, torch
 from npo_kernels import fused_npo_loss, sequence_logprobs

@@ -67,7 +67,7 @@ class Checkpoints:
             if problems:
                 raise DamagedError(
                     f"no checkpoint in {self.folder} is whole ({'; '.join(problems)}); remove them, and the same "
-                    "command begins anew"
+                    "command starts again"
                 )
             return 0, None, []
         notes = [f"{problem}; going on from {path.name}" for problem in problems]

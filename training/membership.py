@@ -106,7 +106,7 @@ def doubts(retrained: tuple[Attacks, Attacks] | None) -> list[str]:
         return []
     outcome = f"is divided by {1 - value:.3g}" if value < 1 else "would be divided by 0 and is left out"
     return [
-        f"--retain_log: its model tells the forget rows from others (AUC of Min-K% {value:.3f}), as one does that has "
+        f"--retain_log: its model tells the forget rows from others (AUC of Min-K% {value:.3f}), like a model that has "
         f"learned them, and PrivLeak, a share of 1 - AUC, {outcome}; expected the log of a model that never saw the "
         "forget set"
     ]

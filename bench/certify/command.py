@@ -39,12 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="of this command, start to end; default 420")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results; must not have any yet")
     names = ", ".join(stage.name for stage in schedule.STAGES)
-    parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help=f"these of {names}; all time is theirs")
-    parser.add_argument("--skip", nargs="+", default=[], metavar="STAGE", help="not these")
+    parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help=f"run only these stages, with the whole budget: {names}")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="STAGE", help="skip these stages")
     parser.add_argument("--data_dir", type=Path, help="folder with TOFU's JSON lines; default: its committed lengths")
     parser.add_argument("--plan", action="store_true", help="print what a budget is spent on, and stop")
-    parser.add_argument("--rehearse", action="store_true", help="on a CPU, at tiny sizes, with faults put in")
-    parser.add_argument("--commit", help="of these files, where they travelled without their history")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, at tiny sizes, with injected faults")
+    parser.add_argument("--commit", help="the commit of this checkout, if it has no .git")
     parser.add_argument("--allow_dirty", action="store_true", help="measure files that differ from the last commit")
 
 

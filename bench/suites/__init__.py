@@ -14,7 +14,7 @@ SUITES = {
     "accuracy": "every provider against float64 on random, memorised and forgotten rows",
     "step": "a whole NPO + retain step of a model against one with logits and a live reference",
     "activations": "hidden states of a real model before, during and after unlearning",
-    "cpu": "the torch path and the peers that run on a CPU, at the sizes of the README",
+    "cpu": "the torch path and the peers that run on a CPU, at the sizes of docs/guides/cpu.md",
 }
 
 

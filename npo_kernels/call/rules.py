@@ -130,7 +130,7 @@ def weights(name: str, value: Any) -> None:
     """Factors of any real dtype; `npo_kernels.core.value_checks` checks that they are not negative."""
     tensor(name, value)
     if value.dtype not in (*REAL, torch.bool):
-        raise TypeError(f"{name}: expected real factors, as float32 say, got {describe(value)}")
+        raise TypeError(f"{name}: expected a tensor of real numbers, for example float32, got {describe(value)}")
     _constant(name, value, "compute the influence of a sequence under torch.no_grad()")
 
 

@@ -188,7 +188,7 @@ def check_bound(smallest: int, limit: int) -> None:
         decimals = 3 if smallest >= MIB else 6
         enough = math.ceil(smallest / MIB * 10**decimals) / 10**decimals
         raise ValueError(
-            f"workspace_mb: {limit / MIB:g} MiB are too few for this call; the smallest that works is "
+            f"workspace_mb: {limit / MIB:g} MiB is too small for this call; the smallest that works is "
             f"{enough:.{decimals}f}. Pass that or more, leave workspace_mb out, or make the batch smaller"
         )
 

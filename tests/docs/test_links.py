@@ -1,8 +1,11 @@
 """Every relative link and anchor of every Markdown file leads somewhere. No external link is fetched."""
 
+import re
+
 import pytest
 
 from tests.docs import links
+from tests.docs.blocks import ROOT
 
 
 def test_every_relative_link_resolves(tried):
@@ -47,3 +50,15 @@ def test_other_links_are_left_alone(tmp_path, text):
     (tmp_path / "other.md").write_text("# Other\n\n## A heading, with `code`\n")
     (tmp_path / "page.md").write_text(f"# Page\n\n{text}\n")
     assert links.broken(tmp_path / "page.md", tmp_path) == []
+
+
+def test_every_make_target_that_a_document_names_exists():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    phony = re.search(r"^\.PHONY:((?:.*\\\n)*.*)", makefile, re.M)
+    targets = set(phony[1].replace("\\\n", " ").split())
+    named = {
+        target
+        for page in links.pages()
+        for target in re.findall(r"(?:`|^ {4,}|^)make ([a-z][a-z-]+)", page.read_text(encoding="utf-8"), re.M)
+    }
+    assert len(named) > 10 and named <= targets, named - targets

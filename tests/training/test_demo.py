@@ -71,7 +71,7 @@ def test_a_second_run_reuses_every_stage_and_another_one_is_refused(first, monke
         assert run(options)[0] == metrics
     with pytest.raises(ValueError, match="holds a run with other settings"):
         run(replace(options, lr=1e-2))
-    with pytest.raises(ValueError, match="something else than this model"):
+    with pytest.raises(ValueError, match="something other than this model"):
         run(replace(options, seed=1))
     assert run(options)[0] == metrics
 

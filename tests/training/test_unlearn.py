@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.training.conftest import fit, llama
-from tests.training.formulas import FORGET, loss_of_step
+from tests.training.formulas import FORGET, SETTINGS, loss_of_step
 from training.config import TrainConfig
 from training.dual import DualWeight
 from training.layers import LayerTap
@@ -34,7 +34,7 @@ def make_steps(corpus, method, config=CONFIG, settings=None, reference=None, pac
     idk = [{"question": corpus.rows[-20 + i]["question"], "answer": REFUSALS[j]} for i, j in plan.idk]
     rows = {"forget": corpus.forget[:12], "retain": corpus.retain, "idk": corpus.format.encode(idk)}
     rows["alternate"] = rows["idk"]
-    settings = settings or record.settings(retain_weight=0.7, forget_weight=1.3)
+    settings = settings or record.settings(retain_weight=0.7, forget_weight=1.3, **SETTINGS.get(record.family, {}))
     scores = {kind: made_up(rows[kind]) for kind in ("forget", "idk", "alternate")}
     head = None
     if record.teacher and not record.taught_by_model(settings):
@@ -76,7 +76,7 @@ def check_step(steps, model, reference, k, retain_weight=None):
     loss, gradients = step_gradients(model, steps.passes(model, k))
     torch.testing.assert_close(loss.double(), truth.detach(), rtol=1e-5, atol=1e-6)
     largest = max(g.abs().max() for g in expected if g is not None).item()
-    assert largest > 0
+    assert largest > 0, "the formula has no gradient here; choose constants in SETTINGS of tests/training/formulas.py"
     for got, wanted in zip(gradients, expected, strict=True):
         wanted = torch.zeros_like(got, dtype=torch.float64) if wanted is None else wanted
         torch.testing.assert_close(got.double(), wanted, rtol=2e-4, atol=2e-5 * largest)

@@ -138,7 +138,7 @@ class RunFolder:
             return False, "", None
         others = (run or {}).get("parts", {})
         differ = [name for name, value in parts.items() if name in others and others[name] != value]
-        return False, "other settings, data or weights" + (f" (another {', '.join(differ)})" if differ else ""), None
+        return False, "other settings, data or weights" + (f" (different: {', '.join(differ)})" if differ else ""), None
 
     def _run_record(self) -> dict[str, Any] | None:
         """run.json. If it is damaged, the checkpoints identify the run."""

@@ -47,7 +47,7 @@ def main(options: TinyOptions, benchmark: Benchmark) -> Path:
     ours = (out / RECORD).exists()
     if out.exists() and any(out.iterdir()) and not (ours and options.fresh):
         advice = "choose another folder, or replace it by --fresh" if ours else "choose another folder"
-        raise ValueError(f"--out {out} holds something else than this model; {advice}")
+        raise ValueError(f"--out {out} holds something other than this model; {advice}")
     tokenizer = train_tokenizer(rows, options.vocab_size)
     model = build_model(len(tokenizer), options.hidden_size, options.layers, special_ids_of(tokenizer), options.seed)
     with renamed_when_done(out) as folder:

@@ -188,7 +188,7 @@ def apart(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
 
 
 def new_peak(device: torch.device) -> float:
-    """GiB that are held now, where the peak begins anew; the peak so far where the system cannot do that."""
+    """GiB in use now, after the peak is reset; if the system cannot reset it, the peak so far."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:

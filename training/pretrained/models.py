@@ -100,7 +100,7 @@ def real_model(name: str, cache: Path | None = None, fresh: bool = False, consol
     if not fresh and is_there(name, cache):
         return folder
     if folder.exists() and any(folder.iterdir()) and not (folder / RECORD).exists():
-        raise ValueError(f"--cache: {folder} holds something else than a model of this command; choose another folder")
+        raise ValueError(f"--cache: {folder} holds something other than a model of this command; choose another folder")
     if not is_gguf_available():
         raise ImportError(f"--name {name}: its file is read by `gguf`: pip install 'npo-kernels[real]'")
     with tempfile.TemporaryDirectory() as temporary:

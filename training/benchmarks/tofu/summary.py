@@ -109,7 +109,7 @@ def doubts(log: EvalLog, retain_log: EvalLog) -> list[str]:
     known = float(_probability("forget", theirs).mean())
     if known >= KNOWN:
         found.append(
-            f"--retain_log: its model gives the forget answers a probability of {known:.3f}, as one does that has "
+            f"--retain_log: its model gives the forget answers a probability of {known:.3f}, like a model that has "
             "learned them, so that forget quality is high where nothing was forgotten; expected the log of a model "
             "that never saw the forget set"
         )

@@ -62,7 +62,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--toy", action=argparse.BooleanOptionalAction, help="default: on a CPU, but for suite cpu")
     parser.add_argument("--reps", type=int, help="default: 20 on a GPU, 5 on a CPU, 3 for toys")
     parser.add_argument("--threads", type=int, default=default_threads(), help="CPU threads")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="suite cpu: a measurement that takes longer per turn is stopped")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="suite cpu: a measurement that takes longer per turn is stopped"
+    )
     parser.add_argument("--data_dir", type=Path, help="folder with TOFU's JSON lines")
     parser.add_argument("--out", type=Path, help="JSON lines; for a real GPU or CPU result, under bench/results/")
     parser.add_argument("--merge", action="store_true", help="keep what --out has of other cases and providers")

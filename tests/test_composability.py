@@ -1,4 +1,7 @@
-"""What the table "Works with" of docs/guides/plain_loop.md promises of a training loop on one process; tests/distributed has the rest."""
+"""What the table "Works with" of docs/guides/plain_loop.md promises of a loop in one process.
+
+tests/distributed has the rest.
+"""
 
 from functools import partial
 

@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="of this command, start to end; default 420")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results; must not have any yet")
     names = ", ".join(stage.name for stage in schedule.STAGES)
-    parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help=f"run only these stages, with the whole budget: {names}")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="STAGE", help=f"run only these stages, with the whole budget: {names}"
+    )
     parser.add_argument("--skip", nargs="+", default=[], metavar="STAGE", help="skip these stages")
     parser.add_argument("--data_dir", type=Path, help="folder with TOFU's JSON lines; default: its committed lengths")
     parser.add_argument("--plan", action="store_true", help="print what a budget is spent on, and stop")

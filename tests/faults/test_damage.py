@@ -117,6 +117,6 @@ def test_rows_that_changed(where, subjects, tmp_path, tried):
     changed(data)
     out = "stopped" if where == "checkpoint" else "new"
     ended = run_to_end([*command, "--out", out], tmp_path / "case" / "run")
-    expected = (r"other settings, data or weights", "--fresh") if where == "checkpoint" else ("different: data", "again")
+    expected = (r"other settings, data or weights", "--fresh") if where == "checkpoint" else ("another data", "again")
     check_refused(ended, *expected)
     tried("changed rows")

@@ -209,8 +209,8 @@ def dipo(now, before, refs, s, *_):
     return log_sigmoid_mean(s.beta * (divergence(s.shift) - divergence(-s.shift)), s.beta)
 
 
-# Constants for the test model, whose tokens have a probability of about 1/500, by family: where the defaults would leave
-# a loss with a threshold flat.
+# Constants by family, where a loss with a threshold would be flat at the defaults: the test model gives each token a
+# probability of about 1/500.
 SETTINGS: dict[str, dict[str, float]] = {}
 FORGET = {
     "ga": lambda now, *_: -nll(now["forget"]),

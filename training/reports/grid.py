@@ -55,7 +55,9 @@ def _figures(out: Path, metrics: dict[str, Any], benchmark: Benchmark) -> None:
 def _markdown(
     metrics: dict[str, Any], config: dict[str, Any], benchmarks: Sequence[Benchmark], requests: Sequence[str]
 ) -> str:
-    sections = [f"# {benchmarks[0].title}: unlearning by {len(set(_methods(metrics)))} methods", *requests]
+    number = len(set(_methods(metrics)))
+    by = "one method" if number == 1 else f"{number} methods"
+    sections = [f"# {benchmarks[0].title}: unlearning by {by}", *requests]
     for benchmark in benchmarks:
         sections += _scenario(metrics, benchmark)
     sections += ["## What was run", _facts(metrics, config), CAVEAT]

@@ -61,7 +61,7 @@ def test_a_method_trains_evaluates_and_appears_everywhere(bounded, tmp_path, cap
         parse(unlearn.UnlearnOptions, "training.unlearn", "", ["--help"])
     assert "bounded" in capsys.readouterr().out
     assert table()[-1] == ("bounded", BOUNDED.formula, "nobody's")
-    with pytest.raises(ValueError, match="bounded is there already"):
+    with pytest.raises(ValueError, match="bounded is taken"):
         register(BOUNDED)
 
 

@@ -27,14 +27,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX*"
 PALE = "#dddddd"
 # The README's figure: providers that compute NPO exactly.
-SHOWN = {
-    "npo_kernels/triton": "npo_kernels",
-    "npo_kernels/triton/256MiB": "npo_kernels, workspace_mb=256",
-    "plain/eager": "plain PyTorch",
-    "trl/chunked": "TRL, chunked head",
-    "liger/scaled": "Liger, scaled cross-entropy",
-    "cce/exact": "Cut Cross Entropy",
-}
+SHOWN = (
+    "npo_kernels/triton", "npo_kernels/triton/256MiB", "plain/eager", "trl/chunked", "liger/scaled", "cce/exact",
+)  # fmt: skip
 
 Panel = tuple[str, str, list[Record]]  # title, axis, records
 
@@ -182,7 +177,7 @@ def headline(records: list[Record], path: Path) -> str | None:
         (right, "peak memory beyond the inputs, GiB", [peaks[name] / 1024 for name in names]),
     ):
         colours = [COLOURS[0] if name.startswith("npo_kernels/") else "#bbbbbb" for name in names]
-        drawn = axis.barh([SHOWN[name] for name in names], bars, color=colours, height=0.65)
+        drawn = axis.barh([tables.NAMES[name].replace("`", "") for name in names], bars, color=colours, height=0.65)
         axis.bar_label(drawn, [f"{value:.3g}" for value in bars], padding=3, fontsize=9)
         axis.set(xlim=(0, 1.13 * max(bars)), xticks=[])
         axis.set_title(label, fontsize=10, loc="left")

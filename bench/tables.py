@@ -15,6 +15,20 @@ UNITS = {
     "idle_us": "idle us",
 }
 
+# Providers as the README's figure and docs/benchmarks.md call them, in their order.
+NAMES = {
+    "npo_kernels/triton": "npo_kernels",
+    "npo_kernels/triton/256MiB": "npo_kernels, `workspace_mb=256`",
+    "npo_kernels/torch": 'npo_kernels, `impl="torch"`',
+    "plain/eager": "plain PyTorch",
+    "plain/compile": "plain PyTorch, compiled",
+    "plain/live": "plain PyTorch, logits and a live reference model",
+    "trl/chunked": "TRL, chunked head",
+    "liger/scaled": "Liger, scaled cross-entropy",
+    "liger/flce-none": "Liger, fused cross-entropy per token",
+    "cce/exact": "Cut Cross Entropy",
+}
+
 
 def results_table(records: Sequence[Record]) -> Table:
     """The table of one case."""

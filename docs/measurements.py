@@ -6,22 +6,10 @@ from pathlib import Path
 from bench.cases import R
 from bench.records import RESULTS, Record, read_all
 from bench.report import NOT_MEASURED
-from bench.tables import number
-from bench.targets import TARGETS, Results
+from bench.tables import NAMES, number
+from bench.targets import OURS, TARGETS, Results
 
-OURS, SMALL, PLAIN = "npo_kernels/triton", "npo_kernels/triton/256MiB", "plain/eager"
-NAMES = {
-    OURS: "npo_kernels",
-    SMALL: "npo_kernels, `workspace_mb=256`",
-    "npo_kernels/torch": 'npo_kernels, `impl="torch"`',
-    PLAIN: "plain PyTorch",
-    "plain/compile": "plain PyTorch, compiled",
-    "plain/live": "plain PyTorch, logits and a live reference model",
-    "trl/chunked": "TRL, chunked head",
-    "liger/scaled": "Liger, scaled cross-entropy",
-    "liger/flce-none": "Liger, fused cross-entropy per token",
-    "cce/exact": "Cut Cross Entropy",
-}
+PLAIN = "plain/eager"
 INTRODUCTION = """\
 # Benchmarks
 

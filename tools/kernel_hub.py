@@ -69,8 +69,7 @@ loss = npo.fused_npo_loss(hidden, lm_head_weight, labels, ref_logps=ref_logps, b
 ```
 
 Needs Python 3.11, torch 2.11 and `kernels` 0.17, or newer. On a GPU it also needs Triton, which torch's CUDA wheels
-install. All functions of the package are included except `npo_kernels.hf`, which needs Transformers: for it, install
-`{name}`.
+install. `npo_kernels.hf`, which needs Transformers, and `npo_kernels.env` are left out: for these, install `{name}`.
 """
 
 

@@ -40,8 +40,8 @@ def test_a_link_that_leaves_the_pages_leads_into_the_repository(rewritten):
         "[the tests](https://example.org/project/tree/main/tests)."
     )
     assert rewritten(text, repo_url="")[0] == (
-        'See <span title="bench/RESULTS.md in the repository" markdown="span">results</span> and '
-        '<span title="tests in the repository" markdown="span">the tests</span>.'
+        'See <span title="bench/RESULTS.md in the repository">results</span> and '
+        '<span title="tests in the repository">the tests</span>.'
     )
 
 

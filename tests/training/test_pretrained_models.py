@@ -98,7 +98,7 @@ def test_a_folder_of_something_else_is_left_alone(stand_in, tmp_path):
     other = tmp_path / "models" / "stand-in" / "notes.txt"
     other.parent.mkdir(parents=True)
     other.write_text("mine")
-    with pytest.raises(ValueError, match=r"--cache: .* holds something else"):
+    with pytest.raises(ValueError, match=r"--cache: .* holds something other than a model"):
         real_model("stand-in", tmp_path, fresh=True)
     assert other.read_text() == "mine" and stand_in.downloads == 0
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 
 from bench import provenance
 from bench.__main__ import main
+from bench.cases import HEADS, Case
 from bench.certify import report, runner, schedule, specializations
 from bench.certify.command import exit_code
 from bench.certify.journal import BROKEN, CRASHED, FAILED, MISSING, NOT_MEASURED, PASSED, TIMED_OUT, Journal
@@ -27,6 +29,7 @@ from bench.certify.unit import Context, Unit
 from bench.providers import UnsupportedError
 from bench.records import read_lines, record, summary
 from bench.timeline import Span, Timeline, ordered
+from npo_kernels import explain, fused_npo_loss
 
 ROOT = Path(__file__).parents[2]
 
@@ -367,6 +370,15 @@ def test_measurements_are_compiled_first_and_a_try_leaves_time_to_the_turns(tmp_
     assert [unit.name.removeprefix("try ") for unit in tries[: len(peers.FIRST)]] == list(peers.FIRST)
     assert all(unit.reserve == peers.RESERVE and unit.seconds >= 3 for unit in tries)
     assert [unit.name for unit in head.units(context)][:2] == ["peaks", "growth over V"]
+
+
+@pytest.mark.parametrize("model", compile_stage.MODELS)
+@pytest.mark.parametrize("lengths", compile_stage.LENGTHS)
+def test_the_small_workspace_recomputes_at_every_model(model, lengths):
+    """Its kernels are compiled ahead too, so the bound must be large enough for a plan and too small for a slab."""
+    batch = Case(model, HEADS[model], lengths).unfilled(torch.bfloat16, "cpu")
+    call = partial(explain, fused_npo_loss, batch.hidden, batch.weight, batch.labels, shift=False, impl="triton")
+    assert call().mode == "slab" and call(workspace_mb=compile_stage.SMALL_MB).mode == "recompute"
 
 
 SPECIALIZATIONS = """

@@ -87,7 +87,9 @@ def test_a_damaged_run_json_does_not_cost_the_checkpoints(tmp_path):
     assert begun(tmp_path) is None and (tmp_path / "checkpoint-000002").exists()
 
 
-@pytest.mark.parametrize(("changed", "said"), [({"data": "c"}, r"\(different: data\)"), ({}, "settings, data or weights;")])
+@pytest.mark.parametrize(
+    ("changed", "said"), [({"data": "c"}, r"\(different: data\)"), ({}, "settings, data or weights;")]
+)
 def test_changed_data_are_named(changed, said, tmp_path):
     """In a stopped run as in a finished one."""
     assert begun(tmp_path) is None

@@ -227,8 +227,8 @@ def test_a_native_call_allocates_what_its_plan_counts(native, plans, seed):
 def test_a_gradient_that_is_given_away_is_nobody_elses(dtype, monkeypatch):
     """Not multiplied by 1 in the last backward over the graph; a copy as long as another backward may follow."""
     multiplied = []
-    scale = gradients.scale_gradients
-    monkeypatch.setattr(gradients, "scale_gradients", lambda call: multiplied.append(call) or scale(call))
+    scaled = gradients.scaled
+    monkeypatch.setattr(gradients, "scaled", lambda *args, **kw: multiplied.append(args) or scaled(*args, **kw))
     batch = make_batch(dtype).leaves(("weight",))
     loss = npo(batch, impl="torch")
     loss.backward(retain_graph=True)

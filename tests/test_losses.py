@@ -213,6 +213,31 @@ def test_the_graph_may_be_kept_and_walked_again(impl, name, needs):
         assert relative_error(b, -3.0 * a) < 3e-7
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("name", ["npo", "user loss"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_last_backward_makes_no_second_copy_of_a_gradient(impl, name, dtype):
+    """It writes into what the forward has kept, and only the last one does."""
+    needs = ("hidden", "weight", "bias")
+    batch = small(dtype, head="bias").leaves(needs)
+    leaves = [batch.tensors[part] for part in needs]
+
+    def gradients(**options):
+        """The gradients, and whether each lies in memory that the forward has saved."""
+        saved = set()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.add(t.data_ptr()) or t, lambda t: t):
+            loss = OBJECTIVES[name](batch, impl=impl)
+        grads = torch.autograd.grad(-0.7 * loss, leaves, **options)
+        return grads, [grad.data_ptr() in saved for grad in grads]
+
+    first, in_place = gradients(retain_graph=True)
+    assert in_place == [False] * 3
+    last, in_place = gradients()
+    wide = dtype is torch.float16  # its dHidden and dBias are kept in float32
+    assert in_place == [not wide, True, not wide]
+    assert all(torch.equal(a, b) for a, b in zip(first, last, strict=True))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_gradients_accumulate_over_calls(impl):
     batch = small().leaves(("hidden", "weight"))
@@ -243,10 +268,12 @@ def test_an_upstream_scalar_costs_one_more_rounding_at_most(impl, dtype):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_second_derivative_is_an_error_on_every_path(impl, name, needs):
     batch = small().leaves(needs)
-    loss = OBJECTIVES[name](batch, impl=impl)
-    (grad, *_) = torch.autograd.grad(loss, [batch.tensors[part] for part in needs], create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"no second derivatives.*impl='reference'"):
-        grad.square().sum().backward()
+    leaves = [batch.tensors[part] for part in needs]
+    for retain_graph in (True, False):
+        loss = OBJECTIVES[name](batch, impl=impl)
+        (grad, *_) = torch.autograd.grad(loss, leaves, create_graph=True, retain_graph=retain_graph)
+        with pytest.raises(NotImplementedError, match=r"no second derivatives.*impl='reference'"):
+            grad.square().sum().backward()
 
 
 @pytest.mark.parametrize("impl", IMPLS)

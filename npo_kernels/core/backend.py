@@ -194,10 +194,14 @@ class Backend(Protocol):
         grad.index_add_(0, target - begin, coef[:, None] * x)
         """
 
-    def scale_gradient(self, grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-        """A new tensor: grad (rows, H) or (rows,) of any dtype, times unit (rows,) if given, times upstream (0-d).
+    def scale_gradient(
+        self, grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: torch.dtype, in_place: bool = False
+    ) -> Tensor:
+        """grad (rows, H) or (rows,) of any dtype, times unit (rows,) if given, times upstream (0-d).
 
         (grad.float() * (upstream.float() * unit)[:, None]).to(dtype)
+
+        A new tensor; with `in_place`, the memory of grad if grad is contiguous and has this dtype.
         """
 
     def sequence_scale(

@@ -9,7 +9,7 @@ from npo_kernels.backends.choose import backend_of
 from npo_kernels.core.gradients import Gradients
 from npo_kernels.core.lm_head import Head
 from npo_kernels.core.task import Needs
-from npo_kernels.ops.schema import operator
+from npo_kernels.ops.schema import operator, without_autocast
 
 
 class GradientTensors(NamedTuple):
@@ -85,34 +85,41 @@ class SavedGradients(NamedTuple):
     impl: str  # "torch" | "triton"
 
     def times(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of hidden, weight and bias in the dtype of the inputs; None where not needed."""
-        hidden, weight, bias = self.kept.grads.wanted(self.needs)
-        if self._can_skip_copy(upstream):  # detached, because as outputs of the forward they are part of the graph
-            return (
-                None if hidden is None else hidden.detach(),
-                None if weight is None else weight.detach(),
-                None if bias is None else bias.detach(),
-            )
-        return scale_gradients(ScaleCall(self, upstream)).wanted(self.needs)
+        """The gradients of hidden, weight and bias in the dtype of the inputs; None where not needed.
 
-    def _can_skip_copy(self, upstream: Tensor) -> bool:
-        """Whether the kept gradients can be returned without a copy: upstream is exactly 1 and the graph is not kept.
-
-        Only on a CPU, where reading upstream is free and a copy of dWeight costs a tenth of the whole loss. An operator
-        must not return its inputs, so this is decided outside of `scale_gradients`, for real tensors only.
+        The last backward over the graph writes them into the memory of the kept ones, so that there is no second copy
+        of dWeight. An operator must not write its inputs, so this is done outside of `scale_gradients`.
         """
-        keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-        return (
-            self.impl == "torch"
-            and upstream.device.type == "cpu"
-            and self.dtype != torch.float16
-            and type(upstream) is Tensor
-            and not torch._C._functorch.is_batchedtensor(upstream)
-            and not torch._C._functorch.is_legacy_batchedtensor(upstream)  # is_grads_batched=True
-            and not torch.compiler.is_compiling()
-            and not keeps_graph()
-            and upstream.item() == 1.0
-        )
+        if not last_backward(upstream):
+            return scale_gradients(ScaleCall(self, upstream)).wanted(self.needs)
+        # detached, because as outputs of the forward they are part of the graph
+        grads = GradientTensors(*(grad.detach() for grad in self.kept.grads))
+        if not self._is_one(upstream):
+            with without_autocast(upstream):
+                grads = scaled(self._replace(kept=Kept(grads, self.kept.unit)), upstream, in_place=True)
+        return grads.wanted(self.needs)
+
+    def _is_one(self, upstream: Tensor) -> bool:
+        """Whether the kept gradients are the results. Only on a CPU, where reading upstream is free."""
+        on_cpu = self.impl == "torch" and upstream.device.type == "cpu"
+        return on_cpu and self.dtype != torch.float16 and upstream.item() == 1.0
+
+
+def last_backward(upstream: Tensor) -> bool:
+    """Whether what the forward saved is read for the last time: the graph is not kept, by retain_graph or create_graph.
+
+    False if this cannot be known: where tensors are not real (torch.compile, fakes) or stand for several
+    (is_grads_batched, vmap).
+    """
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    return (
+        type(upstream) is Tensor
+        and not torch._C._functorch.is_batchedtensor(upstream)
+        and not torch._C._functorch.is_legacy_batchedtensor(upstream)  # is_grads_batched=True
+        and not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()  # create_graph=True
+        and not keeps_graph()
+    )
 
 
 class ScaleCall(NamedTuple):
@@ -124,17 +131,23 @@ class ScaleCall(NamedTuple):
 
 @operator("scale_gradients")
 def scale_gradients(call: ScaleCall) -> GradientTensors:
-    """`Backend.scale_gradient` of each gradient that is needed; never in place, because the graph may be kept.
+    """The gradients that are needed, times upstream, in new tensors.
 
     One operator handles all of them: on a small head, an operator takes longer on the host than its kernel on the GPU.
     """
-    (grads, unit), needs, dtype, impl = call.saved
+    return scaled(call.saved, call.upstream)
+
+
+def scaled(saved: SavedGradients, upstream: Tensor, in_place: bool = False) -> GradientTensors:
+    """`Backend.scale_gradient` of each gradient that is needed."""
+    (grads, unit), needs, dtype, impl = saved
     backend, empty = backend_of(impl), grads.hidden.new_empty
+    rest = upstream, dtype, in_place
     of_rows = unit if unit.numel() else None
     return GradientTensors(
-        backend.scale_gradient(grads.hidden, None, call.upstream, dtype) if needs.hidden else empty(0, dtype=dtype),
-        backend.scale_gradient(grads.weight, of_rows, call.upstream, dtype) if needs.weight else empty(0, dtype=dtype),
-        backend.scale_gradient(grads.bias, None, call.upstream, dtype) if needs.bias else empty(0, dtype=dtype),
+        backend.scale_gradient(grads.hidden, None, *rest) if needs.hidden else empty(0, dtype=dtype),
+        backend.scale_gradient(grads.weight, of_rows, *rest) if needs.weight else empty(0, dtype=dtype),
+        backend.scale_gradient(grads.bias, None, *rest) if needs.bias else empty(0, dtype=dtype),
     )
 
 

@@ -107,7 +107,9 @@ def ratio_epilogue(
     return logps, losses, row_coef, target_coef
 
 
-def scale_gradient(grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+def scale_gradient(
+    grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: torch.dtype, in_place: bool = False
+) -> Tensor:
     """grad * unit (a factor per row, or None) * upstream (0-d) in float32, rounded once to `dtype`.
 
     On a GPU the operands and the result are cast inside the multiplication. A CPU makes float32 copies, so there it
@@ -116,7 +118,7 @@ def scale_gradient(grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: t
     factor = upstream.float() if unit is None else upstream.float() * unit
     # with as many dimensions as grad: with a 0-d factor, type promotion would compute in the dtype of grad
     factor = factor.reshape(-1, *[1] * (grad.dim() - 1))
-    out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
+    out = grad if in_place and grad.dtype == dtype else torch.empty(grad.shape, dtype=dtype, device=grad.device)
     step = max(1, grad.shape[0]) if grad.is_cuda else SCALED_ROWS
     for i in range(0, grad.shape[0], step):
         rows = slice(i, i + step)

@@ -127,10 +127,12 @@ def add_targets(
         )  # fmt: skip
 
 
-def scale_gradient(grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+def scale_gradient(
+    grad: Tensor, unit: Tensor | None, upstream: Tensor, dtype: torch.dtype, in_place: bool = False
+) -> Tensor:
     """grad * unit (a factor per row, or None) * upstream (0-d) in float32, rounded once to `dtype`."""
     grad, unit = grad.contiguous(), None if unit is None else unit.contiguous()
-    out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
+    out = grad if in_place and grad.dtype == dtype else torch.empty(grad.shape, dtype=dtype, device=grad.device)
     if grad.numel():
         scale_gradient_kernel[(launch.cdiv(grad.numel(), BLOCK_SCALED),)](
             grad, unit, upstream, out, grad.numel(), grad[0].numel(), HAS_UNIT=unit is not None, BLOCK=BLOCK_SCALED,

@@ -6,6 +6,7 @@ the interpreter alone: with it a test would measure the interpreter instead of t
 """
 
 import inspect
+import threading
 
 import numpy
 import torch
@@ -23,8 +24,12 @@ def adjust() -> None:
     _round_bfloat16_to_nearest()
     _sum_products_in_one_order()
     _remember_what_to_patch()
+    _remember_dtypes()
+    _remember_shapes()
+    _check_overflow()
     bounds.watch()
     _launch_with_room_on_the_stack()
+    _patch_once_a_launch()
 
 
 def _round_bfloat16_to_nearest() -> None:
@@ -68,6 +73,83 @@ def _remember_what_to_patch() -> None:
                 interpreter._patch_attr(package, name, member, builder, scope)
 
     interpreter._patch_builtin = patch_builtin
+
+
+def _patch_once_a_launch() -> None:
+    """Every call of a device function patches triton.language again, which its launch has done already."""
+    run, patch, this = interpreter.GridExecutor.__call__, interpreter._patch_lang, threading.local()
+
+    def launch(self, *args, **kwargs):
+        this.patched = None
+        try:
+            return run(self, *args, **kwargs)
+        finally:
+            this.patched = None
+
+    def patch_lang(fn):
+        languages = {id(value) for value in fn.__globals__.values() if value is tl or value is tl.core}
+        if languages == getattr(this, "patched", None):
+            return interpreter._LangPatchScope()
+        this.patched = languages
+        return patch(fn)
+
+    interpreter.GridExecutor.__call__ = launch
+    interpreter._patch_lang = patch_lang
+
+
+def _remember_dtypes() -> None:
+    """The table of NumPy's dtypes is made anew for every value."""
+    find, known = interpreter._get_np_dtype, {}
+
+    def np_dtype(dtype):
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = find(dtype)
+        return known[name]
+
+    interpreter._get_np_dtype = np_dtype
+
+
+def _remember_shapes() -> None:
+    """What a value has from its type, and a type of blocks from its element and shape, is made anew every time."""
+    make_tensor, make_type, known, types = tl.tensor.__init__, tl.block_type.__init__, {}, {}
+
+    def tensor(self, handle, type):
+        rest = known.get(type.name)
+        if rest is None:
+            make_tensor(self, handle, type)
+            known[type.name] = {name: value for name, value in vars(self).items() if name in ("shape", "numel")}
+        else:
+            self.handle, self.type, self.dtype = handle, type, type.scalar
+            vars(self).update(rest)
+
+    def block_type(self, element_ty, shape):
+        key = element_ty.name, *shape
+        if any(type(size) is not int for size in shape):
+            make_type(self, element_ty, shape)
+        elif key not in types:
+            make_type(self, element_ty, shape)
+            types[key] = dict(vars(self))
+        else:
+            vars(self).update(types[key])
+
+    tl.tensor.__init__ = tensor
+    tl.block_type.__init__ = block_type
+
+
+def _check_overflow() -> None:
+    """The interpreter computes whether an operation leaves int32, by a dozen others, and ignores the answer."""
+    semantic = type(interpreter.interpreter_semantic)
+    operations = {"add": numpy.add, "sub": numpy.subtract, "mul": numpy.multiply}
+    limits = numpy.iinfo(numpy.int32)
+
+    def check(self, lhs, rhs, binary_op):
+        a, b = lhs.handle.data, rhs.handle.data
+        if a.dtype == b.dtype == numpy.int32:
+            value, name = operations[binary_op.__name__](a, b, dtype=numpy.int64), binary_op.__name__
+            assert limits.min <= value.min() and value.max() <= limits.max, f"int32 overflow in {name}"
+
+    semantic.binary_op_sanitize_overflow_impl = check
 
 
 def _launch_with_room_on_the_stack() -> None:

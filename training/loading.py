@@ -24,8 +24,8 @@ def load_causal_lm(name: Path | str, **options: Any) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained`, with its options.
 
     Raises:
-        ValueError: the model needs custom code, or its weights are in a pickle.
-        OSError: there is no such model.
+        ValueError: there is no such folder, the model needs custom code, or its weights are in a pickle.
+        OSError: there is no such model on the hub.
     """
     return _load(AutoModelForCausalLM, name, use_safetensors=True, **options)
 
@@ -46,6 +46,8 @@ def load_config(name: Path | str) -> PretrainedConfig:
 
 
 def _load(kind: Any, name: Path | str, **options: Any) -> Any:
+    if _is_path(name) and not Path(name).is_dir():  # transformers would look for it on the hub, for a minute
+        raise ValueError(f"{name}: no such folder; expected one with a model and its tokenizer, or a name on the hub")
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **options)
     except ValueError as reason:
@@ -64,3 +66,8 @@ def _load(kind: Any, name: Path | str, **options: Any) -> Any:
             "it is read. Where you trust it, load it with transformers and save it anew: save_pretrained writes "
             "safetensors"
         ) from reason
+
+
+def _is_path(name: Path | str) -> bool:
+    """Whether this cannot be the name of a model on the hub, `model` or `owner/model`."""
+    return isinstance(name, Path) or name.count("/") > 1 or name.startswith(("/", ".", "~")) or "\\" in name

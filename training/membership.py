@@ -18,12 +18,13 @@ mu_t and sigma_t: mean and deviation of log p_v for v drawn from the model itsel
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from scipy import optimize, stats
 
-from training.scoring import AnswerScores
+if TYPE_CHECKING:
+    from training.scoring import AnswerScores  # imports transformers
 
 SHARE = 0.4  # of the tokens, in Min-K% and Min-K%++: MUSE's
 LEAST_VARIANCE = 1e-6
@@ -34,7 +35,7 @@ Attacks = Mapping[str, Sequence[float]]  # {attack: a score for each row}
 OF_A_MODEL = ("loss", "zlib", "min_k", "min_k_plus_plus", "gradnorm")  # that need no other model
 
 
-def scores(answer: AnswerScores, text: str) -> dict[str, float]:
+def scores(answer: "AnswerScores", text: str) -> dict[str, float]:
     """{"loss", "zlib", "min_k", "min_k_plus_plus"} of one row, 0 where nothing is scored. `text`: what is scored."""
     body = answer.body
     deviation = np.maximum(body.std, math.sqrt(LEAST_VARIANCE))

@@ -8,6 +8,8 @@ import mmap
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from npo_kernels.backends.choose import backend_of
 from npo_kernels.backends.triton import launch as launches
@@ -97,3 +99,33 @@ def test_hidden_gradients_at_far_positions(far):
     for out, index in ((near, TARGET), (moved, TARGET + last - 2)):
         BACKEND.finish_hidden_grad(product, coef, coef, Head(w), TARGET, index, out)
     assert torch.equal(near.bfloat16(), moved[last - 2 :])
+
+
+@triton.jit
+def _combined(a_ptr, b_ptr, out_ptr, OPERATION: tl.constexpr):
+    at = tl.arange(0, 4)
+    a, b = tl.load(a_ptr + at), tl.load(b_ptr + at)
+    if OPERATION == "add":
+        c = a + b
+    elif OPERATION == "sub":
+        c = a - b
+    else:
+        c = a * b
+    tl.store(out_ptr + at, c)
+
+
+@pytest.mark.parametrize(
+    ("operation", "fits", "too_large"),
+    [("add", 2**31 - 8, 2**31 - 7), ("sub", -(2**31) + 7, -(2**31) + 6), ("mul", 306783378, 306783379)],
+)
+def test_an_operation_that_leaves_int32_ends_the_launch(operation, fits, too_large):
+    """The interpreter checks every one: in all other tests, too."""
+    seven, out = torch.full((4,), 7, dtype=torch.int32), torch.empty(4, dtype=torch.int32)
+    for last, complaint in ((fits, None), (too_large, "int32 overflow")):
+        a = torch.tensor([0, 1, 2, last], dtype=torch.int32)
+        if complaint is None:
+            _combined[(1,)](a, seven, out, operation)
+            assert out[0].item() == {"add": 7, "sub": -7, "mul": 0}[operation]
+        else:
+            with pytest.raises(Exception, match=complaint):
+                _combined[(1,)](a, seven, out, operation)

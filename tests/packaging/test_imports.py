@@ -79,6 +79,11 @@ def test_triton_asked_for_by_name_and_absent_says_so():
     assert "triton" in answer["error"].lower()
 
 
+def test_an_evaluation_shows_its_help_and_its_refusals_without_loading_models():
+    loaded = run("import sys, json; import training.commands.evaluate; print(json.dumps(list(sys.modules)))")
+    assert "training.commands.evaluate" in loaded and "transformers.modeling_utils" not in loaded
+
+
 def test_import_loads_neither_triton_nor_a_model_library():
     """torch itself may load triton: only what `import npo_kernels` adds to `import torch` counts."""
     answer = run(

@@ -151,9 +151,11 @@ def test_code_of_a_model_is_refused_without_a_question(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(OSError, match="nothing"):
-        load_causal_lm(tmp_path / "nothing")
+def test_a_folder_that_is_not_there_is_named_and_not_looked_for_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    for name in (tmp_path / "nothing", "./nothing", "runs/nothing/model"):
+        with pytest.raises(ValueError, match=r"nothing.*: no such folder; expected one with a model"):
+            load_causal_lm(name)
 
 
 SAID = "<script>alert(1)</script> [x](javascript:a) **b** `c` | d\n# e\r\x1b[2J\x9b0m\u202eabc"

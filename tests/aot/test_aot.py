@@ -1,8 +1,8 @@
 """Every tile of the table compiles for its architecture without spills, with tensor cores, and has not grown.
 
 The variants that `cases.brief` chooses for the architectures of COMPILED, in a process of its own: kernels decorated
-under the interpreter, which the other tests run in, cannot be compiled. `make aot` compiles all that golden.json has to hold,
-for every target; a test compares the sources that it was made of with those that are here.
+under the interpreter, which the other tests run in, cannot be compiled. `make aot` compiles all that golden.json has to
+hold, for every target; a test compares the sources that it was made of with those that are here.
 """
 
 import json

@@ -70,4 +70,5 @@ def _load(kind: Any, name: Path | str, **options: Any) -> Any:
 
 def _is_path(name: Path | str) -> bool:
     """Whether this cannot be the name of a model on the hub, `model` or `owner/model`."""
-    return isinstance(name, Path) or name.count("/") > 1 or name.startswith(("/", ".", "~")) or "\\" in name
+    text = str(name)
+    return text.count("/") > 1 or text.startswith(("/", ".", "~")) or "\\" in text

@@ -20,7 +20,6 @@ def adjust() -> None:
     """Call before the first launch; further calls have no effect."""
     if hasattr(interpreter, "adjusted"):
         return
-    interpreter.adjusted = True
     _round_bfloat16_to_nearest()
     _sum_products_in_one_order()
     _remember_what_to_patch()
@@ -30,6 +29,7 @@ def adjust() -> None:
     bounds.watch()
     _launch_with_room_on_the_stack()
     _patch_once_a_launch()
+    interpreter.adjusted = True
 
 
 def _round_bfloat16_to_nearest() -> None:

@@ -224,9 +224,8 @@ def test_the_last_backward_makes_no_second_copy_of_a_gradient(impl, name, dtype)
 
     def gradients(**options):
         """The gradients, and whether each lies in memory that the forward has saved."""
-        saved = set()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.add(t.data_ptr()) or t, lambda t: t):
-            loss = OBJECTIVES[name](batch, impl=impl)
+        loss = OBJECTIVES[name](batch, impl=impl)
+        saved = {tensor.data_ptr() for tensor in loss.grad_fn.saved_tensors if tensor is not None}
         grads = torch.autograd.grad(-0.7 * loss, leaves, **options)
         return grads, [grad.data_ptr() in saved for grad in grads]
 
@@ -236,6 +235,68 @@ def test_the_last_backward_makes_no_second_copy_of_a_gradient(impl, name, dtype)
     wide = dtype is torch.float16  # its dHidden and dBias are kept in float32
     assert in_place == [not wide, True, not wide]
     assert all(torch.equal(a, b) for a, b in zip(first, last, strict=True))
+
+
+@pytest.mark.parametrize("upstream", [1.0, -0.7])
+@pytest.mark.parametrize("name", ["npo", "user loss"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_gradient_that_was_given_away_is_not_scaled_again(impl, name, upstream):
+    """A hook that raises keeps autograd from releasing the graph."""
+    batch = small().leaves(("weight",))
+    loss = OBJECTIVES[name](batch, impl=impl)
+
+    def interrupt(*_):
+        raise KeyError("a hook")
+
+    handle = loss.grad_fn.register_hook(interrupt)
+    with pytest.raises(KeyError):
+        loss.backward(torch.tensor(upstream))
+    handle.remove()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward(torch.tensor(upstream))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_backward_without_memory_for_its_results_can_be_repeated(impl, monkeypatch):
+    """float16: dHidden and dBias take new memory; dWeight is not written before that has worked."""
+    needs = ("hidden", "weight", "bias")
+    batch = small(torch.float16, head="bias").leaves(needs)
+    leaves = [batch.tensors[part] for part in needs]
+    upstream, loss, allocate = torch.tensor(-0.7), npo(batch, impl=impl), torch.empty
+    expected = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
+
+    def exhausted(shape, *args, **kwargs):
+        if shape == batch.bias.shape and kwargs.get("dtype") == torch.float16:
+            raise torch.OutOfMemoryError("out of memory")
+        return allocate(shape, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch, "empty", exhausted)
+        torch.autograd.grad(loss, leaves, upstream)
+    again = torch.autograd.grad(loss, leaves, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("other", ["transposed", "inference"])
+def test_what_a_hook_for_saved_tensors_returns_is_not_written(impl, other):
+    batch = small().leaves(("weight",))
+    (expected,) = torch.autograd.grad(-0.7 * npo(batch, impl=impl), batch.weight)
+    given = []
+
+    def unpack(tensor):
+        with torch.inference_mode(other == "inference"):
+            tensor = tensor.clone()
+        if other == "transposed" and tensor.dim() == 2:
+            tensor = tensor.t().contiguous().t()
+        given.append((tensor, tensor.clone()))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        loss = npo(batch, impl=impl)
+    (found,) = torch.autograd.grad(-0.7 * loss, batch.weight)
+    assert torch.equal(found, expected) and given
+    assert all(torch.equal(a, b) for a, b in given)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

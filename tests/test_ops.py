@@ -205,6 +205,16 @@ def test_autocast_survives_compilation(fresh_compiler):
         assert relative_error(value, expected[part]) < 1e-6, part
 
 
+@pytest.mark.parametrize("name", ["fused_npo_loss", "fused_logprob_loss"])
+def test_a_compiled_backward_of_an_eager_loss_has_no_breaks(fresh_compiler, name):
+    batch = ragged(0, "padded").leaves(("hidden", "weight"))
+    expected = torch.autograd.grad(2.0 * COMPILED[name](batch, impl="torch"), batch.weight)[0]
+    loss = 2.0 * COMPILED[name](batch, impl="torch")
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        loss.backward()
+    assert torch.equal(batch.weight.grad, expected)
+
+
 @pytest.mark.parametrize("name", ["fused_npo_loss", "fused_token_loss", "sequence_logprobs", "token_logprobs"])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_under_checkpointing_the_gradients_are_the_same(impl, name):

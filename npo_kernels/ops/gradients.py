@@ -90,14 +90,20 @@ class SavedGradients(NamedTuple):
         The last backward over the graph writes them into the memory of the kept ones, so that there is no second copy
         of dWeight. An operator must not write its inputs, so this is done outside of `scale_gradients`.
         """
-        if not last_backward(upstream):
+        if not (last_backward(upstream) and self._can_be_written()):
             return scale_gradients(ScaleCall(self, upstream)).wanted(self.needs)
         # detached, because as outputs of the forward they are part of the graph
         grads = GradientTensors(*(grad.detach() for grad in self.kept.grads))
         if not self._is_one(upstream):
             with without_autocast(upstream):
                 grads = scaled(self._replace(kept=Kept(grads, self.kept.unit)), upstream, in_place=True)
+        # if a hook raises now, the graph stays: autograd then refuses a further backward over what has been given away
+        torch.autograd.graph.increment_version(self.kept.grads)
         return grads.wanted(self.needs)
+
+    def _can_be_written(self) -> bool:
+        """Not if a hook for saved tensors has put others in their place, which are expanded or of inference mode."""
+        return all(grad.is_contiguous() and not grad.is_inference() for grad in self.kept.grads)
 
     def _is_one(self, upstream: Tensor) -> bool:
         """Whether the kept gradients are the results. Only on a CPU, where reading upstream is free."""
@@ -109,16 +115,17 @@ def last_backward(upstream: Tensor) -> bool:
     """Whether what the forward saved is read for the last time: the graph is not kept, by retain_graph or create_graph.
 
     False if this cannot be known: where tensors are not real (torch.compile, fakes) or stand for several
-    (is_grads_batched, vmap).
+    (is_grads_batched, vmap), and in a CUDA graph, whose backward may be replayed alone.
     """
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     return (
-        type(upstream) is Tensor
+        not torch.compiler.is_compiling()
+        and type(upstream) is Tensor
         and not torch._C._functorch.is_batchedtensor(upstream)
         and not torch._C._functorch.is_legacy_batchedtensor(upstream)  # is_grads_batched=True
-        and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()  # create_graph=True
         and not keeps_graph()
+        and not (upstream.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
 
@@ -144,11 +151,11 @@ def scaled(saved: SavedGradients, upstream: Tensor, in_place: bool = False) -> G
     backend, empty = backend_of(impl), grads.hidden.new_empty
     rest = upstream, dtype, in_place
     of_rows = unit if unit.numel() else None
-    return GradientTensors(
-        backend.scale_gradient(grads.hidden, None, *rest) if needs.hidden else empty(0, dtype=dtype),
-        backend.scale_gradient(grads.weight, of_rows, *rest) if needs.weight else empty(0, dtype=dtype),
-        backend.scale_gradient(grads.bias, None, *rest) if needs.bias else empty(0, dtype=dtype),
-    )
+    # dWeight last: in float16 the other two take new memory, and nothing may be written in place before that has worked
+    hidden = backend.scale_gradient(grads.hidden, None, *rest) if needs.hidden else empty(0, dtype=dtype)
+    bias = backend.scale_gradient(grads.bias, None, *rest) if needs.bias else empty(0, dtype=dtype)
+    weight = backend.scale_gradient(grads.weight, of_rows, *rest) if needs.weight else empty(0, dtype=dtype)
+    return GradientTensors(hidden, weight, bias)
 
 
 @scale_gradients.register_fake
